@@ -7,10 +7,13 @@ from setuptools import find_packages, setup
 ini = ConfigParser(delimiters=['='])
 ini.read(Path(__file__).with_name('settings.ini'), encoding='utf-8')
 cfg = ini['DEFAULT']
+extras = {k.removeprefix('extra_'): v.split() for k, v in cfg.items() if k.startswith('extra_')}
+extras['dev'] = cfg['dev_requirements'].split()
+extras['all'] = sorted({r for name, reqs in extras.items() if name != 'vllm' for r in reqs})
 setup(
     version=cfg['version'], description=cfg['description'], keywords=cfg['keywords'].split(), license=cfg['license'],
     author=cfg['author'], author_email=cfg['author_email'],
     packages=find_packages(include=[cfg['lib_path'], cfg['lib_path'] + '.*']),
-    install_requires=cfg['requirements'].split(), extras_require={'dev': cfg['dev_requirements'].split()},
+    install_requires=cfg['requirements'].split(), extras_require=extras,
     entry_points={'nbdev': [f"{cfg['lib_path']} = {cfg['lib_path']}._modidx:d"], 'console_scripts': ['kat = kat.cli:main']},
 )

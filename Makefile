@@ -1,0 +1,45 @@
+# kat: `make` lists the targets. Everything runs in .venv, made by `make install` from constraints.txt.
+PYTHON ?= python3
+EXTRAS  = train,env,serve,notebooks,docs,dev
+PY      = .venv/bin/python
+PIP     = $(PY) -m pip install -q --disable-pip-version-check -c constraints.txt
+TORCH   = torch==$(shell sed -n 's/^torch==//p' constraints.txt)
+READY   = .venv/.installed
+
+help: ## list the targets
+	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' Makefile | expand -t 10
+
+install: $(READY) ## create .venv with pinned versions (PyTorch's CPU build where there is no GPU)
+
+demo: install ## the main job: every stage of the recipe on a small model, ending in a report
+	.venv/bin/kat pipeline --preset tiny
+
+test: install ## everything that CI checks; some of it: make test STEPS="ruff pytest"
+	$(PY) tests/check.py $(STEPS)
+
+lab: install ## JupyterLab, opened on nbs/
+	$(PY) -m jupyter lab --LabApp.default_url=/lab/tree/nbs
+
+docs: install ## build the site and say where it is
+	$(PY) docs/build.py
+
+bench: install ## time the parts that the stages spend their minutes in
+	$(PY) tests/bench.py
+
+clean: ## remove what can be made again, but neither .venv nor data/runs
+	rm -rf _proc _docs build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	find kat tests docs -name __pycache__ -prune -exec rm -rf {} +
+
+$(READY): Makefile constraints.txt settings.ini setup.py pyproject.toml
+	@$(PYTHON) -c 'import sys; v = sys.version.split()[0]; sys.version_info >= (3, 11) or sys.exit("kat needs Python 3.11 or newer, $(PYTHON) is " + v + ": make install PYTHON=python3.12")'
+	@$(PYTHON) -m venv .venv || { echo "no virtual environment: on Debian or Ubuntu, apt install python3-venv"; exit 1; }
+	@echo "Installing PyTorch ..."
+	@if command -v nvidia-smi >/dev/null; then $(PIP) --no-deps $(TORCH); else \
+	    $(PIP) --no-deps $(TORCH)+cpu 2>/dev/null || \
+	    $(PIP) --no-deps --index-url https://download.pytorch.org/whl/cpu $(TORCH) || $(PIP) --no-deps $(TORCH); fi
+	@echo "Installing everything else (about 190 packages, a few minutes) ..."
+	@$(PIP) setuptools wheel
+	@$(PIP) --no-build-isolation -e '.[$(EXTRAS)]'
+	@touch $@
+
+.PHONY: help install demo test lab docs bench clean

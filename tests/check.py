@@ -1,0 +1,120 @@
+"""Everything that CI checks, one step after the other: `make test`, or some of it: `make test STEPS="ruff pytest"`.
+
+Steps that write (export, clean, pipeline) work on a copy, so a run leaves the tree as it was and uncommitted work counts.
+A step that fails doesn't stop the rest; the last table says what failed.
+"""
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+BIN = Path(sys.executable).parent
+PY = sys.executable
+STEPS = {}
+
+
+def step(fn): STEPS[fn.__name__] = fn; return fn
+
+
+def run(*cmd, cwd=ROOT, **env):
+    "Run a command; SystemExit with its name if it fails"
+    cmd = [str(c) for c in cmd]
+    print('$', ' '.join(Path(c).name if c.startswith(str(BIN)) else c for c in cmd), flush=True)
+    if rc := subprocess.call(cmd, cwd=cwd, env=os.environ | dict(PYTHONPATH=str(cwd)) | env):
+        raise SystemExit(f'{Path(cmd[0]).name} ended with {rc}')
+
+
+def copy(tmp, *names):
+    "The named parts of the working tree, without what runs and builds have left there"
+    skip = shutil.ignore_patterns('__pycache__', '.ipynb_checkpoints')
+    for n in names:
+        src = ROOT/n
+        if src.is_dir():
+            shutil.copytree(src, tmp/n, symlinks=True,
+                            ignore=lambda d, fs: {*skip(d, fs), *(['runs'] if Path(d) == ROOT/'data' else [])})
+        elif src.exists(): (tmp/n).parent.mkdir(exist_ok=True); shutil.copy(src, tmp/n)
+    return tmp
+
+
+def same(want, have, remedy):
+    "Two folders with the same content, or SystemExit with the difference (have -, want +) and what to do"
+    out = subprocess.run(['diff', '-ruN', '-x', '__pycache__', '-x', '.ipynb_checkpoints', have, want],
+                         capture_output=True, text=True)
+    if out.returncode: raise SystemExit('\n'.join(out.stdout.splitlines()[:60]) + out.stderr + f'\n-> {remedy}')
+
+
+@step
+def ruff(tmp):
+    "lint: ruff"
+    run(BIN/'ruff', 'check', '.')
+
+
+@step
+def export(tmp):
+    "kat/ is what the notebooks export: no drift, no module without a notebook"
+    copy(tmp, 'nbs', 'settings.ini', 'pyproject.toml', 'kat/__init__.py')
+    run(BIN/'nbdev-export', cwd=tmp)
+    same(tmp/'kat', ROOT/'kat', '- is in kat/ and in no notebook, + is in a notebook and not in kat/: edit notebooks, then nbdev-export')
+
+
+@step
+def clean(tmp):
+    "notebooks are clean"
+    copy(tmp, 'nbs', 'settings.ini', 'pyproject.toml')
+    run(BIN/'nbdev-clean', cwd=tmp)
+    same(tmp/'nbs', ROOT/'nbs', 'nbdev-clean would change this: run it')
+
+
+@step
+def readme(tmp):
+    "README.md is the index notebook"
+    run(PY, 'docs/readme.py', '--check')
+
+
+@step
+def pytest(tmp):
+    "pytest over kat/"
+    run(PY, '-m', 'pytest', '-q', '--durations=5')
+
+
+@step
+def notebooks(tmp):
+    "every notebook runs from top to bottom"
+    run(BIN/'nbdev-test', '--n-workers', '2', OMP_NUM_THREADS='1')
+
+
+@step
+def smoke(tmp):
+    "every stage of the recipe, a few steps each: kat pipeline --preset smoke"
+    copy(tmp, 'nbs', 'kat', 'data', 'figures', 'settings.ini', 'pyproject.toml', 'README.md')
+    run(BIN/'kat', 'pipeline', '--preset', 'smoke', cwd=tmp)
+
+
+@step
+def site(tmp):
+    "the site builds: no warning, no dead link, no outside request"
+    run(PY, 'docs/build.py')
+
+
+def main(names):
+    if unknown := set(names) - set(STEPS): sys.exit(f'no step {sorted(unknown)}; there are {", ".join(STEPS)}')
+    os.environ |= dict(HF_HUB_OFFLINE='1', TRANSFORMERS_OFFLINE='1', PYTHONDONTWRITEBYTECODE='1')
+    rows = []
+    for name, fn in STEPS.items():
+        if names and name not in names: continue
+        print(f'\n== {name}: {fn.__doc__}', flush=True)
+        start, verdict = time.time(), 'ok'
+        with tempfile.TemporaryDirectory(prefix=f'kat-{name}-') as tmp:
+            try: fn(Path(tmp))
+            except SystemExit as e: verdict = 'FAILED'; print(e)
+        rows.append((name, verdict, time.time() - start))
+        print(f'-- {name}: {verdict}, {rows[-1][2]:.0f} s', flush=True)
+    print('\n' + '\n'.join(f'{n:12}{v:8}{s:6.0f} s' for n, v, s in rows))
+    sys.exit(any(v != 'ok' for _, v, _ in rows))
+
+
+if __name__ == '__main__': main(sys.argv[1:])
