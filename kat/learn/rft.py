@@ -36,7 +36,7 @@ def normal_turn(
     if turn.get('errors'): calls['malformed', ()] += turn['errors']
     return calls or Counter({('no call', ()): 1})
 
-# %% ../../nbs/learn/04_rft.ipynb #2b5b0e58
+# %% ../../nbs/learn/04_rft.ipynb #cc219c81
 def shared(
     a:Counter, # turn
     b:Counter, # turn
@@ -48,9 +48,9 @@ def shared(
         for (name, _), k in turn.items(): side[name] += k
     return equal + ((names[0] & names[1]).total() - equal) / 2
 
-
+# %% ../../nbs/learn/04_rft.ipynb #5e8cc74a
 class Alignment:
-    """Best monotone alignment of a growing sequence of turns with a fixed one; O(len(turns)) per turn added. *own design*
+    """Best monotone alignment of a growing sequence of turns with a fixed one; O(len(turns)) a turn. *own design*
 
     `best[j]` is the worth M of aligning what was added so far with the first j turns of the ground truth.
     """
@@ -77,7 +77,7 @@ class Alignment:
         d = 1 - 2 * self.best / np.maximum(self.size + self.sizes, 1)
         return float(d.min() if prefix else d[-1])
 
-# %% ../../nbs/learn/04_rft.ipynb #099f504b
+# %% ../../nbs/learn/04_rft.ipynb #a6403a39
 def patch_facts(
     patch:dict|list|None, # {path: new text} or [(path, line, text)]
     files:dict|None=None, # {path: original text}; a path that is missing here is a new file
@@ -85,9 +85,10 @@ def patch_facts(
     "What a patch changes, as three multisets."
     where, what = Counter(), Counter()
     if isinstance(patch, dict):
+        originals = {posixpath.normpath(p): text for p, text in (files or {}).items()}
         for path, text in patch.items():
-            old, new = ((files or {}).get(path, '').splitlines(), text.splitlines())
             path = posixpath.normpath(path)
+            old, new = originals.get(path, '').splitlines(), text.splitlines()
             for op, i, i2, j, j2 in difflib.SequenceMatcher(None, old, new, autojunk=False).get_opcodes():
                 if op == 'equal': continue
                 where.update((path, n + 1) for n in range(i, max(i2, i + 1)))
@@ -111,7 +112,7 @@ def overlap(
     if prefix: return both / n if n else 1.
     return 2 * both / (n + g.total()) if n + g.total() else 1.
 
-# %% ../../nbs/learn/04_rft.ipynb #575504ec
+# %% ../../nbs/learn/04_rft.ipynb #788408b7
 @dataclass(frozen=True)
 class Episode:
     "What a discrepancy looks at. Build it with `Episode.of`."
@@ -131,10 +132,10 @@ class Episode:
         if not isinstance(turns, list):
             raise ValueError(f"task {getattr(source, 'task', '?')!r}: info['turns'] is {turns!r}, not a list of turns")
         facts = None if info.get('patch') is None else patch_facts(info['patch'], info.get('files'))
-        return cls(tuple(map(normal_turn, turns)), dict(info.get('tests') or {}), facts, info.get('finish') == 'stopped',
-                   sum(t.get('tokens') or 0 for t in turns))
+        tests, stopped = dict(info.get('tests') or {}), info.get('finish') == 'stopped'
+        return cls(tuple(map(normal_turn, turns)), tests, facts, stopped, sum(t.get('tokens') or 0 for t in turns))
 
-# %% ../../nbs/learn/04_rft.ipynb #aba27fbf
+# %% ../../nbs/learn/04_rft.ipynb #13a66872
 WEIGHTS = dict(outcome=.5, patch=.3, actions=.2)   # own design: the outcome first, then where and what, then how
 PASS, FAIL = .1, .2                                # largest d of a passing rollout, smallest d of a failing one
 
@@ -159,7 +160,7 @@ def blend(parts:dict, weights:dict) -> float:
     total = sum(weights[k] for k in parts)
     return sum(weights[k] * v for k, v in parts.items()) / total if total else 0.
 
-
+# %% ../../nbs/learn/04_rft.ipynb #c0443b10
 def discrepancy(
     o:Episode, # rollout
     g:Episode, # ground truth
@@ -197,7 +198,7 @@ def group_advantages(
     a = np.where(live, r - r[live].mean(), 0.)
     return a / r[live].std() if std else a
 
-# %% ../../nbs/learn/04_rft.ipynb #96f59885
+# %% ../../nbs/learn/04_rft.ipynb #94ba1a77
 class Monitor:
     "Watches one rollout and says when it clearly deviates from every ground truth. *own design*"
     def __init__(self,
@@ -208,7 +209,7 @@ class Monitor:
     ):
         if not ground_truths: raise ValueError('Monitor: a task needs at least one ground truth')
         if not 0 < threshold <= 1 or patience < 1:
-            raise ValueError(f'Monitor: threshold={threshold} must lie in (0, 1], patience={patience} must be at least 1')
+            raise ValueError(f'Monitor: threshold={threshold} must lie in (0, 1], patience={patience} be 1 or more')
         self.ground_truths, self.threshold, self.patience, self.weights = ground_truths, threshold, patience, weights
         self.alignments = [Alignment(g.turns) for g in ground_truths]
         self.running, self.turns, self.tokens, self.strikes = [], 0, 0, 0   # `running`: discrepancy after each turn
@@ -232,7 +233,7 @@ class Monitor:
         self.strikes = self.strikes + 1 if min(d) > self.threshold else 0
         return 'stop' if self.strikes >= self.patience else 'go'
 
-# %% ../../nbs/learn/04_rft.ipynb #03cdf52e
+# %% ../../nbs/learn/04_rft.ipynb #5db0e1f2
 def shadow(
     rollouts:list, # finished trajectories, or their `info`
     ground_truths:list[list[Episode]], # for each rollout those of its task
@@ -247,19 +248,20 @@ def shadow(
         for t in rec['turns']:
             if m.observe(t) == 'stop' and m.turns < len(e.turns):
                 passed = bool(e.tests) and all(e.tests.values())
-                n.update(stopped=1, false_stops=int(passed), turns_saved=len(e.turns) - m.turns,
-                         tokens_saved=e.tokens - m.tokens)
+                n.update(stopped=1, false_stops=int(passed),
+                         turns_saved=len(e.turns) - m.turns, tokens_saved=e.tokens - m.tokens)
                 break
     return dict(n, n=len(rollouts), turns_share=n['turns_saved'] / max(turns_total, 1),
                 tokens_share=n['tokens_saved'] / max(tokens_total, 1))
 
-
+# %% ../../nbs/learn/04_rft.ipynb #7280825b
 def savings(
     rollouts:list, # trajectories of a training step, some with finish 'stopped'
 ) -> dict: # n, stopped, turns_saved, tokens_saved: estimates
     "Estimated savings: a stopped rollout is taken to have cost what the finished ones cost on average."
     infos = [getattr(o, 'info', o) for o in rollouts]
-    cost = np.array([[len(i['turns']), sum(t.get('tokens') or 0 for t in i['turns'])] for i in infos], float).reshape(-1, 2)
+    tokens = [sum(t.get('tokens') or 0 for t in i['turns']) for i in infos]
+    cost = np.array([(len(i['turns']), k) for i, k in zip(infos, tokens)], float).reshape(-1, 2)
     cut = np.array([i.get('finish') == 'stopped' for i in infos], bool)
     live = np.array([i.get('finish') not in ('stopped', 'infra') for i in infos], bool)
     mean = cost[live].mean(0) if live.any() else np.zeros(2)
