@@ -5,19 +5,21 @@
 # %% auto #0
 __all__ = ['MANIFEST', 'orthogonalise', 'MuonAdam', 'make_optimizer', 'lr_factor', 'CheckpointError', 'write_folder',
            'check_folder', 'checkpoints', 'save_checkpoint', 'latest_checkpoint', 'rng_state', 'set_rng_state',
-           'data_checksum']
+           'data_checksum', 'weights_checksum', 'no_bars', 'save_finished', 'load_weights', 'load_finished']
 
-# %% ../../nbs/learn/00_training.ipynb #ef1a3cd6
+# %% ../../nbs/learn/00_training.ipynb #8c3d7e14
 import json
 import os
 import shutil
 import zlib
 from collections.abc import Callable
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 import torch
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging
 
 # %% ../../nbs/learn/00_training.ipynb #8c509691
 _NS = (3.4445, -4.7750, 2.0315)  # Jordan's quintic: steep at 0, so that few steps bring singular values near 1
@@ -208,3 +210,52 @@ def data_checksum(arrays) -> int:
     crc = 0
     for a in arrays: crc = zlib.crc32(np.ascontiguousarray(a), crc)
     return crc
+
+# %% ../../nbs/learn/00_training.ipynb #7a1d41b5
+def weights_checksum(model: PreTrainedModel) -> int:
+    "CRC-32 of a model's parameters, read as float32."
+    return data_checksum(p.detach().float().cpu().numpy() for p in model.parameters())
+
+# %% ../../nbs/learn/00_training.ipynb #3bad4b41
+@contextmanager
+def no_bars():
+    "Silence transformers' progress bars: a bar for one file of a small model is noise."
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try: yield
+    finally:
+        if shown: logging.enable_progress_bar()
+
+# %% ../../nbs/learn/00_training.ipynb #65c89496
+def save_finished(
+    model: PreTrainedModel,       # saved in its own dtype
+    tokenizer: PreTrainedTokenizerBase | None,  # saved beside it
+    path: Path,                   # the folder
+    call: dict,                   # description of the run
+    result: dict,                 # what the run reports
+) -> None:
+    "Write model, tokenizer and `training.json` as one folder that appears whole."
+    def write(folder):
+        with no_bars(): model.save_pretrained(folder)
+        if tokenizer is not None: tokenizer.save_pretrained(folder)
+        (folder / "training.json").write_text(json.dumps(result))
+    write_folder(path, write, call)
+
+# %% ../../nbs/learn/00_training.ipynb #e8617859
+def load_weights(
+    model: PreTrainedModel,   # gets the weights, in its own dtype
+    path: Path,               # a Hugging Face folder of the same architecture
+) -> None:
+    "Copy saved weights into a model."
+    with no_bars(): model.load_state_dict(type(model).from_pretrained(path, dtype=model.dtype).state_dict())
+
+# %% ../../nbs/learn/00_training.ipynb #c06eaf37
+def load_finished(
+    model: PreTrainedModel,   # gets the weights
+    path: Path,               # a folder of `save_finished`
+    call: dict,               # description of the present run
+) -> dict:                    # what the run reported
+    "Load a finished run's weights into `model`; CheckpointError if the folder is damaged or from another run."
+    check_folder(path, call)
+    load_weights(model, path)
+    return json.loads((path / "training.json").read_text())
