@@ -85,6 +85,13 @@ def test_white_space_of_arguments_does_not_matter(tokens, data):
     assert normal_turn(edit(one)) == normal_turn(edit(two))
 
 
+def test_a_malformed_call_is_no_call_and_a_failed_one_is():
+    failed = dict(name='view', arguments={}, ok=False)
+    assert normal_turn(dict(calls=[failed], errors=1)) == normal_turn(dict(calls=[failed | dict(ok=True)], errors=0))
+    assert normal_turn(dict(calls=[failed], errors=3))['malformed', ()] == 2
+    assert normal_turn(dict(calls=[], errors=0)) == Counter({('no call', ()): 1})
+
+
 def test_white_space_between_words_does_matter():
     assert squeeze('not x') != squeeze('notx') and squeeze(3) == squeeze('3')
 

@@ -81,7 +81,7 @@ def test_pass_at_k_refuses():
 # counting
 
 def test_definitions_by_hand():
-    e = episode(turns=[turn('view', 'view'), turn(), turn('edit', errors=2), turn('test', 'submit', 'submit')])
+    e = episode(turns=[turn('view', 'view'), turn(), turn('edit', errors=3), turn('test', 'submit', 'submit')])
     e.info['turns'][3]['calls'][2]['arguments'] = {'i': 1}      # the second submit repeats the first
     e.info['turns'][2]['calls'][0]['ok'] = False
     s = summary([e])

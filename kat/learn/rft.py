@@ -12,7 +12,7 @@ from collections import Counter
 from dataclasses import dataclass
 import numpy as np
 
-# %% ../../nbs/learn/04_rft.ipynb #528113a7
+# %% ../../nbs/learn/04_rft.ipynb #95221d2e
 def squeeze(
     text, # an argument or a line of code; anything but a string goes through JSON
 ) -> str: # the same without white space that carries no meaning
@@ -33,7 +33,8 @@ def normal_turn(
 ) -> Counter: # multiset of normal calls
     "A turn as a multiset of calls. A malformed call, or no call at all, is an entry that no ground truth has."
     calls = Counter(normal_call(c) for c in turn['calls'])
-    if turn.get('errors'): calls['malformed', ()] += turn['errors']
+    malformed = (turn.get('errors') or 0) - sum(not c['ok'] for c in turn['calls'])   # `errors` counts failed ones too
+    if malformed > 0: calls['malformed', ()] += malformed
     return calls or Counter({('no call', ()): 1})
 
 # %% ../../nbs/learn/04_rft.ipynb #cc219c81

@@ -76,7 +76,7 @@ def masked(
     "Whether the episode is left out of every statistic (`info['finish'] == 'infra'`)."
     return trajectory.info.get('finish') == 'infra'
 
-# %% ../../nbs/study/01_evaluate.ipynb #6154b363
+# %% ../../nbs/study/01_evaluate.ipynb #187dfcc7
 def count_episode(
     trajectory, # `Trajectory`
     cap:int|None=None, # look at the first `cap` turns only
@@ -87,11 +87,12 @@ def count_episode(
     late = len(turns) < len(every)
     calls = [t['calls'] for t in turns]
     widths = [len(c) for c in calls if c]
-    malformed = sum(t.get('errors') or 0 for t in turns)
+    failed = [sum(not x['ok'] for x in c) for c in calls]
+    malformed = sum(max(0, (t.get('errors') or 0) - f) for t, f in zip(turns, failed))
     same = sum(len(c) - len({(x['name'], json.dumps(x['arguments'], sort_keys=True)) for x in c}) for c in calls)
     return dict(episodes=1, turns=len(turns), calls=sum(widths), tool_turns=len(widths),
                 parallel_turns=sum(w > 1 for w in widths), redundant=same,
-                failed=malformed + sum(not x['ok'] for c in calls for x in c), attempts=sum(widths) + malformed,
+                failed=malformed + sum(failed), attempts=sum(widths) + malformed,
                 critical=len(turns) + len(widths), tokens=sum(t['tokens'] for t in turns),
                 truncated=int(late or trajectory.info.get('finish') in ('cap', 'length')),
                 solved=int(solved(trajectory) and not late), widths=widths)
