@@ -1,0 +1,56 @@
+"Build the site into `_docs/html`: notebooks -> nbdev -> bridge -> Sphinx; warnings and outside requests are errors"
+import os
+import re
+import shutil
+import subprocess
+import sys
+from html.parser import HTMLParser
+
+from bridge import ROOT, Site
+from nbdev.serve import proc_nbs
+
+OUT = ROOT/'_docs'
+_LOADS = dict(script='src', link='href', img='src', iframe='src', source='src', video='src', audio='src', embed='src',
+              object='data', track='src', input='src')
+_OUTSIDE = re.compile(r'\s*(https?:)?//', re.I)
+
+
+class Loads(HTMLParser):
+    "What a browser fetches when it shows the page: not the links that a reader may follow"
+    def __init__(self): super().__init__(); self.found = []
+    def handle_starttag(self, tag, attrs):
+        a = dict(attrs)
+        if tag == 'link' and a.get('rel') in ('canonical', 'next', 'prev', 'author', 'license'): return
+        urls = [a.get(_LOADS.get(tag, ''), ''), *(a.get('srcset') or '').split(',')]
+        self.found += [u for u in urls if u and _OUTSIDE.match(u)] + css_loads(a.get('style') or '')
+    def handle_data(self, data):
+        if self.lasttag == 'style': self.found += css_loads(data)
+
+
+def css_loads(css):
+    "Outside addresses in `url(...)` and `@import`"
+    urls = re.findall(r'url\(\s*["\']?([^"\')]+)|@import\s+["\']([^"\']+)', css)
+    return [u for pair in urls for u in pair if u and _OUTSIDE.match(u)]
+
+
+def outside(html):
+    "`page: address` for everything below `html` that a page would fetch from another host"
+    bad = []
+    for f in sorted(html.rglob('*')):
+        if f.suffix == '.html': p = Loads(); p.feed(f.read_text()); bad += [f'{f.relative_to(html)}: {u}' for u in p.found]
+        elif f.suffix == '.css': bad += [f'{f.relative_to(html)}: {u}' for u in css_loads(f.read_text())]
+    return bad
+
+
+def main():
+    os.chdir(ROOT)
+    site = Site(proc_nbs('nbs', n_workers=0, force=True).resolve(), OUT/'src')
+    site.write()
+    shutil.rmtree(OUT/'html', ignore_errors=True)
+    rc = subprocess.call([sys.executable, '-m', 'sphinx', '-E', '-q', '-W', '--keep-going', '-c', 'docs', OUT/'src', OUT/'html'])
+    if rc: sys.exit('the site has warnings (above)')
+    if bad := outside(OUT/'html'): sys.exit('the site would fetch from other hosts:\n' + '\n'.join(bad))
+    print(f'{len(site.nbs)} pages: {(OUT/"html"/"index.html").as_uri()}')
+
+
+if __name__ == '__main__': main()
