@@ -21,8 +21,8 @@ from .types import GENERATED, Segment, Trajectory, normalise
 SPECIAL = ('<|im_start|>', '<|im_end|>', '<|endoftext|>', '<tool_call>', '</tool_call>', '<tool_response>',
            '</tool_response>')
 
-# %% ../../nbs/core/03_chat.ipynb #fc20a7c6
-KAT_TEMPLATE = r'''{%- for m in messages %}
+# %% ../../nbs/core/03_chat.ipynb #d9166bd1
+KAT_TEMPLATE = (r'''{%- for m in messages %}
 {%- if m.role == 'assistant' %}
 {{- '<|im_start|>assistant\n' }}
 {%- generation %}
@@ -30,7 +30,8 @@ KAT_TEMPLATE = r'''{%- for m in messages %}
 {%- for call in m.tool_calls or [] %}
 {{- '<tool_call>' + call.function.name }}
 {%- for v in call.function.arguments.values() %}
-{%- if v is string and (loop.last or (v and ' ' not in v and v[0] != '"')) %}{{- ' ' + v }}{% else %}{{- ' ' + v | tojson }}{% endif %}
+{%- if v is string and (loop.last or (v and ' ' not in v and v[0] != '"')) %}{{- ' ' + v }}'''
+r'''{% else %}{{- ' ' + v | tojson }}{% endif %}
 {%- endfor %}
 {{- '</tool_call>' }}
 {%- endfor %}
@@ -47,18 +48,18 @@ KAT_TEMPLATE = r'''{%- for m in messages %}
 {%- endif %}
 {%- endfor %}
 {%- if add_generation_prompt %}{{- '<|im_start|>assistant\n' }}{% endif %}
-'''
+''')
 
 # %% ../../nbs/core/03_chat.ipynb #3acc2fa1
 _SPLIT = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 
-# %% ../../nbs/core/03_chat.ipynb #cb149c4e
+# %% ../../nbs/core/03_chat.ipynb #c48b1961
 def train_tokenizer(
     texts,             # iterable of str; special tokens spelled out in them are cut out first
     vocab_size: int,   # size wanted, with the 7 special tokens and 256 bytes; fewer where the corpus has fewer pairs
     max_length: int = 32768,  # context length, kept as `model_max_length`
 ):                     # transformers' PreTrainedTokenizerFast
-    """Train the byte-level BPE tokenizer of kat's own models: template `KAT_TEMPLATE`, eos `<|im_end|>`, pad `<|endoftext|>`.
+    """Train the byte-level BPE tokenizer of kat's own models (`KAT_TEMPLATE`, eos `<|im_end|>`, pad `<|endoftext|>`).
 
     Deterministic; `save_pretrained`/`from_pretrained` keep ids and template. ValueError when `vocab_size` < 263."""
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -67,7 +68,8 @@ def train_tokenizer(
     cut = re.compile('|'.join(map(re.escape, SPECIAL)))
     tok = Tokenizer(models.BPE())
     tok.pre_tokenizer = pre_tokenizers.Sequence([
-        pre_tokenizers.Split(Regex(_SPLIT), 'isolated'), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+        pre_tokenizers.Split(Regex(_SPLIT), 'isolated'),
+        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
     tok.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(vocab_size=vocab_size, special_tokens=list(SPECIAL), show_progress=False,
                                   initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()))
@@ -85,7 +87,7 @@ def _wrap(tok, max_length: int):
     out.chat_template = KAT_TEMPLATE
     return out
 
-# %% ../../nbs/core/03_chat.ipynb #7af9c32e
+# %% ../../nbs/core/03_chat.ipynb #11b836c1
 def call_text(
     name: str,        # tool name, without spaces
     arguments: dict,  # values in the order of the tool's parameters
@@ -94,7 +96,7 @@ def call_text(
     if not name or re.search(r'\s', name): raise ValueError(f'tool name {name!r}: empty, or with a space in it')
     vals = list(arguments.values())
     out = ' '.join([name, *(_value(v, i == len(vals) - 1) for i, v in enumerate(vals))])
-    if m := re.search(r'</?tool_call>', out): raise ValueError(f'call of {name}: {m[0]} inside a call cannot be read back')
+    if m := re.search('</?tool_call>', out): raise ValueError(f'call of {name}: {m[0]} inside it cannot be read back')
     return out
 
 # %% ../../nbs/core/03_chat.ipynb #626f61d3
@@ -137,7 +139,7 @@ def _parse(body: str | None, specs: dict, i: int) -> dict:
         raise ValueError(f'{name} needs {" ".join(props)}: {missing[0]} is missing')
     return dict(id=f'call_{i}', type='function', function=dict(name=name, arguments=args))
 
-# %% ../../nbs/core/03_chat.ipynb #4759c05f
+# %% ../../nbs/core/03_chat.ipynb #261352c6
 def _take(rest: str, p: dict, last: bool, name: str):
     "One value off the front of `rest`: the value, whether more follows, and what follows."
     kind = p.get('type', 'string')
@@ -145,7 +147,7 @@ def _take(rest: str, p: dict, last: bool, name: str):
     if last and kind == 'string': return rest, False, ''
     if not last and (rest[:1] == '"' or kind in ('array', 'object')):
         try: v, end = json.JSONDecoder().raw_decode(rest)
-        except ValueError: raise ValueError(f'{name} is not JSON: {rest[:40]!r}') from None
+        except (ValueError, RecursionError): raise ValueError(f'{name} is not JSON: {rest[:40]!r}') from None
         if rest[end:end + 1] not in ('', ' '): raise ValueError(f'{name}: a space expected after {rest[:end]!r}')
         return _typed(v, kind, name), end < len(rest), rest[end + 1:]
     word, more, rest = (rest, '', '') if last else rest.partition(' ')
@@ -156,13 +158,13 @@ _TYPES = dict(string=str, integer=int, number=(int, float), boolean=bool, array=
 _NAMES = dict(integer='a whole number', number='a number', boolean='true or false', array='a JSON array',
               object='a JSON object', string='text')
 
-# %% ../../nbs/core/03_chat.ipynb #a8ef32a3
+# %% ../../nbs/core/03_chat.ipynb #b01d2412
 def _convert(word: str, kind: str, name: str):
     "A word as a value of `kind`."
     if kind == 'string': return word
-    if kind == 'integer' and not re.fullmatch(r'-?[0-9]{1,18}', word): raise ValueError(f'{name} must be {_NAMES[kind]}, got {word[:40]!r}')
-    try: v = json.loads(word) if kind != 'integer' else int(word)
-    except ValueError: raise ValueError(f'{name} must be {_NAMES.get(kind, kind)}, got {word[:40]!r}') from None
+    try: v = json.loads(word)
+    except (ValueError, RecursionError):
+        raise ValueError(f'{name} must be {_NAMES.get(kind, kind)}, got {word[:40]!r}') from None
     return _typed(v, kind, name)
 
 # %% ../../nbs/core/03_chat.ipynb #bcbfe30c
@@ -212,9 +214,10 @@ class _Builder:
         "The collected segments."
         return [Segment(np.array(i, np.int32), k, max(t, 0), tr, event=e) for i, k, t, tr, e in self.segs]
 
-# %% ../../nbs/core/03_chat.ipynb #e7c20cda
+# %% ../../nbs/core/03_chat.ipynb #1a6ab458
 def _kat_render(c: _Codec, messages: list[dict], gen: bool, b: _Builder, pending: tuple = ()) -> _Builder:
     "Our template, message by message, into `b`; `pending` are the parts that the turn before still lacks."
+    is_tool = lambda i: 0 <= i < len(messages) and messages[i]['role'] == 'tool'
     for i, m in enumerate(messages):
         role, text = m['role'], m['content']
         if role == 'assistant':
@@ -223,13 +226,13 @@ def _kat_render(c: _Codec, messages: list[dict], gen: bool, b: _Builder, pending
             _kat_answer(c, m, b)
             continue
         elif role == 'tool':
-            first, last = not i or messages[i - 1]['role'] != 'tool', i + 1 == len(messages) or messages[i + 1]['role'] != 'tool'
-            head = c.ids(*pending, '<|im_start|>', 'tool\n') if first else []
-            tail = c.ids('<|im_end|>', '\n') if last else []
-            b.add([*head, *c.ids('<tool_response>'), *c.text(text), *c.ids('</tool_response>'), *tail], 'tool_result', b.turn,
-                  event=m.get('event', 'tool'))
+            head = [] if is_tool(i - 1) else c.ids(*pending, '<|im_start|>', 'tool\n')
+            tail = [] if is_tool(i + 1) else c.ids('<|im_end|>', '\n')
+            body = [*c.ids('<tool_response>'), *c.text(text), *c.ids('</tool_response>')]
+            b.add([*head, *body, *tail], 'tool_result', b.turn, event=m.get('event', 'tool'))
         else:
-            b.add([*c.ids(*pending, '<|im_start|>'), *c.text(f'{role}\n{text}'), *c.ids('<|im_end|>', '\n')], role, b.turn + 1, event=m.get('event'))
+            ids = [*c.ids(*pending, '<|im_start|>'), *c.text(f'{role}\n{text}'), *c.ids('<|im_end|>', '\n')]
+            b.add(ids, role, b.turn + 1, event=m.get('event'))
         pending = ()
     if gen: b.add(c.ids(*pending, '<|im_start|>', 'assistant\n'), 'assistant', b.turn + 1, new=False)
     elif pending: b.add(c.ids(*pending), 'assistant', b.turn)
@@ -282,10 +285,10 @@ def _text(tokenizer, messages: list[dict], tools, gen: bool = False) -> str | No
     try: return tokenizer.apply_chat_template(messages, tools=tools, tokenize=False, add_generation_prompt=gen)
     except (TemplateError, ValueError): return None
 
-# %% ../../nbs/core/03_chat.ipynb #590e596a
+# %% ../../nbs/core/03_chat.ipynb #837c53c0
 def _hf_render(tokenizer, messages: list[dict], tools, gen: bool) -> _Builder:
     "Any template: where the answers lie in the ids, then the context between them."
-    if not tokenizer.is_fast: raise ValueError(f'{type(tokenizer).__name__}: a fast tokenizer is needed to mask a dialogue')
+    if not tokenizer.is_fast: raise ValueError(f'{type(tokenizer).__name__}: masking needs a fast tokenizer')
     full = tokenizer.apply_chat_template(messages, tools=tools, tokenize=False, add_generation_prompt=gen)
     enc = tokenizer(full, add_special_tokens=False, return_offsets_mapping=True)
     ids, starts = enc['input_ids'], np.array([a for a, _ in enc['offset_mapping']] + [len(full)])
@@ -310,32 +313,37 @@ def _marked(tokenizer, messages: list[dict], tools, gen: bool, n: int) -> list[t
     edge = np.flatnonzero(np.diff([0, *out['assistant_masks'], 0]))
     return [(int(a), int(b)) for a, b in zip(edge[::2], edge[1::2])] if len(edge) == 2 * n else None
 
-# %% ../../nbs/core/03_chat.ipynb #ef1466c3
+# %% ../../nbs/core/03_chat.ipynb #796ff9de
 def _difference(tokenizer, messages, tools, i: int, full: str, ids: list[int], starts: np.ndarray) -> tuple[int, int]:
     "Token run of answer `i`: from the end of its prompt to its last special token."
     cuts = []
-    for part, gen, what in ((messages[:i], True, f'the prompt of messages[{i}]'), (messages[:i + 1], False, f'messages[:{i + 1}]')):
-        text = _text(tokenizer, part, tools, gen)
-        if text is None: raise ValueError(f'chat template: it refuses {what}, so its answers cannot be told from their context')
-        if not full.startswith(text):
-            k = next((k for k, (a, b) in enumerate(zip(text, full)) if a != b), min(len(text), len(full)))
-            raise ValueError(f'chat template is not prefix-preserving: {what} ends in {text[max(k - 20, 0):k + 20]!r}, where '
-                             f'the whole dialogue has {full[max(k - 20, 0):k + 20]!r} (character {k}); use a template that '
-                             'keeps earlier messages as they are, or one with {% generation %} markers')
+    for n, gen, what in ((i, True, f'prompt of messages[{i}]'), (i + 1, False, f'messages[:{i + 1}]')):
+        text = _text(tokenizer, messages[:n], tools, gen)
+        if text is None: raise ValueError(f'chat template: refuses the {what}, so answers cannot be told from context')
+        if not full.startswith(text): raise ValueError(_not_prefix(what, text, full))
         cuts.append(int(np.searchsorted(starts, len(text))))
     special = set(tokenizer.all_special_ids) | {k for k, t in tokenizer.added_tokens_decoder.items() if t.special}
     start, end = cuts
     last = next((j for j in range(end - 1, start - 1, -1) if ids[j] in special), None)
     return start, end if last is None else last + 1
 
-# %% ../../nbs/core/03_chat.ipynb #1bd721ba
+# %% ../../nbs/core/03_chat.ipynb #8f93b9de
+def _not_prefix(what: str, text: str, full: str) -> str:
+    "Says where a template changes its mind."
+    k = next((k for k, (a, b) in enumerate(zip(text, full)) if a != b), min(len(text), len(full)))
+    near = slice(max(k - 20, 0), k + 20)
+    return (f'chat template is not prefix-preserving: {what} alone has {text[near]!r} where the whole dialogue has '
+            f'{full[near]!r} (character {k}); use a template that keeps earlier messages as they are, or one with '
+            '{% generation %} markers')
+
+# %% ../../nbs/core/03_chat.ipynb #af4887f2
 def _context(tokenizer, b: _Builder, messages, tools, span, full: str, ids, starts, run) -> None:
     "The tokens of `run` as context: messages[span], split where the template shows the seam."
     (i, j), (at, end) = span, run
     if i == j: return b.add(ids[at:end], 'assistant', b.turn + (j < len(messages)), new=False)
     for k in range(i, j):
         m, more = messages[k], k + 1 < j
-        if more and m['role'] == messages[k + 1]['role'] == 'tool': continue  # often one block: its seam is no message end
+        if more and m['role'] == messages[k + 1]['role'] == 'tool': continue  # often one block, its seam no message end
         text = _text(tokenizer, messages[:k + 1], tools) if more else full
         cut = int(np.searchsorted(starts, len(text))) if text and full.startswith(text) else None
         if more and not (cut and at < cut < end): continue
@@ -345,7 +353,7 @@ def _context(tokenizer, b: _Builder, messages, tools, span, full: str, ids, star
               event='error' if 'error' in events else events[-1])
         if more: at, i = cut, k + 1
 
-# %% ../../nbs/core/03_chat.ipynb #12b7a179
+# %% ../../nbs/core/03_chat.ipynb #0658b400
 def _split_calls(tokenizer, ids: list[int]) -> list[tuple[int, int, str]]:
     "Runs (start, end, kind) of a generation: 'assistant' text and each 'tool_call'."
     vocab = tokenizer.added_tokens_encoder
@@ -358,7 +366,8 @@ def _split_calls(tokenizer, ids: list[int]) -> list[tuple[int, int, str]]:
             out.append((i, j, 'tool_call'))
         else:
             j = next((k for k in range(i, n) if ids[k] == op), n)
-            if out and not tokenizer.decode(ids[i:j], skip_special_tokens=True).strip(): out[-1] = (out[-1][0], j, 'tool_call')
+            space = not tokenizer.decode(ids[i:j], skip_special_tokens=True).strip()
+            if out and space: out[-1] = (out[-1][0], j, 'tool_call')
             else: out.append((i, j, 'assistant'))
         i = j
     return out
@@ -385,7 +394,7 @@ def generation_segments(
     return [Segment(ids[x:y], kind, turn, trainable, part(logprobs, x, y), part(entropy, x, y), part(version, x, y))
             for x, y, kind in _split_calls(tokenizer, ids.tolist())]
 
-# %% ../../nbs/core/03_chat.ipynb #0ed6e10a
+# %% ../../nbs/core/03_chat.ipynb #8e1e4823
 def extend_segments(
     tokenizer,              # as for `render`
     ids,                    # the recorded ids so far, ending with the model's own
@@ -395,7 +404,8 @@ def extend_segments(
 ) -> list[Segment]:         # context to append, up to the header of the next answer
     "What to append to a recorded generation. A generation that was cut off is closed first."
     messages = normalise(messages)
-    if any(m['role'] == 'assistant' for m in messages): raise ValueError('extend: an assistant message is not context; append its ids')
+    if any(m['role'] == 'assistant' for m in messages):
+        raise ValueError('extend: an assistant message is not context; append the ids of its generation')
     if c := _codec(tokenizer):
         b = _Builder()
         b.turn = turn
@@ -405,7 +415,7 @@ def extend_segments(
     if not (len(ids) and int(ids[-1]) == end): b.segs[0][0].insert(0, end)
     return b.segments()
 
-# %% ../../nbs/core/03_chat.ipynb #428af971
+# %% ../../nbs/core/03_chat.ipynb #3bf1065f
 def _hf_extension(tokenizer, messages: list[dict], tools, turn: int) -> tuple[int, _Builder]:
     "The closing token of an answer, and what the template puts after it."
     word = 'QqZzXx'
@@ -420,7 +430,7 @@ def _hf_extension(tokenizer, messages: list[dict], tools, turn: int) -> tuple[in
     special = set(tokenizer.all_special_ids) | {k for k, t in tokenizer.added_tokens_decoder.items() if t.special}
     after = int(np.searchsorted(starts, full.index(word) + len(word)))
     cut = next((j for j in range(after, len(ids)) if ids[j] in special), None)
-    if cut is None: raise ValueError('chat template: no special token closes an answer, so a recorded one cannot be extended')
+    if cut is None: raise ValueError('chat template: no special token closes an answer, so none can be extended')
     b = _Builder()
     b.turn = turn
     _context(tokenizer, b, base + messages, tools, (2, len(base + messages)), full, ids, starts, (cut + 1, len(ids)))
@@ -438,7 +448,7 @@ def tool_ids(tokenizer, results: list[str]) -> np.ndarray:
     if c := _codec(tokenizer): return extend(tokenizer, [c.end], messages)
     return ids_of(_hf_extension(tokenizer, _defuse(tokenizer, messages), None, 0)[1].segments())
 
-# %% ../../nbs/core/03_chat.ipynb #ea1e3cc1
+# %% ../../nbs/core/03_chat.ipynb #088ea29d
 def to_trajectories(
     conv: Conversation,   # from `kat.core.io.import_log`
     tokenizer,            # as for `render`
@@ -454,13 +464,15 @@ def to_trajectories(
     out = []
     for run in runs:
         answers = {sum(m['role'] == 'assistant' for m in c) - 1 for _, c in run}  # their turns
-        segs = [replace(s, trainable=s.trainable and s.turn in answers) for s in render(tokenizer, run[-1][1], conv.tools or tools)]
+        segs = render(tokenizer, run[-1][1], conv.tools or tools)
+        segs = [replace(s, trainable=s.trainable and s.turn in answers) for s in segs]
         info = dict(source=conv.info.get('source'), calls=[i for i, _ in run])
         out.append(Trajectory(conv.task, segs, conv.reward, info=info))
     return out
 
-# %% ../../nbs/core/03_chat.ipynb #6c7c8797
+# %% ../../nbs/core/03_chat.ipynb #5e1e2cc6
 def error_mask(t: Trajectory) -> Trajectory:
     "A copy of `t` in which every turn that has a segment with event 'error' is not trained."
     failed = {s.turn for s in t.segments if s.event == 'error'}
-    return replace(t, segments=[replace(s, trainable=s.trainable and not (s.kind in GENERATED and s.turn in failed)) for s in t.segments])
+    keep = lambda s: s.trainable and not (s.kind in GENERATED and s.turn in failed)
+    return replace(t, segments=[replace(s, trainable=keep(s)) for s in t.segments])

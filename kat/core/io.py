@@ -6,15 +6,13 @@
 __all__ = ['MissingExtra', 'need', 'atomic', 'dumps', 'loads', 'write_jsonl', 'read_jsonl', 'write_parquet', 'read_parquet',
            'write_records', 'read_records', 'append_jsonl', 'read_log', 'Conversation', 'detect', 'import_log']
 
-# %% ../../nbs/core/02_io.ipynb #a653a59f
+# %% ../../nbs/core/02_io.ipynb #e4562ef2
 import importlib, json, math, os, warnings
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
-
-import numpy as np
 
 from .types import GROUP_SCHEMA, SCHEMA, Group, Trajectory, normalise, plain
 
@@ -34,12 +32,12 @@ def need(
         if e.name is None or e.name.partition('.')[0] != top: raise
         raise MissingExtra(f"{top} is not installed: pip install 'kat-rl[{extra}]'") from None
 
-# %% ../../nbs/core/02_io.ipynb #f3423cfe
+# %% ../../nbs/core/02_io.ipynb #0ee7e6b6
 @contextmanager
 def atomic(
     path,  # file to create or replace; its folder is made
 ):         # yields the temporary path to write to
-    "Replace `path` by what the block writes, or leave it untouched when the block fails. Temporary name, fsync, rename."
+    "Replace `path` by what the block writes, or leave it alone when the block fails. Temporary name, fsync, rename."
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     tmp = path.with_name(f'.{path.name}.{os.getpid()}.tmp')
@@ -149,22 +147,17 @@ def _arrow(cls):
     group = [('schema', s), ('task', s), ('info', s), ('trajectories', pa.list_(pa.struct(traj))), ('extra', s)]
     return pa.schema(group if cls is Group else traj)
 
-# %% ../../nbs/core/02_io.ipynb #51ea500e
+# %% ../../nbs/core/02_io.ipynb #4ded41ec
 _JSON = ('sampling', 'info', 'extra')  # free-form fields, JSON text in Parquet
 
 def _row(x) -> dict:
     "A record as a row: arrays stay arrays, free-form fields become JSON text."
-    if isinstance(x, Group): return dict(schema=GROUP_SCHEMA, task=x.task, info=dumps(x.info), extra=_text(x.extra),
-                                         trajectories=[_row(t) for t in x.trajectories])
-    if isinstance(x, Trajectory): return dict(schema=SCHEMA, task=x.task, reward=x.reward, sampling=dumps(x.sampling),
-                                              info=dumps(x.info), segments=[_row(s) for s in x.segments], extra=_text(x.extra))
-    return {k: getattr(x, k) for k in ('ids', 'kind', 'turn', 'trainable', 'logprobs', 'entropy', 'version', 'event')
-            } | dict(extra=_text(x.extra))
-
-# %% ../../nbs/core/02_io.ipynb #20e0d8e3
-def _text(extra: dict) -> str | None:
-    "JSON text, or None for nothing."
-    return dumps(extra) if extra else None
+    d = {f.name: getattr(x, f.name) for f in fields(x)}
+    for k in _JSON:
+        if k in d: d[k] = dumps(d[k])
+    if isinstance(x, Group): d |= dict(schema=GROUP_SCHEMA, trajectories=[_row(t) for t in x.trajectories])
+    if isinstance(x, Trajectory): d |= dict(schema=SCHEMA, segments=[_row(s) for s in x.segments])
+    return d
 
 # %% ../../nbs/core/02_io.ipynb #b97b8473
 def write_parquet(
@@ -258,7 +251,7 @@ def read_records(path) -> Iterator[Trajectory | Group]:
     "Iterate over the records of a .jsonl or .parquet file."
     return dict(jsonl=read_jsonl, parquet=read_parquet)[_format(path)](path)
 
-# %% ../../nbs/core/02_io.ipynb #6f8206fa
+# %% ../../nbs/core/02_io.ipynb #901fc7c3
 def append_jsonl(path, record: dict) -> None:
     "Append one line, flushed to the disk before it returns. ValueError when the file ends in a torn line."
     line = (dumps(record) + '\n').encode()
@@ -266,22 +259,22 @@ def append_jsonl(path, record: dict) -> None:
     with open(path, 'ab+', buffering=0) as f:
         if f.seek(0, os.SEEK_END):
             f.seek(-1, os.SEEK_END)
-            if f.read(1) != b'\n': raise ValueError(f'{path}: the last line is torn; read_log(path, repair=True) repairs it')
+            if f.read(1) != b'\n': raise ValueError(f'{path}: torn last line; read_log(path, repair=True) cuts it off')
         f.write(line)
         os.fsync(f.fileno())
 
-# %% ../../nbs/core/02_io.ipynb #f23cc066
+# %% ../../nbs/core/02_io.ipynb #6f415b28
 def read_log(
     path,                  # a file grown by `append_jsonl`; none is an empty log
     repair: bool = False,  # cut a torn last line off the file, with a warning
 ) -> list[dict]:           # the complete lines
-    "Lines of a log. A torn last line is left out with a warning; ValueError '<file>:<line>: <reason>' at any other damage."
+    "Lines of a log; a torn last one is left out with a warning. ValueError '<file>:<line>: <reason>' at other damage."
     path = Path(path)
     if not path.exists(): return []
     data = path.read_bytes()
     whole = data[:data.rfind(b'\n') + 1]
-    if len(whole) < len(data):
-        warnings.warn(f'{path}: torn last line ({len(data) - len(whole)} bytes) {"cut off" if repair else "left out"}', stacklevel=2)
+    if torn := len(data) - len(whole):
+        warnings.warn(f'{path}: torn last line ({torn} bytes) {"cut off" if repair else "left out"}', stacklevel=2)
         if repair:
             os.truncate(path, len(whole))
             _fsync(path)
@@ -293,10 +286,10 @@ def _log_line(path, i: int, line: bytes) -> dict:
     try: return loads(line)
     except ValueError as e: raise ValueError(f'{path}:{i}: {_reason(e, line)}') from None
 
-# %% ../../nbs/core/02_io.ipynb #39081786
+# %% ../../nbs/core/02_io.ipynb #0e729484
 @dataclass
 class Conversation:
-    "One episode of an agent's log. Messages are in `normalise`'s form; each list in `calls` ends with the answer it got."
+    "One episode of an agent's log, messages in `normalise`'s form; each list in `calls` ends with the answer it got."
     task: str                          # task id
     messages: list[dict]               # the whole history, as the log keeps it
     calls: list[list[dict]]            # for each model call: query, then answer
@@ -360,20 +353,22 @@ def _swe_task(d: dict, where: str) -> str:
     task = (cfg.get('problem_statement') or {}).get('id') or d.get('environment')
     return task if isinstance(task, str) and task != 'main' else Path(where.rpartition(':')[0] or where).stem
 
-# %% ../../nbs/core/02_io.ipynb #ad387e0f
+# %% ../../nbs/core/02_io.ipynb #9239fe09
 def _tau_bench(d: dict, where: str) -> Iterator[Conversation]:
     "An episode of a tau-bench log."
-    info = dict(source='tau-bench', trial=d.get('trial')) | {k: v for k, v in (d.get('info') or {}).items() if k != 'source'}
-    yield Conversation(f'tau-bench/{d["task_id"]}', normalise(d['traj']), _answers(d['traj']), _number(d.get('reward')), plain(info))
+    info = plain((d.get('info') or {}) | dict(source='tau-bench', trial=d.get('trial')))
+    task, ms = f'tau-bench/{d["task_id"]}', d['traj']
+    yield Conversation(task, normalise(ms), _answers(ms), _number(d.get('reward')), info)
 
-# %% ../../nbs/core/02_io.ipynb #d8213fb6
+# %% ../../nbs/core/02_io.ipynb #3a8dfe43
 def _openai(d: dict, where: str) -> Iterator[Conversation]:
     "A record with OpenAI-style messages; what it has besides goes to `info`."
-    task = next((str(d[k]) for k in ('task', 'task_id', 'instance_id', 'id') if d.get(k) is not None), where.rpartition('/')[2])
+    names = [str(d[k]) for k in ('task', 'task_id', 'instance_id', 'id') if d.get(k) is not None]
+    task = names[0] if names else where.rpartition('/')[2]
     reward = next((_number(d[k]) for k in ('reward', 'score') if d.get(k) is not None), None)
     rest = {k: v for k, v in d.items() if k not in ('messages', 'tools')}
-    yield Conversation(task, normalise(d['messages']), _answers(d['messages'], lambda m: m.get('weight') == 0), reward,
-                       plain(dict(source='openai') | rest), d.get('tools'))
+    ms, info = d['messages'], plain(rest | dict(source='openai'))
+    yield Conversation(task, normalise(ms), _answers(ms, lambda m: m.get('weight') == 0), reward, info, d.get('tools'))
 
 # %% ../../nbs/core/02_io.ipynb #2e18fb7f
 def _number(x) -> float | None:
@@ -382,7 +377,7 @@ def _number(x) -> float | None:
     if isinstance(x, (bool, int, float)): return float(x)
     raise ValueError(f'reward: {x!r}; a number expected')
 
-# %% ../../nbs/core/02_io.ipynb #f656da11
+# %% ../../nbs/core/02_io.ipynb #dd715751
 def _claude_code(lines: list[tuple[str, dict]]) -> Iterator[Conversation]:
     "The conversations of a session: its main one and its sub-agents."
     skipped, chains, by = Counter(), {}, {}
@@ -396,7 +391,8 @@ def _claude_code(lines: list[tuple[str, dict]]) -> Iterator[Conversation]:
         by[d['uuid']] = d
         name = (str(d.get('sessionId')), str(d.get('agentId') or 'agent') if d.get('isSidechain') else '')
         chains.setdefault(name, []).append(d)
-    for (session, agent), ds in chains.items(): yield _claude_chain(f'{session}/{agent}'.rstrip('/'), ds, by, dict(skipped))
+    for (session, agent), ds in chains.items():
+        yield _claude_chain(f'{session}/{agent}'.rstrip('/'), ds, by, dict(skipped))
 
 # %% ../../nbs/core/02_io.ipynb #5d8ebf87
 def _claude_chain(task: str, ds: list[dict], by: dict, skipped: dict) -> Conversation:
@@ -412,7 +408,7 @@ def _claude_chain(task: str, ds: list[dict], by: dict, skipped: dict) -> Convers
     last = normalise(_claude_path(ds[-1], by, replies, results))
     return Conversation(task, last, calls, info=info)
 
-# %% ../../nbs/core/02_io.ipynb #213f510a
+# %% ../../nbs/core/02_io.ipynb #8d8cd263
 def _claude_path(d: dict, by: dict, replies: dict, results: dict) -> list[dict]:
     "Messages from the root of the chain to `d`; a reply is one message, followed by the results of all its calls."
     out, lines, done, leaf = [], set(), set(), True
@@ -426,7 +422,8 @@ def _claude_path(d: dict, by: dict, replies: dict, results: dict) -> list[dict]:
         elif m and (key := _reply_id(d)) not in done:
             done.add(key)
             reply = _claude_reply(replies[key])
-            out[:0] = [reply, *(results[c['id']] for c in reply.get('tool_calls', ()) if c['id'] in results and not leaf)]
+            answered = [] if leaf else [c['id'] for c in reply.get('tool_calls', ()) if c['id'] in results]
+            out[:0] = [reply, *(results[i] for i in answered)]
         leaf, d = leaf and not m, by.get(d.get('parentUuid'))
     return out
 
@@ -462,7 +459,7 @@ def _claude_reply(lines: list[dict]) -> dict:
              for b in blocks if b.get('type') == 'tool_use']
     return dict(role='assistant', content=text) | (dict(tool_calls=calls) if calls else {})
 
-# %% ../../nbs/core/02_io.ipynb #06709343
+# %% ../../nbs/core/02_io.ipynb #8266bb7b
 def _objects(path) -> Iterator[tuple[str, dict]]:
     "The objects of a JSON file (one, or a list of them) or of a JSONL file, each with where it stands."
     with open(path, 'rb') as f: first = f.readline()
@@ -472,7 +469,8 @@ def _objects(path) -> Iterator[tuple[str, dict]]:
         yield from _lines(path)
         return
     try: d = loads(Path(path).read_bytes())
-    except json.JSONDecodeError as e: raise ValueError(f'{path}:{e.lineno}: not JSON at column {e.colno}: {e.msg}') from None
+    except json.JSONDecodeError as e:
+        raise ValueError(f'{path}:{e.lineno}: not JSON at column {e.colno}: {e.msg}') from None
     except ValueError as e: raise ValueError(f'{path}: {e}') from None
     for i, x in enumerate(d if isinstance(d, list) else [d]):
         if not isinstance(x, dict): raise ValueError(f'{path}[{i}]: an object expected, got {type(x).__name__}')
@@ -486,14 +484,15 @@ def _kind(d: dict) -> str | None:
     if isinstance(d.get('messages'), list): return 'openai'
     if isinstance(d.get('type'), str) and {'uuid', 'sessionId', 'leafUuid', 'messageId'} & set(d): return 'claude-code'
 
-# %% ../../nbs/core/02_io.ipynb #45112d63
+# %% ../../nbs/core/02_io.ipynb #daa6fd35
 def detect(
     path,   # a log: .traj, .json or .jsonl
 ) -> str:   # 'swe-agent', 'tau-bench', 'openai' or 'claude-code'
     "Which agent wrote this log? ValueError when none of the known ones did."
     for where, d in _objects(path):
         if k := _kind(d): return k
-        raise ValueError(f'{where}: not a log of SWE-agent, tau-bench, OpenAI messages or Claude Code; fields: {", ".join(list(d)[:8])}')
+        raise ValueError(f'{where}: not a log of SWE-agent, tau-bench, OpenAI messages or Claude Code; '
+                         f'its fields: {", ".join(list(d)[:8])}')
     raise ValueError(f'{path}: empty')
 
 # %% ../../nbs/core/02_io.ipynb #79bb527c

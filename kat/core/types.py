@@ -56,12 +56,12 @@ def _same(a, b) -> bool:
     if a is None or b is None: return a is b
     return a.dtype == b.dtype and np.array_equal(a, b, equal_nan=a.dtype.kind == 'f')
 
-# %% ../../nbs/core/01_types.ipynb #8cb510c4
+# %% ../../nbs/core/01_types.ipynb #a7f071fa
 def plain(
     x,                   # any value
     where: str = 'value',  # its name, for the message
 ):
-    "`x` as plain JSON values (NaN and infinities stay floats; `kat.core.io` writes them). ValueError names what cannot be kept."
+    "`x` as plain JSON values (NaN and infinities stay floats). ValueError names what cannot be kept."
     if x is None or isinstance(x, (str, bool, int, float)): return x
     if isinstance(x, np.generic): return x.item()
     if isinstance(x, np.ndarray): return plain(x.tolist(), where)
@@ -76,7 +76,7 @@ def _json_floats(a: np.ndarray | None):
     "float32 array to Python floats of the shortest decimal that gives the same float32 back; NaN to None."
     return None if a is None else [None if s == 'nan' else float(s) for s in a.astype('U16')]
 
-# %% ../../nbs/core/01_types.ipynb #f5a021dc
+# %% ../../nbs/core/01_types.ipynb #2e223087
 @dataclass(eq=False, repr=False)
 class Segment:
     """A run of n tokens of one kind with one loss rule. Source: *own design* (design §4).
@@ -106,7 +106,7 @@ class Segment:
             self.entropy = _floats(self.entropy, 'segment entropy', n, self.trainable, -1e-3, 1e3)
         if self.version is not None:
             self.version = _ints(self.version, 'segment version', -1)
-            if len(self.version) != n: raise ValueError(f'segment version: {n} values expected, got {len(self.version)}')
+            if (m := len(self.version)) != n: raise ValueError(f'segment version: {n} values expected, got {m}')
         if not (self.event is None or isinstance(self.event, str)):
             raise ValueError(f'segment event: {self.event!r}; a string or None expected')
         _check_extra(self)
@@ -151,7 +151,7 @@ def _eq(a, b) -> bool:
         elif x is not y and x != y: return False
     return True
 
-# %% ../../nbs/core/01_types.ipynb #50e9c93a
+# %% ../../nbs/core/01_types.ipynb #a635a47c
 def _segment_repr(s: Segment) -> str:
     "What it is, how long, trained or not, and what is known about each token."
     ids = ' '.join(map(str, s.ids[:6])) + (' …' if len(s) > 6 else '')
@@ -160,7 +160,8 @@ def _segment_repr(s: Segment) -> str:
     v = '' if s.version is None or not len(s) else f', v{s.version.min()}' + (
         f'–{s.version.max()}' if s.version.min() < s.version.max() else '')
     e = f', event {s.event}' if s.event else ''
-    return f'Segment({s.kind}, turn {s.turn}, {len(s)} tokens [{ids}], {"trained" if s.trainable else "context"}{p}{h}{v}{e})'
+    how = 'trained' if s.trainable else 'context'
+    return f'Segment({s.kind}, turn {s.turn}, {len(s)} tokens [{ids}], {how}{p}{h}{v}{e})'
 
 # %% ../../nbs/core/01_types.ipynb #4c98e9c6
 def _segment_dict(s: Segment) -> dict:
@@ -172,7 +173,7 @@ def _segment_dict(s: Segment) -> dict:
     if s.event is not None: d['event'] = s.event
     return d | s.extra
 
-# %% ../../nbs/core/01_types.ipynb #d7802a0a
+# %% ../../nbs/core/01_types.ipynb #0cbd25cf
 def _from(cls, d: dict, schema: str | None = None, **parts):
     "Build `cls` from `d`; `parts` replace fields already converted, unknown ones go to `extra`."
     name = cls.__name__.lower()
@@ -181,7 +182,8 @@ def _from(cls, d: dict, schema: str | None = None, **parts):
     known = {f.name for f in fields(cls)} - {'extra'}
     kw = {k: v for k, v in d.items() if k in known} | parts
     extra = {k: v for k, v in d.items() if k not in known and k != 'schema'}
-    if missing := [k for k in _REQUIRED[name] if k not in kw]: raise ValueError(f'{name}: field {missing[0]!r} is missing')
+    for k in _REQUIRED[name]:
+        if k not in kw: raise ValueError(f'{name}: field {k!r} is missing')
     return cls(**kw, extra=extra)
 
 # %% ../../nbs/core/01_types.ipynb #5914bdf9
@@ -201,12 +203,12 @@ def check_schema(
         raise ValueError(f'schema {got!r}: this kat reads version {ver}; upgrade kat to read newer records')
     raise ValueError(f'schema {got!r}: {want!r} expected')
 
-# %% ../../nbs/core/01_types.ipynb #103267d0
+# %% ../../nbs/core/01_types.ipynb #0ac0097d
 @dataclass(eq=False, repr=False)
 class Trajectory:
     """One path of segments with a reward. `reward` None means not graded (an infrastructure failure, say), never 0.
 
-    `sampling` holds what the tokens were drawn with: `temperature`, truncation (`top_p`, `top_k`, `max_tokens`), `seed`.
+    `sampling` holds what the tokens were drawn with: `temperature`, truncation (`top_p`, `top_k`, `max_tokens`).
     Turns must not decrease along the path. Errors: ValueError naming the field."""
     task: str                                       # task id
     segments: list[Segment]                         # in order of tokens
@@ -356,7 +358,7 @@ def _call(c: dict, where: str) -> dict:
     out = dict(type='function', function=dict(name=f['name'], arguments=args))
     return dict(id=c['id'], **out) if isinstance(c.get('id'), str) else out
 
-# %% ../../nbs/core/01_types.ipynb #b30d17ad
+# %% ../../nbs/core/01_types.ipynb #5f9819d4
 @dataclass(eq=False, repr=False)
 class Group:
     "The trajectories of one task; each must name that task. ValueError names the field."
@@ -369,7 +371,7 @@ class Group:
         if not isinstance(self.task, str): raise ValueError(f'group task: {self.task!r}; a string expected')
         self.trajectories = _list_of(Trajectory, self.trajectories, 'group trajectories')
         for i, t in enumerate(self.trajectories):
-            if t.task != self.task: raise ValueError(f'group trajectories[{i}]: task {t.task!r} in a group of {self.task!r}')
+            if t.task != self.task: raise ValueError(f'group of {self.task!r}: trajectories[{i}] is of task {t.task!r}')
         self.info = _dict(self.info, 'group info')
         _check_extra(self)
 
@@ -392,10 +394,11 @@ def _group_repr(g: Group) -> str:
     n, r = sum(map(len, g.trajectories)), ' '.join('–' if np.isnan(x) else f'{x:g}' for x in g.rewards[:8])
     return f'Group({g.task}: {len(g)} trajectories, {n} tokens, rewards {r}{" …" if len(g) > 8 else ""})'
 
-# %% ../../nbs/core/01_types.ipynb #b9c021ae
+# %% ../../nbs/core/01_types.ipynb #2cad9920
 def _group_dict(g: Group) -> dict:
     "Plain JSON values with the schema first."
-    return dict(schema=GROUP_SCHEMA, task=g.task, info=g.info, trajectories=[t.to_dict() for t in g.trajectories]) | g.extra
+    ts = [t.to_dict() for t in g.trajectories]
+    return dict(schema=GROUP_SCHEMA, task=g.task, info=g.info, trajectories=ts) | g.extra
 
 # %% ../../nbs/core/01_types.ipynb #daf177c5
 def _group_from(cls, d: dict) -> Group:
