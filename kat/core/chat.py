@@ -249,21 +249,32 @@ def _kat_answer(c: _Codec, m: dict, b: _Builder) -> None:
     runs[-1][0].append(c.end)
     for ids, kind in runs: b.add(ids, kind, b.turn, True)
 
-# %% ../../nbs/core/03_chat.ipynb #9390e867
+# %% ../../nbs/core/03_chat.ipynb #8100e651
 def render(
     tokenizer,                    # any Hugging Face fast tokenizer with a chat template
     messages: list[dict],         # the dialogue; a tool message may carry an `event`
-    tools: list[dict] | None = None,      # OpenAI tool schemas, given to the template
+    tools: list[dict] | None = None,      # OpenAI tool schemas: given to the template; ours takes their argument order
     add_generation_prompt: bool = False,  # end with the header of the next answer?
 ) -> list[Segment]:               # in order; together the ids of the dialogue
     """A whole dialogue as segments: what assistants wrote is trainable, with its closing token; the rest is context.
 
     ValueError names what is wrong with a message, or with the template where it cannot be masked exactly."""
     messages = normalise(messages)
-    c = _codec(tokenizer)
-    b = _kat_render(c, messages, add_generation_prompt, _Builder()) if c else _hf_render(
-        tokenizer, _defuse(tokenizer, messages), tools, add_generation_prompt)
+    if c := _codec(tokenizer): b = _kat_render(c, _ordered(messages, tools), add_generation_prompt, _Builder())
+    else: b = _hf_render(tokenizer, _defuse(tokenizer, messages), tools, add_generation_prompt)
     return b.segments()
+
+# %% ../../nbs/core/03_chat.ipynb #2bd7ac34
+def _ordered(messages: list[dict], tools: list[dict] | None) -> list[dict]:
+    "Messages with each call's arguments in the order of its schema, which our template goes by; unknown ones last."
+    if not tools: return messages
+    specs = {f['name']: (f.get('parameters') or {}).get('properties') or {} for t in tools for f in [t.get('function', t)]}
+
+    def order(c):
+        f, args = c['function'], c['function']['arguments']
+        known = {k: args[k] for k in specs.get(f['name'], ()) if k in args}
+        return c | dict(function=f | dict(arguments=known | args))
+    return [m | dict(tool_calls=[order(c) for c in m['tool_calls']]) if m.get('tool_calls') else m for m in messages]
 
 # %% ../../nbs/core/03_chat.ipynb #4b4efb74
 def ids_of(segments: list[Segment]) -> np.ndarray:

@@ -55,11 +55,16 @@ def _fsync(path) -> None:
     try: os.fsync(fd)
     finally: os.close(fd)
 
-# %% ../../nbs/core/02_io.ipynb #47041604
+# %% ../../nbs/core/02_io.ipynb #fce2455f
 def dumps(x) -> str:
     "`x` as strict JSON on one line; NaN and infinities as {\"$float\": ...}. ValueError names what cannot be stored."
+    return _dumps(plain(x))
+
+# %% ../../nbs/core/02_io.ipynb #26156c5d
+def _dumps(x) -> str:
+    "`dumps` of plain values: marked only where there is something to mark."
     try: s = json.dumps(x, ensure_ascii=False, allow_nan=False)
-    except (TypeError, ValueError): s = json.dumps(_mark(plain(x)), ensure_ascii=False, allow_nan=False)
+    except ValueError: s = json.dumps(_mark(x), ensure_ascii=False, allow_nan=False)
     else:
         if '"$float"' in s: _mark(x)
     return s
@@ -89,7 +94,7 @@ def _constant(name: str):
     "Refuse what is not JSON."
     raise ValueError(f'{name} is not JSON')
 
-# %% ../../nbs/core/02_io.ipynb #1ffaa4a4
+# %% ../../nbs/core/02_io.ipynb #15630031
 def write_jsonl(
     path,                                      # file to create or replace
     records: Iterable[Trajectory | Group],     # any iterator
@@ -97,7 +102,7 @@ def write_jsonl(
     "Write records, one JSON object a line. Atomic."
     n = 0
     with atomic(path) as tmp, open(tmp, 'w', encoding='utf-8', newline='\n') as f:
-        for n, r in enumerate(records, 1): f.write(dumps(r.to_dict()) + '\n')
+        for n, r in enumerate(records, 1): f.write(_dumps(r.to_dict()) + '\n')
     return n
 
 # %% ../../nbs/core/02_io.ipynb #d3304af0
@@ -147,14 +152,14 @@ def _arrow(cls):
     group = [('schema', s), ('task', s), ('info', s), ('trajectories', pa.list_(pa.struct(traj))), ('extra', s)]
     return pa.schema(group if cls is Group else traj)
 
-# %% ../../nbs/core/02_io.ipynb #4ded41ec
+# %% ../../nbs/core/02_io.ipynb #9ed65d1d
 _JSON = ('sampling', 'info', 'extra')  # free-form fields, JSON text in Parquet
 
 def _row(x) -> dict:
     "A record as a row: arrays stay arrays, free-form fields become JSON text."
     d = {f.name: getattr(x, f.name) for f in fields(x)}
     for k in _JSON:
-        if k in d: d[k] = dumps(d[k])
+        if k in d: d[k] = _dumps(d[k])
     if isinstance(x, Group): d |= dict(schema=GROUP_SCHEMA, trajectories=[_row(t) for t in x.trajectories])
     if isinstance(x, Trajectory): d |= dict(schema=SCHEMA, segments=[_row(s) for s in x.segments])
     return d
@@ -459,7 +464,7 @@ def _claude_reply(lines: list[dict]) -> dict:
              for b in blocks if b.get('type') == 'tool_use']
     return dict(role='assistant', content=text) | (dict(tool_calls=calls) if calls else {})
 
-# %% ../../nbs/core/02_io.ipynb #8266bb7b
+# %% ../../nbs/core/02_io.ipynb #5d19aff6
 def _objects(path) -> Iterator[tuple[str, dict]]:
     "The objects of a JSON file (one, or a list of them) or of a JSONL file, each with where it stands."
     with open(path, 'rb') as f: first = f.readline()
@@ -468,7 +473,9 @@ def _objects(path) -> Iterator[tuple[str, dict]]:
     if lines:
         yield from _lines(path)
         return
-    try: d = loads(Path(path).read_bytes())
+    data = Path(path).read_bytes()
+    if not data.strip(): raise ValueError(f'{path}: empty')
+    try: d = loads(data)
     except json.JSONDecodeError as e:
         raise ValueError(f'{path}:{e.lineno}: not JSON at column {e.colno}: {e.msg}') from None
     except ValueError as e: raise ValueError(f'{path}: {e}') from None
@@ -484,7 +491,7 @@ def _kind(d: dict) -> str | None:
     if isinstance(d.get('messages'), list): return 'openai'
     if isinstance(d.get('type'), str) and {'uuid', 'sessionId', 'leafUuid', 'messageId'} & set(d): return 'claude-code'
 
-# %% ../../nbs/core/02_io.ipynb #daa6fd35
+# %% ../../nbs/core/02_io.ipynb #0469d1a6
 def detect(
     path,   # a log: .traj, .json or .jsonl
 ) -> str:   # 'swe-agent', 'tau-bench', 'openai' or 'claude-code'
@@ -493,7 +500,7 @@ def detect(
         if k := _kind(d): return k
         raise ValueError(f'{where}: not a log of SWE-agent, tau-bench, OpenAI messages or Claude Code; '
                          f'its fields: {", ".join(list(d)[:8])}')
-    raise ValueError(f'{path}: empty')
+    raise ValueError(f'{path}: an empty list')
 
 # %% ../../nbs/core/02_io.ipynb #79bb527c
 def import_log(
