@@ -32,7 +32,7 @@ from pathlib import Path, PurePosixPath
 from . import zygote
 from .base import InfraError
 
-# %% ../../nbs/envs/02_sandbox.ipynb #3e1bb921
+# %% ../../nbs/envs/02_sandbox.ipynb #4f18a8ce
 @dataclass(frozen=True)
 class Limits:
     "What one job may use. Raises `ValueError` for a limit that is not positive."
@@ -40,7 +40,7 @@ class Limits:
     cpu_s: float = 2  # CPU time of each process, rounded up to whole seconds
     wall_s: float = 4  # time until the job and all its processes are killed
     processes: int = 8  # processes at once; with one more the job is killed
-    output_kb: int = 64  # of printed text, and of the result
+    output_kb: int = 64  # of printed text, and of the result as ASCII JSON
     files_mb: int = 8  # of written files
 
     def __post_init__(self):
@@ -137,7 +137,7 @@ def seccomp_filter(
     prog += [(jump_eq, len(numbers) - i, 0, n) for i, n in enumerate(numbers)]
     return b''.join(struct.pack('HBBI', *p) for p in [*prog, (give, 0, 0, allow), (give, 0, 0, deny)])
 
-# %% ../../nbs/envs/02_sandbox.ipynb #e6243a7a
+# %% ../../nbs/envs/02_sandbox.ipynb #96b47c32
 @dataclass(frozen=True)
 class _Box:
     "A kind of sandbox: which bubblewrap, how large a /tmp, what else is mounted."
@@ -149,7 +149,7 @@ class _Box:
         "The command line up to the program to run; `fds` holds open descriptors: the filter, and texts by their path."
         a = [self.bwrap, '--unshare-all', '--unshare-user', '--disable-userns', '--die-with-parent', '--new-session',
              '--as-pid-1', '--cap-drop', 'ALL', '--uid', '1000', '--gid', '1000', '--hostname', 'sandbox', '--clearenv']
-        a += [*_shown(), '--proc', '/proc', '--dev', '/dev', '--remount-ro', '/dev']
+        a += [*_shown(), '--proc', '/proc', '--remount-ro', '/proc', '--dev', '/dev', '--remount-ro', '/dev']
         a += ['--size', str(int(self.tmp_mb * zygote.MB)), '--tmpfs', '/tmp']
         for path in _ETC: a += ['--ro-bind-data', str(fds[path]), path]
         for k, v in _ENV.items(): a += ['--setenv', k, v]
@@ -247,7 +247,7 @@ def sandbox_report(bwrap: str | None = None):
             'processes are counted': 'by the kernel and the zygote' if f.nproc else 'by the zygote'}
     for k, v in rows.items(): print(f'{k:28}{v}')
 
-# %% ../../nbs/envs/02_sandbox.ipynb #5b59ee95
+# %% ../../nbs/envs/02_sandbox.ipynb #0a9ef36c
 class _Lost(Exception):
     "The zygote died or does not answer."
 
@@ -261,7 +261,12 @@ def _send(ctl, job, lim):
     finally: os.close(out_w), os.close(res_w), os.close(fd)
     return out, res
 
-# %% ../../nbs/envs/02_sandbox.ipynb #64aa6079
+def _end(data):
+    "What the zygote says of a job's end; nothing, when it is dead."
+    if not data: raise _Lost
+    return json.loads(data)
+
+# %% ../../nbs/envs/02_sandbox.ipynb #b6b8b848
 GRACE = 10  # seconds that a zygote on a busy machine may answer late, before it counts as lost
 
 def _exchange(ctl, job, lim, stop=True) -> tuple:
@@ -273,7 +278,7 @@ def _exchange(ctl, job, lim, stop=True) -> tuple:
     try:
         while ready := poll.poll(0 if end else max(0, until - time.monotonic()) * 1000):
             for f, _ in ready:
-                if f == ctl.fileno(): data, end = b'', json.loads(ctl.recv(4096) or 'null')
+                if f == ctl.fileno(): data, end = b'', _end(ctl.recv(4096))
                 else: data = os.read(f, 65536)
                 if f in kept: kept[f] += data[:cap + 1 - len(kept[f])]
                 if not data: poll.unregister(f)
@@ -283,7 +288,7 @@ def _exchange(ctl, job, lim, stop=True) -> tuple:
     except OSError as e: raise _Lost from e
     finally:
         for f in fds: os.close(f)
-    if not end: raise _Lost
+    if not end: raise _Lost  # no answer in time
     return end, *(bytes(kept[f][:cap]) for f in fds), over
 
 # %% ../../nbs/envs/02_sandbox.ipynb #3f2e716f
@@ -312,22 +317,23 @@ def _killed(end, lim) -> tuple:
         return 'timeout', f"more than {lim['cpu_s']} s of CPU time"
     return 'killed', f"ended by {signal.Signals(-end['code']).name}"
 
-# %% ../../nbs/envs/02_sandbox.ipynb #866d62d8
+# %% ../../nbs/envs/02_sandbox.ipynb #40d6a732
 class _Worker:
     "One zygote. Raises `InfraError` when it does not start."
     def __init__(self, box, base='/tmp', warm=True):
         self.ctl, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        self.base, err = None if box else base, tempfile.TemporaryFile()
+        self.base = None if box else base
         filt = b'' if box else seccomp_filter(platform.machine(), bare=True)  # bubblewrap installs the filter itself
         source = f'{inspect.getsource(zygote)}\nserve({theirs.fileno()}, {base!r}, {warm}, {filt!r})\n'
-        env = dict(_ENV, HOME=base, TMPDIR=base)
-        try: self.proc = _popen([*_python(), '-c', source], box, [theirs.fileno()], env, stdout=err, stderr=err)
-        except OSError as e: raise InfraError(f'sandbox: cannot start: {e}') from e
-        finally: theirs.close()
-        if select.select([self.ctl], [], [], 30)[0] and self.ctl.recv(64): return
-        self.close()
-        err.seek(0)
-        raise InfraError('sandbox: the worker did not start: ' + err.read().decode(errors='replace')[-2000:].strip())
+        with tempfile.TemporaryFile() as err:
+            try: self.proc = _popen([*_python(), '-c', source], box, [theirs.fileno()], dict(_ENV, HOME=base, TMPDIR=base),
+                                    stdout=err, stderr=err)
+            except OSError as e: raise InfraError(f'sandbox: cannot start: {e}') from e
+            finally: theirs.close()
+            if select.select([self.ctl], [], [], 30)[0] and self.ctl.recv(64): return
+            self.close()
+            err.seek(0)
+            raise InfraError('sandbox: the worker did not start: ' + err.read().decode(errors='replace')[-2000:].strip())
 
     def close(self):
         "Hang up, and wait until everything inside has ended."

@@ -1,0 +1,539 @@
+"""The sandbox, for real: every test runs code. `walls` is bubblewrap, `bare` the limited child process without it (a
+bubblewrap that always fails stands in for a machine that forbids namespaces). No job here may be able to hurt the
+machine if a wall were missing: `bare` gets none that attacks."""
+import asyncio
+import os
+import platform
+import select
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+import warnings
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from kat.envs import sandbox, zygote
+from kat.envs.base import InfraError
+from kat.envs.sandbox import Bubblewrap, Job, JobResult, Limits, SandboxWarning, WarmPool, features
+
+FAIL = '/bin/false'
+QUICK = Limits(cpu_s=1, wall_s=5)
+SHORT = Limits(cpu_s=1, wall_s=.5)
+bwrap = pytest.mark.skipif(not features().works, reason=f'bubblewrap does not work here: {features().reason}')
+KINDS = [pytest.param('walls', marks=bwrap), 'bare']
+
+
+def make(kind, **kw):
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore', SandboxWarning)
+        pool = WarmPool(**{'limits': QUICK, 'bwrap': None if kind == 'walls' else FAIL, **kw})
+    assert pool.walls == (kind == 'walls')
+    return pool
+
+
+@pytest.fixture(scope='module', params=KINDS)
+def pool(request):
+    "A pool of either kind."
+    with make(request.param) as p: yield p
+
+
+@pytest.fixture(scope='module')
+def walled():
+    "A pool in bubblewrap."
+    if not features().works: pytest.skip(f'bubblewrap does not work here: {features().reason}')
+    with make('walls') as p: yield p
+
+
+def value(pool, main, **kw):
+    r = pool.run(Job(main, **kw))
+    assert r.status == 'ok', r
+    return r.value
+
+
+def ended(pids, seconds=10):
+    "Whether all these processes end in time."
+    until = time.monotonic() + seconds
+    for p in pids:
+        try: fd = os.pidfd_open(p)
+        except ProcessLookupError: continue
+        if not select.select([fd], [], [], max(0, until - time.monotonic()))[0]: return False
+        os.close(fd)
+    return True
+
+
+# ---- what a job gets and gives
+
+def test_files_args_value_and_output(pool):
+    files = {'pkg/__init__.py': '', 'pkg/m.py': 'def f(x): return x * 2\n', 'data/ü.txt': 'naïve ✓\r\n'}
+    r = pool.run(Job('import sys, pkg.m\nprint("out"); print("err", file=sys.stderr)\n'
+                     'result([pkg.m.f(args["x"]), open("data/ü.txt", newline="").read(), __name__])', files, dict(x=21)))
+    assert r == JobResult('ok', [42, 'naïve ✓\r\n', '__main__'], 'out\nerr\n') and r.wall_s > 0
+
+
+def test_no_result_is_none(pool): assert pool.run(Job('x = 1')) == JobResult('ok')
+
+
+jsonable = st.recursive(st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(),
+                        lambda s: st.lists(s, max_size=4) | st.dictionaries(st.text(), s, max_size=4), max_leaves=8)
+
+
+@settings(max_examples=25, deadline=None)
+@given(x=jsonable)
+def test_any_json_comes_back(pool, x): assert value(pool, 'result(args)', args=x) == x
+
+
+def test_big_files_and_values(pool):
+    text = 'ü' * 1_000_000
+    lim = Limits(output_kb=8000, cpu_s=2, wall_s=10)
+    assert value(pool, 'result(open("big").read())', files={'big': text}, limits=lim) == text
+
+
+def test_main_is_a_real_module(pool):
+    assert value(pool, 'import pickle, sys\nclass A: pass\nresult([isinstance(pickle.loads(pickle.dumps(A())), A), '
+                       'sys.modules["__main__"].A is A])') == [True, True]
+
+
+def test_every_job_starts_the_same(pool):
+    main = ('import os, random, sys\nresult([hash("x"), random.random(), os.getcwd(), os.listdir("."), sys.path[0] == os.getcwd(), '
+            'len(os.environ), "m" in sys.modules])')
+    first = value(pool, main)
+    pool.run(Job('import m, os, random, json, builtins\nrandom.seed(1)\nos.environ["A"] = "b"\njson.dumps = None\nbuiltins.len = None\n'
+                'open("left", "w").write("x")\nos.mkdir("d")', files={'m.py': ''}))
+    assert value(pool, main) == first
+    with make('walls' if pool.walls else 'bare') as other: assert value(other, main)[:2] == first[:2]
+
+
+# ---- what goes wrong
+
+@pytest.mark.parametrize('main, says', [
+    ('def f(): 1 / 0\nf()', 'ZeroDivisionError: division by zero'),
+    ('def f(:', 'SyntaxError'),
+    ('\0', 'null bytes'),
+    ('import sys; sys.exit(0)', 'SystemExit: 0'),
+    ('import sys; sys.exit("no")', 'SystemExit: no'),
+    ('raise KeyboardInterrupt', 'KeyboardInterrupt'),
+    ('import os; result(1); os._exit(0)', 'ended before its last line (exit code 0)'),
+    ('result(1); result(2)', 'result() was called twice'),
+    ('result({1, 2})', 'result(): Object of type set is not JSON serializable'),
+    ('class E(Exception):\n  def __str__(self): raise E\nraise E', 'E'),
+    ('def f(): f()\nf()', 'RecursionError'),
+    ('import os; os.write(3, b"]junk\\n")', 'the result is damaged'),
+    ('import os; os.write(3, b"[" * 60000)', 'the result is damaged'),
+    ('import os; os.close(3)', 'ended before its last line'),
+])
+def test_errors_are_told(pool, main, says):
+    r = pool.run(Job(main))
+    assert (r.status, r.value) == ('error', None) and says in r.error
+
+
+def test_a_traceback_shows_the_jobs_own_lines_only(pool):
+    r = pool.run(Job('import m\nm.f()', {'m.py': 'def f():\n    raise ValueError("ü")\n'}))
+    assert r.error.splitlines() == ['Traceback (most recent call last):', '  File "<main>", line 2, in <module>', '    m.f()',
+                                    '  File "m.py", line 2, in f', '    raise ValueError("ü")', 'ValueError: ü']
+
+
+@pytest.mark.parametrize('main', ['while True: pass', 'import time; time.sleep(60)',
+                                  'import threading\nthreading.Event().wait()', 'input = open(0).read()\nwhile True: pass'])
+def test_time(pool, main):
+    r = pool.run(Job('print("begun")\n' + main, limits=SHORT))
+    assert r == JobResult('timeout', None, 'begun\n', 'longer than 0.5 s')
+
+
+def test_cpu_time_counts_without_the_clock(walled):
+    r = walled.run(Job('while True: pass', limits=Limits(cpu_s=1, wall_s=30)))
+    assert r == JobResult('timeout', error='more than 1 s of CPU time')
+
+
+@pytest.mark.parametrize('main', ['x = bytearray(10**9)', 'x = [0] * 10**9', 'import mmap\nmmap.mmap(-1, 10**9)\n'])
+def test_memory(pool, main):
+    r = pool.run(Job(main))
+    assert r.status == ('memory' if 'mmap' not in main else 'error') and r.value is None
+    if r.status == 'memory': assert r.error == 'more than 256 MB of memory'
+
+
+def test_output_is_capped(pool):
+    lim = Limits(output_kb=3, wall_s=5)
+    for main in ('while True: print("x" * 100)', 'import os\nwhile True: os.write(2, b"x" * 5000)', 'print("x" * 4000)'):
+        r = pool.run(Job(main, limits=lim))
+        assert (r.status, len(r.stdout), r.error) == ('output', 3072, 'more than 3 kB printed or returned')
+    assert pool.run(Job('result("x" * 4000)', limits=lim)).status == 'output'
+    assert pool.run(Job('import os; os.write(1, b"x" * 3071 + b"\\n")', limits=lim)).status == 'ok'
+    assert pool.run(Job(r'print("\udc80 ok"); import os; os.write(1, b"\xff")')).stdout == '\\udc80 ok\n\ufffd'
+
+
+def test_files_are_capped(pool):
+    r = pool.run(Job('f = open("x", "wb", 0)\nfor i in range(20): f.write(bytes(10**6))'))
+    assert r.status == 'error' and ('File too large' in r.error or 'No space left' in r.error)
+
+
+def test_all_files_together_are_capped(walled):
+    r = walled.run(Job('for i in range(20): open(str(i), "wb").write(bytes(10**6))'))
+    assert r.status == 'error' and 'No space left' in r.error
+
+
+def test_crashes_are_told(pool):
+    assert pool.run(Job('import ctypes; ctypes.string_at(0)')) == JobResult('killed', error='ended by SIGSEGV')
+
+
+# ---- processes
+
+def test_too_many_processes(pool):
+    "A bomb with a bound: every child sleeps."
+    r = pool.run(Job('import os, time\nfor i in range(40):\n  if os.fork() == 0:\n    time.sleep(60)\ntime.sleep(60)'))
+    assert (r.status, r.error) == ('killed', 'more than 8 processes') or 'BlockingIOError' in r.error
+    assert value(pool, 'result(1)') == 1
+
+
+def test_a_fork_bomb_harms_nobody(walled):
+    with make('walls') as other:
+        t = threading.Thread(target=walled.run, args=[Job('import os\nwhile True: os.fork()')])
+        t.start()
+        assert all(value(other, 'result(args)', args=i) == i for i in range(20))
+        t.join()
+    assert value(walled, 'import os; result([p for p in os.listdir("/proc") if p.isdigit() and p not in ("1", str(os.getpid()))])') == []
+
+
+def test_a_few_processes_are_fine(pool):
+    assert value(pool, 'import subprocess, sys\nresult([subprocess.run(["/bin/echo", str(i)], capture_output=True, text=True).stdout '
+                       'for i in range(3)])') == ['0\n', '1\n', '2\n']
+
+
+def test_daemons_end_with_their_job(pool):
+    before = set(zygote.descendants())
+    main = ('import os, time\nr, w = os.pipe()\nif os.fork() == 0:\n  os.setsid()\n  if os.fork() == 0:\n    os.write(w, b"x")\n'
+            '    time.sleep(600)\n  os._exit(0)\nos.read(r, 1)\nresult("left")')
+    assert value(pool, main) == 'left'
+    assert set(zygote.descendants()) <= before
+
+
+def test_threads_do_not_hold_a_job_up(pool):
+    assert pool.run(Job('import threading, time\nthreading.Thread(target=time.sleep, args=[60]).start()\nresult(1)')).value == 1
+
+
+# ---- walls
+
+@pytest.mark.parametrize('main, says', [
+    ('import socket; socket.create_connection(("192.0.2.1", 80), 5)', 'unreachable'),
+    ('import socket; socket.getaddrinfo("example.org", 80)', 'gaierror'),
+    ('import socket; socket.create_connection(("127.0.0.1", args), 5)', 'refused'),
+    ('open("/etc/shadow")', 'FileNotFoundError'), ('open("/usr/x", "w")', 'Read-only'), ('open("/x", "w")', 'Read-only'),
+    ('open("/dev/x", "w")', 'Read-only'), ('open("/dev/shm/x", "w")', 'Read-only'), ('open("/etc/passwd", "a")', 'Read-only'),
+    ('import os; os.remove(os.__file__)', 'Read-only'),
+    ('open("/proc/1/mem")', 'Permission denied'), ('import os; os.readlink("/proc/1/fd/0")', 'Permission denied'),
+    ('open("/proc/1/environ").read()', 'Permission denied'),
+    ('open("/proc/sys/kernel/core_pattern", "a")', 'Read-only'), ('open("/proc/sys/vm/overcommit_memory", "a")', 'Read-only'),
+    ('open("/proc/sysrq-trigger", "a")', 'Error'), ('import os; os.setuid(0)', 'Error'), ('import os; os.chroot("/tmp")', 'not permitted'),
+    ('import os; os.mknod("d", 0o60644, os.makedev(254, 0))', 'not permitted'),
+])
+def test_walls(walled, main, says):
+    with socket.create_server(('127.0.0.1', 0)) as server:
+        r = walled.run(Job(main, args=server.getsockname()[1]))
+    assert r.status == 'error' and says in r.error, r
+
+
+def test_system_calls_are_filtered(walled):
+    machine = platform.machine()
+    col = sandbox._MACHINES[machine][0]
+    main = '''
+import ctypes
+libc, got = ctypes.CDLL(None, use_errno=True), {}
+for name, n in args.items():
+    got[name] = [libc.syscall(n, 0, 0, 0, 0, 0, 0), ctypes.get_errno()]
+result(got)
+'''
+    got = value(walled, main, args={k: v[col] for k, v in sandbox._DENIED.items()})
+    assert got == {k: [-1, 1] for k in sandbox._DENIED}
+
+
+def test_bare_jobs_have_neither_signals_nor_sockets():
+    with make('bare') as p:
+        for main in ('import os; os.kill(os.getpid(), 0)', 'import os; os.killpg(os.getpgrp(), 0)', 'import socket; socket.socket()'):
+            assert 'PermissionError' in p.run(Job(main)).error
+
+
+def test_a_machine_without_filter_is_refused():
+    with pytest.raises(InfraError, match='riscv64'): sandbox.seccomp_filter('riscv64')
+    assert all(len(sandbox.seccomp_filter(m)) % 8 == 0 for m in sandbox._MACHINES)
+
+
+def test_a_secret_of_the_host_stays_there(walled, tmp_path):
+    (tmp_path / 'secret').write_text('s3cret')
+    here = [str(tmp_path / 'secret'), str(Path(__file__)), sandbox.__file__, os.path.expanduser('~/.bashrc'), '/var', '/sys', '/run']
+    assert value(walled, 'import os; result([p for p in args if os.path.exists(p)])', args=here) == []
+    assert value(walled, 'import os; result(dict(os.environ))').keys() == {*sandbox._ENV, 'PWD'}
+
+
+def test_nothing_is_writable_but_tmp(walled):
+    main = '''
+import os
+seen = []
+for top, dirs, files in os.walk('/'):
+    if top.count('/') > 2 or top == '/proc': dirs.clear()
+    try: os.close(os.open(os.path.join(top, 'new'), os.O_CREAT | os.O_WRONLY))
+    except OSError: continue
+    seen.append(top)
+result(seen)
+'''
+    assert value(walled, main) == ['/tmp', '/tmp/work']
+
+
+@pytest.mark.parametrize('main', ['os.kill(1, signal.SIGKILL)', 'os.kill(1, signal.SIGINT)', 'os.kill(1, signal.SIGTERM)',
+                                  'os.kill(1, signal.SIGSTOP)', 'os.kill(os.getppid(), signal.SIGKILL)'])
+def test_the_zygote_is_out_of_reach(walled, main):
+    pid = walled._live[0].proc.pid
+    assert value(walled, f'import os, signal\n{main}\nresult("alive")') == 'alive'
+    assert value(walled, 'result(1)') == 1 and walled._live[0].proc.pid == pid
+
+
+def test_a_job_that_hides_things_costs_a_fresh_sandbox(walled):
+    for main in ('import os\nfor i in range(2000): os.mkdir("d"); os.chdir("d")', 'import os\nos.mkdir("a"); open("a/b", "w"); os.chmod("a", 0)',
+                 'import os\nos.symlink("/usr", "/tmp/u"); os.mkfifo("/tmp/f"); os.link("x", "/tmp/y")'):
+        walled.run(Job(main, files={'x': ''}))
+        assert value(walled, 'import os; result(os.listdir("/tmp") + os.listdir("."))') == ['work']
+
+
+def test_jobs_in_two_workers_do_not_meet():
+    for kind in ('walls', 'bare') if features().works else ('bare',):
+        with make(kind, workers=2) as p:
+            jobs = [Job('import os\nopen("mine", "w").write(str(args))\nfor i in range(50): assert open("mine").read() == str(args)\n'
+                        'result(os.listdir("."))', args=i) for i in range(40)]
+            assert all(r.value == ['mine'] for r in p.run_many(jobs))
+
+
+# ---- many jobs
+
+def test_three_hundred_jobs(walled):
+    jobs = [Job('import m; result(m.f(args))', {'m.py': f'def f(x): return x * {i}'}, i) for i in range(300)]
+    assert [r.value for r in walled.run_many(jobs)] == [i * i for i in range(300)]
+
+
+def test_order_and_results_do_not_depend_on_workers(pool):
+    mains = ['result(args)', '1 / 0', 'print(args)', 'import sys; sys.exit(args)', 'import random; result(random.random())']
+    jobs = [Job(mains[i % 5], args=i) for i in range(40)]
+    with make('walls' if pool.walls else 'bare', workers=3) as many: assert many.run_many(jobs) == pool.run_many(jobs)
+    assert pool.run_many([]) == []
+
+
+def test_two_pools_and_many_threads(pool):
+    with make('walls' if pool.walls else 'bare', workers=2) as other:
+        got = {}
+        def work(k):
+            p = (pool, other)[k % 2]
+            got[k] = [p.run(Job('result(args)', args=[k, i])).value for i in range(8)]
+        threads = [threading.Thread(target=work, args=[k]) for k in range(6)]
+        for t in threads: t.start()
+        for t in threads: t.join()
+    assert got == {k: [[k, i] for i in range(8)] for k in range(6)}
+
+
+def test_coroutines(pool):
+    async def all_of(): return await asyncio.gather(*(pool.arun(Job('result(args)', args=i)) for i in range(10)))
+    assert [r.value for r in asyncio.run(all_of())] == list(range(10))
+
+
+# ---- failures of the sandbox
+
+def test_a_dead_worker_is_replaced(pool):
+    for sig in (signal.SIGKILL, signal.SIGTERM):
+        os.kill(pool._live[0].proc.pid, sig)
+        assert value(pool, 'result(1)') == 1
+
+
+def test_a_worker_killed_in_mid_job_is_replaced_and_the_job_runs_again(pool):
+    before, got, known = pool._live[0].proc, [], set(zygote.descendants())
+    t = threading.Thread(target=lambda: got.append(pool.run(Job('import time; time.sleep(.7); result("done")'))))
+    t.start()
+    while set(zygote.descendants()) <= known: pass  # until the job has its process
+    before.kill()
+    t.join()
+    assert got[0].value == 'done' and pool._live[0].proc is not before
+
+
+def test_a_job_that_always_ends_its_worker_is_killed_and_not_void(pool, monkeypatch):
+    exchange, lost = sandbox._exchange, []
+    def dying(ctl, job, lim, stop=True):
+        if 'poison' in job['main']:
+            lost.append(1)
+            os.kill(pool._live[0].proc.pid, signal.SIGKILL)
+        return exchange(ctl, job, lim, stop)
+    monkeypatch.setattr(sandbox, '_exchange', dying)
+    assert pool.run(Job('import time; time.sleep(9)  # poison')) == JobResult('killed', error='the job ended its worker, twice')
+    assert len(lost) == 2 and value(pool, 'result(1)') == 1
+
+
+def test_a_sandbox_that_always_dies_is_an_infra_error(pool, monkeypatch):
+    exchange = sandbox._exchange
+    def dying(ctl, *a):
+        os.kill(pool._live[0].proc.pid, signal.SIGKILL)
+        pool._live[0].proc.wait()
+        return exchange(ctl, *a)
+    with monkeypatch.context() as m:
+        m.setattr(sandbox, '_exchange', dying)
+        with pytest.raises(InfraError, match='workers die'): pool.run(Job('result(1)'))
+    assert value(pool, 'result(1)') == 1
+
+
+def test_an_interrupt_leaves_no_stale_answer(pool, monkeypatch):
+    send = sandbox._send
+    def interrupted(*a):
+        send(*a)
+        raise KeyboardInterrupt
+    with monkeypatch.context() as m:
+        m.setattr(sandbox, '_send', interrupted)
+        with pytest.raises(KeyboardInterrupt): pool.run(Job('result("old")'))
+    assert value(pool, 'result("new")') == 'new'
+
+
+def test_an_interpreter_that_does_not_start_is_an_infra_error(monkeypatch):
+    monkeypatch.setattr(sandbox, '_python', lambda: ['/bin/sh', '-c', 'echo "no python today" >&2; exit 3', 'sh'])
+    with pytest.raises(InfraError, match='no python today'): make('bare')
+
+
+def test_closing(pool):
+    other = make('walls' if pool.walls else 'bare', workers=2)
+    before, bases = [w.proc.pid for w in other._live.values()], [w.base for w in other._live.values()]
+    other.close()
+    other.close()
+    assert ended(before, 0) and not any(b and os.path.exists(b) for b in bases)
+    with pytest.raises(ValueError, match='closed'): other.run(Job(''))
+
+
+@pytest.mark.parametrize('kind', KINDS)
+def test_a_killed_host_leaves_neither_processes_nor_directories(kind, tmp_path):
+    script = f'''
+import sys, threading
+from kat.envs import zygote
+from kat.envs.sandbox import *
+pool = WarmPool(bwrap={None if kind == 'walls' else FAIL!r}, limits=Limits(wall_s=600))
+before = set(zygote.descendants())
+threading.Thread(target=pool.run, args=[Job("import os, time; os.fork(); time.sleep(600)")], daemon=True).start()
+while len(mine := set(zygote.descendants())) < len(before) + 2: pass
+print(*mine, flush=True)
+threading.Event().wait()
+'''
+    p = subprocess.Popen([sys.executable, '-W', 'ignore', '-c', script], stdout=subprocess.PIPE, text=True, env={**os.environ, 'TMPDIR': str(tmp_path)})
+    pids = [int(x) for x in p.stdout.readline().split()]
+    assert len(pids) >= 3 and any(tmp_path.iterdir()) == (kind == 'bare')
+    p.kill()
+    p.wait()
+    assert ended(pids) and not any(tmp_path.iterdir())
+
+
+# ---- trust and features
+
+def test_the_fallback_warns_once():
+    sandbox._warn_once.cache_clear()
+    with pytest.warns(SandboxWarning, match='limited child process') as seen:
+        for _ in range(2): WarmPool(bwrap=FAIL).close()
+    assert [w.category for w in seen] == [SandboxWarning], [str(w.message) for w in seen]
+
+
+def test_foreign_code_is_refused_without_walls(monkeypatch):
+    for name in ('KAT_SANDBOX', 'KAT_TRUST', 'KAT_UNSAFE'): monkeypatch.setenv(name, '0')
+    with pytest.raises(InfraError, match='foreign'): WarmPool(trust='foreign', bwrap=FAIL)
+    with pytest.raises(InfraError, match='foreign'): Bubblewrap(FAIL)
+    with pytest.raises(ValueError, match="'generated' or 'foreign'"): WarmPool(trust='mine', bwrap=FAIL)
+
+
+@bwrap
+def test_foreign_code_runs_behind_walls():
+    with WarmPool(trust='foreign', limits=QUICK) as p: assert p.walls and value(p, 'result(1)') == 1
+
+
+def test_features_of_what_does_not_work():
+    assert features(FAIL).reason == 'it ended with exit code 1' and not features(FAIL).works
+    assert 'No such file' in features('/nowhere/bwrap').reason
+    assert features('/bin/true').works is False
+
+
+def test_report(capsys):
+    sandbox.sandbox_report(FAIL)
+    text = capsys.readouterr().out
+    assert 'no: it ended with exit code 1' in text and 'is refused' in text
+    sandbox.sandbox_report()
+    assert ('runs' if features().works else 'refused') in capsys.readouterr().out
+
+
+# ---- bad input
+
+@pytest.mark.parametrize('path', ['', '.', '/etc/x', '../x', 'a/../../x', 'a\0b'])
+def test_paths_stay_inside(path):
+    with pytest.raises(ValueError, match='Job.files'): Job('', files={path: ''})
+
+
+@pytest.mark.parametrize('k', ['memory_mb', 'cpu_s', 'wall_s', 'processes', 'output_kb', 'files_mb'])
+def test_limits_are_checked(k):
+    for v in (0, -1, float('nan')):
+        with pytest.raises(ValueError, match=f'Limits.{k}'): Limits(**{k: v})
+
+
+def test_bad_arguments(pool):
+    with pytest.raises(ValueError, match='files_mb is 9'): pool.run(Job('', limits=Limits(files_mb=9)))
+    with pytest.raises(TypeError): pool.run(Job('', args={1, 2}))
+    with pytest.raises(ValueError, match='workers'): WarmPool(0)
+    assert value(pool, 'result(1)') == 1
+
+
+# ---- cold commands
+
+@pytest.fixture
+def repo(tmp_path):
+    if not features().works: pytest.skip(f'bubblewrap does not work here: {features().reason}')
+    (tmp_path / 'repo' / 'sub').mkdir(parents=True)
+    (tmp_path / 'repo' / 'calc.py').write_text('def add(a, b): return a - b\n')
+    (tmp_path / 'secret').write_text('s3cret')
+    return tmp_path / 'repo'
+
+
+def test_exec(repo):
+    box = Bubblewrap()
+    r = box.exec(['sh', '-c', 'pwd; id -un; echo $A $HOME; echo no >&2; exit 3'], repo, env=dict(A='b'))
+    assert (r.rc, r.stdout, r.stderr, r.error) == (3, '/workspace\nagent\nb /tmp\n', 'no\n', None)
+    assert box.exec(['nothing-such'], repo).rc == 127
+    r = box.exec(['cat', str(repo.parent / 'secret'), str(repo / 'calc.py')], repo)
+    assert r.rc == 1 and r.stdout == ''
+    assert box.exec(['sh', '-c', 'kill -9 $$'], repo).error == 'ended by SIGKILL'
+
+
+def test_exec_writes(repo, monkeypatch):
+    box, edit = Bubblewrap(), ['sh', '-c', 'sed -i s/-/+/ calc.py && touch sub/new && cat calc.py']
+    assert 'a + b' in box.exec(edit, repo, overlay=True).stdout and 'a - b' in (repo / 'calc.py').read_text()
+    copying = Bubblewrap()
+    copying.features = sandbox.Features(**{**vars(box.features), 'overlay': False})
+    assert 'a + b' in copying.exec(edit, repo, overlay=True).stdout and not (repo / 'sub/new').exists()
+    assert box.exec(edit, repo, writable=False).rc != 0 and 'a - b' in (repo / 'calc.py').read_text()
+    assert box.exec(edit, repo).rc == 0 and 'a + b' in (repo / 'calc.py').read_text() and (repo / 'sub/new').exists()
+
+
+def test_exec_limits(repo):
+    box = Bubblewrap()
+    r = box.exec(['sh', '-c', 'echo begun; (setsid sleep 600 &) ; sleep 600'], repo, SHORT)
+    assert (r.timed_out, r.stdout, r.error) == (True, 'begun\n', 'longer than 0.5 s')
+    r = box.exec(['sh', '-c', 'yes | head -c 9000; echo done >&2'], repo, Limits(output_kb=2))
+    assert (r.rc, len(r.stdout), r.stderr, r.truncated) == (0, 2048, 'done\n', True)
+    python = os.path.realpath(sys.executable)
+    assert 'MemoryError' in box.exec([python, '-S', '-c', 'x = bytearray(10**9)'], repo, QUICK).stderr
+    assert box.exec([python, '-S', '-c', 'while True: pass'], repo, Limits(cpu_s=1, wall_s=30)).error == 'more than 1 s of CPU time'
+    assert 'Network is unreachable' in box.exec([python, '-S', '-c', 'import socket; socket.create_connection(("192.0.2.1", 80))'], repo).stderr
+
+
+def test_exec_shows_what_it_is_told(repo):
+    box, extra = Bubblewrap(), repo.parent / 'secret'
+    assert box.exec(['cat', str(extra)], repo, show=[extra]).stdout == 's3cret'
+    with pytest.raises(ValueError, match='show'): box.exec(['true'], repo, show=['/nowhere/x'])
+    with pytest.raises(ValueError, match='workspace'): box.exec(['true'], repo / 'calc.py')
+
+
+def test_exec_of_real_tests(repo):
+    (repo / 'test_calc.py').write_text('import unittest\nfrom calc import add\nclass T(unittest.TestCase):\n'
+                                       '    def test_add(self): self.assertEqual(add(1, 2), 3)\n')
+    python = [os.path.realpath(sys.executable), '-S', '-B', '-m', 'unittest']
+    assert 'AssertionError: -1 != 3' in Bubblewrap().exec(python, repo).stderr
+    (repo / 'calc.py').write_text('def add(a, b): return a + b\n')
+    assert Bubblewrap().exec(python, repo).rc == 0
