@@ -31,7 +31,8 @@ clean: ## remove what can be made again, but neither .venv nor data/runs
 	find kat tests docs -name __pycache__ -prune -exec rm -rf {} +
 
 $(READY): Makefile constraints.txt settings.ini setup.py pyproject.toml
-	@$(PYTHON) -c 'import sys; v = sys.version.split()[0]; sys.version_info >= (3, 11) or sys.exit("kat needs Python 3.11 or newer, $(PYTHON) is " + v + ": make install PYTHON=python3.12")'
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	    { echo "kat needs Python 3.11 or newer; $(PYTHON) is older or missing: make install PYTHON=python3.12"; exit 1; }
 	@$(PYTHON) -m venv .venv || { echo "no virtual environment: on Debian or Ubuntu, apt install python3-venv"; exit 1; }
 	@echo "Installing PyTorch ..."
 	@if command -v nvidia-smi >/dev/null; then $(PIP) --no-deps $(TORCH); else \

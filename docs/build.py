@@ -37,8 +37,10 @@ def outside(html):
     "`page: address` for everything below `html` that a page would fetch from another host"
     bad = []
     for f in sorted(html.rglob('*')):
-        if f.suffix == '.html': p = Loads(); p.feed(f.read_text()); bad += [f'{f.relative_to(html)}: {u}' for u in p.found]
-        elif f.suffix == '.css': bad += [f'{f.relative_to(html)}: {u}' for u in css_loads(f.read_text())]
+        if f.suffix == '.html': p = Loads(); p.feed(f.read_text()); found = p.found
+        elif f.suffix == '.css': found = css_loads(f.read_text())
+        else: continue
+        bad += [f'{f.relative_to(html)}: {u}' for u in found]
     return bad
 
 
@@ -47,8 +49,8 @@ def main():
     site = Site(proc_nbs('nbs', n_workers=0, force=True).resolve(), OUT/'src')
     site.write()
     shutil.rmtree(OUT/'html', ignore_errors=True)
-    rc = subprocess.call([sys.executable, '-m', 'sphinx', '-E', '-q', '-W', '--keep-going', '-c', 'docs', OUT/'src', OUT/'html'])
-    if rc: sys.exit('the site has warnings (above)')
+    sphinx = [sys.executable, '-m', 'sphinx', '-E', '-q', '-W', '--keep-going', '-c', 'docs']
+    if subprocess.call([*sphinx, OUT/'src', OUT/'html']): sys.exit('the site has warnings (above)')
     if bad := outside(OUT/'html'): sys.exit('the site would fetch from other hosts:\n' + '\n'.join(bad))
     print(f'{len(site.nbs)} pages: {(OUT/"html"/"index.html").as_uri()}')
 

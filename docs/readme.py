@@ -12,7 +12,7 @@ def readme():
     nb = nbformat.read(NBS/'index.ipynb', 4)
     for c in nb.cells:
         if c.cell_type == 'markdown':
-            c.source = relink(c.source, 'nbs/index.ipynb', lambda path, frag, image: path + (f'#{frag}' if frag else ''))
+            c.source = relink(c.source, 'nbs/index.ipynb', lambda path, frag, _: path + (f'#{frag}' if frag else ''))
     md, _ = MarkdownExporter().from_notebook_node(nb)
     return '<!-- made from nbs/index.ipynb by docs/readme.py: edit the notebook -->\n\n' + md.strip() + '\n'
 

@@ -1,6 +1,6 @@
 """Everything that CI checks, one step after the other: `make test`, or some of it: `make test STEPS="ruff pytest"`.
 
-Steps that write (export, clean, pipeline) work on a copy, so a run leaves the tree as it was and uncommitted work counts.
+Steps that write (export, clean, smoke) work on a copy: the tree stays as it was, and uncommitted work counts.
 A step that fails doesn't stop the rest; the last table says what failed.
 """
 import os
@@ -58,7 +58,7 @@ def export(tmp):
     "kat/ is what the notebooks export: no drift, no module without a notebook"
     copy(tmp, 'nbs', 'settings.ini', 'pyproject.toml', 'kat/__init__.py')
     run(BIN/'nbdev-export', cwd=tmp)
-    same(tmp/'kat', ROOT/'kat', '- is in kat/ and in no notebook, + is in a notebook and not in kat/: edit notebooks, then nbdev-export')
+    same(tmp/'kat', ROOT/'kat', '- is only in kat/, + only in the notebooks: edit notebooks, then nbdev-export')
 
 
 @step
