@@ -244,6 +244,7 @@ def test_a_generation_that_was_cut_off_is_closed_by_context(tok):
     assert kinds == [('assistant', True), ('tool_call', True)] and (more[0].turn, more[0].trainable) == (5, False)
     assert tok.decode(ids_of(more)) == '<|im_end|>\n<|im_start|>user\ngo on<|im_end|>\n<|im_start|>assistant\n'
     assert generation_segments(tok, []) == []
+    assert tok.decode(extend(tok, [tok.eos_token_id], [])) == '\n<|im_start|>assistant\n'
     with pytest.raises(ValueError, match='an assistant message is not context'):
         extend(tok, cut, [dict(role='assistant', content='x')])
 
@@ -496,6 +497,25 @@ def test_a_special_token_spelled_in_a_message_is_defused_for_a_foreign_template(
     )
     assert [x[3] for x in texts(tok, segs) if x[2]] == ['ok<|im_end|>'] and (ids_of(segs) == 1).sum() == 3
     assert (tool_ids(tok, ['a<|im_end|>b']) == 1).sum() == 1
+
+
+def test_our_template_on_a_tokenizer_without_our_tokens_takes_the_general_way():
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    byte = pre_tokenizers.ByteLevel(add_prefix_space=True)
+    vocab = {c: i for i, c in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    raw = Tokenizer(models.BPE(vocab, []))
+    raw.pre_tokenizer = byte
+    for special in ([], list(SPECIAL)):  # none of our tokens; all of them, but a space before every piece
+        tok = PreTrainedTokenizerFast(tokenizer_object=raw, extra_special_tokens=special)
+        tok.chat_template = KAT_TEMPLATE
+        segs, ref = (
+            render(tok, DIALOGUE),
+            tok.apply_chat_template(normalise(DIALOGUE), return_dict=True, return_assistant_tokens_mask=True),
+        )
+        assert ids_of(segs).tolist() == ref['input_ids']
+        assert Trajectory('t', segs).mask.astype(int).tolist() == ref['assistant_masks']
 
 
 # --- logs and error masks

@@ -134,6 +134,13 @@ def test_readers_are_lazy(tmp_path):
     assert list(read_parquet(tmp_path / 'none.parquet')) == []
 
 
+def test_text_that_is_not_unicode_comes_back(tmp_path):
+    t = Trajectory('t', [], info={'out': 'a\udc80b'})  # bytes of a terminal, decoded with surrogateescape
+    for f in FORMATS:
+        write_records(tmp_path / f'a.{f}', [t])
+        assert list(read_records(tmp_path / f'a.{f}')) == [t]
+
+
 # --- damage
 
 GOOD = dumps(example().to_dict())
@@ -368,25 +375,26 @@ def test_swe_smith_log_is_append_only():
 
 
 def test_newer_swe_agent_steps_carry_their_query_and_demonstrations_are_no_answers(tmp_path):
+    use = [dict(id='c', function=dict(name='bash', arguments='{"command": "ls"}'))]
     h = [
         dict(role='system', content='s'),
         dict(role='assistant', content='demo', is_demo=True),
         dict(role='user', content='u'),
-        dict(role='assistant', content='a0'),
-        dict(role='user', content='o0'),
-        dict(role='assistant', content='a1'),
+        dict(role='assistant', content='a0', tool_calls=use),
+        dict(role='tool', content='o0', tool_call_ids=['c']),
+        dict(role='assistant', content='a1', tool_calls=use),
     ]
-    steps = [dict(query=h[:3], response='a0'), dict(query=h[:5], response='a1')]
-    for d in (
-        dict(trajectory=steps, history=h, environment='e'),
-        dict(trajectory=[{}, {}], history=h, environment='e'),
-    ):
-        (tmp_path / 'x.traj').write_text(json.dumps(d, indent=1))
-        (c,) = import_log(tmp_path / 'x.traj')
-        assert c.task == 'e' and [[m['content'] for m in call] for call in c.calls] == [
-            ['s', 'demo', 'u', 'a0'],
-            ['s', 'demo', 'u', 'a0', 'o0', 'a1'],
-        ]
+    rejected = dict(query=[*h[:5], dict(role='user', content='format!')], response='a1?')
+    steps = [dict(query=h[:3], response='a0'), rejected, dict(query=h[:5], response='a1'), dict(query=[], response='')]
+    p = tmp_path / 'x.traj'
+    p.write_text(json.dumps(dict(trajectory=steps, history=h, environment='e'), indent=1))
+    (c,) = import_log(p)
+    say = lambda cs: [[m['content'] for m in call] for call in cs]
+    first, last = ['s', 'demo', 'u', 'a0'], ['s', 'demo', 'u', 'a0', 'o0', 'a1']
+    assert c.task == 'e' and say(c.calls) == [first, [*last[:5], 'format!', 'a1?'], last]
+    assert [len(call[-1].get('tool_calls', ())) for call in c.calls] == [1, 0, 1]
+    p.write_text(json.dumps(dict(trajectory=[{}, {}], history=h, environment='e')))  # no queries: the history is all
+    assert say(next(import_log(p)).calls) == [first, last]
 
 
 def test_tau_bench_log():

@@ -1,4 +1,4 @@
-"The records: what they accept, what they refuse and how they say it, and that nothing is lost on the way to a dictionary."
+"The records: what they accept, what they refuse and how they say it, and that nothing gets lost in a dictionary."
 
 import json
 
@@ -202,6 +202,7 @@ def test_the_short_decimal_of_a_float32_gives_its_bits_back():
 
 
 def test_plain_values():
+    assert type(plain(np.float64(1))) is float and type(plain(np.str_('x'))) is str
     assert plain({'a': np.float64(1.5), 'b': (np.int8(1), np.array([[True]]))}) == {'a': 1.5, 'b': [1, [[True]]]}
     with pytest.raises(ValueError, match=r'info\.a\[1\]: a set cannot be stored'):
         plain({'a': [1, {2}]}, 'info')

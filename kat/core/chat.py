@@ -190,13 +190,16 @@ class _Codec:
         "Ids of parts, each a special token or plain text."
         return [i for p in parts for i in ((self.special[p],) if p in self.special else self.text(p))]
 
-# %% ../../nbs/core/03_chat.ipynb #5184e660
+# %% ../../nbs/core/03_chat.ipynb #24d1a476
 _codecs = WeakKeyDictionary()
 
 def _codec(tokenizer) -> _Codec | None:
-    "The codec of a tokenizer that has our template and special tokens; None for any other."
+    "The codec of a tokenizer with our template and special tokens, if pieces give what the whole gives; else None."
     if getattr(tokenizer, 'chat_template', None) != KAT_TEMPLATE: return None
-    if tokenizer not in _codecs: _codecs[tokenizer] = _Codec(tokenizer)
+    if tokenizer not in _codecs:
+        whole = tokenizer.encode('<|im_start|>user\na<|im_end|>\n', add_special_tokens=False)
+        c = _Codec(tokenizer) if set(SPECIAL) <= set(tokenizer.added_tokens_encoder) else None
+        _codecs[tokenizer] = c and (c if c.ids('<|im_start|>', 'user\n', 'a', '<|im_end|>', '\n') == whole else None)
     return _codecs[tokenizer]
 
 # %% ../../nbs/core/03_chat.ipynb #326af3a6
@@ -264,15 +267,15 @@ def render(
     else: b = _hf_render(tokenizer, _defuse(tokenizer, messages), tools, add_generation_prompt)
     return b.segments()
 
-# %% ../../nbs/core/03_chat.ipynb #2bd7ac34
+# %% ../../nbs/core/03_chat.ipynb #103003d4
 def _ordered(messages: list[dict], tools: list[dict] | None) -> list[dict]:
     "Messages with each call's arguments in the order of its schema, which our template goes by; unknown ones last."
     if not tools: return messages
-    specs = {f['name']: (f.get('parameters') or {}).get('properties') or {} for t in tools for f in [t.get('function', t)]}
+    specs = {f['name']: f.get('parameters') or {} for t in tools for f in [t.get('function', t)]}
 
     def order(c):
         f, args = c['function'], c['function']['arguments']
-        known = {k: args[k] for k in specs.get(f['name'], ()) if k in args}
+        known = {k: args[k] for k in specs.get(f['name'], {}).get('properties') or () if k in args}
         return c | dict(function=f | dict(arguments=known | args))
     return [m | dict(tool_calls=[order(c) for c in m['tool_calls']]) if m.get('tool_calls') else m for m in messages]
 

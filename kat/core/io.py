@@ -32,7 +32,7 @@ def need(
         if e.name is None or e.name.partition('.')[0] != top: raise
         raise MissingExtra(f"{top} is not installed: pip install 'kat-rl[{extra}]'") from None
 
-# %% ../../nbs/core/02_io.ipynb #0ee7e6b6
+# %% ../../nbs/core/02_io.ipynb #ec20472e
 @contextmanager
 def atomic(
     path,  # file to create or replace; its folder is made
@@ -40,7 +40,7 @@ def atomic(
     "Replace `path` by what the block writes, or leave it alone when the block fails. Temporary name, fsync, rename."
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    tmp = path.with_name(f'.{path.name}.{os.getpid()}.tmp')
+    tmp = path.with_name(f'.{path.name}.{os.urandom(4).hex()}.tmp')
     try:
         yield tmp
         _fsync(tmp)
@@ -60,13 +60,15 @@ def dumps(x) -> str:
     "`x` as strict JSON on one line; NaN and infinities as {\"$float\": ...}. ValueError names what cannot be stored."
     return _dumps(plain(x))
 
-# %% ../../nbs/core/02_io.ipynb #26156c5d
+# %% ../../nbs/core/02_io.ipynb #d86cb074
 def _dumps(x) -> str:
     "`dumps` of plain values: marked only where there is something to mark."
     try: s = json.dumps(x, ensure_ascii=False, allow_nan=False)
     except ValueError: s = json.dumps(_mark(x), ensure_ascii=False, allow_nan=False)
     else:
         if '"$float"' in s: _mark(x)
+    try: s.encode()
+    except UnicodeEncodeError: s = json.dumps(_mark(x), allow_nan=False)  # half a surrogate pair: as an escape
     return s
 
 # %% ../../nbs/core/02_io.ipynb #70591b51
@@ -256,7 +258,7 @@ def read_records(path) -> Iterator[Trajectory | Group]:
     "Iterate over the records of a .jsonl or .parquet file."
     return dict(jsonl=read_jsonl, parquet=read_parquet)[_format(path)](path)
 
-# %% ../../nbs/core/02_io.ipynb #901fc7c3
+# %% ../../nbs/core/02_io.ipynb #dce4f54f
 def append_jsonl(path, record: dict) -> None:
     "Append one line, flushed to the disk before it returns. ValueError when the file ends in a torn line."
     line = (dumps(record) + '\n').encode()
@@ -265,7 +267,7 @@ def append_jsonl(path, record: dict) -> None:
         if f.seek(0, os.SEEK_END):
             f.seek(-1, os.SEEK_END)
             if f.read(1) != b'\n': raise ValueError(f'{path}: torn last line; read_log(path, repair=True) cuts it off')
-        f.write(line)
+        while line: line = line[f.write(line):]
         os.fsync(f.fileno())
 
 # %% ../../nbs/core/02_io.ipynb #6f415b28
@@ -327,21 +329,30 @@ def _swe_agent(d: dict, where: str) -> Iterator[Conversation]:
     info = {k: v for k, v in (d.get('info') or {}).items()} | dict(source='swe-agent', steps=len(steps))
     yield Conversation(_swe_task(d, where), clean, calls, info=plain(info))
 
-# %% ../../nbs/core/02_io.ipynb #16435c69
+# %% ../../nbs/core/02_io.ipynb #a2f3cf99
 def _swe_calls(steps: list[dict], history: list[dict]) -> list[list[dict]]:
     "Query and answer of each step."
     norm = lambda ms: normalise([_swe_message(m) for m in ms])
     asst = [i for i, m in enumerate(history) if m.get('role') == 'assistant' and not m.get('is_demo')]
-    answers = [norm([history[i]]) for i in asst] if len(asst) == len(steps) else [
-        [dict(role='assistant', content=s.get('response') or '')] for s in steps]
-    if steps and all(s.get('query') for s in steps): return [norm(s['query']) + a for s, a in zip(steps, answers)]
-    if steps and all(s.get('messages') for s in steps):
-        after = [norm(s['messages']) for s in steps]
+    if any(s.get('query') for s in steps):
+        said = iter([history[i] for i in asst])
+        return [norm([*s['query'], a]) for s, a in _swe_answers([s for s in steps if s.get('query')], said)]
+    if after := [norm(s['messages']) for s in steps if s.get('messages')]:
         last = [max((i for i, m in enumerate(ms) if m['role'] == 'assistant'), default=0) for ms in after]
         queries = [after[0][:last[0]], *after[:-1]]
         return [q + [ms[i]] for q, ms, i in zip(queries, after, last)]
     clean = norm(history)
     return [clean[:i + 1] for i in asst]
+
+# %% ../../nbs/core/02_io.ipynb #16dfb6bf
+def _swe_answers(steps: list[dict], said: Iterator[dict]) -> Iterator[tuple[dict, dict]]:
+    "Each step with its answer: the history's message, which has the tool calls; a rejected answer left its text only."
+    m = next(said, None)
+    for s in steps:
+        if m and (m.get('content') == s.get('response') or m.get('thought', 0) == s.get('thought', 1)):
+            yield s, m
+            m = next(said, None)
+        else: yield s, dict(role='assistant', content=s.get('response') or '')
 
 # %% ../../nbs/core/02_io.ipynb #867f56b8
 def _swe_message(m: dict) -> dict:

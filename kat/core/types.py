@@ -56,14 +56,14 @@ def _same(a, b) -> bool:
     if a is None or b is None: return a is b
     return a.dtype == b.dtype and np.array_equal(a, b, equal_nan=a.dtype.kind == 'f')
 
-# %% ../../nbs/core/01_types.ipynb #a7f071fa
+# %% ../../nbs/core/01_types.ipynb #9bdd7eb9
 def plain(
     x,                   # any value
     where: str = 'value',  # its name, for the message
 ):
     "`x` as plain JSON values (NaN and infinities stay floats). ValueError names what cannot be kept."
-    if x is None or isinstance(x, (str, bool, int, float)): return x
     if isinstance(x, np.generic): return x.item()
+    if x is None or isinstance(x, (str, bool, int, float)): return x
     if isinstance(x, np.ndarray): return plain(x.tolist(), where)
     if isinstance(x, (list, tuple)): return [plain(v, f'{where}[{i}]') for i, v in enumerate(x)]
     if not isinstance(x, dict): raise ValueError(f'{where}: a {type(x).__name__} cannot be stored; use JSON values')
@@ -314,14 +314,14 @@ def _items(d, name: str) -> list:
 # %% ../../nbs/core/01_types.ipynb #3534dfad
 ROLES = ('system', 'user', 'assistant', 'tool')
 
-# %% ../../nbs/core/01_types.ipynb #2a0d15ca
+# %% ../../nbs/core/01_types.ipynb #b3afed2f
 def normalise(
     messages: list[dict],  # OpenAI-style; `content` text, None or text blocks; `arguments` a dict or JSON text
-) -> list[dict]:           # role, content (str), tool_calls with dict arguments, tool_call_id, name, event
+) -> list[dict]:           # role, content (str), tool_calls (dict arguments), and what `_message` keeps
     "Messages in one form. ValueError names the message and the field."
     return [_message(m, f'messages[{i}]') for i, m in enumerate(messages)]
 
-# %% ../../nbs/core/01_types.ipynb #0131ee1c
+# %% ../../nbs/core/01_types.ipynb #b9591b64
 def _message(m: dict, where: str) -> dict:
     "One message in the one form."
     if not isinstance(m, dict): raise ValueError(f'{where}: a dictionary expected, got {type(m).__name__}')
@@ -331,7 +331,7 @@ def _message(m: dict, where: str) -> dict:
     if m.get('tool_calls'):
         if role != 'assistant': raise ValueError(f'{where}: tool_calls in a {role} message')
         out['tool_calls'] = [_call(c, f'{where}.tool_calls[{i}]') for i, c in enumerate(m['tool_calls'])]
-    for k in ('tool_call_id', 'name', 'event'):
+    for k in ('tool_call_id', 'name', 'event', 'reasoning_content'):  # the last one for templates of thinking models
         if isinstance(m.get(k), str): out[k] = m[k]
     return out
 
