@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kat.envs import base
-from kat.envs.base import (Env, Grade, InfraError, Observation, Task, ToolCall, ToolResult, bad_call, make_env, register,
-                           tool)
+from kat.envs.base import (
+    Env, Grade, InfraError, Observation, Task, ToolCall, ToolResult, bad_call, make_env, register, tool)
 
 TOOLS = [tool('view', 'Show a file', path='string', line='integer?'), tool('wait', 'Wait', s='number', loud='boolean?'),
          tool('submit', 'End')]
@@ -43,7 +43,8 @@ def test_an_episode_of_parallel_calls():
         async with make_env('test-count', start=1) as env:
             obs = await env.reset(Task('t', 'test-count', data=dict(goal=6)))
             assert obs.messages == [dict(role='user', content='Reach 6.')] and not obs.done
-            obs = await env.step([ToolCall('add', dict(n=2), 'a'), ToolCall('add', {}, 'b'), ToolCall('add', dict(n=3), 'c')])
+            arguments = dict(a=dict(n=2), b={}, c=dict(n=3))
+            obs = await env.step([ToolCall('add', v, k) for k, v in arguments.items()])
             return env, obs, await env.grade()
     env, obs, grade = asyncio.run(episode())
     assert [(r.id, r.ok, r.event) for r in obs.results] == [('a', True, None), ('b', False, 'error'), ('c', True, None)]

@@ -12,10 +12,10 @@ import importlib.util
 import math
 from dataclasses import dataclass, field
 
-# %% ../../nbs/envs/01_base.ipynb #e86a8a15
+# %% ../../nbs/envs/01_base.ipynb #98f286c5
 @dataclass(frozen=True)
 class Task:
-    "One problem of one environment. *Own design*. Raises `ValueError` for an empty `id` or `env`, or `data` that is no dict."
+    "One problem of one environment. *Own design*. Raises `ValueError` for an empty `id` or `env`, or odd `data`."
     id: str  # unique inside its environment, e.g. `rename-00017`
     env: str  # name the environment is registered under
     kind: str = ''  # family, for balance and for tables
@@ -25,7 +25,7 @@ class Task:
         for k in ('id', 'env'):
             v = getattr(self, k)
             if not (isinstance(v, str) and v): raise ValueError(f'Task.{k} must be a non-empty string, got {v!r}')
-        if not isinstance(self.data, dict): raise ValueError(f'Task.data must be a dict, got {type(self.data).__name__}')
+        if not isinstance(self.data, dict): raise ValueError(f'Task.data must be a dict, got {self.data!r:.40}')
 
 # %% ../../nbs/envs/01_base.ipynb #e1a86f50
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ class Grade:
 class InfraError(RuntimeError):
     "The infrastructure failed, not the agent: the episode is void and must never become a reward."
 
-# %% ../../nbs/envs/01_base.ipynb #56794174
+# %% ../../nbs/envs/01_base.ipynb #9c328fc0
 def tool(
     name: str,  # what the agent writes
     description: str,  # one line
@@ -77,7 +77,8 @@ def tool(
     props, needed = {}, []
     for k, t in parameters.items():
         kind = t.removesuffix('?')
-        if kind not in _TYPES: raise ValueError(f'tool {name!r}, parameter {k!r}: type {t!r}, use one of {", ".join(_TYPES)}')
+        if kind not in _TYPES:
+            raise ValueError(f'tool {name!r}, parameter {k!r}: type {t!r}, use one of {", ".join(_TYPES)}')
         props[k] = dict(type=kind)
         if kind == t: needed.append(k)
     schema = dict(type='object', properties=props, required=needed)
