@@ -12,7 +12,6 @@ import sys
 import threading
 import time
 import warnings
-from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
@@ -127,6 +126,9 @@ def test_every_job_starts_the_same(pool):
     ('import os; os.write(3, b"]junk\\n")', 'the result is damaged'),
     ('import os; os.write(3, b"[" * 60000)', 'the result is damaged'),
     ('import os; os.close(3)', 'ended before its last line'),
+    ('import os; os.write(3, b\'{"end": "ok", "value": 1}\\n\'); os._exit(4)', 'exit code 4'),
+    ('import os; os.write(3, b\'{"end": ["ok"]}\\n\'); os._exit(0)', 'exit code 0'),
+    ('import os; os.write(3, b\'{"end": "error", "error": [1]}\\n\'); os._exit(0)', '[1]'),
 ])
 def test_errors_are_told(pool, main, says):
     r = pool.run(Job(main))

@@ -207,7 +207,7 @@ except OSError: pass
 print(n)
 '''
 
-# %% ../../nbs/envs/02_sandbox.ipynb #27399b8b
+# %% ../../nbs/envs/02_sandbox.ipynb #364664de
 def _probe(bwrap: str) -> Features:
     "Run bubblewrap and see."
     def run(argv, box):
@@ -220,16 +220,17 @@ def _probe(bwrap: str) -> Features:
             return Features(bwrap, reason=(err.strip() or f'it ended with exit code {rc}').splitlines()[-1])
         lay = run(['/bin/sh', '-c', 'echo x > /workspace/x'], _Box(bwrap, 1, _overlay('/usr')))
         return Features(bwrap, run([bwrap, '--version'], None)[0].split()[-1], True, lay[2] == 0, 0 < int(out) < 8)
-    except (OSError, subprocess.TimeoutExpired, InfraError) as e: return Features(bwrap, reason=str(e))
+    except (FileNotFoundError, PermissionError, InfraError) as e: return Features(bwrap, reason=str(e))
+    except (OSError, subprocess.TimeoutExpired) as e: raise InfraError(f'sandbox: the probe failed: {e}') from e
 
 def _overlay(path) -> tuple: return '--overlay-src', str(path), '--tmp-overlay', '/workspace'
 
-# %% ../../nbs/envs/02_sandbox.ipynb #37e64a66
+# %% ../../nbs/envs/02_sandbox.ipynb #0e12e0d2
 @functools.lru_cache(None)
 def features(
     bwrap: str | None = None,  # path; None: the first that works of `bwrap_candidates`
 ) -> Features:
-    "Probe bubblewrap; the answer is remembered as long as the process lives."
+    "Probe bubblewrap; the answer is remembered as long as the process lives. Raises `InfraError` if it can't tell."
     if not sys.platform.startswith('linux'): return Features(bwrap, reason=f'it needs Linux, this is {sys.platform}')
     if bwrap: return _probe(bwrap)
     tried = [features(b) for b in bwrap_candidates()]
@@ -293,7 +294,7 @@ def _exchange(ctl, job: bytes, lim, stop=True) -> tuple:
     if not end: raise _Lost  # no answer in time
     return end, *(bytes(kept[f][:cap]) for f in fds), over
 
-# %% ../../nbs/envs/02_sandbox.ipynb #3f2e716f
+# %% ../../nbs/envs/02_sandbox.ipynb #a85478ee
 def _told(lines: bytes):
     "The value and the end that the child told; (None, None) when it never told an end."
     try: said = {k: v for line in lines.splitlines() for k, v in json.loads(line).items()}
@@ -305,9 +306,9 @@ def _judge(end, out, lines, over, lim) -> JobResult:
     value, said = _told(lines)
     if over: status, error = 'output', f"more than {lim['output_kb']} kB printed or returned"
     elif end['why'] or end['code'] < 0: status, error = _killed(end, lim)
-    elif said is None: status, error = 'error', f"ended before its last line (exit code {end['code']})"
-    else: status, error = said['end'], said.get('error')
-    if status == 'memory': error = f"more than {lim['memory_mb']} MB of memory"
+    elif said is None or end['code']: status, error = 'error', f"ended before its last line (exit code {end['code']})"
+    elif said['end'] == 'memory': status, error = 'memory', f"more than {lim['memory_mb']} MB of memory"
+    else: status, error = said['end'], str(said['error']) if 'error' in said else None
     return JobResult(status, value if status == 'ok' else None, out.decode(errors='replace'), error, end['wall'])
 
 # %% ../../nbs/envs/02_sandbox.ipynb #0ea1ec08
