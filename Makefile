@@ -7,7 +7,7 @@ TORCH   = torch==$(shell sed -n 's/^torch==//p' constraints.txt)
 READY   = .venv/.installed
 
 help: ## list the targets
-	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' Makefile | expand -t 10
+	@awk -F':.*## ' '/^[a-z]+:.*## / {printf "%-10s%s\n", $$1, $$2}' Makefile
 
 install: $(READY) ## create .venv with pinned versions (PyTorch's CPU build where there is no GPU)
 
@@ -24,7 +24,7 @@ docs: install ## build the site and say where it is
 	$(PY) docs/build.py
 
 bench: install ## time the parts that the stages spend their minutes in
-	$(PY) tests/bench.py
+	@for b in benchmarks/*.py; do echo "== $$b"; $(PY) $$b || exit 1; done
 
 clean: ## remove what can be made again, but neither .venv nor data/runs
 	rm -rf _proc _docs build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
@@ -34,12 +34,12 @@ $(READY): Makefile constraints.txt settings.ini setup.py pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	    { echo "kat needs Python 3.11 or newer; $(PYTHON) is older or missing: make install PYTHON=python3.12"; exit 1; }
 	@$(PYTHON) -m venv .venv || { echo "no virtual environment: on Debian or Ubuntu, apt install python3-venv"; exit 1; }
+	@$(PIP) setuptools wheel
 	@echo "Installing PyTorch ..."
 	@if command -v nvidia-smi >/dev/null; then $(PIP) --no-deps $(TORCH); else \
 	    $(PIP) --no-deps $(TORCH)+cpu 2>/dev/null || \
 	    $(PIP) --no-deps --index-url https://download.pytorch.org/whl/cpu $(TORCH) || $(PIP) --no-deps $(TORCH); fi
 	@echo "Installing everything else (about 190 packages, a few minutes) ..."
-	@$(PIP) setuptools wheel
 	@$(PIP) --no-build-isolation -e '.[$(EXTRAS)]'
 	@touch $@
 

@@ -1,4 +1,4 @@
-"""Time the parts that the stages spend their minutes in, on the machine at hand: `make bench` (about a minute).
+"""Time records, world and training step on this machine: `python benchmarks/parts.py` (about half a minute).
 
 Each line is the median of a few repetitions. Nothing is asserted: speeds belong to machines, not to CI.
 """
@@ -17,7 +17,6 @@ from kat.core.io import read_records, write_records
 from kat.core.types import Segment, Trajectory
 from kat.envs.micro import make_task, test_job
 from kat.envs.sandbox import WarmPool
-from kat.plane.engines import HFEngine, Request
 
 
 def show(what, unit, n, fn, reps=3):
@@ -56,15 +55,6 @@ def world(n=100):
              lambda: pool.run_many([test_job(f, {'tests.py': f['tests.py']}) for f in tasks]))
 
 
-def engine(rows=64, prompt=128, new=32):
-    e = HFEngine(model().eval(), max_len=512, slots=rows, dtype=torch.bfloat16)
-    def go(tokens):
-        ids = np.random.default_rng(0).integers(0, 2048, (rows, prompt)).astype(np.int32)
-        e.generate([Request(r, tokens, seed=i) for i, r in enumerate(ids)])
-    show(f'engine, prefill {rows} x {prompt} (bf16)', 'tokens', rows*prompt, lambda: go(1))
-    show(f'engine, {new} new tokens after {rows} x {prompt} (bf16)', 'tokens', rows*new, lambda: go(new))
-
-
 def training(rows=16, length=256):
     ids = torch.randint(0, 2048, (rows, length))
     for name in ('sdpa', 'kat'):
@@ -77,4 +67,4 @@ def training(rows=16, length=256):
 if __name__ == '__main__':
     size = sum(p.numel() for p in model().parameters())/1e6
     print(f'torch {torch.__version__}, {torch.get_num_threads()} threads, {size:.1f} M parameters')
-    for part in (records, world, engine, training): part()
+    for part in (records, world, training): part()
