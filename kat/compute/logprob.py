@@ -55,13 +55,13 @@ def hidden_states(
 # %% ../../nbs/compute/03_logprob.ipynb #deb12997
 SLICE = 2 ** 24  # logits held at once: more are recomputed in the backward, slice by slice
 
-# %% ../../nbs/compute/03_logprob.ipynb #3751ecca
+# %% ../../nbs/compute/03_logprob.ipynb #5fc8e047
 def check_head(model: PreTrainedModel) -> None:
     "Raise ValueError if the model's logits aren't a plain linear map of the final states."
     config = model.config.get_text_config()
     odd = [n for n in ("final_logit_softcapping", "logit_scale", "logits_scaling", "lm_head_multiplier",
                        "output_multiplier") if getattr(config, n, None) not in (None, 1, 1.0)]
-    if odd: raise ValueError(f"{type(model).__name__} changes its logits after the head ({', '.join(odd)}): not supported")
+    if odd: raise ValueError(f"{type(model).__name__} changes its logits after the head ({', '.join(odd)}): unsupported")
 
 # %% ../../nbs/compute/03_logprob.ipynb #539a2e84
 def _score(hidden, weight, bias, targets, temperature):  # [n, d] -> log-probs [n], entropies [n] (no gradient)
@@ -85,7 +85,7 @@ def token_logprobs(
     parts = [_score(*args[0])] if len(args) == 1 else [checkpoint(_score, *a, use_reentrant=False) for a in args]
     return torch.cat([p[0] for p in parts]), torch.cat([p[1] for p in parts])
 
-# %% ../../nbs/compute/03_logprob.ipynb #4cd4f574
+# %% ../../nbs/compute/03_logprob.ipynb #9b34fba7
 def flat_logprobs(
     model: PreTrainedModel,             # a decoder with a language-model head
     ids: torch.Tensor,                  # [B, L] int64, padded on the right
@@ -99,6 +99,6 @@ def flat_logprobs(
     where = mask[:, 1:].flatten().nonzero().squeeze(-1)          # positions t-1, in rows of L-1
     row = where // (ids.shape[1] - 1)
     temperature = torch.as_tensor(temperature, dtype=torch.float32, device=ids.device).expand(len(ids))[row]
-    if not bool((temperature > 0).all()): raise ValueError("temperature must be above 0: a greedy sample has no density")
+    if not bool((temperature > 0).all()): raise ValueError("temperature must be above 0: greedy choice has no density")
     hidden = hidden_states(model, ids, dtype).flatten(0, 1).index_select(0, where + row)
     return token_logprobs(model, hidden, ids[:, 1:].flatten()[where], temperature)

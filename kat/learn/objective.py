@@ -29,18 +29,18 @@ def ppo_clip(
     plain, clipped = ratio * advantages, ratio.clamp(1 - low, 1 + high) * advantages
     return -torch.minimum(plain, clipped), clipped < plain
 
-# %% ../../nbs/learn/02_objective.ipynb #9433b937
+# %% ../../nbs/learn/02_objective.ipynb #d58ba5d6
 def token_weights(
     counts: torch.Tensor,         # [S] trained tokens of each trajectory of the whole batch
     how: str = "token",           # 'token', 'sequence' or 'constant'
     length: int | None = None,    # the fixed length of 'constant'
 ) -> torch.Tensor:                # float32[S], weight of each token of trajectory s
-    "Weights that turn a sum over tokens into the wanted mean. Trajectories without trained tokens count in 'constant' only."
+    "Weights that turn a sum over tokens into the wanted mean. Trajectories without trained tokens count in 'constant'."
     counts = torch.as_tensor(counts)
     if how == "token": return torch.full_like(counts, 1, dtype=torch.float32) / counts.sum().clamp(min=1)
     if how == "sequence": return 1 / (counts.clamp(min=1).float() * (counts > 0).sum().clamp(min=1))
     if how == "constant":
-        if not length or length <= 0: raise ValueError(f"normalisation 'constant': length {length}: a positive one expected")
+        if not length or length <= 0: raise ValueError(f"normalisation 'constant': length {length}: a positive one needed")
         return torch.full_like(counts, 1, dtype=torch.float32) / (len(counts) * length)
     raise ValueError(f"normalisation {how!r}: one of 'token', 'sequence', 'constant' expected")
 

@@ -42,7 +42,7 @@ class Row:
     advantage: float
     temperature: float     # at which it was sampled
 
-# %% ../../nbs/learn/05_rl.ipynb #174d5318
+# %% ../../nbs/learn/05_rl.ipynb #0e0d3754
 def make_row(
     trajectory: Trajectory,  # with recorded log-probs on trained tokens
     advantage: float,        # of the whole trajectory
@@ -51,11 +51,12 @@ def make_row(
     t, mask = trajectory, trajectory.mask.copy()
     if len(mask): mask[0] = False  # nothing comes before it
     logprobs = t.logprobs[mask]
-    if np.isnan(logprobs).any():
-        raise ValueError(f"task {t.task}: {int(np.isnan(logprobs).sum())} of {len(logprobs)} trained tokens have no recorded "
-                         "log-prob: sample with an engine that records them")
+    if n := int(np.isnan(logprobs).sum()):
+        raise ValueError(f"task {t.task}: {n} of {len(logprobs)} trained tokens have no recorded log-prob: "
+                         "sample with an engine that records them")
     temperature = float(t.sampling.get("temperature", 1.0))
-    if temperature <= 0: raise ValueError(f"task {t.task}: sampled at temperature {temperature}: a greedy sample can't be trained on")
+    if temperature <= 0:
+        raise ValueError(f"task {t.task}: sampled at temperature {temperature}: greedy samples can't be trained on")
     return Row(t.ids, mask, logprobs, float(advantage), temperature)
 
 # %% ../../nbs/learn/05_rl.ipynb #bb3cf699
@@ -70,7 +71,7 @@ def batch_metrics(
     return {"reward": mean(graded), "solved": mean(graded >= 1), "groups": len(groups), "live_groups": int(live.sum()),
             "trajectories": len(rewards), "masked": len(rewards) - len(graded)}
 
-# %% ../../nbs/learn/05_rl.ipynb #ac64459f
+# %% ../../nbs/learn/05_rl.ipynb #b891acb1
 def accumulate(
     model: PreTrainedModel,    # its parameters' gradients are added to
     rows: list[Row],           # the whole batch
@@ -93,9 +94,9 @@ def accumulate(
         total += loss.item()
         for k, v in dict(new=new.detach(), old=old, entropy=entropy, clipped=clipped).items(): kept[k].append(v)
     new, old, entropy, clipped = (torch.cat(v) for v in kept.values())
-    return {"loss": total, "entropy": entropy.mean().item(), "clipped": clipped.float().mean().item(), **mismatch(new, old)}
+    return {"loss": total, "entropy": entropy.mean().item(), "clipped": clipped.float().mean().item()} | mismatch(new, old)
 
-# %% ../../nbs/learn/05_rl.ipynb #5d5d2a9e
+# %% ../../nbs/learn/05_rl.ipynb #24aaa71e
 @dataclass(eq=False, repr=False)
 class RLTrainer:
     "Trains a model on groups of trajectories. Everything but the first four fields identifies a run for resuming."
@@ -124,14 +125,15 @@ class RLTrainer:
     def __post_init__(self):
         self.out_dir, self.finished = Path(self.out_dir), False
         self.call = _settings(self) | {"start": weights_checksum(self.model)}
-        self.optimizer = make_optimizer(use_kat_attention(self.model), self.lr, self.muon_lr, self.betas, self.weight_decay)
+        use_kat_attention(self.model)
+        self.optimizer = make_optimizer(self.model, self.lr, self.muon_lr, self.betas, self.weight_decay)
         _resume(self)
         if self.publish: self.publish(self.model, self.version)
 
     def step(self, groups: list[Group]) -> dict: return _step(self, groups)
     def train(self, groups: Iterable[Group], max_steps: int, progress: Callable | None = None) -> dict:
         return _train(self, groups, max_steps, progress)
-    def save(self) -> None: save_checkpoint(self.out_dir / "checkpoints", self.version, lambda d: _write(self, d), self.call)
+    def save(self) -> None: _save(self)
 
 # %% ../../nbs/learn/05_rl.ipynb #eac5eebb
 def _settings(trainer) -> dict:  # the fields that identify a run, as plain values
@@ -153,24 +155,26 @@ def _step(self, groups):  # -> metrics
     if self.publish: self.publish(self.model, self.version)
     return metrics | {"version": self.version, "seconds": time.perf_counter() - began}
 
-# %% ../../nbs/learn/05_rl.ipynb #d7efc4bf
+# %% ../../nbs/learn/05_rl.ipynb #da2fdefb
 def _update(self, rows):  # one optimiser step on all rows -> metrics
     self.model.train()
     self.optimizer.zero_grad()
     weights = token_weights(torch.tensor([len(r.logprobs) for r in rows]), self.normalise, self.length).numpy()
     metrics = accumulate(self.model, rows, weights, self.batch_tokens, (self.clip_low, self.clip_high), self.dtype)
     norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.max_grad_norm).item()
-    if not np.isfinite(norm): raise FloatingPointError(f"step {self.version + 1}: gradient norm is {norm}: lower the learning rate")
+    if not np.isfinite(norm):
+        raise FloatingPointError(f"step {self.version + 1}: the gradient's norm is {norm}: lower the learning rate")
     factor = lr_factor(self.version, 1, self.warmup, decay=0)
     for group in self.optimizer.param_groups: group["lr"] = factor * (self.muon_lr if group["muon"] else self.lr)
     self.optimizer.step()
     self.optimizer.zero_grad()
     return metrics | {"grad_norm": norm, "lr": factor * self.lr}
 
-# %% ../../nbs/learn/05_rl.ipynb #6a2beaa1
-def _train(self, groups, max_steps, progress):  # until version == max_steps, or the groups run out -> {version, groups_seen}
+# %% ../../nbs/learn/05_rl.ipynb #d43e4843
+def _train(self, groups, max_steps, progress):  # until version == max_steps or groups run out -> version, groups_seen
     if self.finished and self.version < max_steps:
-        raise ValueError(f"{self.out_dir / 'model'}: finished after {self.version} steps, {max_steps} asked: use another folder")
+        raise ValueError(f"{self.out_dir / 'model'}: finished after {self.version} steps, {max_steps} asked: "
+                         "use another folder")
     groups = iter(groups)
     while self.version < max_steps and (batch := list(islice(groups, self.groups_per_step))):
         metrics = self.step(batch)
@@ -182,11 +186,13 @@ def _train(self, groups, max_steps, progress):  # until version == max_steps, or
     self.finished = True
     return result
 
-# %% ../../nbs/learn/05_rl.ipynb #25a98029
-def _write(self, folder):
-    with no_bars(): self.model.save_pretrained(folder)
-    torch.save({"optimizer": self.optimizer.state_dict(), "version": self.version, "groups_seen": self.groups_seen,
-                "rng": rng_state()}, folder / "trainer.pt")
+# %% ../../nbs/learn/05_rl.ipynb #85087a00
+def _save(self):
+    def write(folder):
+        with no_bars(): self.model.save_pretrained(folder)
+        torch.save({"optimizer": self.optimizer.state_dict(), "version": self.version,
+                    "groups_seen": self.groups_seen, "rng": rng_state()}, folder / "trainer.pt")
+    save_checkpoint(self.out_dir / "checkpoints", self.version, write, self.call)
 
 # %% ../../nbs/learn/05_rl.ipynb #78f6dc18
 def _resume(self):

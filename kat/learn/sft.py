@@ -24,7 +24,7 @@ from ..core.io import need
 from .training import (data_checksum, latest_checkpoint, load_finished, lr_factor, make_optimizer,
                                 no_bars, save_checkpoint, save_finished, weights_checksum)
 
-# %% ../../nbs/learn/03_sft.ipynb #e0de49c1
+# %% ../../nbs/learn/03_sft.ipynb #2d2e521c
 def as_sequences(
     data: Sequence,             # trajectories, or pairs (ids, mask)
     all_tokens: bool = False,   # mark every token (mid-training) instead of the trainable ones
@@ -35,10 +35,10 @@ def as_sequences(
         ids, mask = (x.ids, x.mask) if hasattr(x, "ids") else x
         ids, mask = np.asarray(ids, np.int32), np.asarray(mask, bool)
         if ids.ndim != 1 or ids.shape != mask.shape:
-            raise ValueError(f"sequence {i}: {ids.shape} ids and {mask.shape} mask values: two equal 1-D arrays expected")
+            raise ValueError(f"sequence {i}: {ids.shape} ids and {mask.shape} mask values: two equal 1-D arrays needed")
         if len(ids) < 2: raise ValueError(f"sequence {i}: {len(ids)} tokens: at least two are needed to predict one")
         out.append((ids, np.ones_like(mask) if all_tokens else mask))
-    if not any(m[1:].any() for _, m in out): raise ValueError(f"no token to train on in {len(out)} sequences: all masked")
+    if not any(m[1:].any() for _, m in out): raise ValueError(f"no token to train on in {len(out)} sequences")
     return out
 
 # %% ../../nbs/learn/03_sft.ipynb #248dd79f
@@ -110,7 +110,7 @@ def _trainer_class():
         def _issue_warnings_after_load(self, result): pass  # a tied head is always "missing"; the manifest has checked
     return KatSFTTrainer
 
-# %% ../../nbs/learn/03_sft.ipynb #063232a2
+# %% ../../nbs/learn/03_sft.ipynb #5d4c43bc
 class _Report(TrainerCallback):
     def __init__(self, run: _Run): self.run = run
 
@@ -120,7 +120,8 @@ class _Report(TrainerCallback):
         run.losses.append(loss)
         if run.progress: run.progress({
             "step": k, "steps": args.max_steps, "loss": loss, "entropy": run.entropy.item(), "lr": run.lr(k - 1),
-            "grad_norm": run.grad_norm, "tokens": int(run.totals[0, k - 1]), "trained_tokens": int(run.totals[1, k - 1])})
+            "grad_norm": run.grad_norm, "tokens": int(run.totals[0, k - 1]),
+            "trained_tokens": int(run.totals[1, k - 1])})
 
 # %% ../../nbs/learn/03_sft.ipynb #b661a84b
 def _config(root, max_steps, save_every, max_grad_norm, seed):
@@ -145,7 +146,7 @@ def _train(model, tokenizer, run, config, collate, optimizer, factor):  # runs o
     if last: run.losses = json.loads((last / "losses.json").read_text())
     with no_bars(): trainer.train(resume_from_checkpoint=str(last / "trainer") if last else None)
 
-# %% ../../nbs/learn/03_sft.ipynb #9f5ca7c0
+# %% ../../nbs/learn/03_sft.ipynb #64a798b5
 def train_sft(
     model: PreTrainedModel,       # trained in place; float32 weights
     data: Sequence,               # trajectories, or pairs (ids, mask)
@@ -164,7 +165,7 @@ def train_sft(
     dtype: torch.dtype | None = torch.bfloat16,  # compute dtype; None: the weights' own
     save_every: int = 100,        # updates between checkpoints
     seed: int = 0,                # of order and dropout; torch's global generator is seeded with it
-    progress: Callable[[dict], None] | None = None,  # after each update: step, steps, loss, entropy, lr, grad_norm, tokens
+    progress: Callable[[dict], None] | None = None,  # called after each update with its step, loss, entropy, lr, …
 ) -> dict:                        # steps, tokens, trained_tokens, loss (mean over the last tenth of the steps)
     "Train on marked tokens with TRL's SFTTrainer. Resumes by itself; CheckpointError names what stands in the way."
     sequences, out = as_sequences(data, all_tokens), Path(out_dir)
@@ -177,8 +178,9 @@ def train_sft(
     totals = np.cumsum([np.sum([sizes[i] for i in batch], 0) for batch in plan], 0).T
     factor = partial(lr_factor, total=max_steps, warmup=warmup, decay=decay)
     run = _Run(call, dtype, lambda k: lr * factor(k), totals, progress)
-    _train(use_kat_attention(model), tokenizer, run, _config(out / "checkpoints", max_steps, save_every, max_grad_norm, seed),
-           _collate(sequences, plan), make_optimizer(model, lr, muon_lr, weight_decay=weight_decay), factor)
+    config = _config(out / "checkpoints", max_steps, save_every, max_grad_norm, seed)
+    optimizer = make_optimizer(model, lr, muon_lr, weight_decay=weight_decay)
+    _train(use_kat_attention(model), tokenizer, run, config, _collate(sequences, plan), optimizer, factor)
     result = {"steps": max_steps, "tokens": int(totals[0, -1]), "trained_tokens": int(totals[1, -1]),
               "loss": float(np.mean(run.losses[-max(1, max_steps // 10):]))}
     save_finished(model, tokenizer, out / "model", call, result)

@@ -1,0 +1,134 @@
+"The optimiser against PyTorch's own; checkpoints that are whole, checked and refused when they should be."
+import copy
+import errno
+import json
+
+import pytest
+import torch
+from transformers import Qwen3Config, Qwen3ForCausalLM
+
+from kat.learn.training import (CheckpointError, MuonAdam, checkpoints, latest_checkpoint, lr_factor, make_optimizer,
+                                orthogonalise, save_checkpoint, write_folder)
+
+
+def tiny(tie=True):
+    torch.manual_seed(0)
+    return Qwen3ForCausalLM(Qwen3Config(vocab_size=16, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+                                        num_attention_heads=2, num_key_value_heads=1, head_dim=16,
+                                        tie_word_embeddings=tie))
+
+
+def run(optimizer, params, steps, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    for _ in range(steps):
+        for p in params: p.grad = torch.randn(p.shape, generator=generator)
+        optimizer.step()
+
+
+@pytest.mark.parametrize("weight_decay", [0.0, 0.1])
+def test_each_half_is_pytorchs_own(weight_decay):
+    for muon, other, tolerance in ((False, torch.optim.AdamW, 1e-6), (True, torch.optim.Muon, 5e-3)):
+        torch.manual_seed(0)
+        ours = [torch.nn.Parameter(torch.randn(s)) for s in ((8, 12), (12, 8), (8, 12))]
+        theirs = [torch.nn.Parameter(p.detach().clone()) for p in ours]
+        kw = {} if muon else {"betas": (0.9, 0.95)}
+        run(MuonAdam([{"params": ours, "muon": muon}], lr=0.05, weight_decay=weight_decay), ours, 5)
+        run(other(theirs, lr=0.05, weight_decay=weight_decay, **kw), theirs, 5)
+        for a, b in zip(ours, theirs): torch.testing.assert_close(a, b, atol=tolerance, rtol=1e-5)
+
+
+def test_orthogonalise_flattens_singular_values():
+    torch.manual_seed(0)
+    for shape in ((2, 16, 40), (1, 40, 16), (3, 20, 20)):
+        values = torch.linalg.svdvals(orthogonalise(torch.randn(shape)).float())
+        assert values.max() < 1.3 and values.median() > 0.6
+
+
+@pytest.mark.parametrize("tie", [True, False])
+def test_only_hidden_matrices_go_to_muon(tie):
+    model = tiny(tie)
+    adam, muon = make_optimizer(model, 1e-3, 0.02).param_groups
+    names = {id(p): n for n, p in model.named_parameters()}
+    assert {names[id(p)].split(".")[-2] for p in muon["params"]} == {
+        "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
+    assert len(adam["params"]) + len(muon["params"]) == len(list(model.parameters()))
+    assert (adam["lr"], muon["lr"]) == (1e-3, 0.02)
+    assert len(make_optimizer(model, 1e-3).param_groups) == 1
+
+
+def test_optimizer_state_comes_back_exactly(tmp_path):
+    straight, model = tiny(), tiny()
+    one, two = make_optimizer(straight, 1e-2, 0.02), make_optimizer(model, 1e-2, 0.02)
+    run(one, list(straight.parameters()), 3)
+    run(two, list(model.parameters()), 3)
+    torch.save(two.state_dict(), tmp_path / "o.pt")
+    resumed = copy.deepcopy(model)
+    three = make_optimizer(resumed, 1e-2, 0.02)
+    three.load_state_dict(torch.load(tmp_path / "o.pt", weights_only=True))
+    run(one, list(straight.parameters()), 3, seed=9)
+    run(three, list(resumed.parameters()), 3, seed=9)
+    assert all(torch.equal(a, b) for a, b in zip(straight.parameters(), resumed.parameters()))
+
+
+def test_learning_rate_curve():
+    curve = [lr_factor(s, 10, warmup=2, decay=0.4) for s in range(10)]
+    assert curve == pytest.approx([1 / 3, 2 / 3, 1, 1, 1, 1, 1, 0.75, 0.5, 0.25])
+    assert [lr_factor(s, 3, decay=0) for s in range(3)] == [1.0] * 3
+
+
+CALL = {"seed": 1}
+
+
+def write(folder):
+    (folder / "sub").mkdir()
+    (folder / "sub" / "weights").write_bytes(bytes(range(100)))
+    (folder / "state.json").write_text("{}")
+
+
+@pytest.mark.parametrize("name, spoil", [
+    ("sub/weights", lambda p: p.write_bytes(p.read_bytes()[:50])),                          # cut off
+    ("sub/weights", lambda p: p.write_bytes(p.read_bytes()[:-1] + b"x")),                   # one byte flipped
+    ("state.json", lambda p: p.unlink()),
+    ("checkpoint.json", lambda p: p.write_text("{")),
+    ("checkpoint.json", lambda p: p.unlink()),
+])
+def test_damage_is_named(tmp_path, name, spoil):
+    save_checkpoint(tmp_path, 7, write, CALL)
+    assert latest_checkpoint(tmp_path, CALL).name == "checkpoint-7"
+    spoil(tmp_path / "checkpoint-7" / name)
+    with pytest.raises(CheckpointError, match=f"checkpoint-7/{name}"): latest_checkpoint(tmp_path, CALL)
+
+
+def test_another_runs_checkpoint_is_refused(tmp_path):
+    save_checkpoint(tmp_path, 7, write, CALL)
+    with pytest.raises(CheckpointError, match="seed: 1 there, 2 here"): latest_checkpoint(tmp_path, {"seed": 2})
+
+
+def test_a_failed_write_leaves_the_old_one(tmp_path):
+    save_checkpoint(tmp_path, 7, write, CALL)
+    def full(folder):
+        write(folder)
+        raise OSError(errno.ENOSPC, "No space left on device")
+    with pytest.raises(OSError, match="No space"): save_checkpoint(tmp_path, 8, full, CALL)
+    assert [p.name for p in tmp_path.iterdir()] == ["checkpoint-7"]
+    assert latest_checkpoint(tmp_path, CALL).name == "checkpoint-7"
+
+
+def test_a_half_written_folder_is_ignored_and_replaced(tmp_path):
+    (tmp_path / ".checkpoint-8.new").mkdir()  # what a killed process leaves
+    (tmp_path / ".checkpoint-8.new" / "old").write_text("x")
+    assert checkpoints(tmp_path) == [] and latest_checkpoint(tmp_path, CALL) is None
+    save_checkpoint(tmp_path, 8, write, CALL)
+    assert not (tmp_path / "checkpoint-8" / "old").exists()
+    manifest = json.loads((tmp_path / "checkpoint-8" / "checkpoint.json").read_text())
+    assert set(manifest["files"]) == {"sub/weights", "state.json"}
+
+
+def test_only_the_newest_are_kept(tmp_path):
+    for step in (9, 10, 100): save_checkpoint(tmp_path, step, write, CALL)
+    assert [p.name for p in checkpoints(tmp_path)] == ["checkpoint-10", "checkpoint-100"]
+
+
+def test_a_folder_is_replaced_as_a_whole(tmp_path):
+    for text in "ab": write_folder(tmp_path / "m", lambda d: (d / text).write_text(text))
+    assert [p.name for p in (tmp_path / "m").iterdir()] == ["b"]
