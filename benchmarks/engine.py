@@ -1,0 +1,107 @@
+"""The embedded engine against transformers' own generate, on this machine: `python benchmarks/engine.py --help`
+
+A random Qwen3 of the demo's size. `decode`: one more token for every row, all at the same context. `rollout`: groups of
+conversations with tools, ragged prompts and turns, as in a step of RL; transformers computes each turn's history anew,
+left-padded, as one must without an engine."""
+import argparse
+import resource
+import time
+
+import numpy as np
+import torch
+from transformers import Qwen3Config, Qwen3ForCausalLM, StoppingCriteria
+from transformers.utils import logging
+
+from kat.plane.engines import HFEngine, Request
+
+V = 1536
+STOP = list(range(V//16))  # a random model takes each token about equally often: turns of 16 tokens on average
+
+def make_model(hidden, layers, heads, kv_heads, head_dim):
+    torch.manual_seed(0)
+    return Qwen3ForCausalLM(Qwen3Config(
+        vocab_size=V, hidden_size=hidden, intermediate_size=hidden*8//3, num_hidden_layers=layers, head_dim=head_dim,
+        num_attention_heads=heads, num_key_value_heads=kv_heads, tie_word_embeddings=True,
+        bos_token_id=None, eos_token_id=None)).eval()
+
+class Kat:
+    "The engine, a session for each row."
+    def __init__(self, model, dtype, rows): self.e = HFEngine(model, max_len=1024, slots=rows, dtype=dtype)
+
+    def turn(self, prompts, n, stop=()):
+        "the new tokens of each row"
+        rs = [Request(p, n, stop=stop, session=str(i)) for i, p in enumerate(prompts)]
+        return [c.ids for c in self.e.generate(rs)]
+
+    def step(self, prompts, n):
+        "seconds for one more token of every row; the prompts are cached"
+        times = []
+        for k in (1, 1, n+1, 1, n+1, 1, n+1):
+            begin = time.perf_counter()
+            self.turn(prompts, k)
+            times.append(time.perf_counter() - begin)
+        return (min(times[2::2]) - min(times[1::2]))/n
+
+class Clock(StoppingCriteria):
+    "Notes the time of every step, and stops nothing."
+    def __init__(self): self.times = []
+    def __call__(self, ids, scores, **kw):
+        self.times.append(time.perf_counter())
+        return torch.zeros(len(ids), dtype=torch.bool)
+
+class Transformers:
+    "model.generate on one left-padded batch."
+    def __init__(self, model, dtype, rows): self.model = model.to(dtype)
+
+    def turn(self, prompts, n, stop=(), **kw):
+        "the new tokens of each row"
+        width = max(map(len, prompts))
+        ids, on = torch.zeros(2, len(prompts), width, dtype=torch.long)
+        for i, p in enumerate(prompts): ids[i, width-len(p):], on[i, width-len(p):] = torch.as_tensor(p), 1
+        out = self.model.generate(ids, attention_mask=on, do_sample=True, top_k=0, max_new_tokens=n, pad_token_id=0,
+                                  eos_token_id=list(stop) or None, **kw)
+        return [r[:np.isin(r, stop).argmax()+1] if np.isin(r, stop).any() else r for r in out[:, width:].numpy()]
+
+    def step(self, prompts, n):
+        "seconds for one more token of every row"
+        clock = Clock()
+        self.turn(prompts, n, stopping_criteria=[clock])
+        return np.diff(clock.times).min()
+
+def rollout(way, groups, size, turns=5):
+    "a step of RL: seconds, tokens sampled"
+    rng, begin = np.random.default_rng(0), time.perf_counter()
+    more = lambda lo, hi: rng.integers(len(STOP), V, rng.integers(lo, hi))
+    system, sampled = more(80, 81), 0
+    history = [t for t in [np.r_[system, more(20, 120)] for _ in range(groups)] for _ in range(size)]
+    for _ in range(turns):
+        got = way.turn(history, 40, STOP)
+        sampled += sum(map(len, got))
+        history = [np.r_[h, g, more(5, 50)] for h, g in zip(history, got)]
+    return time.perf_counter() - begin, sampled
+
+def main():
+    a = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    a.add_argument('--model', type=int, nargs=5, default=[192, 4, 3, 1, 64], metavar='N',
+                   help='hidden size, layers, heads, key heads, head size')
+    a.add_argument('--rows', type=int, nargs='+', default=[16, 128])
+    a.add_argument('--ctx', type=int, default=300)
+    a.add_argument('--threads', type=int, default=torch.get_num_threads())
+    a.add_argument('--quick', action='store_true', help='without transformers')
+    a = a.parse_args()
+    torch.set_num_threads(a.threads)
+    logging.set_verbosity_error()
+    print(f"{sum(p.numel() for p in make_model(*a.model).parameters())/1e6:.2f} M parameters, {a.threads} threads, "
+          f"decode at context {a.ctx}, torch {torch.__version__}")
+    print(f"{'':24}{'rows':>6}{'decode ms/step':>16}{'tok/s':>8}{'rollout s':>11}{'sampled tok/s':>15}{'peak MB':>9}")
+    for rows in a.rows:
+        prompts = list(np.random.default_rng(0).integers(0, V, (rows, a.ctx)))
+        for way in (Kat,) if a.quick else (Kat, Transformers):
+            for dtype in (torch.float32, torch.bfloat16):
+                w = way(make_model(*a.model), dtype, rows)
+                s, (t, n) = w.step(prompts, 24), rollout(w, rows//8, 8)
+                mb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss/1024
+                name = f"{way.__name__.lower()} {str(dtype)[6:]}"
+                print(f"{name:24}{rows:6}{s*1e3:16.1f}{rows/s:8.0f}{t:11.2f}{n/t:15.0f}{mb:9.0f}", flush=True)
+
+if __name__ == '__main__': main()
