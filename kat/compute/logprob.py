@@ -63,10 +63,11 @@ def check_head(model: PreTrainedModel) -> None:
                        "output_multiplier") if getattr(config, n, None) not in (None, 1, 1.0)]
     if odd: raise ValueError(f"{type(model).__name__} changes its logits after the head ({', '.join(odd)}): unsupported")
 
-# %% ../../nbs/compute/03_logprob.ipynb #539a2e84
+# %% ../../nbs/compute/03_logprob.ipynb #b647b74a
 def _score(hidden, weight, bias, targets, temperature):  # [n, d] -> log-probs [n], entropies [n] (no gradient)
-    logits = F.linear(hidden.float(), weight.float(), None if bias is None else bias.float())
-    logps = torch.log_softmax(logits / temperature[:, None], -1)
+    logits = F.linear(hidden.float() / temperature[:, None], weight.float())  # cheaper than dividing the logits
+    if bias is not None: logits = logits + bias.float() / temperature[:, None]
+    logps = torch.log_softmax(logits, -1)
     with torch.no_grad(): entropy = -(logps.exp() * logps).sum(-1)
     return logps.gather(-1, targets[:, None]).squeeze(-1), entropy
 
