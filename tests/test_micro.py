@@ -1,6 +1,5 @@
 "The micro world: every family is true, splits don't mix, tools and grading behave"
 import asyncio
-import random
 
 import pytest
 
