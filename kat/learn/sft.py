@@ -146,7 +146,7 @@ def _train(model, tokenizer, run, config, collate, optimizer, factor):  # runs o
     if last: run.losses = json.loads((last / "losses.json").read_text())
     with no_bars(): trainer.train(resume_from_checkpoint=str(last / "trainer") if last else None)
 
-# %% ../../nbs/learn/03_sft.ipynb #64a798b5
+# %% ../../nbs/learn/03_sft.ipynb #6619e207
 def train_sft(
     model: PreTrainedModel,       # trained in place; float32 weights
     data: Sequence,               # trajectories, or pairs (ids, mask)
@@ -164,7 +164,7 @@ def train_sft(
     max_grad_norm: float = 1.0,   # longer gradients are scaled down to this
     dtype: torch.dtype | None = torch.bfloat16,  # compute dtype; None: the weights' own
     save_every: int = 100,        # updates between checkpoints
-    seed: int = 0,                # of order and dropout; torch's global generator is seeded with it
+    seed: int = 0,                # of order and dropout; Python's, NumPy's and torch's global generators are seeded
     progress: Callable[[dict], None] | None = None,  # called after each update with its step, loss, entropy, lr, …
 ) -> dict:                        # steps, tokens, trained_tokens, loss (mean over the last tenth of the steps)
     "Train on marked tokens with TRL's SFTTrainer. Resumes by itself; CheckpointError names what stands in the way."
