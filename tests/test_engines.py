@@ -4,8 +4,8 @@ import pytest
 import torch
 from hypothesis import given, settings, strategies as st
 from transformers import (Gemma2Config, Gemma2ForCausalLM, Gemma3ForCausalLM, Gemma3TextConfig, GptOssConfig,
-                          GptOssForCausalLM, LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM,
-                          Qwen3Config, Qwen3ForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM)
+                          GptOssForCausalLM, Lfm2Config, Lfm2ForCausalLM, LlamaConfig, LlamaForCausalLM, MistralConfig,
+                          MistralForCausalLM, Qwen3Config, Qwen3ForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM)
 
 from kat.plane import engines
 from kat.plane.engines import (HFEngine, Request, Sampler, SlotTable, borrow, check_requests, common, pick,
@@ -319,12 +319,20 @@ def test_same_session_twice(model):
     with pytest.raises(ValueError, match='request 1 .*request 0 has the same session'):
         check_requests([Request([1], 2, session='x')]*1 + [Request([2], 2, session='x')], V, 16)
 
-def test_models_it_cannot_compute_are_refused():
-    with pytest.raises(ValueError, match='GptOssForCausalLM'):  # attention sinks
-        torch.manual_seed(0)
-        m = GptOssForCausalLM(GptOssConfig(**small, num_local_experts=4, num_experts_per_tok=2))
-        for l in m.model.layers: torch.nn.init.constant_(l.self_attn.sinks, 3.)
-        HFEngine(m, max_len=32, slots=2)
+def sinks():
+    m = GptOssForCausalLM(GptOssConfig(**small, num_local_experts=4, num_experts_per_tok=2))
+    for l in m.model.layers: torch.nn.init.constant_(l.self_attn.sinks, 3.)
+    return m
+
+def convolutions():
+    return Lfm2ForCausalLM(Lfm2Config(**small, layer_types=['conv', 'full_attention']))
+
+@pytest.mark.parametrize('kind', [sinks, convolutions])
+@pytest.mark.parametrize('slots', [1, 3])
+def test_models_it_cannot_compute_are_refused(kind, slots):
+    torch.manual_seed(0)
+    m = kind()
+    with pytest.raises(ValueError, match=type(m).__name__): HFEngine(m, max_len=32, slots=slots)
 
 def test_interrupted_call_leaves_no_half_cache(model, monkeypatch):
     e, ps = HFEngine(model, max_len=64, slots=4), prompts(20, 10)

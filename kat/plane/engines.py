@@ -404,19 +404,20 @@ def _forward(e, tokens, plan, keep):
                   kat_cache=e.cache)
     return out.logits[0]
 
-# %% ../../nbs/plane/01_engines.ipynb #9e8befd2
-def check_model(e, model):
-    "ValueError if the engine's forward of a few tokens differs from the model's own."
-    n = min(16, e.max_len, e.vocab)
-    ids = torch.arange(n, device=e.device) * 7919 % e.vocab
+# %% ../../nbs/plane/01_engines.ipynb #491fc2a7
+def check_model(e):
+    "ValueError if packed rows through the engine's cache don't get the logits of the model's own forward."
+    rows, n = range(min(2, e.slots)), 16
+    t = lambda x: torch.as_tensor(np.array(x), device=e.device)
+    text = np.arange(n)*7919 % e.vocab
     with torch.inference_mode():
-        own = e.model.config._attn_implementation
         e.model.set_attn_implementation('eager')
-        want = e.model(input_ids=ids[None], use_cache=False).logits[0]
-        e.model.set_attn_implementation(own)
-        got = _forward(e, ids, plan_prefill([(0, 0, n)], e.device), torch.arange(n, device=e.device))
-    if len(e.cache.layers) == 0 or got.shape != want.shape or (got-want).abs().mean() > .05*want.std():
-        raise ValueError(f"{type(model).__name__} computes attention in a way this engine doesn't know")
+        want = e.model(input_ids=t(text)[None], use_cache=False).logits[0, -1]
+        e.model.set_attn_implementation('kat_cache')
+        _forward(e, t(np.tile(text[:-1], len(rows))), plan_prefill([(r, 0, n-1) for r in rows], e.device), t([0]))
+        got = _forward(e, t([text[-1] for _ in rows]), plan_prefill([(r, n-1, n) for r in rows], e.device), t(rows))
+    if got.shape != (len(rows), len(want)) or (got-want).abs().mean() > .05*want.std():
+        raise ValueError(f"{type(e.model).__name__} computes attention in a way that this engine doesn't know")
 
 # %% ../../nbs/plane/01_engines.ipynb #504306da
 def _bring_to_front(e, wanted):
@@ -490,7 +491,7 @@ def _generate(e, requests, ids):
     return [Completion(s.ids[i, :n].copy(), s.logprobs[i, :n].copy(), s.entropy[i, :n].copy(),
                        'stop' if s.stopped[i] else 'length', e.version) for i, n in enumerate(s.n)]
 
-# %% ../../nbs/plane/01_engines.ipynb #8dbd879b
+# %% ../../nbs/plane/01_engines.ipynb #c6d79cb2
 class HFEngine:
     "Embedded engine for any Hugging Face decoder: batched, keys and values kept between turns, weights of its own."
     def __init__(self,
@@ -504,7 +505,7 @@ class HFEngine:
         self.device, self.vocab = self.model.device, self.model.get_input_embeddings().weight.shape[0]
         self._forget()
         self.stats = dict(prompt_tokens=0, prefilled_tokens=0, sampled_tokens=0, decode_steps=0)
-        check_model(self, model)
+        check_model(self)
 
     def generate(self, requests: list[Request]) -> list[Completion]:
         "Sample all `requests`, at most `slots` at a time; ValueError for bad requests before anything is computed."
