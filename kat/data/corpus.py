@@ -120,7 +120,7 @@ def reasoning(rng: random.Random) -> list[tuple[str, bool]]:
                                (f'{a} < {b}', str(a < b)), (f'{a} >= {b}', str(a >= b)), (f'f({a}, {b}) = {a} {op} {b}', f'f({a}, {b}) is {c}')]))
     return turns(*out)
 
-# %% ../../nbs/data/02_corpus.ipynb #6e91b705
+# %% ../../nbs/data/02_corpus.ipynb #896fa064
 INSTRUCTIONS = {   # category -> (request, answer from words ws, check of an answer a)
     'upper': ('in capitals: {}', lambda ws: ' '.join(ws).upper(), lambda a, ws: a == a.upper()),
     'first': ('first word of: {}', lambda ws: ws[0], lambda a, ws: ws[0] == a),
@@ -137,7 +137,7 @@ INSTRUCTIONS = {   # category -> (request, answer from words ws, check of an ans
     'snake': ('as one name: {}', lambda ws: '_'.join(ws), lambda a, ws: ' ' not in a),
     'longest': ('longest word of: {}', lambda ws: max(ws, key=len), lambda a, ws: len(a) == max(map(len, ws))),
     'tuple': ('as a tuple: {}', lambda ws: '(' + ', '.join(ws) + ')', lambda a, ws: a.startswith('(')),
-    'without': ('all but the first: {}', lambda ws: ' '.join(ws[1:]), lambda a, ws: ws[0] not in a.split()),
+    'without': ('all but the first: {}', lambda ws: ' '.join(ws[1:]), lambda a, ws: a.split() == ws[1:]),
 }
 
 def instruction(rng: random.Random, words: list[str]) -> list[tuple[str, bool]]:

@@ -27,21 +27,21 @@ def draw_style(rng: random.Random) -> Style:
     return Style(rng.choices(['search', 'list', 'both'], [6, 1, 1])[0], rng.choice([0.1, 0.35, 0.9]), 0.45,
                  rng.choices([0.0, 0.6], [3, 1])[0], rng.choice([0.0, 0.0, 0.25]))
 
-# %% ../../nbs/envs/04_expert.ipynb #53e9d8b6
+# %% ../../nbs/envs/04_expert.ipynb #3be052d8
 def plan(task: Task, style: Style, rng: random.Random):
     "Calls of one expert: yields (name, arguments, free), `free` if the next call needn't see the result; is sent the result text."
     d = task.data; path, line, right = d['edits'][0]
     if style.looks != 'search': yield 'list', {}, style.looks == 'both'
-    seen = ''
+    seen, viewed = '', set()
     for i, word in enumerate(d['look']):
         seen = yield 'search', {'word': word}, i + 1 == len(d['look']) and path in d['issue']
         if i + 1 < len(d['look']):   # the symptom's file, to see what it calls
             where = seen.split(':')[0]
-            if where in d['files']: yield 'view', {'path': where}, False
+            if where in d['files']: viewed.add(where); yield 'view', {'path': where}, False
     for p in d['reads']:
-        if rng.random() < 0.5: yield 'view', {'path': p}, True
+        if path == 'answer.txt' or rng.random() < 0.5: yield 'view', {'path': p}, path != 'answer.txt'
     if rng.random() < style.reread: yield 'view', {'path': rng.choice(sorted(set(d['files']) - {'tests.py'}))}, True
-    if path != 'answer.txt' and not (path == 'config.py' and rng.random() < 0.5): yield 'view', {'path': path}, False
+    if path not in viewed | {'answer.txt'} and not (path == 'config.py' and rng.random() < 0.5): yield 'view', {'path': path}, False
     tries = rng.sample(d['wrong'], len(d['wrong'])) if d['wrong'] and rng.random() < style.guess else []
     for text in [*tries, right]:
         yield 'edit', {'path': path, 'line': line, 'text': text}, True

@@ -200,7 +200,7 @@ def _swap(rng, repo, level):
     return Draft(bad, [(path, n, right)], _says(rng, *cases[0], got, show.module if level == 1 else ''),
                  (imp, checks[:2]), (imp, checks[2:]), look=[show.name])
 
-# %% ../../nbs/envs/03_micro.ipynb #ef2fd3c7
+# %% ../../nbs/envs/03_micro.ipynb #eb4d523c
 def _raises(rng, repo, fn, show, path, right, buggy, error, level, look):
     files = repo.files(); n = line_of(files[path], right)
     cases = _calls(rng, _namespace(files), show, 4)
@@ -225,7 +225,7 @@ def _import(rng, repo, level):
     right = f"from {fn.module} import {fn.name}"
     lost = rng.choice([f for f in FILES if f not in {x.module for x in repo.fns}])
     return _raises(rng, repo, fn, show, show.module + '.py', right, f"from {lost} import {fn.name}", 'ImportError', level,
-                   [fn.name])
+                   [show.name, fn.name])
 
 # %% ../../nbs/envs/03_micro.ipynb #f2d7cd11
 def _config(rng, repo):
@@ -325,7 +325,7 @@ def _slow(rng, repo, level):
                  rng.choice([f"{fn.name}{at} is too slow", f"make {fn.name}{at} fast"]), (imp, [f"assert {fn.name}({x}) == {f(x) + k}", f"assert steps({fn.name}, 50) < 9"]),
                  (imp, [f"assert {fn.name}({y}) == {f(y) + k}", f"assert steps({fn.name}, {y}) < 9"]), look=[fn.name])
 
-# %% ../../nbs/envs/03_micro.ipynb #39a79290
+# %% ../../nbs/envs/03_micro.ipynb #d3ed0fee
 @family('test_generation', 6)
 def _write_test(rng, repo, level):
     "Add an assertion to a test file; it must pass here and fail on a broken copy of the module."
@@ -356,7 +356,7 @@ def _who(rng, repo, level):
     repo.other['answer.txt'] = '?\n'
     issue = rng.choice([f"which function calls {fn.name}? write it to answer.txt", f"who calls {fn.name}? see answer.txt"])
     return Draft(repo.files(), [('answer.txt', 1, show.name)], issue, ([], ["assert text('answer.txt') != '?'"]),
-                 ([], [f"assert text('answer.txt') == '{show.name}'"]), look=[fn.name])
+                 ([], [f"assert text('answer.txt') == '{show.name}'"]), look=[fn.name], reads=[f"{show.module}.py"])
 
 # %% ../../nbs/envs/03_micro.ipynb #7cb62247
 SPLITS = ('train', 'heldout')
