@@ -106,9 +106,9 @@ class Bars:
         n = self.bars.tasks[list(self.tasks).index(stage)].total or 1
         self.bars.update(self.tasks[stage], completed=n, total=n, note=note)
 
-# %% ../nbs/74_pipeline.ipynb #da74cb2c
+# %% ../nbs/74_pipeline.ipynb #d6f62990
 class Lines:
-    "A plain line per event and one every few seconds, for logs."
+    "A plain line per event, and one every few seconds while steps are made; for logs."
     def __init__(self, console, every: float = 5.0): # every: seconds between lines
         self.console, self.every, self.said, self.first = console, every, 0., None
     def __enter__(self): return self
@@ -117,10 +117,10 @@ class Lines:
     def start(self, stage): self.first = None; self.said = time.monotonic(); self.say(f'{stage}: started')
     def step(self, stage, step, total, note):
         now = time.monotonic()
-        self.first = self.first or (now, step)
-        if now < self.said + self.every or step <= self.first[1]: return
+        if self.first is None: self.first, self.last = (now, step), step
+        if now < self.said + self.every or step <= self.last: return
         eta = (now - self.first[0])/(step - self.first[1])*(total - step)
-        self.said = now
+        self.said, self.last = now, step
         self.say(f'{stage}: step {step}/{total}, ETA {_clock(eta)}' + (f', {note}' if note else ''))
     def done(self, stage, note): self.say(f'{stage}: {note}')
 
