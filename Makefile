@@ -26,6 +26,9 @@ docs: install ## build the site and say where it is
 bench: install ## time the parts that the stages spend their minutes in
 	@for b in benchmarks/*.py; do echo "== $$b"; $(PY) $$b || exit 1; done
 
+drill: install ## kill the smoke pipeline in every stage, resume it, compare with an undisturbed run
+	$(PY) tests/drill.py
+
 clean: ## remove what can be made again, but neither .venv nor data/runs
 	rm -rf _proc _docs build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
 	find kat tests docs -name __pycache__ -prune -exec rm -rf {} +
@@ -43,4 +46,4 @@ $(READY): Makefile constraints.txt settings.ini setup.py pyproject.toml
 	@$(PIP) --no-build-isolation -e '.[$(EXTRAS)]'
 	@touch $@
 
-.PHONY: help install demo test lab docs bench clean
+.PHONY: help install demo test lab docs bench drill clean
