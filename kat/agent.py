@@ -90,13 +90,13 @@ async def play_turn(e: Episode, calls: list[ToolCall], errors: list[str], tokeni
     for s in extend_segments(tokenizer, e.ids, [dict(role='tool', content=t) for t in texts], turn):
         e.segments.append(Segment(s.ids, s.kind, s.turn, False, event='error' if bad else 'tool'))
 
-# %% ../nbs/70_agent.ipynb #d72e28e3
+# %% ../nbs/70_agent.ipynb #f3545c3a
 def rollout(policy: Policy,                   # who acts
             tokenizer,                        # with its chat template
             tasks: list[Task],                # one episode each
             make_env: Callable[[], Env],      # a fresh environment per episode
             seed: int = 0,                    # of the sampling noise; episode i uses (seed, i)
-            max_turns: int = 10,              # cap on turns
+            max_turns: int = 14,              # cap on turns
             max_len: int = 1024,              # cap on tokens
             watch: Callable[[Episode], bool] | None = None,    # after each turn: True stops the episode
             progress: Callable[[int, int], None] | None = None,  # told (episodes done, all)

@@ -8,29 +8,28 @@ __all__ = ['PRESETS']
 # %% ../nbs/73_presets.ipynb #234ffe26
 PRESETS = {}
 
-# %% ../nbs/73_presets.ipynb #b4575293
+# %% ../nbs/73_presets.ipynb #7193d453
 PRESETS['smoke'] = {
     '00_data': dict(seed=0, model='data/base', documents=40, walks=20, deliveries=20, lessons=60, checked=32),
     '10_midtrain': dict(seed=0, model='data/base', steps1=2, steps2=2, batch_tokens=4096, muon_lr=0.01, lr=0.0015,
-                        n_eval=8, max_turns=10),
-    '20_sft': dict(seed=0, steps=3, batch_tokens=4096, muon_lr=0.01, lr=0.0015, n_eval=8, max_turns=10),
-    '30_rft': dict(seed=0, steps=2, tasks=4, rollouts=4, teachers=2, lr=0.0002, threshold=0.6, patience=2, n_eval=8,
-                   max_turns=10),
-    '40_rl': dict(seed=0, steps=2, tasks=4, rollouts=4, lr=0.0003, n_eval=8, max_turns=10),
+                        n_eval=8, max_turns=14),
+    '20_sft': dict(seed=0, steps=3, batch_tokens=4096, muon_lr=0.01, lr=0.0015, n_eval=8, max_turns=14),
+    '30_rft': dict(seed=0, steps=2, tasks=4, rollouts=4, teachers=2, lr=0.00015, threshold=0.6, patience=2, n_eval=8,
+                   max_turns=14),
+    '40_rl': dict(seed=0, steps=2, tasks=4, rollouts=4, lr=0.0001, normalise='sequence', n_eval=8, max_turns=14),
     '50_evaluate': dict(seed=0),
-    '60_emergence': dict(seed=0, max_turns=10),
+    '60_emergence': dict(seed=0, max_turns=14),
 }
 
-# %% ../nbs/73_presets.ipynb #f17e4d37
+# %% ../nbs/73_presets.ipynb #71355b5c
 PRESETS['tiny'] = {
-    '00_data': dict(seed=0, model='data/base', documents=6000, walks=1000, deliveries=1000, lessons=4000,
-                    checked=256),
-    '10_midtrain': dict(seed=0, model='data/base', steps1=300, steps2=100, batch_tokens=4096, muon_lr=0.01, lr=0.0015,
-                        n_eval=512, max_turns=10),
-    '20_sft': dict(seed=0, steps=400, batch_tokens=4096, muon_lr=0.01, lr=0.0015, n_eval=512, max_turns=10),
-    '30_rft': dict(seed=0, steps=20, tasks=16, rollouts=8, teachers=2, lr=0.0002, threshold=0.6, patience=2,
-                   n_eval=512, max_turns=10),
-    '40_rl': dict(seed=0, steps=40, tasks=16, rollouts=8, lr=0.0003, n_eval=512, max_turns=10),
+    '00_data': dict(seed=0, model='data/base', documents=2000, walks=700, deliveries=1500, lessons=6000, checked=128),
+    '10_midtrain': dict(seed=0, model='data/base', steps1=120, steps2=100, batch_tokens=4096, muon_lr=0.01, lr=0.0015,
+                        n_eval=256, max_turns=14),
+    '20_sft': dict(seed=0, steps=280, batch_tokens=4096, muon_lr=0.01, lr=0.0015, n_eval=512, max_turns=14),
+    '30_rft': dict(seed=0, steps=12, tasks=16, rollouts=6, teachers=3, lr=0.00015, threshold=0.6, patience=2,
+                   n_eval=512, max_turns=14),
+    '40_rl': dict(seed=0, steps=50, tasks=16, rollouts=8, lr=0.0001, normalise='sequence', n_eval=512, max_turns=14),
     '50_evaluate': dict(seed=0),
-    '60_emergence': dict(seed=0, max_turns=10),
+    '60_emergence': dict(seed=0, max_turns=14),
 }

@@ -5,7 +5,7 @@ import torch
 
 from kat.agent import ModelPolicy, rollout
 from kat.envs.micro import make_task
-from kat.pipeline import ROOT
+from kat.pipeline import ROOT, UserError
 from kat.plane.engines import HFEngine
 from kat.stages import evaluate, expert_data, heldout, load_model, load_pairs, save_pairs, train_task, turn_facts, with_logprobs, world
 
@@ -25,15 +25,15 @@ def test_pairs_round_trip_and_damage_is_named(tmp_path):
     save_pairs(tmp_path / 'a.npz', pairs)
     assert [(list(i), list(m)) for i, m in load_pairs(tmp_path / 'a.npz')] == pairs
     (tmp_path / 'a.npz').write_bytes(b'junk')
-    with pytest.raises(ValueError, match='a.npz'): load_pairs(tmp_path / 'a.npz')
+    with pytest.raises(UserError, match="a.npz"): load_pairs(tmp_path / 'a.npz')
 
 
 def test_damaged_checkpoints_are_named(tmp_path, base):
-    with pytest.raises(ValueError, match='no checkpoint here'): load_model(tmp_path)
+    with pytest.raises(UserError, match="no checkpoint here"): load_model(tmp_path)
     model, tok = base
     model.save_pretrained(tmp_path); tok.save_pretrained(tmp_path)
     f = tmp_path / 'model.safetensors'; f.write_bytes(f.read_bytes()[:1000])
-    with pytest.raises(ValueError, match='damaged checkpoint'): load_model(tmp_path)
+    with pytest.raises(UserError, match="damaged checkpoint"): load_model(tmp_path)
 
 
 def test_ground_truths_get_the_models_own_log_probs(base):
