@@ -14,6 +14,10 @@ install: $(READY) ## create .venv with pinned versions (PyTorch's CPU build wher
 demo: install ## the main job: every stage of the recipe on a small model, ending in a report
 	.venv/bin/kat pipeline --preset tiny
 
+figures: demo ## put the figures of that run into figures/
+	@mkdir -p figures; for f in 1_stages 2_families 3_learning 4_emergence; do for e in png txt; do \
+	    cp data/runs/tiny/figures/$$f.$$e figures/$${f#*_}.$$e; done; done
+
 test: install ## everything that CI checks; some of it: make test STEPS="ruff pytest"
 	$(PY) tests/check.py $(STEPS)
 
@@ -46,4 +50,4 @@ $(READY): Makefile constraints.txt settings.ini setup.py pyproject.toml
 	@$(PIP) --no-build-isolation -e '.[$(EXTRAS)]'
 	@touch $@
 
-.PHONY: help install demo test lab docs bench drill clean
+.PHONY: help install demo figures test lab docs bench drill clean

@@ -137,7 +137,7 @@ def with_logprobs(model, trajectories: list[Trajectory], dtype=torch.bfloat16) -
             if s.trainable: s.logprobs, i = lp[i:i + len(s.ids)], i + len(s.ids)
     return trajectories
 
-# %% ../nbs/80_stages.ipynb #74ff6581
+# %% ../nbs/80_stages.ipynb #5b2181e6
 def steps_to(run_dir, stage: str, total: int, offset: int = 0) -> Callable[[dict], None]:
     "A progress callback for trainers: logs each update's metrics as step `offset + step` of the stage."
     box = []
@@ -148,6 +148,5 @@ def steps_to(run_dir, stage: str, total: int, offset: int = 0) -> Callable[[dict
     return told
 
 def learning_rows(run_dir) -> list[dict]:
-    "Metrics of RFT and RL as one sequence of updates."
-    rows = [r for r in read_log(Path(run_dir) / 'metrics.jsonl') if r['stage'] in ('30_rft', '40_rl') and 'reward' in r]
-    return [dict(r, step=i) for i, r in enumerate(rows, 1)]
+    "Metrics of the RL stage's updates; RFT's reward is another quantity and not drawn with it."
+    return [r for r in read_log(Path(run_dir) / 'metrics.jsonl') if r['stage'] == '40_rl' and 'reward' in r]
