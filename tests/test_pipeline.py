@@ -61,8 +61,10 @@ def repo(tmp_path):
     return tmp_path
 
 def start(repo, *args):
+    # a runner in the background passes an ignored Ctrl-C on to its children: give the command a terminal's default
     return subprocess.Popen([sys.executable, '-c', KAT, str(repo), 'pipeline', '--preset', 'toy', *args], text=True,
-                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=repo)
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=repo,
+                            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
 
 def finish(p):
     out, err = p.communicate(timeout=300)
