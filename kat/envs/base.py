@@ -137,7 +137,10 @@ def register(
     "Class decorator: `make_env(name)` makes this class. Raises `ValueError` when another class has the name."
     def put(cls):
         old = ENVS.get(name)
-        if old is not None and (old.__module__, old.__qualname__) != (cls.__module__, cls.__qualname__):
+        # the class of a notebook under work is `__main__`'s; it may take the place of its exported twin
+        same = old is None or old.__qualname__ == cls.__qualname__ and (
+            old.__module__ == cls.__module__ or '__main__' in (old.__module__, cls.__module__))
+        if not same:
             raise ValueError(f'environment {name!r} is already {old.__module__}.{old.__qualname__}; take another name')
         ENVS[name] = cls
         return cls
