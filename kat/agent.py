@@ -34,7 +34,7 @@ class Episode:
     @property
     def ids(self) -> np.ndarray: return np.concatenate([s.ids for s in self.segments])
 
-# %% ../nbs/70_agent.ipynb #e6ebdfaf
+# %% ../nbs/70_agent.ipynb #f796d153
 class Policy(Protocol):
     "Acts for many episodes at once."
     def act(self, episodes: list[Episode]) -> list[Completion]: "One completion per episode."
@@ -59,20 +59,20 @@ class ScriptPolicy:
     def act(self, episodes):
         out = []
         for e in episodes:
-            agent = self.agents.setdefault(e.name, None) or self.agents.__setitem__(e.name, self.make(e)) or self.agents[e.name]
-            calls = [{'type': 'function', 'function': {'name': c.name, 'arguments': c.arguments}} for c in agent.act(e.last)]
+            if e.name not in self.agents: self.agents[e.name] = self.make(e)
+            calls = [{'type': 'function', 'function': {'name': c.name, 'arguments': c.arguments}} for c in self.agents[e.name].act(e.last)]
             segs = [s for s in render(self.tokenizer, [{'role': 'assistant', 'content': '', 'tool_calls': calls}]) if s.trainable]
             ids = np.concatenate([s.ids for s in segs]); z = np.zeros(len(ids), np.float32)
             out.append(Completion(ids, z, z, 'stop', 0))
         return out
 
-# %% ../nbs/70_agent.ipynb #0062d6ce
-def record_turn(e: Episode, done: Completion, tokenizer, version: int) -> tuple[list[ToolCall], list[str]]:
+# %% ../nbs/70_agent.ipynb #4e8a634a
+def record_turn(e: Episode, done: Completion, tokenizer) -> tuple[list[ToolCall], list[str]]:
     "Append the sampled turn; returns its calls and the errors of those that can't be read."
     n, turn = len(done.ids), len(e.turns)
     text = tokenizer.decode(done.ids[:-1] if done.finish == 'stop' else done.ids, skip_special_tokens=False)
     _, calls, errors = parse_calls(text, e.env.tools)
-    e.segments += generation_segments(tokenizer, done.ids, turn, done.logprobs, done.entropy, version)
+    e.segments += generation_segments(tokenizer, done.ids, turn, done.logprobs, done.entropy, done.version)
     e.turns.append(dict(calls=[], tokens=n, errors=len(errors), entropy_first=float(done.entropy[0])))
     return [ToolCall(c['function']['name'], c['function']['arguments'], c['id']) for c in calls], errors
 
@@ -90,7 +90,7 @@ async def play_turn(e: Episode, calls: list[ToolCall], errors: list[str], tokeni
     for s in extend_segments(tokenizer, e.ids, [dict(role='tool', content=t) for t in texts], turn):
         e.segments.append(Segment(s.ids, s.kind, s.turn, False, event='error' if bad else 'tool'))
 
-# %% ../nbs/70_agent.ipynb #f3545c3a
+# %% ../nbs/70_agent.ipynb #a5517b6e
 def rollout(policy: Policy,                   # who acts
             tokenizer,                        # with its chat template
             tasks: list[Task],                # one episode each
@@ -114,7 +114,7 @@ async def _rollout(policy, tokenizer, tasks, make_env, seed, max_turns, max_len,
     while live := [e for e in eps if e.finish is None]:
         todo = []
         for e, done in zip(live, policy.act(live)):
-            calls, errors = record_turn(e, done, tokenizer, done.version)
+            calls, errors = record_turn(e, done, tokenizer)
             todo.append(play_turn(e, calls, errors, tokenizer))
         await asyncio.gather(*todo)
         for e in live:
