@@ -200,7 +200,7 @@ def prefill_segments(tokenizer, text: str, turn: int) -> list[Segment]:
     ids = tokenizer.encode(_broken(tokenizer, text), add_special_tokens=False)
     return [Segment(np.array(ids, np.int32), 'assistant', turn)] if ids else []
 
-# %% ../../nbs/plane/03_manager.ipynb #85e96495
+# %% ../../nbs/plane/03_manager.ipynb #f11f2543
 class Session:
     "What one agent (and its sub-agents) asked and got, as a tree of turns."
     def __init__(self,
@@ -208,19 +208,22 @@ class Session:
         name: str = '',      # as the client calls it
         owner: str = '',     # whose API key
         task: str = '',      # sessions of one task make a group; '': the session's name
-        uid: str | None = None,      # unique among all sessions; None: a new one
+        uid: str | None = None,      # unique among all sessions; None: a hash of owner and name
         reward: float | None = None,  # None: not graded
         finished: bool = False,       # nothing is recorded any more
         info: dict | None = None,     # free, JSON values
+        stored: bool = False,         # does the store know it?
     ):
         self.tokenizer, self.name, self.owner, self.task = tokenizer, name, owner, task or name
-        self.uid, self.reward, self.finished, self.info = uid or uuid4().hex, reward, finished, info or {}
+        self.uid, self.reward, self.finished, self.info = uid or _digest(owner, name), reward, finished, info or {}
+        self.stored = stored
         self.turns, self.kids, self.prompts = {}, {}, Counter()
         self.agents, self.openings, self.answers, self.seen = Counter(), Counter(), {}, set()
         self.clock = self.busy = self.n_tokens = 0  # busy: requests being answered
 
     def plan(self, messages, tools=None, agent='') -> 'Plan': return _plan(self, messages, tools, agent)
     def add(self, turn: Turn) -> Turn: return _add(self, turn)
+    def restore(self, turn: Turn) -> None: _index(self, turn)
     def trajectories(self) -> list[Trajectory]: return _trajectories(self)
 
     @property
@@ -321,8 +324,8 @@ def _source(s: Session, parent: Turn | None, q: Asked, i: int) -> tuple[Turn | N
         if t.finish != 'client' and (n := _beginning(s.tokenizer, t, q.past[i][1]['content'])): return t, n
     return None, None
 
-# %% ../../nbs/plane/03_manager.ipynb #b9ce3a33
-def _client_turn(s: Session, parent: Turn | None, q: Asked, i: int, tools, reason: str) -> Turn:
+# %% ../../nbs/plane/03_manager.ipynb #0c7b346b
+def _client_turn(s: Session, parent: Turn | None, q: Asked, i: int, tools, reason: str, tick: int) -> Turn:
     "A turn for the answer of run `i`, which isn't recorded at this place."
     (context, message), (asked, key) = q.past[i], q.keys[i]
     old, n = _source(s, parent, q, i)
@@ -332,7 +335,7 @@ def _client_turn(s: Session, parent: Turn | None, q: Asked, i: int, tools, reaso
     return Turn(_digest(s.uid, parent.id if parent else '', mark, *asked, '', key), parent, context,
                 context_segments(s.tokenizer, parent, context, tools), answer, message, 'client',
                 'clean' if reason in CLEAN else 'forked', 'cut' if n else reason, agent=q.agent, mark=mark,
-                copied=old and old.id)
+                began=tick, ended=tick, copied=old and old.id)
 
 # %% ../../nbs/plane/03_manager.ipynb #78037e51
 @dataclass(eq=False)
@@ -369,24 +372,24 @@ def _hold(p: Plan, n: int) -> None:
     (p.parent or p.session).prompts[p.slot] += n
     if p.parent is None: _open(p.session, p.agent, p.context, n)
 
-# %% ../../nbs/plane/03_manager.ipynb #c8668ee5
+# %% ../../nbs/plane/03_manager.ipynb #db014946
 def _plan(s: Session, messages: list[dict], tools: list[dict] | None, agent: str) -> Plan:
     "Place a request in the tree of `s`. ValueError for what the template refuses."
     q = _asked(s, messages, tools, agent)
     node, i, notes = _walk(s, q)
-    reason, made = _why(s, q, node, i), []
+    reason, made, tick = _why(s, q, node, i), [], s.clock + 1
     for i in range(i, len(q.past)):
-        node = _client_turn(s, node, q, i, tools, reason)
+        node = _client_turn(s, node, q, i, tools, reason, tick)
         made.append(node)
     if made and made[0].reason == 'cut': reason = 'cut'
     drift = 'forked' if reason not in CLEAN else 'realigned' if notes else 'clean'
     prompt = context_segments(s.tokenizer, node, q.context, tools)
     begun = prefill_segments(s.tokenizer, q.prefill, node.number + 1 if node else 0)
-    s.clock += 1
+    s.clock = tick
     return Plan(s, node, made, q.context, prompt, q.prefill, begun, drift, reason, notes, agent, '' if node else q.mark, s.clock,
                 _slot(node is None, q, q.last))
 
-# %% ../../nbs/plane/03_manager.ipynb #28c2a1b1
+# %% ../../nbs/plane/03_manager.ipynb #3a72fc1c
 def _turn(p: Plan, done: Completion, message: dict, k: int, more: dict) -> Turn:
     "The turn of answer `k` to a plan."
     number = p.parent.number + 1 if p.parent else 0
@@ -395,19 +398,19 @@ def _turn(p: Plan, done: Completion, message: dict, k: int, more: dict) -> Turn:
     drift, reason = ('forked', 'sample') if k else (p.drift, p.reason)
     if p.prefill: message = message | dict(content=p.prefill + message['content'])
     more.setdefault('id', uuid4().hex)
+    p.session.clock += 1
     return Turn(parent=p.parent, context=p.context, prompt=p.prompt, answer=[*p.begun, *answer], message=message,
-                finish=done.finish, drift=drift, reason=reason, notes=p.notes, agent=p.agent, mark=p.mark, began=p.began, **more)
+                finish=done.finish, drift=drift, reason=reason, notes=p.notes, agent=p.agent, mark=p.mark, began=p.began,
+                ended=p.session.clock, **more)
 
-# %% ../../nbs/plane/03_manager.ipynb #3916f125
+# %% ../../nbs/plane/03_manager.ipynb #a5a684b1
 def _add(s: Session, turn: Turn) -> Turn:
     "Record a turn and the client's turns it hangs on. ValueError for an id that is recorded already."
     if turn.id in s.turns: raise ValueError(f'turn {turn.id}: recorded already')
     chain = [turn]
     while (up := chain[-1].parent) is not None and up.id not in s.turns: chain.append(up)
-    s.clock += 1
     for t in reversed(chain):
         if t.parent is not None: t.parent = s.turns[t.parent.id]
-        t.began, t.ended = t.began or turn.began, t.ended or s.clock
         _index(s, t)
     return turn
 
