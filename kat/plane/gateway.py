@@ -4,15 +4,16 @@
 
 # %% auto #0
 __all__ = ['log', 'BUCKETS', 'who', 'session_name', 'StopText', 'Writing', 'Bell', 'Said', 'read_answer', 'message_of',
-           'answer_for', 'Metrics', 'Gateway', 'find_session', 'keep', 'turn_of', 'engine_request', 'answer', 'Reply',
-           'read_body', 'make_plan', 'serve_call', 'answered', 'list_sessions', 'show_session', 'trajectories',
-           'reward', 'models', 'health', 'metrics', 'Endpoint', 'running']
+           'answer_for', 'Metrics', 'Gateway', 'find_session', 'keep', 'turn_of', 'engine_request', 'Left',
+           'Unavailable', 'answer', 'Reply', 'read_body', 'make_plan', 'serve_call', 'answered', 'list_sessions',
+           'show_session', 'trajectories', 'reward', 'models', 'health', 'metrics', 'Endpoint', 'running']
 
-# %% ../../nbs/plane/05_gateway.ipynb #cfc9204c
-import asyncio, hashlib, json, logging, re, time
+# %% ../../nbs/plane/05_gateway.ipynb #6be94878
+import asyncio, hashlib, json, logging, re, socket, time, traceback
 from collections import Counter
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, nullcontext
 from dataclasses import dataclass, field
+from pathlib import Path
 from uuid import uuid4
 
 import numpy as np
@@ -74,7 +75,7 @@ def _begun(text: str, s: str) -> int:
     "How many characters at the end of `text` are the beginning of `s`."
     return next((n for n in range(min(len(s) - 1, len(text)), 0, -1) if s.startswith(text[-n:])), 0)
 
-# %% ../../nbs/plane/05_gateway.ipynb #09f450e8
+# %% ../../nbs/plane/05_gateway.ipynb #0bf75fc1
 class Writing:
     "One answer: its tokens, and what they say so far."
     def __init__(self,
@@ -88,12 +89,12 @@ class Writing:
         tok, self.bell = plan.session.tokenizer, Bell()
         self.decoder, self.text, self.tokenizer = Decoder(tok), StopText(call.sampling.stop), tok
         chat = call.dialect != 'completions'
-        self.parser = CallParser(call.callable, format if chat else None, chat and _thinks(plan), call_prefix(call.dialect, self.id)) if chat else None
+        self.parser = CallParser(call.callables, format if chat else None, chat and _thinks(plan), call_prefix(call.dialect, self.id)) if chat else None
 
     def token(self, token: int, logprob: float, entropy: float, version: int) -> None:
         "The engine's next token."
         for a, x in zip((self.ids, self.logprobs, self.entropy, self.versions), (token, logprob, entropy, version)): a.append(x)
-        self.bell.ring()
+        if self.call.stream: self.bell.ring()
 
     def pieces(self, final: bool = False) -> list[dict]:
         "What can be shown of the tokens that have come since the last time."
@@ -285,10 +286,16 @@ async def _lane(g: Gateway, w: Writing):
     try: yield name
     finally: g.lanes.discard(name)
 
-# %% ../../nbs/plane/05_gateway.ipynb #16b60086
+# %% ../../nbs/plane/05_gateway.ipynb #79740dda
 async def _gone(receive) -> None:
     "Returns when the client has left."
     while (await receive())['type'] != 'http.disconnect': pass
+
+class Left(Exception): "The client has left."
+
+class Unavailable(Exception):
+    "The engine can't answer now."
+    status = 503
 
 async def answer(g: Gateway, w: Writing, receive, out: 'Reply') -> None:
     "Sample, record, send. Raises what went wrong."
@@ -302,19 +309,31 @@ async def answer(g: Gateway, w: Writing, receive, out: 'Reply') -> None:
             while not (work.done() or gone.done()):
                 rang = await w.bell.wait(g.ping)
                 if w.call.stream and not gone.done(): await out.more(w, rang)
-            if work.done(): return await _finish(g, w, work.result(), out)
-            raise ConnectionAbortedError
-        except (ConnectionAbortedError, asyncio.CancelledError):
+            if not work.done(): raise Left
+            done = _result(work)
+        except BaseException:
             if not work.done(): await _abort(g, w, work)
             raise
         finally: gone.cancel()
+        await _finish(g, w, done, out)
 
-# %% ../../nbs/plane/05_gateway.ipynb #3f029d6b
+def _result(work: asyncio.Future) -> Completion:
+    "What the engine returned. Unavailable where it failed."
+    if not work.cancelled() and work.exception() is None: return work.result()
+    if not work.cancelled(): _log(work.exception())
+    raise Unavailable('the engine failed; send the request again')
+
+def _log(e: BaseException) -> None:
+    "Where it happened, and no word of its text: that may hold what agents said."
+    where = [f'{Path(f.filename).name}:{f.lineno}' for f in traceback.extract_tb(e.__traceback__)]
+    log.error('%s at %s', type(e).__name__, ' > '.join(where[-6:]))
+
+# %% ../../nbs/plane/05_gateway.ipynb #943a3a59
 async def _finish(g: Gateway, w: Writing, done: Completion, out: 'Reply') -> None:
     "Record a finished answer, then send it."
     said, rest = read_answer(w, done)
     await keep(g, w.plan, turn_of(w, done, said))
-    if done.finish == 'abort': raise StoreError('the engine was stopped in mid-answer; send the request again')
+    if done.finish == 'abort': raise Unavailable('the engine was stopped in mid-answer; send the request again')
     await out.close(w, answer_for(w, done, said))
 
 async def _abort(g: Gateway, w: Writing, work: asyncio.Future) -> None:
@@ -325,7 +344,7 @@ async def _abort(g: Gateway, w: Writing, work: asyncio.Future) -> None:
     said, _ = read_answer(w, done)
     await keep(g, w.plan, turn_of(w, done, said))
 
-# %% ../../nbs/plane/05_gateway.ipynb #edbcccee
+# %% ../../nbs/plane/05_gateway.ipynb #0aea942c
 class Reply:
     "One HTTP response."
     def __init__(self, send, dialect: str): self.send, self.dialect, self.stream, self.status = send, dialect, None, None
@@ -358,12 +377,12 @@ class Reply:
         if self.stream is None: await self.json(render_answer(w.call, a))
         else: await self.body(b''.join(self.stream.finish(a)))
 
-    async def error(self, e: BadRequest | StoreError) -> None:
+    async def error(self, e: Exception, status: int, message: str) -> None:
         "Say what went wrong."
-        message = str(e)
-        if self.stream is not None: return await self.body(b''.join(self.stream.error(message, e.status)))
-        more = {} if isinstance(e, StoreError) else dict(param=e.param, code=e.code)
-        await self.json(render_error(self.dialect, e.status, message, **more), e.status, {'retry-after': '1'} if e.status == 429 else {})
+        if self.stream is not None: return await self.body(b''.join(self.stream.error(message, status)))
+        if self.status is not None: return
+        more = dict(param=e.param, code=e.code) if isinstance(e, BadRequest) else {}
+        await self.json(render_error(self.dialect, status, message, **more), status, {'retry-after': '1'} if status in (429, 503) else {})
 
 # %% ../../nbs/plane/05_gateway.ipynb #c48ddaff
 async def read_body(request, limit: int) -> bytes:
@@ -413,20 +432,18 @@ async def serve_call(g: Gateway, dialect: str, counting: bool, request, out: Rep
         if s.finished: raise BadRequest(f'session {s.name!r}: it is finished; start another', status=409)
         with make_plan(s, call) as plan: await answer(g, Writing(call, plan, g.stop, g.format), request.receive, out)
 
-# %% ../../nbs/plane/05_gateway.ipynb #cb7735f8
-async def answered(g: Gateway, dialect: str, request, send, work) -> None:
+# %% ../../nbs/plane/05_gateway.ipynb #4c4e66da
+async def answered(g: Gateway, dialect: str, route: str, request, send, work) -> None:
     "Run `work(out)`, turn what it raises into an answer, and count."
     out, began = Reply(send, dialect), time.perf_counter()
     try: await work(out)
-    except (BadRequest, StoreError) as e: await out.error(e)
-    except ConnectionAbortedError: out.status = 499
+    except (BadRequest, StoreError, Unavailable) as e: await out.error(e, e.status, str(e))
+    except Left: out.status = 499
     except Exception as e:
-        where = [f'{f.name}:{n}' for f, n in _frames(e)]
-        log.error('%s in %s', type(e).__name__, ' '.join(where[-4:]))
-        failure = StoreError('an error of the gateway; its log says where', 500)
-        await out.error(failure)
+        _log(e)
+        await out.error(e, 500, 'an error of the gateway; its log says where')
     finally:
-        g.metrics.add('requests_total', dialect=dialect, status=out.status or 499)
+        g.metrics.add('requests_total', route=route, status=out.status or 499)
         g.metrics.took(time.perf_counter() - began)
 
 # %% ../../nbs/plane/05_gateway.ipynb #ce0a116e
@@ -502,31 +519,32 @@ async def metrics(g: Gateway, request, out: Reply) -> None:
     await out.start(200, 'text/plain; version=0.0.4')
     await out.body(g.metrics.text(gauges).encode())
 
-# %% ../../nbs/plane/05_gateway.ipynb #c8a16504
+# %% ../../nbs/plane/05_gateway.ipynb #6b8bc632
 class Endpoint:
     "An ASGI application for one route."
-    def __init__(self, g: Gateway, dialect: str, work): self.g, self.dialect, self.work = g, dialect, work
+    def __init__(self, g: Gateway, dialect: str, route: str, work): self.g, self.dialect, self.route, self.work = g, dialect, route, work
     async def __call__(self, scope, receive, send) -> None:
         request = need('starlette.requests', 'serve').Request(scope, receive)
-        await answered(self.g, self.dialect, request, send, lambda out: self.work(self.g, request, out))
+        await answered(self.g, self.dialect, self.route, request, send, lambda out: self.work(self.g, request, out))
 
 def _calls(dialect: str, counting: bool = False):
     async def work(g, request, out): await serve_call(g, dialect, counting, request, out)
     return work
 
-# %% ../../nbs/plane/05_gateway.ipynb #a56c39d3
+# %% ../../nbs/plane/05_gateway.ipynb #281676f8
 def _app(g: Gateway):
-    "Routes: at the root, and again under /s/SESSION."
+    "Routes: an agent's at the root, and again under /s/SESSION."
     r, a = need('starlette.routing', 'serve'), need('starlette.applications', 'serve')
-    post = [('/v1/chat/completions', 'chat', _calls('chat')), ('/v1/completions', 'completions', _calls('completions')),
-            ('/v1/messages', 'messages', _calls('messages')), ('/v1/messages/count_tokens', 'messages', _calls('messages', True))]
-    get = [('/v1/models', 'chat', models), ('/v1/models/{model:path}', 'chat', models)]
-    route = lambda path, dialect, work, method: r.Route(path, Endpoint(g, dialect, work), methods=[method])
-    both = [route(*x, 'POST') for x in post] + [route(*x, 'GET') for x in get]
-    own = [route('/health', 'chat', health, 'GET'), route('/metrics', 'chat', metrics, 'GET'), route('/sessions', 'chat', list_sessions, 'GET')]
-    one = [route('/', 'chat', show_session, 'GET'), route('/reward', 'chat', reward, 'POST'), route('/trajectories', 'chat', trajectories, 'GET')]
-    bare = route('/s/{session}', 'chat', show_session, 'GET')
-    return a.Starlette(routes=[*both, *own, bare, r.Mount('/s/{session}', routes=[*both, *one])],
+    def route(path, name, work, method='GET', dialect='chat'): return r.Route(path, Endpoint(g, dialect, name, work), methods=[method])
+    agent = [route('/v1/chat/completions', 'chat', _calls('chat'), 'POST'),
+             route('/v1/completions', 'completions', _calls('completions'), 'POST', 'completions'),
+             route('/v1/messages', 'messages', _calls('messages'), 'POST', 'messages'),
+             route('/v1/messages/count_tokens', 'count_tokens', _calls('messages', True), 'POST', 'messages'),
+             route('/v1/models', 'models', models), route('/v1/models/{model:path}', 'models', models)]
+    own = [route('/health', 'health', health), route('/metrics', 'metrics', metrics), route('/sessions', 'sessions', list_sessions),
+           route('/s/{session}', 'session', show_session), route('/s/{session}/reward', 'reward', reward, 'POST'),
+           route('/s/{session}/trajectories', 'trajectories', trajectories)]
+    return a.Starlette(routes=[*agent, *own, r.Mount('/s/{session}', routes=agent)],
                        exception_handlers={404: _http_error, 405: _http_error}, lifespan=_lifespan(g))
 
 # %% ../../nbs/plane/05_gateway.ipynb #a92f7051
@@ -543,7 +561,7 @@ def _lifespan(g: Gateway):
         await g.close()
     return run
 
-# %% ../../nbs/plane/05_gateway.ipynb #d5d4acfb
+# %% ../../nbs/plane/05_gateway.ipynb #3e59ab7b
 @asynccontextmanager
 async def running(
     g: Gateway,
@@ -552,10 +570,9 @@ async def running(
 ):                  # yields the address: 'http://127.0.0.1:34567'
     "The gateway behind uvicorn on this event loop, until the block is left. OSError where the port is taken."
     uvicorn = need('uvicorn', 'serve')
-    config = uvicorn.Config(g.app, host=host, port=port, log_config=None, access_log=False, timeout_graceful_shutdown=5)
-    server = uvicorn.Server(config)
-    server.install_signal_handlers = lambda: None
-    sock = config.bind_socket()
+    server = uvicorn.Server(uvicorn.Config(g.app, log_config=None, access_log=False, timeout_graceful_shutdown=5))
+    server.capture_signals = nullcontext  # signals are the caller's
+    sock = socket.create_server((host, port), family=socket.AF_INET6 if ':' in host else socket.AF_INET)
     task = asyncio.ensure_future(server.serve([sock]))
     try:
         while not server.started and not task.done(): await asyncio.sleep(.01)

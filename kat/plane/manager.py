@@ -6,11 +6,11 @@
 __all__ = ['DRIFTS', 'REASONS', 'CLEAN', 'Turn', 'split', 'keys_of', 'changes', 'tool_mark', 'answer_ids', 'context_segments',
            'Session', 'Asked', 'Plan', 'plan_text', 'show', 'Manager']
 
-# %% ../../nbs/plane/03_manager.ipynb #39b55fa3
+# %% ../../nbs/plane/03_manager.ipynb #08b2bb2e
 import json, re
 from collections import Counter, OrderedDict, deque
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from hashlib import blake2b
 from uuid import uuid4
 
@@ -300,7 +300,7 @@ def _client_turn(s: Session, parent: Turn | None, q: Asked, i: int, tools, reaso
                 'clean' if reason in CLEAN else 'forked', 'cut' if n else reason, agent=q.agent, mark=mark,
                 began=tick, ended=tick, copied=old and old.id)
 
-# %% ../../nbs/plane/03_manager.ipynb #c4541d44
+# %% ../../nbs/plane/03_manager.ipynb #7d79efd3
 @dataclass(eq=False)
 class Plan:
     "One request, placed in the tree; a context manager, open while it is being answered."
@@ -317,7 +317,7 @@ class Plan:
     began: int
     slot: tuple                 # of `prompts`
 
-    @property
+    @cached_property
     def ids(self) -> np.ndarray:
         "int32: the prompt, from the first token of the conversation."
         return ids_of([*(self.parent.segments if self.parent else ()), *self.prompt])

@@ -166,11 +166,12 @@ def _changed(m: dict, how: list[str]) -> dict:
         else: raise ValueError(f'change {h!r}')
     return m
 
-# %% ../../nbs/plane/03a_scenarios.ipynb #47cda855
+# %% ../../nbs/plane/03a_scenarios.ipynb #b016ff6e
 def _results(m: dict, how: list[str]) -> list[dict]:
     "Results of an answer's calls."
     new = 'new_' if 'ids' in how else ''
-    say = lambda c: '…' if 'elided' in how else f"text of {c['function']['arguments']['path']}"
+    what = '…' if 'elided' in how else 'no such file: ' if 'failed' in how else 'text of '
+    say = lambda c: what + ('' if 'elided' in how else c['function']['arguments']['path'])
     bad = dict(error=True) if 'failed' in how else {}
     out = [dict(role='tool', tool_call_id=new + c['id'], content=say(c)) | bad for c in m['tool_calls']]
     return out[::-1] if 'turned' in how else out
@@ -193,10 +194,11 @@ def messages_of(
         else: out += _results(answers[int(n)], how)
     return out
 
-# %% ../../nbs/plane/03a_scenarios.ipynb #4e3077f6
+# %% ../../nbs/plane/03a_scenarios.ipynb #d121cc64
 def spelled(tokenizer, message: dict) -> np.ndarray:
     "int32 ids of an answer, its text a character at a time, special tokens whole."
-    text = (message.get('reasoning') or '') + tokenizer.decode(answer_ids(tokenizer, message, TOOLS[1]))
+    think = f"<think>\n{message['reasoning']}\n</think>\n\n" if message.get('reasoning') else ''
+    text = think + tokenizer.decode(answer_ids(tokenizer, message | dict(reasoning=''), TOOLS[1]))
     parts = re.split('(<[|/]?[a-z_]+[|]?>)', text)
     one = lambda s: tokenizer.encode(s, add_special_tokens=False)
     return np.array([i for k, p in enumerate(parts) for c in ([p] if k % 2 else p) for i in one(c)], np.int32)

@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['ScriptEngine']
 
-# %% ../../nbs/plane/04a_scripted.ipynb #fa5c72e4
+# %% ../../nbs/plane/04a_scripted.ipynb #57bc54e8
 import asyncio
 from collections.abc import Awaitable, Callable
 
 import numpy as np
 
-from .engines import Completion, Request
+from .engines import Completion, Request, StopStrings
 
 # %% ../../nbs/plane/04a_scripted.ipynb #ea82c7b9
 class ScriptEngine:
@@ -41,19 +41,20 @@ class ScriptEngine:
     async def resume(self) -> None: self._go.set()
     async def update_weights(self, weights, version: int) -> None: self.version = version
 
-# %% ../../nbs/plane/04a_scripted.ipynb #68468adb
+# %% ../../nbs/plane/04a_scripted.ipynb #c5a98f88
 async def _say(e: ScriptEngine, r: Request, on_token) -> Completion:
     "Token by token, until the script, the limit, a stop id or a stop string ends it."
     if e.delay: await asyncio.sleep(e.delay)
-    ids, versions, finish, by = [], [], None, None
+    ids, versions, by = [], [], None
+    watch = StopStrings(e.tokenizer, r.stop_strings, r.ids) if r.stop_strings else None
     for i, token in enumerate(e.answer(r)):
         if e.step: await e.step(r, i)
         if not e._go.is_set(): await e._go.wait()
         ids.append(int(token))
         versions.append(e.version)
         if on_token: on_token(ids[-1], -.5, 1., e.version)
-        if ids[-1] in r.stop: finish, by = 'stop', ids[-1]
-        elif r.stop_strings: by = next((s for s in r.stop_strings if s in e.tokenizer.decode(ids)), None)
+        if ids[-1] in r.stop: by = ids[-1]
+        elif watch: by = watch.push(ids[-1])
         if by is not None or len(ids) >= r.max_tokens: break
     n, finish = len(ids), 'stop' if by is not None else 'length'
     return Completion(np.array(ids, np.int32), np.full(n, -.5, np.float32), np.ones(n, np.float32), finish, e.version,
