@@ -100,14 +100,14 @@ def split(
             context = []
     return past, context
 
-# %% ../../nbs/plane/03_manager.ipynb #afe37b16
+# %% ../../nbs/plane/03_manager.ipynb #04982675
 def keys_of(messages: list[dict]) -> tuple[str, ...]:
     "Canonical keys."
     return tuple(map(canonical_key, messages))
 
 def changes(sent: list[dict], recorded: list[dict]) -> set[str]:
     "What differs between messages of equal keys."
-    return {why for a, b in zip(sent, recorded) if a != b for why in explain(b, a)} - {'ids renamed'}
+    return {why for a, b in zip(sent, recorded) if a != b or 'tool_calls' in a for why in explain(b, a)} - {'ids renamed'}
 
 # %% ../../nbs/plane/03_manager.ipynb #465803de
 def _digest(*parts: str | bytes) -> str:
@@ -265,7 +265,7 @@ def _lines(messages: list[dict], least: int = 32) -> set[int]:
     "Hashes of the lines that are long enough to be a quotation."
     return {hash(x) for m in messages for line in m['content'].split('\n') if len(x := line.strip()) >= least}
 
-# %% ../../nbs/plane/03_manager.ipynb #c63c1bf0
+# %% ../../nbs/plane/03_manager.ipynb #bc4c8be9
 def _beginning(tokenizer, t: Turn, text: str) -> int:
     "How many ids of `t`'s answer spell `text`; 0 where none do, or where `text` is all of it."
     whole = t.message['content']
@@ -276,7 +276,9 @@ def _beginning(tokenizer, t: Turn, text: str) -> int:
         mid = (lo + hi)//2
         if len(tokenizer.decode(ids[:mid])) < len(text): lo = mid + 1
         else: hi = mid
-    return lo if tokenizer.decode(ids[:lo]) == text else 0
+    for n in range(lo, min(lo + 4, len(ids))):  # a last character of up to four bytes may still lack some
+        if tokenizer.decode(ids[:n]) == text: return n
+    return 0
 
 # %% ../../nbs/plane/03_manager.ipynb #f06fdb0d
 def _source(s: Session, parent: Turn | None, q: Asked, i: int) -> tuple[Turn | None, int | None]:

@@ -148,7 +148,7 @@ def store_error(e: Exception) -> StoreError | None:
     if code.startswith(wide) or getattr(e, 'connection_invalidated', False) or (not code and type(raw).__name__ == 'OperationalError'):
         return StoreError(f'store: not to be reached ({code or type(raw).__name__})')
 
-# %% ../../nbs/plane/04_store.ipynb #6f0217d6
+# %% ../../nbs/plane/04_store.ipynb #c2a4b961
 class Store:
     "Sessions and turns in a database. Writes are awaited on an event loop; reads may be made from any thread."
     def __init__(self,
@@ -180,9 +180,9 @@ class Store:
         await _submit(self, dict(sessions=row, updates=row, rewards=[(turn.id, turn.reward)] if turn else []))
         session.stored = True
 
-    async def check(self) -> None:
-        "StoreError if the last write failed and another one fails too."
-        if self.error: await _submit(self, dict(probe=True))
+    async def check(self, now: bool = False) -> None:
+        "StoreError if the last write failed and another one fails too; with `now`, try in any case."
+        if self.error or now: await _submit(self, dict(probe=True))
 
     def load(self, tokenizer, owner: str, name: str) -> Session | None: return _load(self, tokenizer, owner=owner, name=name)
     def sessions(self, **where) -> list[dict]: return _list(self, where)
