@@ -365,7 +365,12 @@ WRONG = [
     ('messages', msg(tools=[dict(name='f')]), 'tools[0].input_schema', 'required'),
     ('messages', msg(tools=[dict(name='bash', type='bash_20250124')]), 'tools[0].type', 'runs itself'),
     ('messages', msg(tool_choice=dict(type='any')), 'tool_choice', 'not constrained'),
-    ('messages', msg(tool_choice=dict(type='auto', disable_parallel_tool_use=True)), 'tool_choice.disable_parallel_tool_use', 'how many'),
+    (
+        'messages',
+        msg(tool_choice=dict(type='auto', disable_parallel_tool_use=True)),
+        'tool_choice.disable_parallel_tool_use',
+        'how many',
+    ),
     ('messages', msg(thinking=dict(type='much')), 'thinking.type', 'adaptive'),
     ('messages', msg(output_config=dict(format=dict(type='json_schema'))), 'output_config.format', 'grammar'),
     ('messages', msg(mcp_servers=[{}]), 'mcp_servers', 'connect'),
@@ -416,7 +421,7 @@ def test_bodies_must_be_strict_json_of_a_reasonable_size():
         (b'{"a":' + b'[' * 200_000, 'not JSON'),
     ]:
         with pytest.raises(BadRequest, match=words) as e:
-            parse_body(raw)
+            parse_call('chat', parse_body(raw))
         assert e.value.status == 400
     with pytest.raises(BadRequest) as e:
         parse_body(b'{}' + b' ' * 99, Limits(bytes=100))

@@ -21,28 +21,33 @@ def _kat_body(body: str, tools: list[dict]) -> list[tuple[str, dict]]:
     if errors: raise ValueError(errors[0].partition(': ')[2])
     return [(c['function']['name'], c['function']['arguments']) for c in calls]
 
-# %% ../../nbs/core/04_calls.ipynb #7adba7ae
+# %% ../../nbs/core/04_calls.ipynb #c657395d
 def check_json(
     x,                 # decoded JSON
     depth: int = 100,  # deepest nesting allowed
 ) -> None:
     "ValueError unless `x` is strict JSON that can be written again."
-    stack = [(x, 0)]
-    while stack:
-        x, d = stack.pop()
-        if isinstance(x, str): _whole(x)
-        elif isinstance(x, (dict, list)):
-            if d >= depth: raise ValueError(f'nested more than {depth} deep')
-            stack += ((v, d + 1) for v in (x.values() if isinstance(x, dict) else x))
-            if isinstance(x, dict): stack += ((k, None) for k in x)
-        elif d is None: raise ValueError(f'key {x!r:.40} is not a string')
-        elif isinstance(x, bool) or x is None: pass
-        elif not isinstance(x, (int, float)): raise ValueError(f'a {type(x).__name__} is not JSON')
-        elif not (math.isfinite(x) if isinstance(x, float) else x.bit_length() < 1024):
-            raise ValueError('a number too large')
+    level, d = [[x]], 0
+    while level:  # all containers of one depth
+        if d > depth: raise ValueError(f'nested more than {depth} deep')
+        inner = []
+        for c in level:
+            if type(c) is dict:
+                for k in c: _whole(k)
+            for v in c.values() if type(c) is dict else c:
+                if type(v) is str: v.isascii() or _whole(v)
+                elif type(v) in (dict, list): inner.append(v)
+                elif type(v) is not bool and v is not None: _finite(v)
+        level, d = inner, d + 1
+
+def _finite(x) -> None:
+    "ValueError for what is no number that a double can hold."
+    if type(x) not in (int, float): raise ValueError(f'a {type(x).__name__} is not JSON')
+    if not (math.isfinite(x) if type(x) is float else x.bit_length() < 1024): raise ValueError('a number too large')
 
 def _whole(s: str) -> None:
     "ValueError for text that UTF-8 cannot hold."
+    if type(s) is not str: raise ValueError(f'key {s!r:.40} is not a string')
     if s.isascii(): return
     try: s.encode()
     except UnicodeEncodeError as e:
