@@ -172,6 +172,8 @@ def test_what_cannot_be_read_stays_text_and_is_marked(format, text, why):
         r = parse_reply(f'{good}\nso{space}{text}', TOOLS, format)
         assert (r.content, functions(r)) == (f'so{space}{text}', [('submit', {})])
         if 'not closed' not in why:
+            r = parse_reply(f'{good}\n{text}  b', TOOLS, format)
+            assert (r.content, functions(r)) == (f'{text}  b', [('submit', {})])
             r = parse_reply(f'{text} {good}', TOOLS, format)
             assert (r.content, functions(r), len(r.malformed)) == (text, [('submit', {})], 1)
 
