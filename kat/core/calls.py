@@ -12,7 +12,7 @@ from .chat import KAT_TEMPLATE, call_text, parse_calls
 
 # %% auto #0
 __all__ = ['FORMATS', 'check_json', 'loads_strict', 'CallFormat', 'call_format', 'write_call', 'Reply', 'CallParser',
-           'parse_reply', 'Decoder']
+           'in_thinking', 'parse_reply', 'Decoder']
 
 # %% ../../nbs/core/04_calls.ipynb #96edd6ff
 def _kat_body(body: str, tools: list[dict]) -> list[tuple[str, dict]]:
@@ -21,30 +21,37 @@ def _kat_body(body: str, tools: list[dict]) -> list[tuple[str, dict]]:
     if errors: raise ValueError(errors[0].partition(': ')[2])
     return [(c['function']['name'], c['function']['arguments']) for c in calls]
 
-# %% ../../nbs/core/04_calls.ipynb #e9ac70c5
+# %% ../../nbs/core/04_calls.ipynb #c657395d
 def check_json(
     x,                 # decoded JSON
     depth: int = 100,  # deepest nesting allowed
 ) -> None:
     "ValueError unless `x` is strict JSON that can be written again."
-    stack = [(x, 0)]
-    while stack:
-        x, d = stack.pop()
-        if isinstance(x, str): _whole(x)
-        elif isinstance(x, (dict, list)):
-            if d >= depth: raise ValueError(f'nested more than {depth} deep')
-            stack += ((v, d + 1) for v in (x.values() if isinstance(x, dict) else x))
-            if isinstance(x, dict): stack += ((k, None) for k in x)
-        elif d is None: raise ValueError(f'key {x!r:.40} is not a string')
-        elif isinstance(x, bool) or x is None: pass
-        elif not isinstance(x, (int, float)): raise ValueError(f'a {type(x).__name__} is not JSON')
-        elif not (math.isfinite(x) if isinstance(x, float) else x.bit_length() < 1024): raise ValueError('a number too large')
+    level, d = [[x]], 0
+    while level:  # all containers of one depth
+        if d > depth: raise ValueError(f'nested more than {depth} deep')
+        inner = []
+        for c in level:
+            if type(c) is dict:
+                for k in c: _whole(k)
+            for v in c.values() if type(c) is dict else c:
+                if type(v) is str: v.isascii() or _whole(v)
+                elif type(v) in (dict, list): inner.append(v)
+                elif type(v) is not bool and v is not None: _finite(v)
+        level, d = inner, d + 1
+
+def _finite(x) -> None:
+    "ValueError for what is no number that a double can hold."
+    if type(x) not in (int, float): raise ValueError(f'a {type(x).__name__} is not JSON')
+    if not (math.isfinite(x) if type(x) is float else x.bit_length() < 1024): raise ValueError('a number too large')
 
 def _whole(s: str) -> None:
     "ValueError for text that UTF-8 cannot hold."
+    if type(s) is not str: raise ValueError(f'key {s!r:.40} is not a string')
     if s.isascii(): return
     try: s.encode()
-    except UnicodeEncodeError as e: raise ValueError(f'half of a surrogate pair at character {e.start} of {s[:20]!a}') from None
+    except UnicodeEncodeError as e:
+        raise ValueError(f'half of a surrogate pair at character {e.start} of {s[:20]!a}') from None
 
 # %% ../../nbs/core/04_calls.ipynb #c512e48a
 def loads_strict(
@@ -116,22 +123,23 @@ def _value_of(text: str, schema: dict | None):
     if isinstance(v, float) and v.is_integer() and 'integer' in kinds: v = int(v)
     return v if kinds & set(_KINDS[type(v)]) else text
 
-# %% ../../nbs/core/04_calls.ipynb #08eafc3a
+# %% ../../nbs/core/04_calls.ipynb #a7c38a99
 def _kinds(schema) -> set[str]:
     "Types that a JSON schema names, also inside anyOf and oneOf."
     if not isinstance(schema, dict): return set()
     t, some = schema.get('type'), [schema.get(k) for k in ('anyOf', 'oneOf')]
-    out = {x for x in (t if isinstance(t, list) else [t]) if isinstance(x, str)} | ({'null'} if schema.get('nullable') else set())
+    out = {x for x in (t if isinstance(t, list) else [t]) if isinstance(x, str)}
+    if schema.get('nullable'): out.add('null')
     return out.union(*(_kinds(s) for choices in some if isinstance(choices, list) for s in choices))
 
-# %% ../../nbs/core/04_calls.ipynb #61a60a1a
+# %% ../../nbs/core/04_calls.ipynb #f8778814
 @dataclass(frozen=True)
 class CallFormat:
     "How a family of models writes a call."
     open: str    # begins a call
     close: str   # ends it; empty: the end of the message does
-    body: Callable[[str, list[dict]], list[tuple[str, dict]]]  # what stands between, and the tools -> (name, arguments)…; ValueError
-    inside: Callable[[str], bool] = lambda body: False         # after this much of a body, is a tag part of a value?
+    body: Callable[[str, list[dict]], list[tuple[str, dict]]]  # reads what stands between, given the tools; ValueError
+    inside: Callable[[str], bool] = lambda body: False  # after this much of a body, is a tag part of a value?
 
 # %% ../../nbs/core/04_calls.ipynb #8dd98cb4
 def _in_string(body: str) -> bool:
@@ -148,11 +156,11 @@ FORMATS = dict(kat=CallFormat('<tool_call>', '</tool_call>', _kat_body),
                qwen3_coder=CallFormat('<tool_call>', '</tool_call>', _coder_body, _in_parameter),
                llama3=CallFormat('<|python_tag|>', '', _llama_body))
 
-# %% ../../nbs/core/04_calls.ipynb #431158bb
+# %% ../../nbs/core/04_calls.ipynb #18f885f9
 def call_format(
     template: str | None,  # a tokenizer's `chat_template`
 ) -> str | None:           # a name in FORMATS
-    "The format of a model with this chat template; None where it knows no tools. ValueError where the format is another."
+    "The format of a model with this chat template; None where it knows no tools. ValueError for another format."
     t = template or ''
     if t == KAT_TEMPLATE: return 'kat'
     if '<function=' in t: return 'qwen3_coder'
@@ -191,7 +199,7 @@ def _held(text: str, tags: tuple[str, ...]) -> int:
     longest = min(max(map(len, tags), default=0) - 1, len(text))
     return next((n for n in range(longest, 0, -1) if any(t.startswith(text[-n:]) for t in tags)), 0)
 
-# %% ../../nbs/core/04_calls.ipynb #09d9e522
+# %% ../../nbs/core/04_calls.ipynb #af82783d
 class CallParser:
     """Reads an answer in pieces; `reply` holds what has been given out so far.
 
@@ -202,7 +210,8 @@ class CallParser:
         thinking: bool = False,      # does the prompt end inside <think>?
         prefix: str = 'call_',       # of the calls' ids; their number in the answer follows
     ):
-        self.tools, self.prefix, self.reply = tools, prefix, Reply()
+        self.tools, self.prefix, self.malformed = tools, prefix, []
+        self.given = dict(text=[], reasoning=[], calls=[])
         self.format = FORMATS[format] if format and tools else None
         self.buf, self.state, self.at = '', 'think' if thinking else 'start', 0
         self.trim = thinking            # drop white space before what comes next?
@@ -217,23 +226,35 @@ class CallParser:
         "The end: what was held back."
         return self._run('', True)
 
+    @property
+    def reply(self) -> Reply:
+        "What has been given out so far."
+        g = self.given
+        return Reply(''.join(g['text']), ''.join(g['reasoning']), list(g['calls']), list(self.malformed))
+
     def _run(self, text: str, final: bool) -> list[dict]:
         self.buf, self.out = self.buf + text, []
         while _STATES[self.state](self, final): pass
         return self.out
 
-# %% ../../nbs/core/04_calls.ipynb #21ae66f7
+# %% ../../nbs/core/04_calls.ipynb #669803cd
+def in_thinking(
+    prompt: str,  # rendered, up to where the model begins
+) -> bool:
+    "Does the model's answer begin inside <think>? (`thinking` of the parser)"
+    return prompt.rstrip(_SPACE).endswith('<think>')
+
+# %% ../../nbs/core/04_calls.ipynb #f06298e8
 def _give(p: CallParser, kind: str, value) -> None:
     "Append a piece to the output and to the reply."
     if not value: return
-    if kind == 'text' and p.joint and p.reply.content: value = '\n' + value
+    if kind == 'text' and p.joint and p.given['text']: value = '\n' + value
     if kind == 'text': p.joint = False
     if p.out and kind in p.out[-1]: p.out[-1][kind] = p.out[-1][kind] + value
     else: p.out.append({kind: value})
-    name = dict(text='content').get(kind, kind)
-    setattr(p.reply, name, getattr(p.reply, name) + value)
+    p.given[kind] += value if kind == 'calls' else [value]
 
-# %% ../../nbs/core/04_calls.ipynb #854b0844
+# %% ../../nbs/core/04_calls.ipynb #d4b954a6
 def _show(p: CallParser, kind: str, n: int, strip: bool) -> None:
     "Give out the first `n` characters of the buffer, without white space at the end where `strip`."
     s, p.buf = p.buf[:n], p.buf[n:]
@@ -241,7 +262,7 @@ def _show(p: CallParser, kind: str, n: int, strip: bool) -> None:
     if s: p.trim = False
     _give(p, kind, s.rstrip(_SPACE) if strip else s)
 
-# %% ../../nbs/core/04_calls.ipynb #ccfb8858
+# %% ../../nbs/core/04_calls.ipynb #7e736b74
 def _start(p: CallParser, final: bool) -> bool:
     "White space, <think>, or something else."
     s = p.buf.lstrip(_SPACE)
@@ -253,7 +274,7 @@ def _start(p: CallParser, final: bool) -> bool:
     else: p.state = 'text' if p.format else 'raw'
     return True
 
-# %% ../../nbs/core/04_calls.ipynb #bbba2e05
+# %% ../../nbs/core/04_calls.ipynb #c9bcc6e0
 def _think(p: CallParser, final: bool) -> bool:
     "Reasoning, up to </think>."
     i = p.buf.find('</think>')
@@ -265,7 +286,7 @@ def _think(p: CallParser, final: bool) -> bool:
     p.buf, p.state, p.trim = p.buf[8:], 'start', True
     return True
 
-# %% ../../nbs/core/04_calls.ipynb #362ddd29
+# %% ../../nbs/core/04_calls.ipynb #faef1987
 def _text(p: CallParser, final: bool) -> bool:
     "Text, up to a call."
     tag = p.format.open
@@ -285,7 +306,7 @@ def _raw(p: CallParser, final: bool) -> bool:
     _show(p, 'text', len(p.buf), False)
     return False
 
-# %% ../../nbs/core/04_calls.ipynb #b8a21dc3
+# %% ../../nbs/core/04_calls.ipynb #dde43e7c
 def _call(p: CallParser, final: bool) -> bool:
     "A call, up to its end."
     f = p.format
@@ -302,7 +323,7 @@ def _call(p: CallParser, final: bool) -> bool:
 
 _STATES = dict(start=_start, think=_think, text=_text, call=_call, raw=_raw)
 
-# %% ../../nbs/core/04_calls.ipynb #59e7a4e7
+# %% ../../nbs/core/04_calls.ipynb #d066f1c7
 def _end_call(p: CallParser, at: int, close: str) -> bool:
     "Read the body that ends at `at`; what cannot be read stays text."
     body, p.buf, p.state = p.buf[:at], p.buf[at + len(close):], 'text'
@@ -311,20 +332,20 @@ def _end_call(p: CallParser, at: int, close: str) -> bool:
         found = [] if untagged and '"name"' not in body else p.format.body(body, p.tools)
         check_json([a for _, a in found])
     except ValueError as e:
-        p.reply.malformed.append(str(e))
+        p.malformed.append(str(e))
         found = []
     if found:
-        n, p.trim, p.joint = len(p.reply.calls), True, True
+        n, p.trim, p.joint = len(p.given['calls']), True, True
         _give(p, 'calls', [dict(id=f'{p.prefix}{n + i}', type='function', function=dict(name=k, arguments=a))
                            for i, (k, a) in enumerate(found)])
     else: _as_text(p, body + close)
     return bool(p.buf)
 
-# %% ../../nbs/core/04_calls.ipynb #e6cd7ca3
+# %% ../../nbs/core/04_calls.ipynb #e5e0d06c
 def _not_closed(p: CallParser, at: int) -> bool:
     "A call that never ended stays text; go on at `at`."
     body, p.buf, p.state = p.buf[:at], p.buf[at:], 'text'
-    p.reply.malformed.append('not closed')
+    p.malformed.append('not closed')
     _as_text(p, body)
     return bool(p.buf)
 
@@ -333,7 +354,7 @@ def _as_text(p: CallParser, body: str) -> None:
     _give(p, 'text', p.space + p.opened + body)
     p.trim = False
 
-# %% ../../nbs/core/04_calls.ipynb #9201e906
+# %% ../../nbs/core/04_calls.ipynb #70ad5eca
 def parse_reply(
     text: str,               # the decoded answer, without the token that ended it
     tools: list[dict],       # OpenAI tool schemas
@@ -347,7 +368,7 @@ def parse_reply(
     p.finish()
     return p.reply
 
-# %% ../../nbs/core/04_calls.ipynb #6a67fc27
+# %% ../../nbs/core/04_calls.ipynb #85f6e0b3
 class Decoder:
     "Ids to text, piece by piece."
     def __init__(self, tokenizer):  # a Hugging Face tokenizer

@@ -20,14 +20,14 @@ class TokenLogprob:
     logprob: float  # natural log
     top: list[tuple[str, float]] = field(default_factory=list)  # likeliest tokens and theirs
 
-# %% ../../nbs/plane/02b_answers.ipynb #c26db2aa
+# %% ../../nbs/plane/02b_answers.ipynb #f0380bc0
 @dataclass
 class Answer:
     "What a call came to."
     id: str                     # letters, digits, - and _; the dialect's prefix is put before it
     content: str = ''
     reasoning: str = ''
-    tool_calls: list[dict] = field(default_factory=list)  # canonical: id, type, function with name and dictionary of arguments
+    tool_calls: list[dict] = field(default_factory=list)  # canonical: arguments are dictionaries
     finish: str = 'stop'        # 'stop', 'length', 'tool_calls' or 'error'
     prompt_tokens: int = 0
     completion_tokens: int = 0
@@ -46,32 +46,34 @@ def call_prefix(
     "The beginning of the ids of an answer's calls."
     return f'{"toolu" if dialect == "messages" else "call"}_{answer_id}_'
 
-# %% ../../nbs/plane/02b_answers.ipynb #dd3897fa
+# %% ../../nbs/plane/02b_answers.ipynb #36cdbcf8
 _js = json.JSONEncoder(ensure_ascii=False, separators=(',', ':')).encode
 
 def _usage(a: Answer) -> dict:
     "OpenAI's token counts."
-    return dict(prompt_tokens=a.prompt_tokens, completion_tokens=a.completion_tokens, total_tokens=a.prompt_tokens + a.completion_tokens,
-                prompt_tokens_details=dict(cached_tokens=a.cached_tokens))
+    return dict(prompt_tokens=a.prompt_tokens, completion_tokens=a.completion_tokens,
+                total_tokens=a.prompt_tokens + a.completion_tokens, prompt_tokens_details=dict(cached_tokens=a.cached_tokens))
 
-# %% ../../nbs/plane/02b_answers.ipynb #a155e2bf
+# %% ../../nbs/plane/02b_answers.ipynb #739c617e
 def _openai_call(c: dict) -> dict:
     "A call with its arguments as text."
-    return dict(id=c['id'], type='function', function=dict(name=c['function']['name'], arguments=_js(c['function']['arguments'])))
+    f = c['function']
+    return dict(id=c['id'], type='function', function=dict(name=f['name'], arguments=_js(f['arguments'])))
 
 def _finish(call, a: Answer) -> str:
     "OpenAI's finish_reason."
     if a.finish == 'length': return 'length'
     return 'tool_calls' if a.tool_calls and call.dialect == 'chat' else 'stop'
 
-# %% ../../nbs/plane/02b_answers.ipynb #d8a4e13b
+# %% ../../nbs/plane/02b_answers.ipynb #7bc2fd02
 def _chat_logprobs(call, a: Answer) -> dict | None:
     "Log-probs of Chat Completions, where asked for."
     n = call.sampling.logprobs
     if n is None: return None
     if a.logprobs is None: raise ValueError('logprobs: asked for, but the answer has none')
     one = lambda t, lp: dict(token=t, logprob=lp, bytes=list(t.encode()))
-    return dict(content=[one(t.token, t.logprob) | dict(top_logprobs=[one(*x) for x in t.top[:n]]) for t in a.logprobs], refusal=None)
+    content = [one(t.token, t.logprob) | dict(top_logprobs=[one(*x) for x in t.top[:n]]) for t in a.logprobs]
+    return dict(content=content, refusal=None)
 
 # %% ../../nbs/plane/02b_answers.ipynb #da966f74
 def _text_logprobs(call, a: Answer) -> dict | None:
@@ -83,19 +85,21 @@ def _text_logprobs(call, a: Answer) -> dict | None:
     return dict(tokens=[t.token for t in a.logprobs], token_logprobs=[t.logprob for t in a.logprobs],
                 top_logprobs=[dict(t.top[:n]) for t in a.logprobs] if n else None, text_offset=offsets)
 
-# %% ../../nbs/plane/02b_answers.ipynb #5049c9f0
+# %% ../../nbs/plane/02b_answers.ipynb #1eaa1807
 def _chat_answer(call, a: Answer) -> dict:
     "A chat.completion."
     m = dict(role='assistant', content=a.content if a.content or not a.tool_calls else None, refusal=None)
     if a.reasoning: m['reasoning_content'] = a.reasoning
     if a.tool_calls: m['tool_calls'] = list(map(_openai_call, a.tool_calls))
     choice = dict(index=0, message=m, logprobs=_chat_logprobs(call, a), finish_reason=_finish(call, a))
-    return dict(id=f'chatcmpl-{a.id}', object='chat.completion', created=a.created, model=call.model, choices=[choice], usage=_usage(a))
+    return dict(id=f'chatcmpl-{a.id}', object='chat.completion', created=a.created, model=call.model, choices=[choice],
+                usage=_usage(a))
 
 def _text_answer(call, a: Answer) -> dict:
     "A text_completion."
     choice = dict(text=a.content, index=0, logprobs=_text_logprobs(call, a), finish_reason=_finish(call, a))
-    return dict(id=f'cmpl-{a.id}', object='text_completion', created=a.created, model=call.model, choices=[choice], usage=_usage(a))
+    return dict(id=f'cmpl-{a.id}', object='text_completion', created=a.created, model=call.model, choices=[choice],
+                usage=_usage(a))
 
 # %% ../../nbs/plane/02b_answers.ipynb #d0aefdbd
 def signature(reasoning: str) -> str:
@@ -106,21 +110,22 @@ def _tool_use(c: dict, input: dict) -> dict:
     "A tool_use block."
     return dict(type='tool_use', id=c['id'], name=c['function']['name'], input=input, caller=dict(type='direct'))
 
-# %% ../../nbs/plane/02b_answers.ipynb #f8700636
+# %% ../../nbs/plane/02b_answers.ipynb #7e17db88
 def _message_usage(prompt: int, cached: int, completion: int) -> dict:
     "Anthropic's token counts."
-    return dict(input_tokens=prompt - cached, cache_creation_input_tokens=0, cache_read_input_tokens=cached, output_tokens=completion)
+    return dict(input_tokens=prompt - cached, cache_creation_input_tokens=0, cache_read_input_tokens=cached,
+                output_tokens=completion)
 
 def _stop_reason(a: Answer) -> str:
     "Anthropic's stop_reason."
     if a.finish == 'length': return 'max_tokens'
     return 'tool_use' if a.tool_calls else 'stop_sequence' if a.stop is not None else 'end_turn'
 
-# %% ../../nbs/plane/02b_answers.ipynb #e8d8234c
+# %% ../../nbs/plane/02b_answers.ipynb #8cf3e913
 def _message(call, id: str, content: list, reason: str | None, stop: str | None, usage: dict) -> dict:
     "A message of the Messages API."
-    return dict(id=f'msg_{id}', type='message', role='assistant', model=call.model, content=content, stop_reason=reason,
-                stop_sequence=stop, usage=usage)
+    return dict(id=f'msg_{id}', type='message', role='assistant', model=call.model, content=content,
+                stop_reason=reason, stop_sequence=stop, usage=usage)
 
 def _message_answer(call, a: Answer) -> dict:
     "A whole message."
@@ -130,15 +135,16 @@ def _message_answer(call, a: Answer) -> dict:
         content.append(dict(type='thinking', thinking=shown, signature=signature(a.reasoning)))
     if a.content: content.append(dict(type='text', text=a.content, citations=None))
     content += [_tool_use(c, c['function']['arguments']) for c in a.tool_calls]
-    return _message(call, a.id, content, _stop_reason(a), a.stop, _message_usage(a.prompt_tokens, a.cached_tokens, a.completion_tokens))
+    usage = _message_usage(a.prompt_tokens, a.cached_tokens, a.completion_tokens)
+    return _message(call, a.id, content, _stop_reason(a), a.stop, usage)
 
-# %% ../../nbs/plane/02b_answers.ipynb #9564958e
+# %% ../../nbs/plane/02b_answers.ipynb #59fac427
 def render_answer(
     call,        # the `Call` answered
     answer: Answer,
 ) -> dict:
-    "A whole answer as the JSON of the call's dialect. ValueError for one that ended in an error: that is `render_error`'s."
-    if answer.finish == 'error': raise ValueError('an answer that ended in an error has no whole form; use render_error')
+    "A whole answer as the JSON of the call's dialect. ValueError for one that ended in an error."
+    if answer.finish == 'error': raise ValueError('an answer that ended in an error has no form; use render_error')
     return dict(chat=_chat_answer, completions=_text_answer, messages=_message_answer)[call.dialect](call, answer)
 
 # %% ../../nbs/plane/02b_answers.ipynb #f2be92bf
@@ -241,7 +247,7 @@ class _TextForm:
         if self.call.usage: out.append(sse(self.head | dict(choices=[], usage=_usage(a))))
         return [*out, sse('[DONE]')]
 
-# %% ../../nbs/plane/02b_answers.ipynb #2343c6b6
+# %% ../../nbs/plane/02b_answers.ipynb #562d83ad
 class _MessageForm:
     "Events of the Messages API."
     def __init__(self, call, id, created):
@@ -252,7 +258,8 @@ class _MessageForm:
 
     def start(self, prompt, cached) -> list[bytes]:
         "The message without content."
-        return self.event('message_start', message=_message(self.call, self.id, [], None, None, _message_usage(prompt, cached, 0)))
+        usage = _message_usage(prompt, cached, 0)
+        return self.event('message_start', message=_message(self.call, self.id, [], None, None, usage))
 
     def block(self, **block) -> list[bytes]:
         "Open a block, unless the open one is of its type and can grow."
@@ -268,7 +275,8 @@ class _MessageForm:
     def close(self) -> list[bytes]:
         "Close the open block, if there is one."
         if self.open is None: return []
-        out = self.grow('signature_delta', signature=signature(''.join(self.thought))) if self.open == 'thinking' else []
+        out = []
+        if self.open == 'thinking': out = self.grow('signature_delta', signature=signature(''.join(self.thought)))
         self.open, self.thought = None, []
         return out + self.event('content_block_stop', index=self.index)
 
@@ -289,19 +297,22 @@ class _MessageForm:
     def call_(self, c, i) -> list[bytes]:
         "A call: its block, its input as JSON."
         self.again = self.written
-        return self.block(**_tool_use(c, {})) + self.grow('input_json_delta', partial_json=_js(c['function']['arguments']))
+        args = _js(c['function']['arguments'])
+        return self.block(**_tool_use(c, {})) + self.grow('input_json_delta', partial_json=args)
 
     def end(self, a: Answer) -> list[bytes]:
         "The reason, the counts, and the mark of the end."
-        return [*self.close(), *self.event('message_delta', delta=dict(stop_reason=_stop_reason(a), stop_sequence=a.stop),
-                                           usage=_message_usage(a.prompt_tokens, a.cached_tokens, a.completion_tokens)),
-                *self.event('message_stop')]
+        usage = _message_usage(a.prompt_tokens, a.cached_tokens, a.completion_tokens)
+        delta = dict(stop_reason=_stop_reason(a), stop_sequence=a.stop)
+        return self.close() + self.event('message_delta', delta=delta, usage=usage) + self.event('message_stop')
 
-# %% ../../nbs/plane/02b_answers.ipynb #b1303542
-_ANTHROPIC = {400: 'invalid_request_error', 401: 'authentication_error', 402: 'billing_error', 403: 'permission_error', 404: 'not_found_error',
-              413: 'request_too_large', 429: 'rate_limit_error', 500: 'api_error', 504: 'timeout_error', 529: 'overloaded_error'}
+# %% ../../nbs/plane/02b_answers.ipynb #cc2ed5ef
+_ANTHROPIC = {401: 'authentication_error', 402: 'billing_error', 403: 'permission_error', 404: 'not_found_error',
+              413: 'request_too_large', 429: 'rate_limit_error', 503: 'overloaded_error', 504: 'timeout_error',
+              529: 'overloaded_error'}
+_OPENAI = {429: 'rate_limit_error'}
 
-# %% ../../nbs/plane/02b_answers.ipynb #fa399bcb
+# %% ../../nbs/plane/02b_answers.ipynb #2307df1c
 def render_error(
     dialect: str,
     status: int,                # HTTP, 400 to 599
@@ -311,20 +322,21 @@ def render_error(
     code: str | None = None,    # word for programs, in OpenAI's errors
 ) -> dict:
     "An error as the dialect's clients read it."
-    if dialect == 'messages':
-        kind = type or _ANTHROPIC.get(status) or ('invalid_request_error' if status < 500 else 'overloaded_error' if status == 503 else 'api_error')
-        return dict(type='error', error=dict(type=kind, message=message), request_id=None)
-    kind = type or ('rate_limit_error' if status == 429 else 'invalid_request_error' if status < 500 else 'server_error')
+    anthropic = dialect == 'messages'
+    other = 'invalid_request_error' if status < 500 else 'api_error' if anthropic else 'server_error'
+    kind = type or (_ANTHROPIC if anthropic else _OPENAI).get(status, other)
+    if anthropic: return dict(type='error', error=dict(type=kind, message=message), request_id=None)
     return dict(error=dict(message=message, type=kind, param=param, code=code))
 
-# %% ../../nbs/plane/02b_answers.ipynb #38b6f48a
+# %% ../../nbs/plane/02b_answers.ipynb #98f11523
 def models_answer(
     names: list[str],   # of models served
     created: int = 0,   # Unix seconds
 ) -> dict:
     "What GET /v1/models returns, for the clients of either API."
     day = time.strftime('%Y-%m-%dT%H:%M:%SZ', time.gmtime(created))
-    one = lambda n: dict(id=n, object='model', created=created, owned_by='kat', type='model', display_name=n, created_at=day, lifecycle='active')
+    one = lambda n: dict(id=n, object='model', created=created, owned_by='kat',
+                         type='model', display_name=n, created_at=day, lifecycle='active')
     return dict(object='list', data=[one(n) for n in names], has_more=False, first_id=names[0] if names else None,
                 last_id=names[-1] if names else None)
 

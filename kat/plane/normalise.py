@@ -12,10 +12,10 @@ from itertools import groupby
 __all__ = ['REASONS', 'note', 'drop_billing', 'order_results', 'fold_reminders', 'merge_turns', 'canonical_json', 'mask_dates',
            'canonical_form', 'arguments_of', 'canonical_key', 'tools_key', 'explain']
 
-# %% ../../nbs/plane/02a_normalise.ipynb #cc21d1ba
+# %% ../../nbs/plane/02a_normalise.ipynb #6a0885ec
 REASONS = dict(
     billing='a line at the top of the system prompt that changes with every request and is not for the model',
-    reminders='system messages inside the list, put in place as reminders: at the top they would change the prompt from its start',
+    reminders='system messages inside the list, as user text in their place; at the top they would change every prompt',
     results='tool results in the order of their calls, before other text of the same turn',
     turns='neighbouring messages of one role joined, as the Messages API does',
     blocks='lists of text blocks as text',
@@ -41,11 +41,11 @@ def drop_billing(
     "Without the pseudo-header lines at its start."
     return _BILLING.sub('', text)
 
-# %% ../../nbs/plane/02a_normalise.ipynb #c6fa900c
+# %% ../../nbs/plane/02a_normalise.ipynb #a3d04a54
 def order_results(
     messages: list[dict],        # canonical
 ) -> tuple[list[dict], bool]:    # in order, and whether anything moved
-    "Tool results right after the answer that called for them, in call order. ValueError names a call or result without its partner."
+    "Tool results right after the answer that called for them, in call order. ValueError names one without its partner."
     answers = [i for i, m in enumerate(messages) if m['role'] == 'assistant'] + [len(messages)]
     out = messages[:answers[0]]
     if any(m['role'] == 'tool' for m in out): raise ValueError('a tool result before any assistant message')
@@ -126,12 +126,13 @@ def _plain(x):
     except OverflowError: f = float('inf')
     return int(f) if f.is_integer() and abs(f) < 2**63 else repr(f)
 
-# %% ../../nbs/plane/02a_normalise.ipynb #89133251
+# %% ../../nbs/plane/02a_normalise.ipynb #ed316edb
 _TODAY = re.compile(r'(?i)\b(?:today|current ?(?:date|time)|date(?::| is\b))')
 _MONTH = r'\b(?:jan|feb|mar|apr|may|june?|july?|aug|sept?|oct|nov|dec)[a-z]{0,6}\.?'
 _CLOCK = r'(?:,?[t ] ?\d\d?:\d\d(?::\d\d)?(?:\.\d{1,9})?(?: ?[ap]m)?(?: ?(?:z|utc|gmt|[+-]\d\d:?\d\d))?)?'
-_DATE = re.compile(rf'(?i)(?:\b(?:mon|tue|wed|thu|fri|sat|sun)[a-z]{{0,6}},? )?(?:\d{{4}}[-/]\d\d?[-/]\d\d?|\d\d?[./]\d\d?[./]\d{{4}}|'
-                   rf'{_MONTH} \d\d?(?:st|nd|rd|th)?,? \d{{4}}|\d\d?\.? {_MONTH} \d{{4}}){_CLOCK}')
+_DAYS = (r'\d{4}[-/]\d\d?[-/]\d\d?', r'\d\d?[./]\d\d?[./]\d{4}', rf'{_MONTH} \d\d?(?:st|nd|rd|th)?,? \d{{4}}',
+         rf'\d\d?\.? {_MONTH} \d{{4}}')
+_DATE = re.compile(rf'(?i)(?:\b(?:mon|tue|wed|thu|fri|sat|sun)[a-z]{{0,6}},? )?(?:{"|".join(_DAYS)}){_CLOCK}')
 
 def mask_dates(text: str) -> str:
     "`text` with the dates in its lines about today made equal."
