@@ -217,3 +217,12 @@ def _stands(w, n):
 
 
 def z(n, x=0.): return np.full(n, x, np.float32)
+
+
+def full_store(store, n):
+    "Let a SQLite store grow by no more than `n` pages; None: without bound."
+    import sqlalchemy as sa
+    with store.engine.connect() as c: size = c.exec_driver_sql('PRAGMA page_count').scalar()
+    limit = 2**30 if n is None else size + n
+    store.engine.dispose()
+    sa.event.listen(store.engine, 'connect', lambda raw, _: raw.execute(f'PRAGMA max_page_count={limit}'))

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from core_strategies import segments
 from hypothesis import given, settings, strategies as st
-from plane_world import say, tokenizer, z
+from plane_world import full_store, say, tokenizer, z
 
 from kat.core.io import read_records
 from kat.core.types import groups_of
@@ -212,25 +212,16 @@ def test_addresses():
 
 # --- faults
 
-def full(store, n=0):
-    "Let the database grow by no more than `n` pages; None: without bound."
-    with store.engine.connect() as c:
-        size = c.exec_driver_sql('PRAGMA page_count').scalar()
-    limit = 2**30 if n is None else size + n
-    store.engine.dispose()
-    SA.event.listen(store.engine, 'connect', lambda raw, _: raw.execute(f'PRAGMA max_page_count={limit}'))
-
-
 def test_a_full_disk_is_said_and_gets_over(tmp_path):
     with Opened(tmp_path/'s.db') as store:
         s, big = Session(tokenizer(), 's'), 'text ' * 20000
         async def run():
             await store.write(s, [s.add(turn(s, 'small'))])
-            full(store, 4)
+            full_store(store, 4)
             with pytest.raises(StoreError, match='no room left') as e: await store.write(s, [turn(s, big)])
             assert e.value.status == 507
             with pytest.raises(StoreError, match='no room left'): await store.check()
-            full(store, None)
+            full_store(store, None)
             await store.check()
             await store.write(s, [turn(s, big)])
             assert store.error is None

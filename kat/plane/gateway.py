@@ -286,7 +286,7 @@ async def _lane(g: Gateway, w: Writing):
     try: yield name
     finally: g.lanes.discard(name)
 
-# %% ../../nbs/plane/05_gateway.ipynb #79740dda
+# %% ../../nbs/plane/05_gateway.ipynb #302dd0a7
 async def _gone(receive) -> None:
     "Returns when the client has left."
     while (await receive())['type'] != 'http.disconnect': pass
@@ -318,9 +318,11 @@ async def answer(g: Gateway, w: Writing, receive, out: 'Reply') -> None:
         await _finish(g, w, done, out)
 
 def _result(work: asyncio.Future) -> Completion:
-    "What the engine returned. Unavailable where it failed."
-    if not work.cancelled() and work.exception() is None: return work.result()
-    if not work.cancelled(): _log(work.exception())
+    "What the engine returned. BadRequest for what it refuses, Unavailable where it failed."
+    e = None if work.cancelled() else work.exception()
+    if isinstance(e, ValueError): raise BadRequest(str(e))
+    if e is not None: _log(e)
+    elif not work.cancelled(): return work.result()
     raise Unavailable('the engine failed; send the request again')
 
 def _log(e: BaseException) -> None:
@@ -561,16 +563,17 @@ def _lifespan(g: Gateway):
         await g.close()
     return run
 
-# %% ../../nbs/plane/05_gateway.ipynb #3e59ab7b
+# %% ../../nbs/plane/05_gateway.ipynb #5d10ddb1
 @asynccontextmanager
 async def running(
     g: Gateway,
     host: str = '127.0.0.1',
     port: int = 0,  # 0: a free one
+    grace: int = 5,  # seconds that requests under way have to finish when it stops
 ):                  # yields the address: 'http://127.0.0.1:34567'
     "The gateway behind uvicorn on this event loop, until the block is left. OSError where the port is taken."
     uvicorn = need('uvicorn', 'serve')
-    server = uvicorn.Server(uvicorn.Config(g.app, log_config=None, access_log=False, timeout_graceful_shutdown=5))
+    server = uvicorn.Server(uvicorn.Config(g.app, log_config=None, access_log=False, timeout_graceful_shutdown=grace))
     server.capture_signals = nullcontext  # signals are the caller's
     sock = socket.create_server((host, port), family=socket.AF_INET6 if ':' in host else socket.AF_INET)
     task = asyncio.ensure_future(server.serve([sock]))

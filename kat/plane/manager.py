@@ -378,12 +378,12 @@ def _text_of(tokenizer, t: Turn) -> str:
     said = lambda x: x.message['content'] + (tokenizer.eos_token if x.finish == 'stop' and ids_of(x.answer)[-1] == tokenizer.eos_token_id else '')
     return ''.join(x.context[0]['content'] + said(x) for x in t.path)
 
-# %% ../../nbs/plane/03_manager.ipynb #fdeb5078
+# %% ../../nbs/plane/03_manager.ipynb #ed9ff1d1
 def _turn(p: Plan, done: Completion, message: dict, more: dict) -> Turn:
     "The turn that answers a plan; `more`: further fields of Turn."
     s, number = p.session, p.parent.number + 1 if p.parent else 0
-    answer = generation_segments(s.tokenizer, done.ids, number, done.logprobs, done.entropy, done.versions,
-                                 trainable=done.finish != 'abort')
+    entropy = None if done.entropy is None or np.isnan(done.entropy).any() else done.entropy  # an engine may not know
+    answer = generation_segments(s.tokenizer, done.ids, number, done.logprobs, entropy, done.versions, done.finish != 'abort')
     s.clock += 1
     return Turn(**dict(id=uuid4().hex, parent=p.parent, context=p.context, prompt=p.prompt, answer=answer, message=message,
                        finish=done.finish, drift=p.drift, reason=p.reason, notes=p.notes, agent=p.agent, mark=p.mark,
