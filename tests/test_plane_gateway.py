@@ -185,7 +185,7 @@ def mutated(rng, x):
 
 
 def test_no_body_is_a_fault_of_ours(tmp_path, caplog):
-    "2,000 hostile bodies through the whole application: answers or 4xx, never a 500, never a hang, nothing logged."
+    "1,000 hostile bodies through the whole application: answers or 4xx, never a 500, never a hang, nothing logged."
     calls = [dict(id='c', type='function', function=dict(name='view', arguments=dict(path='a')))]
     ms = [dict(role='system', content='s'), *USER, dict(role='assistant', content='t', tool_calls=calls), dict(role='tool', tool_call_id='c', content='r')]
     rng, seen = random.Random(0), set()
@@ -193,7 +193,7 @@ def test_no_body_is_a_fault_of_ours(tmp_path, caplog):
                  completions=dict(model='kat', prompt='a', stream=False, logprobs=0))
     async def go():
         async with world(tmp_path) as w:
-            for i in range(2000):
+            for i in range(1000):
                 dialect = rng.choice(list(seeds))
                 body = mutated(rng, seeds[dialect])
                 raw = json.dumps(body).encode()
@@ -317,7 +317,7 @@ def test_after_a_restart_the_next_turn_is_clean(tmp_path):
 
 def test_sessions_that_left_memory_come_back(tmp_path):
     async def go():
-        async with world(tmp_path, manager=Manager(max_tokens=1)) as w:
+        async with world(tmp_path, manager=Manager(max_bytes=1)) as w:
             for i in range(3):
                 for n in 'abc':
                     m = [x for k in range(i) for x in (dict(role='user', content=f'{n}{k}'), dict(role='assistant', content='an answer'))]

@@ -210,18 +210,18 @@ def test_sampling_that_differs_stays_with_the_turns():
 # --- many sessions
 
 def test_the_manager_lets_go_what_was_used_least_and_never_what_is_at_work():
-    m, tok = Manager(max_tokens=250), tokenizer()
+    m, tok = Manager(max_bytes=250), tokenizer()
     def full(name):
         s = Session(tok, name)
-        s.n_tokens = 100
+        s.n_bytes = 100
         return m.put(s)
     a, b = full('a'), full('b')
     assert m.get('', 'a') is a
     full('c')
-    assert m.get('', 'b') is None and m.get('', 'a') is a and m.n_tokens == 200
+    assert m.get('', 'b') is None and m.get('', 'a') is a and m.n_bytes == 200
     a.busy = 1
     full('d'), full('e')
-    assert m.get('', 'a') is a and m.n_tokens <= 250 and b is not None
+    assert m.get('', 'a') is a and m.n_bytes <= 250 and b is not None
 
 
 def test_show_is_readable_and_narrow():

@@ -8,13 +8,12 @@ __all__ = ['log', 'BUCKETS', 'who', 'session_name', 'StopText', 'Writing', 'Bell
            'Unavailable', 'answer', 'Reply', 'read_body', 'make_plan', 'serve_call', 'answered', 'list_sessions',
            'show_session', 'trajectories', 'reward', 'models', 'health', 'metrics', 'Endpoint', 'running']
 
-# %% ../../nbs/plane/05_gateway.ipynb #6be94878
+# %% ../../nbs/plane/05_gateway.ipynb #2bfb0181
 import asyncio, hashlib, json, logging, re, socket, time, traceback
 from collections import Counter
 from contextlib import asynccontextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from uuid import uuid4
 
 import numpy as np
 
@@ -23,7 +22,7 @@ from ..core.io import dumps, need
 from .dialects import (Answer, BadRequest, Call, Limits, Stream, TokenLogprob, call_prefix, count_tokens_answer, models_answer,
                                 parse_body, parse_call, render_answer, render_error, too_long)
 from .engines import Completion, Request
-from .manager import Manager, Plan, Session, Turn, plan_text, show
+from .manager import Manager, Plan, Session, Turn, new_id, plan_text, show
 from .store import Store, StoreError
 
 # %% ../../nbs/plane/05_gateway.ipynb #c1283099
@@ -75,7 +74,7 @@ def _begun(text: str, s: str) -> int:
     "How many characters at the end of `text` are the beginning of `s`."
     return next((n for n in range(min(len(s) - 1, len(text)), 0, -1) if s.startswith(text[-n:])), 0)
 
-# %% ../../nbs/plane/05_gateway.ipynb #0bf75fc1
+# %% ../../nbs/plane/05_gateway.ipynb #b50a1a36
 class Writing:
     "One answer: its tokens, and what they say so far."
     def __init__(self,
@@ -84,7 +83,7 @@ class Writing:
         stop: tuple,         # token ids that end an answer
         format: str | None,  # how the model writes calls
     ):
-        self.call, self.plan, self.id, self.stop = call, plan, uuid4().hex, stop
+        self.call, self.plan, self.id, self.stop = call, plan, new_id(), stop
         self.ids, self.logprobs, self.entropy, self.versions, self.read = [], [], [], [], 0
         tok, self.bell = plan.session.tokenizer, Bell()
         self.decoder, self.text, self.tokenizer = Decoder(tok), StopText(call.sampling.stop), tok
@@ -499,7 +498,7 @@ async def _set_reward(g: Gateway, s: Session, turn: Turn | None, value, finished
         raise
     finally: s.busy -= 1
 
-# %% ../../nbs/plane/05_gateway.ipynb #74226079
+# %% ../../nbs/plane/05_gateway.ipynb #c19bbd12
 async def models(g: Gateway, request, out: Reply) -> None:
     "The models, or one."
     who(request.headers, g.keys)
@@ -516,7 +515,7 @@ async def health(g: Gateway, request, out: Reply) -> None:
 
 async def metrics(g: Gateway, request, out: Reply) -> None:
     "Prometheus' text format."
-    gauges = dict(active_requests=sum(g.active.values()), sessions_in_memory=len(g.manager.sessions), tokens_in_memory=g.manager.n_tokens,
+    gauges = dict(active_requests=sum(g.active.values()), sessions_in_memory=len(g.manager.sessions), bytes_in_memory=g.manager.n_bytes,
                   weight_version=g.engine.version, store_commits=g.store.stats['commits'], store_turns=g.store.stats['turns'])
     await out.start(200, 'text/plain; version=0.0.4')
     await out.body(g.metrics.text(gauges).encode())
