@@ -92,7 +92,7 @@ def accumulate(
         loss = (loss * spread(weights[batch])).sum()
         loss.backward()
         total += loss.item()
-        for k, v in dict(new=new.detach(), old=old, entropy=entropy, clipped=clipped).items(): kept[k].append(v)
+        for k, v in dict(new=new.detach(), old=old, entropy=entropy.detach(), clipped=clipped).items(): kept[k].append(v)
     new, old, entropy, clipped = (torch.cat(v) for v in kept.values())
     return {"loss": total, "entropy": entropy.mean().item(), "clipped": clipped.float().mean().item()} | mismatch(new, old)
 

@@ -89,7 +89,7 @@ def _trainer_class():
     class KatSFTTrainer(trl.SFTTrainer):
         def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
             logps, entropy = flat_logprobs(model, inputs["input_ids"], inputs["labels"], dtype=self.run.dtype)
-            self.run.loss, self.run.entropy = -logps.sum() / max(1, len(logps)), entropy.sum() / max(1, len(logps))
+            self.run.loss, self.run.entropy = -logps.sum() / max(1, len(logps)), entropy.detach().sum() / max(1, len(logps))
             return self.run.loss
 
         def _get_grad_norm(self, model, grad_norm=None):
