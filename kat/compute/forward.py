@@ -39,7 +39,7 @@ def check_model(
     if model.config.is_encoder_decoder or getattr(config, "use_bidirectional_attention", False):
         raise ValueError(f"{name}: attends in both directions: trees need a causal decoder")
 
-# %% ../../nbs/compute/02a_forward.ipynb #c9d6a288
+# %% ../../nbs/compute/02a_forward.ipynb #3b21f905
 @dataclass(eq=False)
 class PackCall:
     "What the layers of one forward share."
@@ -58,7 +58,7 @@ def tree_attention_layer(module, query, key, value, attention_mask, scaling=None
     if odd: raise ValueError(f"{type(module).__name__} wants {', '.join(odd)}: unknown to tree attention")
     if kat_pack is None: raise ValueError(f"the model's attention is {NAME!r}, which works on packs only: model.set_attn_implementation('sdpa') for ordinary batches")
     layer, (query, key) = module.layer_idx, (x.to(value.dtype) for x in (query, key))
-    if layer not in kat_pack.kept: kat_pack.kept[layer] = [x.index_select(2, kat_pack.keep) for x in (key, value)]
+    kat_pack.kept.setdefault(layer, [x.index_select(2, kat_pack.keep) for x in (key, value)])  # checkpointing runs a layer twice: the first counts
     if layer in kat_pack.past: key, value = (torch.cat([a, b], 2) for a, b in zip(kat_pack.past[layer], (key, value)))
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     out = tree_attention(query, key, value, kat_pack.layout, scaling, sliding_window, kat_pack.backend)

@@ -212,13 +212,13 @@ def tree_logprobs(
     at = torch.as_tensor(np.concatenate(where), device=hidden.device)
     return TreeLogprobs(*(x[0].new_zeros(len(tree)).index_copy(0, at, torch.cat(x)) for x in zip(*out)))
 
-# %% ../../nbs/compute/03_logprob.ipynb #43c7053e
+# %% ../../nbs/compute/03_logprob.ipynb #ee7a2d39
 def _join(stack, end, start) -> dict:  # layer -> keys and values [1, K, m, D] of the tokens still on the path to `start`
     sizes = [int((end[i] > start).sum()) for i, _ in stack]
     if not stack: return {}
     return {layer: [torch.cat([kv[layer][j][:, :, :r] for r, (_, kv) in zip(sizes, stack)], 2) for j in (0, 1)] for layer in stack[0][1]}
 
 def _refuse_checkpointing(model) -> None:
-    if torch.is_grad_enabled() and model.training and getattr(model, "is_gradient_checkpointing", False):
+    if torch.is_grad_enabled() and model.training and model.is_activation_checkpointing:
         raise ValueError("activation checkpointing would run the layers again after this call, with another attention: "
                          "use TreeEngine.forward_backward, or torch.no_grad()")
