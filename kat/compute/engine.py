@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Edges', 'TreeEngine']
 
-# %% ../../nbs/compute/04_engine.ipynb #2f3648b2
+# %% ../../nbs/compute/04_engine.ipynb #68fa35be
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from .forward import attends_to_trees, cast_weights, causal_model, check_model, check_tree, run_pack
-from .logprob import check_head, check_temperature, pack_edges, score_edges
+from .logprob import check_head, check_score, check_temperature, pack_edges, score_edges
 from ..tree.partition import Pack, partition
 from ..tree.trie import TokenTree
 
@@ -27,13 +27,21 @@ class Edges:
     squares: torch.Tensor  # [e] sum of squared probabilities, differentiable
     def __len__(self) -> int: return len(self.index)
 
-# %% ../../nbs/compute/04_engine.ipynb #4a5382d7
+# %% ../../nbs/compute/04_engine.ipynb #ae2b129c
 @dataclass(eq=False)
 class _Open:
     pack: Pack
     kv: dict                      # layer -> [keys, values], detached, [1, K, o, D]
     grads: dict = field(default_factory=dict)  # layer -> [float32 sums], like kv
     graph: tuple | None = None    # without recompute: (loss or None, kept with graph, boundary leaves)
+
+    def split(self, r: int, past: np.ndarray) -> "_Open":
+        "Cut the pack before its open token r, and return the rest as an entry of its own with boundary `past`."
+        p, cut = self.pack, int(self.pack.open[r])
+        rest = _Open(Pack(cut, p.stop, past, p.open[r:], -1), {}, {n: [g[:, :, r:] for g in pair] for n, pair in self.grads.items()})
+        self.pack = Pack(p.start, cut, p.past, p.open[:r], p.parent)
+        self.kv, self.grads = ({n: [x[:, :, :r].clone() for x in pair] for n, pair in d.items()} for d in (self.kv, self.grads))
+        return rest
 
 def _on_path(stack: list[_Open], tree: TokenTree, start: int) -> list[int]:
     "How many of each entry's tokens are ancestors of `start`: a prefix of each."
@@ -53,14 +61,14 @@ def _send_back(stack: list[_Open], sizes: list[int], leaves: dict) -> None:
                 if layer not in o.grads: o.grads[layer] = [torch.zeros_like(x, dtype=torch.promote_types(x.dtype, torch.float32)) for x in o.kv[layer]]
                 o.grads[layer][j][:, :, :part.shape[2]] += part
 
-# %% ../../nbs/compute/04_engine.ipynb #1aaa305f
+# %% ../../nbs/compute/04_engine.ipynb #2da5831f
 @dataclass(eq=False)
 class TreeEngine:
     """Forward and backward through prefix trees: gradients are those of the sequences one by one, each token is
     computed once. ValueError names a model, sequence or setting that doesn't fit.
 
-    Peak memory with `recompute`: keys, values and their gradients of the open packs (one path, where packs end with
-    branches), and one pack's activations. Source: Tree Training (arXiv:2511.00413) for the idea; partition and schedule *own design*."""
+    Peak memory with `recompute`: keys, values and their gradients of one path and at most one pack's worth of tokens
+    beside it, and one pack's activations, however large the tree. Source: Tree Training (arXiv:2511.00413) for the idea; partition and schedule *own design*."""
     model: torch.nn.Module            # a Hugging Face causal language model, or PEFT's; gradients accumulate in its parameters
     max_tokens: int | None = None     # most new tokens in a pack; None: one pack
     backend: str = "auto"             # of `kat.compute.tree_attention`
@@ -82,8 +90,7 @@ class TreeEngine:
     ) -> torch.Tensor:                          # the summed loss, detached
         "Accumulate the gradients of the loss over a tree."
         check_tree(self.causal, tree)
-        wanted = np.ones(len(tree), bool) if score is None else np.asarray(score, bool)
-        if wanted.shape != (len(tree),): raise ValueError(f"score: {len(tree)} values expected (one per token of the tree), got shape {wanted.shape}")
+        wanted = check_score(tree, score)
         if whole_paths: return self._two_passes(tree, loss, wanted)
         with attends_to_trees(self.causal), torch.enable_grad(): return _Walk(self, tree, loss, wanted).run()
 
@@ -93,36 +100,48 @@ class TreeEngine:
     ) -> Edges:                            # without gradient
         "Forward only: the scored edges of the whole tree."
         check_tree(self.causal, tree)
-        wanted, parts = np.ones(len(tree), bool) if score is None else np.asarray(score, bool), []
+        wanted, parts = check_score(tree, score), []
         with attends_to_trees(self.causal), torch.no_grad():
             _Walk(self, tree, parts.append, wanted, backward=False).run()
         return _concatenate(parts, next(self.causal.parameters()).device)
 
-# %% ../../nbs/compute/04_engine.ipynb #3cc3ba82
+# %% ../../nbs/compute/04_engine.ipynb #47ee5a06
 class _Walk:
     def __init__(self, engine, tree, loss, wanted, backward=True):
         self.e, self.tree, self.loss, self.wanted, self.back = engine, tree, loss, wanted, backward
-        self.packs, self.stack, self.total = partition(tree, engine.max_tokens), [], 0.0
-        self.again = backward and (len(self.packs) > 1 if engine.recompute is None else engine.recompute)
+        self.stack, self.total, several = [], 0.0, engine.max_tokens is not None and engine.max_tokens < len(tree)
+        self.again = backward and (several if engine.recompute is None else engine.recompute)
+        self.packs = partition(tree, engine.max_tokens, rooted=self.again)
         self.weights = cast_weights(engine.causal, engine.dtype)
 
     def run(self):
         for pack in self.packs:
-            while self.stack and self.tree.end[self.stack[-1].pack.open[0]] <= pack.start: self.close()
+            self.leave(pack.start)
             waits = len(pack.open) > 0
             if waits and self.again:
-                with torch.no_grad(): self.stack.append(_Open(pack, self.forward(pack, False)[1]))
+                with torch.no_grad(): self.stack.append(_Open(pack, self.forward(pack, self.stack, False)[1]))
                 continue
-            hidden, kept, leaves, sizes = self.forward(pack, self.back)
+            hidden, kept, leaves, sizes = self.forward(pack, self.stack, self.back)
             value = self.value(pack, hidden)
             if waits: self.stack.append(_Open(pack, {n: [x.detach() for x in kv] for n, kv in kept.items()}, graph=(value, kept, leaves)))
-            elif self.back: self.backward(value, {}, {}, leaves, sizes)
-        while self.stack: self.close()
+            elif self.back: self.backward(value, {}, {}, leaves, self.stack, sizes)
+        self.leave(len(self.tree))
         return torch.as_tensor(self.total)
 
-    def forward(self, pack, grad):  # the stack below the pack -> states, kept keys and values, boundary leaves, their owners' sizes
-        sizes = _on_path(self.stack, self.tree, pack.start)
-        leaves = _leaves(self.stack, sizes, grad)
+    def leave(self, start):  # what isn't on the path to `start` any more goes backward
+        while self.stack and self.tree.end[self.stack[-1].pack.open[0]] <= start: self.close(self.stack.pop(), self.stack)
+        if not self.again: return
+        sizes = _on_path(self.stack, self.tree, start)
+        left = [len(o.pack.open) - r for o, r in zip(self.stack, sizes)]
+        if sum(left) <= (self.e.max_tokens or len(self.tree)): return
+        for i in reversed(range(len(self.stack))):
+            if not left[i]: continue
+            past = np.concatenate([o.pack.open[:r] for o, r in zip(self.stack[:i + 1], sizes)])
+            self.close(self.stack[i].split(sizes[i], past), self.stack[:i + 1])
+
+    def forward(self, pack, below, grad):  # entries below the pack -> states, kept keys and values, boundary leaves, their owners' sizes
+        sizes = _on_path(below, self.tree, pack.start)
+        leaves = _leaves(below, sizes, grad)
         return *run_pack(self.e.causal, self.tree, pack, leaves, self.e.backend, self.weights), leaves, sizes
 
     def value(self, pack, hidden):  # the pack's loss, or None without edges
@@ -133,26 +152,29 @@ class _Walk:
             raise FloatingPointError(f"log-probs of tokens {pack.start} … {pack.stop - 1} aren't finite: damaged weights, or a learning rate too high?")
         value = self.loss(Edges(torch.as_tensor(edges, device=hidden.device), *scores))
         if not self.back: return None
-        if not isinstance(value, torch.Tensor) or value.ndim: raise ValueError(f"the loss must return a scalar tensor, got {type(value).__name__} {tuple(getattr(value, 'shape', ()))}")
+        _check_scalar(value)
         self.total = self.total + value.detach()
         return value
 
-    def close(self):  # the last descendant of the top entry is done
-        top = self.stack.pop()
+    def close(self, entry, below):  # the last descendant of the entry is done
         if not self.back: return
         if self.again:
-            hidden, kept, leaves, sizes = self.forward(top.pack, True)
-            value = self.value(top.pack, hidden)
-        else: (value, kept, leaves), sizes = top.graph, _on_path(self.stack, self.tree, top.pack.start)
-        self.backward(value, kept, top.grads, leaves, sizes)
+            hidden, kept, leaves, sizes = self.forward(entry.pack, below, True)
+            value = self.value(entry.pack, hidden)
+        else: (value, kept, leaves), sizes = entry.graph, _on_path(below, self.tree, entry.pack.start)
+        self.backward(value, kept, entry.grads, leaves, below, sizes)
 
-    def backward(self, value, kept, grads, leaves, sizes):  # one call for all layers
+    def backward(self, value, kept, grads, leaves, below, sizes):  # one call for all layers
         pairs = [(value, None)] + [(k, g.to(k.dtype)) for n, sums in grads.items() for k, g in zip(kept[n], sums)]
         pairs = [(t, g) for t, g in pairs if t is not None and t.requires_grad]
         if pairs: torch.autograd.backward(*zip(*pairs))
-        _send_back(self.stack, sizes, leaves)
+        _send_back(below, sizes, leaves)
 
-# %% ../../nbs/compute/04_engine.ipynb #b708967b
+def _check_scalar(value) -> None:
+    if not isinstance(value, torch.Tensor) or value.ndim:
+        raise ValueError(f"the loss must return a scalar tensor, got {type(value).__name__} {tuple(getattr(value, 'shape', ()))}")
+
+# %% ../../nbs/compute/04_engine.ipynb #291bf6c9
 def _concatenate(parts: list[Edges], device) -> Edges:
     if not parts: return Edges(torch.empty(0, dtype=torch.long, device=device), *(torch.empty(0, device=device) for _ in range(3)))
     index = torch.cat([p.index for p in parts])
@@ -164,7 +186,7 @@ def _two_passes(self, tree, loss, wanted):
     names = ("logprob", "entropy", "squares")
     for n in names: getattr(edges, n).requires_grad_()
     value = loss(edges)
-    if not isinstance(value, torch.Tensor) or value.ndim: raise ValueError("the loss must return a scalar tensor")
+    _check_scalar(value)
     grads = torch.autograd.grad(value, [getattr(edges, n) for n in names], allow_unused=True)
     full = [None if g is None else g.new_zeros(len(tree)).index_copy(0, edges.index, g) for g in grads]
     self.forward_backward(tree, lambda e: sum((g[e.index] * getattr(e, n)).sum() for n, g in zip(names, full) if g is not None), wanted)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SLICE', 'length_buckets', 'pad_rows', 'hidden_states', 'check_head', 'score_tokens', 'flat_logprobs', 'TreeLogprobs',
-           'pack_edges', 'score_edges', 'check_temperature', 'tree_logprobs']
+           'pack_edges', 'score_edges', 'check_temperature', 'check_score', 'tree_logprobs']
 
 # %% ../../nbs/compute/03_logprob.ipynb #b78ec148
 from collections.abc import Sequence
@@ -151,7 +151,7 @@ def flat_logprobs(
     hidden = hidden_states(model, ids, dtype).flatten(0, 1).index_select(0, where + row)
     return score_tokens(model, hidden, ids[:, 1:].flatten()[where], temperature)[:2]
 
-# %% ../../nbs/compute/03_logprob.ipynb #beb12b6d
+# %% ../../nbs/compute/03_logprob.ipynb #1ca2da0a
 @dataclass(eq=False)
 class TreeLogprobs:
     "Per token of a tree, float32 or wider, aligned with `tree.ids`; 0 at roots, which nothing predicts."
@@ -165,8 +165,7 @@ def pack_edges(
     wanted: np.ndarray,   # bool[N], edges of interest
 ) -> np.ndarray:          # int64, tokens t with prev[t] in the pack, ascending
     "The edges that a pack computes: those whose *source* it holds, so that no branch's first token is lost."
-    tokens = np.flatnonzero((tree.prev >= pack.start) & (tree.prev < pack.stop) & wanted)
-    return tokens
+    return np.flatnonzero((tree.prev >= pack.start) & (tree.prev < pack.stop) & wanted)
 
 def score_edges(
     model: PreTrainedModel,
@@ -181,9 +180,18 @@ def score_edges(
     wide = torch.promote_types(hidden.dtype, torch.float32)
     return score_tokens(model, hidden.index_select(0, source), target, torch.full(target.shape, temperature, dtype=wide, device=hidden.device))
 
-# %% ../../nbs/compute/03_logprob.ipynb #89df9329
+# %% ../../nbs/compute/03_logprob.ipynb #d6d2310e
 def check_temperature(temperature: float) -> None:
     if not temperature > 0: raise ValueError(f"temperature {temperature}: must be above 0, greedy choice has no density")
+
+def check_score(
+    tree: TokenTree,
+    score,             # bool[N] or None
+) -> np.ndarray:       # bool[N]
+    "Which tokens are wanted: None means all. ValueError for a wrong length."
+    wanted = np.ones(len(tree), bool) if score is None else np.asarray(score, bool)
+    if wanted.shape != (len(tree),): raise ValueError(f"score: {len(tree)} values expected (one per token of the tree), got shape {wanted.shape}")
+    return wanted
 
 def tree_logprobs(
     model,                        # a Hugging Face causal language model (or PEFT's), of a kind `check_model` accepts
@@ -192,6 +200,7 @@ def tree_logprobs(
     backend: str = "auto",        # of `tree_attention`
     max_tokens: int | None = None,  # most new tokens in a pack; None: one pack
     dtype: torch.dtype | None = None,  # compute dtype of the backbone; None: the weights' own
+    score: np.ndarray | None = None,   # bool[N], tokens wanted; the others stay 0, and the head isn't run for them. None: all
 ) -> TreeLogprobs:
     """Log-prob, entropy and sum of squares of every token given its path, each token computed once.
 
@@ -201,13 +210,13 @@ def tree_logprobs(
     model = causal_model(model)
     check_model(model), check_head(model), check_tree(model, tree)
     _refuse_checkpointing(model)
-    weights, stack, every, out, where = cast_weights(model, dtype), [], np.ones(len(tree), bool), [], []
+    weights, stack, wanted, out, where = cast_weights(model, dtype), [], check_score(tree, score), [], []
     with attends_to_trees(model):
         for pack in partition(tree, max_tokens):
             stack = [(i, kv) for i, kv in stack if tree.end[i[0]] > pack.start]
             hidden, kept = run_pack(model, tree, pack, _join(stack, tree.end, pack.start), backend, weights)
             if len(pack.open): stack.append((pack.open, kept))
-            where.append(pack_edges(tree, pack, every))
+            where.append(pack_edges(tree, pack, wanted))
             out.append(score_edges(model, tree, pack.start, hidden, where[-1], temperature))
     at = torch.as_tensor(np.concatenate(where), device=hidden.device)
     return TreeLogprobs(*(x[0].new_zeros(len(tree)).index_copy(0, at, torch.cat(x)) for x in zip(*out)))

@@ -37,13 +37,17 @@ class Pack:
     parent: int        # number of the pack that holds past[-1], -1 without a past
     def __len__(self) -> int: return self.stop - self.start
 
-# %% ../../nbs/tree/03_partition.ipynb #f2615285
+# %% ../../nbs/tree/03_partition.ipynb #ac77f325
 def partition(
     tree: TokenTree,
     max_tokens: int | None = None,  # most new tokens in a pack; None: one pack
+    rooted: bool = False,           # also cut where a pack's first needed token stands
 ) -> list[Pack]:
-    "The packs of a tree in the order in which they are computed. ValueError for a size below 1."
+    """The packs of a tree in the order in which they are computed. ValueError for a size below 1.
+
+    `rooted`: a pack that others hang off then starts with a token that they need; what came before in it is finished and is a pack of its own."""
     cuts, packs, path = cut_points(tree, len(tree) if max_tokens is None else max_tokens), [], np.empty(0, np.int64)
+    if rooted: cuts = np.unique(np.concatenate([cuts, [a + (tree.end[a:b] > b).argmax() for a, b in zip(cuts[:-1], cuts[1:])]]))
     for start, stop in zip(cuts[:-1].tolist(), cuts[1:].tolist()):
         past = path[tree.end[path] > start]
         own = start + np.flatnonzero(tree.end[start:stop] > stop)
@@ -52,7 +56,7 @@ def partition(
         path = np.concatenate([past[tree.end[past] > stop], own])
     return packs
 
-# %% ../../nbs/tree/03_partition.ipynb #86f69000
+# %% ../../nbs/tree/03_partition.ipynb #5bf8e352
 def split_trees(
     costs,         # predicted cost of each tree, any unit
     ranks: int,    # number of ranks
