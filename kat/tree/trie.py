@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-# %% ../../nbs/tree/01_trie.ipynb #848b6c43
+# %% ../../nbs/tree/01_trie.ipynb #30bbb88a
 def _checked(sequences) -> list[np.ndarray]:  # int32 arrays
     "The sequences as int32 arrays; ValueError names the first bad one."
     out = []
@@ -21,7 +21,8 @@ def _checked(sequences) -> list[np.ndarray]:  # int32 arrays
         if a.size == 0: raise ValueError(f"sequence {k}: empty: drop it, there is nothing to predict")
         if a.dtype.kind not in "iu": raise ValueError(f"sequence {k}: whole numbers expected, got dtype {a.dtype}")
         if (low := int(a.min())) < 0: raise ValueError(f"sequence {k}: token id {low} at {int(a.argmin())} is below 0")
-        if (high := int(a.max())) > 2**31 - 1: raise ValueError(f"sequence {k}: token id {high} at {int(a.argmax())} does not fit in int32")
+        if (high := int(a.max())) > 2**31 - 1:
+            raise ValueError(f"sequence {k}: token id {high} at {int(a.argmax())} does not fit in int32")
         out.append(a.astype(np.int32, copy=False))
     if not out: raise ValueError("no sequences: a tree needs at least one")
     return out
@@ -38,11 +39,11 @@ def _common(a: np.ndarray, b: np.ndarray) -> int:
     differ = a[:n] != b[:n]
     return int(differ.argmax()) if differ.any() else n
 
-# %% ../../nbs/tree/01_trie.ipynb #62ee2a24
+# %% ../../nbs/tree/01_trie.ipynb #fbde96d0
 @dataclass(frozen=True, eq=False, repr=False)
 class TokenTree:
     """A prefix tree over token ids in depth-first order. Arrays have one entry per token of the tree, `paths` one per
-    token of the sequences it was built from. Source: Tree Training (arXiv:2511.00413) for the idea, layout *own design*."""
+    token of the sequences it was built from. Source: Tree Training (arXiv:2511.00413); layout *own design*."""
     ids: np.ndarray       # int32[N]
     position: np.ndarray  # int32[N], depth in tokens
     end: np.ndarray       # int64[N], exit index: t's subtree is t … end[t]-1
@@ -83,7 +84,7 @@ class TokenTree:
         return np.where(before >= 0, self.node[before], -1)
 
     def edges(self) -> tuple[np.ndarray, np.ndarray]:
-        "int64[E], int64[E]: every prediction of the tree, `source` (the token that predicts) and `target` (the one predicted)."
+        "int64[E], int64[E]: the predictions of the tree, `source` (who predicts) and `target` (who is predicted)."
         target = np.flatnonzero(self.prev >= 0)
         return self.prev[target], target
 
@@ -99,7 +100,7 @@ class TokenTree:
 
     def _sum(self, flat: np.ndarray) -> np.ndarray: return np.bincount(self.paths, flat, len(self))
 
-# %% ../../nbs/tree/01_trie.ipynb #39e91ea5
+# %% ../../nbs/tree/01_trie.ipynb #4fa30f51
 def _build(seqs: list[np.ndarray]) -> TokenTree:
     order = _sorted(seqs)
     shared = [0] + [_common(seqs[a], seqs[b]) for a, b in zip(order, order[1:])] + [0]
@@ -108,7 +109,7 @@ def _build(seqs: list[np.ndarray]) -> TokenTree:
     N, paths = int(start[-1]), [None] * len(seqs)
     ids, position, prev = np.empty(N, np.int32), np.empty(N, np.int32), np.arange(-1, N - 1)
     end, count, first = np.empty(N, np.int64), np.empty(N, np.int64), np.zeros(N, bool)
-    waiting: list[tuple[int, int, int]] = []  # (index, position, rank of its sequence) where a stretch of the path begins
+    waiting: list[tuple[int, int, int]] = []  # index, position, rank of its sequence: where a stretch of the path begins
     path = np.empty(0, np.int64)
     for i, k in enumerate(order):
         a, s = int(start[i]), shared[i]
@@ -134,12 +135,13 @@ def _repr(t: TokenTree) -> str:
     return (f"TokenTree({t.n_sequences} sequences, {t.n_flat} tokens -> {len(t)} in {t.n_nodes} nodes, "
             f"depth {int(t.position.max()) + 1}, POR {1 - len(t) / t.n_flat:.2f})")
 
-# %% ../../nbs/tree/01_trie.ipynb #41e95190
+# %% ../../nbs/tree/01_trie.ipynb #8211e143
 def _flat(tree: TokenTree, values: Sequence, what: str) -> np.ndarray:
     "One array per sequence, joined: float64[n_flat]. ValueError names the sequence whose length differs."
     if len(values) != tree.n_sequences: raise ValueError(f"{what}s: {len(values)} given for {tree.n_sequences} sequences")
     for k, (v, n) in enumerate(zip(values, np.diff(tree.offsets))):
-        if np.shape(v) != (n,): raise ValueError(f"sequence {k}: {what}s of shape {np.shape(v)} for {n} tokens: give one a token")
+        if np.shape(v) != (n,):
+            raise ValueError(f"sequence {k}: {what}s of shape {np.shape(v)} for {n} tokens: give one a token")
     return np.concatenate([np.asarray(v, np.float64) for v in values])
 
 def _where(tree: TokenTree, bad: np.ndarray) -> tuple[int, int]:
@@ -161,7 +163,7 @@ class TokenWeights:
         "Σ w A = A⁺ + A⁻"
         return self.positive + self.negative
 
-# %% ../../nbs/tree/01_trie.ipynb #2fdd0ca0
+# %% ../../nbs/tree/01_trie.ipynb #281e490e
 def _weighted(tree: TokenTree, weights: Sequence, advantages: Sequence) -> tuple[np.ndarray, np.ndarray]:
     "w and A of every token of every sequence, checked: float64[n_flat] each."
     w = _flat(tree, weights, "weight")
@@ -170,8 +172,8 @@ def _weighted(tree: TokenTree, weights: Sequence, advantages: Sequence) -> tuple
         raise ValueError(f"sequence {k}: weight {w[bad][0]:g} at token {i}: a finite number from 0 up is needed")
     if (bad := w[tree.offsets[:-1]] > 0).any():
         k = int(bad.argmax())
-        raise ValueError(f"sequence {k}: weight {weights[k][0]:g} at its first token, which nothing predicts: set it to 0, and "
-                         "leave it out of the normaliser")
+        raise ValueError(f"sequence {k}: weight {weights[k][0]:g} at its first token, which nothing predicts: set it to 0, "
+                         "and leave it out of the normaliser")
     if len(advantages) != tree.n_sequences:
         raise ValueError(f"advantages: {len(advantages)} given for {tree.n_sequences} sequences")
     n = np.diff(tree.offsets)
@@ -187,24 +189,24 @@ def _shares(tree: TokenTree, semantics: str) -> np.ndarray | float:
     if semantics not in ("branch", "node"): raise ValueError(f"semantics {semantics!r}: 'branch' or 'node' expected")
     return tree.count if semantics == "node" else 1.0
 
-# %% ../../nbs/tree/01_trie.ipynb #60f42ec0
+# %% ../../nbs/tree/01_trie.ipynb #0d703325
 def tree_weights(
     tree: TokenTree,
     weights: Sequence,         # per sequence: [its length], w ≥ 0; 0 where not trained, and at the first token
     advantages: Sequence,      # per sequence: one number, or one per token
     semantics: str = "branch",  # 'branch': the flat loss exactly; 'node': divided by the sequences through the token
 ) -> TokenWeights:
-    """Sums over the trajectories through each token, in float64. Source: Tree Training (arXiv:2511.00413) for g_t, A⁺/A⁻ and
-    `node` *own design*. ValueError names the sequence with a bad length, weight or advantage."""
+    """Sums over the trajectories through each token, in float64. Source: Tree Training (arXiv:2511.00413) for g_t;
+    A⁺/A⁻ and `node` are *own design*. ValueError names the sequence with a bad length, weight or advantage."""
     (w, a), g = _weighted(tree, weights, advantages), _shares(tree, semantics)
     return TokenWeights(tree._sum(w * np.maximum(a, 0)) / g, tree._sum(w * np.minimum(a, 0)) / g, tree._sum(w) / g)
 
-# %% ../../nbs/tree/01_trie.ipynb #68604326
+# %% ../../nbs/tree/01_trie.ipynb #575885db
 @dataclass(frozen=True)
 class ClipTerms(TokenWeights):
-    "Terms of a clipped loss, one for every tree token and distinct old log-prob, in order of the tree; float64[T], T ≥ trained tokens."
+    "Terms of a clipped loss, T in all: one for every tree token and distinct old log-prob, in order of the tree."
     token: np.ndarray     # int64[T], tree token
-    old: np.ndarray       # old log-prob
+    old: np.ndarray       # float64[T], old log-prob
 
 # %% ../../nbs/tree/01_trie.ipynb #e0d4b62d
 def _bins(token: np.ndarray, old: np.ndarray, tolerance: float) -> tuple[np.ndarray, np.ndarray]:
@@ -216,12 +218,12 @@ def _bins(token: np.ndarray, old: np.ndarray, tolerance: float) -> tuple[np.ndar
     else: level = o
     return order, new | (np.diff(level, prepend=np.nan) != 0)
 
-# %% ../../nbs/tree/01_trie.ipynb #22071ffb
+# %% ../../nbs/tree/01_trie.ipynb #446f1634
 def clip_terms(
     tree: TokenTree,
     weights: Sequence,         # as for `tree_weights`
     advantages: Sequence,      # as for `tree_weights`
-    old: Sequence,             # per sequence: [its length], log-probs under the policy that sampled; NaN allowed where the weight is 0
+    old: Sequence,             # per sequence: [its length], log-probs of the policy that sampled; NaN only at weight 0
     semantics: str = "branch",  # as for `tree_weights`
     tolerance: float = 0.0,    # old log-probs of a token that differ by less may share a term
 ) -> ClipTerms:
@@ -232,8 +234,8 @@ def clip_terms(
     if not tolerance >= 0: raise ValueError(f"tolerance {tolerance}: 0 or a positive number of nats expected")
     if (bad := (w > 0) & ~np.isfinite(o)).any():
         k, i = _where(tree, bad)
-        raise ValueError(f"sequence {k}: old log-prob {o[bad][0]} at token {i}, which is trained: set its weight to 0, or compute "
-                         "old log-probs on the tree")
+        raise ValueError(f"sequence {k}: old log-prob {o[bad][0]} at token {i}, which is trained: set its weight to 0, or "
+                         "compute old log-probs on the tree")
     keep = np.flatnonzero(w > 0)
     order, first = _bins(tree.paths[keep], o[keep], tolerance)
     keep, term = keep[order], np.cumsum(first) - 1
@@ -261,19 +263,20 @@ class PathUnits:
         index, unit = (torch.from_numpy(x).to(values.device) for x in (self.index, self.unit))
         return values.new_zeros(len(self.size)).index_add(0, unit, values.index_select(0, index))
 
-# %% ../../nbs/tree/01_trie.ipynb #123470d4
+# %% ../../nbs/tree/01_trie.ipynb #ae2427e1
 def path_units(
     tree: TokenTree,
     masks: Sequence,              # per sequence: bool [its length], tokens that count; never the first
-    turns: Sequence | None = None,  # per sequence: int [its length], the turn of each token; None: a sequence is one unit
+    turns: Sequence | None = None,  # per sequence: int [its length], turn of each token; None: a sequence is one unit
 ) -> PathUnits:
-    "Which tree tokens each sequence (or turn) adds up. Units without a counted token don't exist. ValueError names a bad sequence."
+    "Which tree tokens each sequence (or turn) adds up; one without counted tokens is no unit. ValueError names a sequence."
     keep = np.flatnonzero(_flat(tree, masks, "mask"))
     owner = np.repeat(np.arange(tree.n_sequences), np.diff(tree.offsets))[keep]
     if (bad := np.isin(keep, tree.offsets)).any():
         raise ValueError(f"sequence {owner[bad][0]}: its first token counts, but nothing predicts it: mask it out")
     turn = np.zeros(len(keep), np.int64) if turns is None else _flat(tree, turns, "turn")[keep].astype(np.int64)
-    if (bad := turn < 0).any(): raise ValueError(f"sequence {owner[bad][0]}: turn {turn[bad][0]}: turns are numbered from 0 up")
+    if (bad := turn < 0).any():
+        raise ValueError(f"sequence {owner[bad][0]}: turn {turn[bad][0]}: turns are numbered from 0 up")
     span = turn.max(initial=0) + 1
     key, unit, size = np.unique(owner * span + turn, return_inverse=True, return_counts=True)
     return PathUnits(tree.paths[keep], unit, key // span, key % span, size)
