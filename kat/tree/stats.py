@@ -260,13 +260,13 @@ def por(base: Work, other: Work) -> float:
     "Share of the tokens of `base` that `other` need not compute: 1 − N_other / N_base."
     return 1 - other.tokens / base.tokens
 
-# %% ../../nbs/tree/02_stats.ipynb #b5f1a75b
+# %% ../../nbs/tree/02_stats.ipynb #6ff6cf54
 def _short(n: int | None) -> str:
     "A large number with three digits, as 12.3 M; a dash for None."
-    if n is None: return "–"
+    if n is None or n < 1000: return "–" if n is None else str(n)
     x, units = float(n), ["", " k", " M", " G", " T", " P", " E", " Z"]
     while x >= 999.5 and len(units) > 1: x, units = x / 1000, units[1:]
-    return f"{x:.3g}{units[0]}" if x < 999.5 else f"{x:.0f}{units[0]}"
+    return f"{x:#.3g}".rstrip(".") + units[0]
 
 def _table(head: Sequence[str], left: int) -> Table:
     "An empty table, all but the first columns aligned to the right."
@@ -274,12 +274,12 @@ def _table(head: Sequence[str], left: int) -> Table:
     for i, h in enumerate(head): t.add_column(h, justify="left" if i < left else "right")
     return t
 
-# %% ../../nbs/tree/02_stats.ipynb #7e1e50dc
+# %% ../../nbs/tree/02_stats.ipynb #65e511fe
 def work_table(
     works: Sequence[Work],  # from `compare`
 ) -> Table:
     "What each way costs, as a table for the terminal."
-    t = _table(("", "sequences", "tokens", "pairs", "FLOPs forward", "and backward"), 1)
+    t = _table(("", "sequences", "tokens", "pairs", "FLOPs forward", "fwd + bwd"), 1)
     for w in works:
         both = None if w.forward is None else 3 * w.forward
         t.add_row(w.name, str(w.sequences), f"{w.tokens:,}", _short(w.pairs), _short(w.forward), _short(both))
