@@ -187,6 +187,10 @@ def test_density_is_that_of_the_best_subtree(rows):
         assert start[u] == pytest.approx(best)
     below = parent >= 0
     assert (final[below] <= final[parent[below]] + 1e-12).all()
+    sets = [np.array(c, int) for c in closed_sets(parent)]
+    for d in set(final):  # down to any final density: the best closed set for its cost
+        mine = final >= d
+        assert value[mine].sum() >= max(value[c].sum() for c in sets if cost[c].sum() <= cost[mine].sum()) - 1e-9
 
 
 @few
@@ -275,6 +279,12 @@ def test_the_same_seed_draws_the_same():
     for how in (Pruning("random"), Pruning(correction="horvitz_thompson")):
         a, b = (prune(f, 40, how, 3).kept for _ in range(2))
         assert (a == b).all() and any((prune(f, 40, how, s).kept != a).any() for s in range(9))
+
+
+def test_the_budget_holds_to_the_last_bit():
+    tree = TokenTree.from_sequences([range(6)])
+    cut = prune(TokenFacts(tree, tree.position > 0, cost=np.full(6, 0.1), cuts=np.ones(6, bool)), 0.3, Pruning("depth_first", window=0))
+    assert 0.1 + 0.1 + 0.1 > 0.3 and len(cut.index) == 2 and cut.cost <= 0.3
 
 
 def tokens(cut): return cut.facts.tree.ids[cut.index].tolist()

@@ -178,7 +178,7 @@ def _check_options(o: Pruning) -> None:
     if o.correction == "horvitz_thompson" and o.policy not in SCORED:
         raise ValueError(f"correction 'horvitz_thompson' needs importances, policy {o.policy!r} has none: take one of {', '.join(SCORED)}")
 
-# %% ../../nbs/tree/04_prune.ipynb #88d2d590
+# %% ../../nbs/tree/04_prune.ipynb #8940d39e
 def kept_with(
     facts: TokenFacts,
     units: Units,
@@ -200,7 +200,7 @@ def kept_with(
         keepers.append(owner); lengths.append(last[u] - at)
         if window:
             opens = owner if decision[owner] else u if decision[u] else U   # the newest window below u
-            cover[u] = tuple(c for c in above if c[0] < opens and c[1] > last[u])
+            cover[u] = tuple(c for c in above if c[1] > last[u])
             if opens < U: cover[u] += (opens, last[u] + window),
     return np.repeat(keepers, lengths)
 
