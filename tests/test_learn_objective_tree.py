@@ -6,11 +6,18 @@ import pytest
 import torch
 from hypothesis import given, settings, strategies as st
 
-from kat.learn.objective import LOSSES, Edges, Objective, merge_metrics
+from transformers import Qwen3Config, Qwen3ForCausalLM
+
+from kat.compute.engine import Edges, TreeEngine
+from kat.compute.logprob import flat_logprobs, pad_rows
+from kat.learn.objective import LOSSES, Objective, merge_metrics
 from kat.tree.trie import TokenTree
 
 some = settings(max_examples=120, deadline=None)
 T = dict(dtype=torch.float64)
+
+
+def edges(index, logprob, entropy=None): return Edges(index, logprob, entropy, None)
 
 
 @st.composite
@@ -62,7 +69,7 @@ def both(o, tree, masks, data, rng):
     a = flat([table[i] for i in trained], [entropy[i] for i in trained])
     order = torch.from_numpy(rng.permutation(len(tree)))
     packs = [order] if on_tree.needs_paths else order.tensor_split(int(rng.integers(1, 4)))
-    b = sum(on_tree(Edges(table[i], entropy[i], i)) for i in packs)
+    b = sum(on_tree(edges(i, table[i], entropy[i])) for i in packs)
     for x in (flat, on_tree): assert x.metrics == flat.metrics
     assert on_tree.measure(table) == pytest.approx(flat.measure([table[i] for i in trained]))
     return (a, *(torch.zeros(len(tree), **T) if g is None else g for g in torch.autograd.grad(a + 0 * (table.sum() + entropy.sum()), (table, entropy)))), (
@@ -111,7 +118,7 @@ def test_several_trees_with_common_weights_are_one_batch(o, one, two):
         part = slice(rest, rest := rest + len(m))
         loss = o.prepare(tree, m, **{k: v[part] for k, v in kept.items()}, weights=weights[part])
         table, h = (torch.tensor(rng.random(len(tree)) - s, **T) for s in (1.5, 0))
-        total = total + loss(Edges(table, h, torch.arange(len(tree))))
+        total = total + loss(edges(torch.arange(len(tree)), table, h))
         metrics.append(loss.metrics | loss.measure(table))
         new += [table[tree.path(k)[np.array(x)]] for k, x in enumerate(m)]
         entropies += [h[tree.path(k)[np.array(x)]] for k, x in enumerate(m)]
@@ -127,7 +134,7 @@ OLD = [[0, -1, -1, -1], [0, -1, -1], [0, -1, -1]]
 
 def value(loss, ratios):  # the loss where every token of the tree has the given ratio to -1
     table = (torch.tensor(ratios, **T).log() - 1).requires_grad_()
-    total = loss(Edges(table, None, torch.arange(5)))
+    total = loss(edges(torch.arange(5), table, None))
     return total.item(), torch.autograd.grad(total, table)[0].tolist()
 
 
@@ -180,22 +187,49 @@ def test_no_tokens_no_loss():
     assert value(loss, [1, 2, 3, 4, 5]) == (0, [0] * 5) and value(replace(loss, objective=Objective("gspo")), [1] * 5) == (0, [0] * 5)
     some = Objective().prepare(TREE, MASKS, ADVANTAGES, old=OLD)
     table = torch.zeros(5, requires_grad=True)
-    assert some(Edges(table[[0]], None, torch.tensor([0]))).requires_grad           # a pack without a loss still has a graph
+    assert some(edges(torch.tensor([0]), table[[0]], None)).requires_grad           # a pack without a loss still has a graph
 
 
 def test_lower_precision_follows_the_log_probs():
     loss = Objective(kl=0.1, entropy=0.1).prepare(TREE, MASKS, ADVANTAGES, old=OLD, reference=OLD)
     table = torch.full((5,), -1.0, requires_grad=True)
-    assert loss(Edges(table, table * 2, torch.arange(5))).dtype == torch.float32
+    assert loss(edges(torch.arange(5), table, table * 2)).dtype == torch.float32
 
 
 def test_bad_calls_are_named():
     with pytest.raises(ValueError, match="2 masks, but the tree has 3"): Objective().prepare(TREE, MASKS[:2], ADVANTAGES, old=OLD)
     with pytest.raises(ValueError, match="mask of sequence 1: 4 tokens, in the tree it has 3"): Objective().prepare(TREE, [MASKS[0]] * 3, ADVANTAGES, old=OLD)
     loss = Objective().prepare(TREE, MASKS, ADVANTAGES, old=OLD)
-    with pytest.raises(ValueError, match="4 log-probs, 5 positions"): loss(Edges(torch.zeros(4), None, torch.arange(5)))
+    with pytest.raises(ValueError, match="4 log-probs, 5 positions"): loss(edges(torch.arange(5), torch.zeros(4)))
     bonus = Objective(entropy=0.1).prepare(TREE, MASKS, ADVANTAGES, old=OLD)
     table = torch.zeros(5, requires_grad=True)
-    with pytest.raises(ValueError, match="carry no gradient"): bonus(Edges(table, torch.zeros(5), torch.arange(5)))
+    with pytest.raises(ValueError, match="carry no gradient"): bonus(edges(torch.arange(5), table, torch.zeros(5)))
     paths = Objective("gspo").prepare(TREE, MASKS, ADVANTAGES, old=OLD)
-    with pytest.raises(ValueError, match="whole paths: 2 of 6 trained tokens"): paths(Edges(table[[0, 1, 3, 4]], None, torch.tensor([0, 1, 3, 4])))
+    with pytest.raises(ValueError, match="whole paths: 2 of 6 trained tokens"): paths(edges(torch.tensor([0, 1, 3, 4]), table[[0, 1, 3, 4]], None))
+
+
+@pytest.mark.parametrize("o", [
+    Objective(tis=1.5, kl=0.1, entropy=0.05), Objective("cispo", clip_high=0.1, semantics="node"), Objective("pg", normalise="turn"),
+    Objective("gspo", clip_low=0.1, clip_high=0.1, entropy=0.05), Objective("turn_gspo", mis=(0.5, 2.0), kl=0.1)], ids=lambda o: o.loss)
+def test_a_model_gets_the_same_gradient_from_both(o):
+    torch.manual_seed(0)
+    model = Qwen3ForCausalLM(Qwen3Config(vocab_size=12, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
+                                         num_key_value_heads=1, head_dim=16, max_position_embeddings=64))
+    rng = np.random.default_rng(0)
+    seqs = [[1, 2, 3, 4, 5, 6], [1, 2, 3, 4, 7], [1, 2, 3], [1, 2, 3, 4, 5, 6], [9, 2]]
+    masks = [[0, 0, 1, 1, 1, 1], [0, 1, 1, 0, 1], [0, 0, 1], [0, 0, 1, 1, 0, 1], [0, 1]]
+    near = [-2.5 + 0.2 * rng.standard_normal(len(s)) for s in seqs]
+    kw = dict(old=near, turns=[np.arange(len(s)) // 3 for s in seqs], engine=[x + 0.1 for x in near] if o.corrected else None,
+              reference=[x - 0.1 for x in near] if o.kl else None)
+    tree, advantages = TokenTree.from_sequences(seqs), [1.0, -1.0, 0.5, -0.5, 2.0]
+    loss = o.prepare(tree, masks, advantages, **kw)
+    a = TreeEngine(model, max_tokens=3).forward_backward(tree, loss, loss.score, loss.needs_paths).item()
+    grads = [p.grad.clone() for p in model.parameters()]
+    model.zero_grad()
+    shared = [tree.count[tree.path(k)] for k in range(5)] if o.semantics == "node" else None
+    flat = o.prepare_flat(masks, advantages, **kw, shared=shared)
+    ids, m = (pad_rows([np.array(x, t) for x in xs]) for xs, t in ((seqs, np.int64), (masks, bool)))
+    value = flat(*(x.split(flat.counts.tolist()) for x in flat_logprobs(model, ids, m)))
+    value.backward()
+    assert a == pytest.approx(value.item(), rel=1e-5)
+    for p, g in zip(model.parameters(), grads): torch.testing.assert_close(g, p.grad, atol=1e-6, rtol=1e-4)

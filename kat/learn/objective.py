@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['LIMIT', 'UNITS', 'LOSSES', 'policy_gradient', 'ratio', 'ppo_clip', 'cispo', 'unit_clip', 'token_weights', 'k3',
-           'mismatch', 'importance', 'Kind', 'Objective', 'Tokens', 'FlatLoss', 'Edges', 'TreeLoss', 'merge_metrics']
+           'mismatch', 'importance', 'Kind', 'Objective', 'Tokens', 'FlatLoss', 'TreeLoss', 'merge_metrics']
 
-# %% ../../nbs/learn/02_objective.ipynb #86955169
+# %% ../../nbs/learn/02_objective.ipynb #3ca3a86f
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import inf
@@ -15,6 +15,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
+from ..compute.engine import Edges
 from ..tree.trie import TokenTree
 
 # %% ../../nbs/learn/02_objective.ipynb #bcd43516
@@ -404,17 +405,10 @@ def _terms(edge, tokens: Tokens, n: int) -> dict[str, torch.Tensor]:  # terms so
                up=total(t.weight * t.advantage.clip(min=0)), down=total(t.weight * t.advantage.clip(max=0)), weight=total(t.weight))
     return {k: torch.from_numpy(v) for k, v in out.items()}
 
-# %% ../../nbs/learn/02_objective.ipynb #cd6cfeb6
-class Edges(NamedTuple):
-    "What a loss on a tree is called with; any object with these three will do."
-    logprob: torch.Tensor         # [m] log-prob of each token given its path
-    entropy: torch.Tensor | None  # [m] entropy of the distribution it was drawn from
-    index: torch.Tensor           # int64[m] positions in the tree
-
-# %% ../../nbs/learn/02_objective.ipynb #44aba76b
+# %% ../../nbs/learn/02_objective.ipynb #bc07b753
 @dataclass(eq=False, repr=False)
 class TreeLoss:
-    "An objective on a prefix tree. Called with `Edges`, it returns their summed loss; parts add up to the whole."
+    "An objective on a prefix tree. Called with some of its edges, it returns their summed loss; parts add up to the whole."
     objective: Objective
     tokens: Tokens
     edge: np.ndarray                # int64[n], position in the tree of each trained token of every sequence
@@ -425,6 +419,8 @@ class TreeLoss:
     def needs_paths(self) -> bool: return self.objective.unit != "token"
     @property
     def metrics(self) -> dict: return self.tokens.metrics
+    @property
+    def score(self) -> np.ndarray: return np.bincount(self.edge, minlength=self.size) > 0  # bool[size], the edges it reads
     def __call__(self, edges: Edges) -> torch.Tensor:  # scalar
         if len(edges.logprob) != len(edges.index): raise ValueError(f"{len(edges.logprob)} log-probs, {len(edges.index)} positions")
         return (_path_sum if self.needs_paths else _edge_sum)(self, edges)
@@ -432,7 +428,7 @@ class TreeLoss:
     def measure(self, logprob: torch.Tensor) -> dict[str, float]:  # [size], of the whole tree -> tokens, clipped, kl
         return _measure(self.objective, self.tokens, logprob[torch.from_numpy(self.edge).to(logprob.device)])
 
-# %% ../../nbs/learn/02_objective.ipynb #19829e04
+# %% ../../nbs/learn/02_objective.ipynb #f217666b
 def _edge_sum(loss: TreeLoss, edges):
     o, t, index = loss.objective, loss.terms, torch.as_tensor(edges.index).cpu()
     first, many = t["first"][index], t["first"][index + 1] - t["first"][index]
@@ -449,7 +445,7 @@ def _term_loss(o: Objective, new, old, up, down):
     if o.loss == "cispo": return -(up + down) * r.detach().clamp(max=1 + o.high) * new
     return -(up * r.clamp(max=1 + o.high) + down * r.clamp(min=1 - o.low))
 
-# %% ../../nbs/learn/02_objective.ipynb #d1f8f6a1
+# %% ../../nbs/learn/02_objective.ipynb #6876762d
 def _path_sum(loss: TreeLoss, edges):
     t, device = loss.tokens, edges.logprob.device
     where = torch.full((loss.size,), -1, device=device)
@@ -462,7 +458,7 @@ def _path_sum(loss: TreeLoss, edges):
     value = (weight * _loss(loss.objective, new, old, advantage, unit)[0]).sum()
     return value + _extras(loss.objective, new, None if edges.entropy is None else edges.entropy[at], reference, weight)
 
-# %% ../../nbs/learn/02_objective.ipynb #bb86fda2
+# %% ../../nbs/learn/02_objective.ipynb #8cbcb101
 def _prepare(
     self: Objective,
     tree: TokenTree,                    # of K sequences
@@ -483,7 +479,7 @@ def _prepare(
     edge = tree.paths[tokens.trained]
     return TreeLoss(self, tokens, edge, len(tree), {} if self.unit != "token" else _terms(edge, tokens, len(tree)))
 
-# %% ../../nbs/learn/02_objective.ipynb #e2016c93
+# %% ../../nbs/learn/02_objective.ipynb #e0acb778
 def merge_metrics(
     parts: Sequence[dict],  # with one set of keys, among them 'tokens'
 ) -> dict:                  # the same keys
