@@ -20,7 +20,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ..compute.attention import use_kat_attention
 from ..compute.logprob import flat_logprobs, length_buckets, pad_rows
 from ..core.types import Group, Trajectory
-from .advantage import group_advantages
+from .advantage import REASONS, group_advantages, masked_rewards
 from .objective import mismatch, ppo_clip, token_weights
 from .training import (latest_checkpoint, load_finished, load_weights, lr_factor, make_optimizer, no_bars,
                                 rng_state, save_checkpoint, save_finished, set_rng_state, weights_checksum)
@@ -29,8 +29,8 @@ from .training import (latest_checkpoint, load_finished, load_weights, lr_factor
 def graded_rewards(
     group: Group,      # of one task
 ) -> np.ndarray:       # float64[K], NaN where masked
-    "The rewards of a group, NaN for trajectories without one and for those with `info['masked']`."
-    return np.array([np.nan if t.reward is None or t.info.get("masked") else t.reward for t in group.trajectories])
+    "The rewards of a group, NaN for trajectories without one and for those with a reason in `info['masked']`."
+    return masked_rewards(group.trajectories)[0]
 
 # %% ../../nbs/learn/05_rl.ipynb #8f0dc351
 @dataclass
@@ -63,13 +63,15 @@ def make_row(
 def batch_metrics(
     groups: list[Group],   # of one step
     live: np.ndarray,      # bool[groups]
-) -> dict:                 # reward, solved, groups, live_groups, trajectories, masked
+) -> dict:                 # reward, solved, groups, live_groups, trajectories, masked, and masked by reason
     "Mean reward and share solved (reward at least 1) of graded trajectories; how many groups and trajectories count."
-    rewards = np.concatenate([graded_rewards(g) for g in groups])
+    rewards, reasons = zip(*(masked_rewards(g.trajectories) for g in groups))
+    rewards = np.concatenate(rewards)
     graded = rewards[~np.isnan(rewards)]
     mean = lambda x: float(np.mean(x)) if len(x) else 0.0
     return {"reward": mean(graded), "solved": mean(graded >= 1), "groups": len(groups), "live_groups": int(live.sum()),
-            "trajectories": len(rewards), "masked": len(rewards) - len(graded)}
+            "trajectories": len(rewards), "masked": len(rewards) - len(graded),
+            **{f"masked_{r}": sum(c[r] for c in reasons) for r in (*REASONS, "ungraded")}}
 
 # %% ../../nbs/learn/05_rl.ipynb #b891acb1
 def accumulate(
