@@ -115,6 +115,19 @@ def run_trl(model, seqs, dtype, backward, n):
         if backward: (-(out.log_probs * mask[:, 1:] if out.log_probs.shape[1] < ids.shape[1] else out.log_probs * mask).sum() / n).backward()
 
 
+def register_prefix_grouper():
+    "prefix_grouper's attention on SDPA: its own adapter hands a padding mask to FlashAttention, which a CPU doesn't have."
+    from prefix_grouper.forward import AttentionForward
+    from transformers import AttentionInterface
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+    def attend(q, k, v, padding, module, **kw):
+        seen = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool).tril(k.shape[2] - q.shape[2])
+        return sdpa_attention_forward(module, q, k, v, seen & padding[:, None, None].bool(), **kw)[0]
+    def layer(module, q, k, v, mask, prefix_grouper=None, **kw): return AttentionForward(attend)(prefix_grouper, q, k, v, module, **kw), None
+    AttentionInterface.register("prefix_grouper_sdpa", layer)
+
+
 def run_prefix(model, seqs, dtype, backward, n):
     from prefix_grouper import PrefixGrouper
     tree = TokenTree.from_sequences(seqs)
@@ -123,8 +136,8 @@ def run_prefix(model, seqs, dtype, backward, n):
     grouper = PrefixGrouper([[p, *map(len, suffixes)]], device="cpu")
     ids = torch.from_numpy(np.concatenate([seqs[0][:p], *suffixes]).astype(np.int64))[None]
     at = torch.from_numpy(np.concatenate([np.arange(p), *(p + np.arange(len(s)) for s in suffixes)]))[None]
-    model.set_attn_implementation("prefix_grouper_attention")
-    states = model.model(input_ids=ids, position_ids=at, use_cache=False, prefix_grouper=grouper, prefix_grouper_attn_func="sdpa").last_hidden_state
+    model.set_attn_implementation("prefix_grouper_sdpa")
+    states = model.model(input_ids=ids, position_ids=at, use_cache=False, prefix_grouper=grouper).last_hidden_state
     out, _, suffix, mask = grouper.split_output(states)
     head = lambda h, y: torch.log_softmax(h.float() @ model.lm_head.weight.float().T, -1).gather(-1, y[:, None]).sum()
     total = len(seqs) * head(out[0, :p - 1], ids[0, 1:p])
@@ -157,9 +170,9 @@ def measure(name, kind, seqs, model, dtype, repeat):
     runs = dict(one=run_one, buckets=run_buckets, tree=run_tree)
     if kind == "smollm2": runs["trl"] = run_trl
     try:
-        from prefix_grouper.utils.register_transformers import register_attention
+        import prefix_grouper  # noqa: F401
         if kind == "smollm2" and len(seqs) > 1 and (tree.count == len(seqs)).sum() > 1:
-            register_attention()
+            register_prefix_grouper()
             runs["prefix"] = run_prefix
     except ImportError: pass
     for what, backward in (("forward", False), ("both", True)):
