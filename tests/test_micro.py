@@ -92,6 +92,15 @@ def test_wrong_calls_are_told_and_change_nothing(env, call):
     assert not obs[0].results[0].ok and e.files == t.data['files']
 
 
+def test_an_edit_that_changes_nothing_is_refused(env):
+    t = make_task('train', 0, 'operator', 1)
+    (path, n, right), = t.data['edits']; old = t.data['files'][path].splitlines()[n - 1]
+    edit = lambda text: ('edit', dict(path=path, line=n, text=text))
+    obs, _, e = steps(env, t, [edit(old), edit(right), edit(right), edit(old)])
+    assert [(r.ok, r.text) for r in obs[0].results] == [(False, 'nothing changed'), (True, 'done'), (False, 'nothing changed'), (True, 'done')]
+    assert e.files == t.data['files']
+
+
 @pytest.mark.parametrize('text', ['    while True: pass', '    return "x" * 10**10', '    import os; os._exit(0)', '    return ((('])
 def test_hostile_edits_fail_their_tests(env, text):
     t = make_task('train', 0, 'operator', 1)
@@ -109,6 +118,24 @@ def test_expert_that_knows_solves_everything(env, merge):
             while not e.done: text = (await e.step(agent.act(text))).results[-1].text
             return await e.grade()
         assert asyncio.run(go()).reward == 1, (f, t.data['issue'])
+
+
+def test_expert_recovers_from_slips_and_wrong_guesses(env):
+    "It never tries the same text twice but for slips, which the tool refuses; a guess is tested, and the work gets done."
+    for i in range(12):
+        t = make_task('train', i, 'compare'); agent = Expert(t, i, Style(test=0.0, guess=1.0, slip=0.7))
+        async def go():
+            e = env(); await e.reset(t); text, seen = None, []
+            while not e.done:
+                calls = agent.act(text); obs = await e.step(calls); text = obs.results[-1].text
+                seen += [(c.name, c.arguments.get('text'), r.ok, r.text) for c, r in zip(calls, obs.results)]
+            return seen, await e.grade()
+        seen, grade = asyncio.run(go())
+        edits = [text for name, text, ok, _ in seen if name == 'edit' and ok]
+        assert len(edits) == len(set(edits)) and set(edits) <= {*t.data['wrong'], t.data['edits'][0][2]} and grade.reward == 1
+        assert all(text == 'nothing changed' for name, _, ok, text in seen if name == 'edit' and not ok)
+        for (name, guess, ok, _), after in zip(seen, seen[1:]):   # a wrong guess is tested
+            if name == 'edit' and ok and guess in t.data['wrong']: assert after[0] == 'test'
 
 
 def test_tools_are_schemas():

@@ -21,11 +21,12 @@ class Style:
     guess: float = 0.45        # first guess wrong where the statement is ambiguous
     merge: float = 0.0         # puts the next call into the same turn where it doesn't need this one's result
     reread: float = 0.15       # looks at a file again or at one too many
+    slip: float = 0.0          # writes the line as it stands before an edit, which the tool refuses
 
 def draw_style(rng: random.Random) -> Style:
     "A style at random: hasty or careful, serial (most) or merging calls (a quarter)."
     return Style(rng.choices(['search', 'list', 'both'], [6, 1, 1])[0], rng.choice([0.1, 0.35, 0.9]), 0.45,
-                 rng.choices([0.0, 0.6], [3, 1])[0], rng.choice([0.0, 0.0, 0.25]))
+                 rng.choices([0.0, 0.6], [3, 1])[0], rng.choice([0.0, 0.0, 0.25]), rng.choice([0.0, 0.0, 0.5]))
 
 # %% ../../nbs/envs/04_expert.ipynb #3be052d8
 def plan(task: Task, style: Style, rng: random.Random):
@@ -43,13 +44,15 @@ def plan(task: Task, style: Style, rng: random.Random):
     if rng.random() < style.reread: yield 'view', {'path': rng.choice(sorted(set(d['files']) - {'tests.py'}))}, True
     if path not in viewed | {'answer.txt'} and not (path == 'config.py' and rng.random() < 0.5): yield 'view', {'path': path}, False
     tries = rng.sample(d['wrong'], len(d['wrong'])) if d['wrong'] and rng.random() < style.guess else []
+    now = d['files'][path].splitlines()[line - 1]
     for text in [*tries, right]:
+        if rng.random() < style.slip: yield 'edit', {'path': path, 'line': line, 'text': now}, False
         yield 'edit', {'path': path, 'line': line, 'text': text}, True
+        now = text
         for p, n, t in d['edits'][1:]:
             yield 'view', {'path': p}, False
             yield 'edit', {'path': p, 'line': n, 'text': t}, True
         if text == right and rng.random() >= style.test: break
-        if text != right and rng.random() >= max(style.test, 0.3): break   # hands in a wrong guess unseen
         if (yield 'test', {}, text == right and rng.random() < 0.3) == 'pass': break
     yield 'submit', {}, False
 

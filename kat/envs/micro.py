@@ -528,25 +528,31 @@ class MicroEnv(Env):
         if name in ('view', 'edit') and a['path'] not in self.files: return False, f"no file {a['path']}"
         if name == 'view': return True, view(self.files[a['path']])
         if name == 'edit':
-            n = len(self.files[a['path']].splitlines())
-            if not 1 <= a['line'] <= n: return False, f"{a['path']} has {n} lines"
+            old = self.files[a['path']].splitlines()
+            if not 1 <= a['line'] <= len(old): return False, f"{a['path']} has {len(old)} lines"
+            if old[a['line'] - 1] == a['text']: return False, 'nothing changed'
             self.files[a['path']] = with_line(self.files[a['path']], a['line'], a['text'])
             return True, 'done'
         if name == 'test':
-            bad = [v for v in (await self._run({'tests.py': self.files['tests.py']})).values() if v != 'ok']
+            bad = [v for k, v in (await self._run(self.files['tests.py'])).items() if v != 'ok' and k.startswith('tests.py::')]
             return True, f'fail: {bad[0]}' if bad else 'pass'
         self.done = True   # submit
         return True, 'done'
 
-    async def _run(self, tests: dict[str, str]) -> dict[str, str]:
-        key = hashlib.sha256(json.dumps([sorted(self.files.items()), sorted(tests.items())]).encode()).digest()
-        if key not in self.cache: self.cache[key] = verdicts(await self.pool.arun(test_job(self.files, tests)), tests)
+    async def _run(self, visible: str) -> dict[str, str]:
+        files, hidden = {**self.files, 'tests.py': visible}, {'hidden.py': self.task.data['hidden']}
+        key = hashlib.sha256(json.dumps([sorted(files.items()), hidden]).encode()).digest()
+        if key not in self.cache:
+            res = await self.pool.arun(test_job(files, {'tests.py': visible} | hidden))   # one job serves a test and the grade after it
+            if res.status == 'ok': self.cache[key] = verdicts(res, {})
+            else: self.cache[key] = {k: v for t in ({'tests.py': visible}, hidden)         # apart, so that neither fails for the other
+                                     for k, v in verdicts(await self.pool.arun(test_job(files, t)), t).items()}
         return self.cache[key]
 
     async def grade(self) -> Grade:
         "1 if all hidden and visible tests pass, else 0; `tests.py` is restored first, so editing the tests gains nothing."
         d = self.task.data
-        got = await self._run({'tests.py': d['files']['tests.py'], 'hidden.py': d['hidden']})
+        got = await self._run(d['files']['tests.py'])
         tests = {k: v == 'ok' for k, v in got.items()}
         patch = {p: t for p, t in self.files.items() if t != d['files'][p]}
         return Grade(float(bool(tests) and all(tests.values())), tests, {'patch': patch})
