@@ -21,7 +21,7 @@ class Style:
     guess: float = 0.35        # where the statement is ambiguous: goes through the believable edits until the tests pass
     merge: float = 0.0         # puts the next call into the same turn where it doesn't need this one's result
     reread: float = 0.15       # looks at a file again or at one too many
-    slip: float = 0.0          # writes the line as it stands before an edit, which the tool refuses
+    slip: float = 0.0          # before an edit, writes some line of the file as it stands, which the tool refuses
 
 def draw_style(rng: random.Random) -> Style:
     "A style at random: hasty or careful, serial (most) or merging calls (a quarter)."
@@ -44,11 +44,11 @@ def plan(task: Task, style: Style, rng: random.Random):
     if rng.random() < style.reread: yield 'view', {'path': rng.choice(sorted(set(d['files']) - {'tests.py'}))}, True
     if path not in viewed | {'answer.txt'} and not (path == 'config.py' and rng.random() < 0.5): yield 'view', {'path': path}, False
     guess = bool(d['tries']) and rng.random() < style.guess
-    now = d['files'][path].splitlines()[line - 1]
+    now = d['files'][path].splitlines()
     for text in d['tries'] if guess else [right]:
-        if rng.random() < style.slip: yield 'edit', {'path': path, 'line': line, 'text': now}, False
+        if rng.random() < style.slip: n = rng.randint(1, len(now)); yield 'edit', {'path': path, 'line': n, 'text': now[n - 1]}, False
         yield 'edit', {'path': path, 'line': line, 'text': text}, True
-        now = text
+        now[line - 1] = text
         for p, n, t in d['edits'][1:]:
             yield 'view', {'path': p}, False
             yield 'edit', {'path': p, 'line': n, 'text': t}, True
