@@ -65,7 +65,7 @@ def expert_data(tokenizer, tasks: list[Task], make_env, seed: int, told: Callabl
 
 # %% ../nbs/80_stages.ipynb #0c5328d8
 def evaluate(model, tokenizer, stage: str, run_dir: str | Path, n: int, seed: int, max_turns: int, make_env, progress: Callable | None = None) -> dict:
-    "Play `n` held-out tasks sampled and greedy; writes `eval/<stage>.json` and the trajectories, returns the record."
+    "Play `n` held-out tasks sampled and greedy; writes `eval/<stage>.json` and both sets of trajectories, returns the record."
     run = Path(run_dir); path = run / 'eval' / f'{stage}.json'
     if path.exists(): return load_eval(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -79,6 +79,7 @@ def evaluate(model, tokenizer, stage: str, run_dir: str | Path, n: int, seed: in
             if progress: progress(len(got['sampled']) + len(got.get('greedy', [])))
     engine.close()
     write_parquet(run / 'eval' / f'{stage}.parquet', got['sampled'])
+    write_parquet(run / 'eval' / f'{stage}.greedy.parquet', got['greedy'])
     record = eval_record(stage, got['sampled'], got['greedy'], seed=seed)
     save_eval(record, path)
     return record
@@ -128,13 +129,15 @@ def turn_facts(played: list[Trajectory]) -> dict:
 
 def with_logprobs(model, trajectories: list[Trajectory], dtype=torch.bfloat16) -> list[Trajectory]:
     "Set the log-probs of trained tokens to the model's own, so that a ground truth can stand in a group."
-    from kat.compute.logprob import flat_logprobs, pad_rows
-    for t in trajectories:
-        ids, mask = pad_rows([t.ids]).long(), pad_rows([t.mask], False)
-        with torch.no_grad(): lp, _ = flat_logprobs(model, ids, mask, torch.ones(1), dtype)
-        lp, i = lp.float().cpu().numpy(), 0
-        for s in t.segments:
-            if s.trainable: s.logprobs, i = lp[i:i + len(s.ids)], i + len(s.ids)
+    from kat.compute.logprob import tree_logprobs
+    from kat.tree.trie import TokenTree
+    if not trajectories: return trajectories
+    tree = TokenTree.from_sequences([t.ids for t in trajectories])
+    with torch.no_grad(): scored = tree_logprobs(model, tree, dtype=dtype, max_tokens=8192).logprob.float().cpu().numpy()
+    for t, logprobs in zip(trajectories, tree.gather(scored)):
+        t.sampling = dict(temperature=1.0)
+        for s, lp in zip(t.segments, np.split(logprobs, np.cumsum([len(s) for s in t.segments])[:-1])):
+            if s.trainable: s.logprobs = lp
     return trajectories
 
 # %% ../nbs/80_stages.ipynb #5b2181e6
