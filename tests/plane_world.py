@@ -6,7 +6,6 @@ from functools import cache
 import numpy as np
 
 from kat.core.chat import train_tokenizer
-from kat.plane.dialects import Limits
 from kat.plane.gateway import Gateway
 from kat.plane.scenarios import TOOLS, answer_of, cut_off, messages_of, spelled
 from kat.plane.scripted import ScriptEngine

@@ -2,7 +2,10 @@
 import asyncio
 import json
 import logging
+import os
 import random
+import signal
+from pathlib import Path
 
 import httpx
 import numpy as np
@@ -11,7 +14,9 @@ import torch
 from plane_world import PATH, World, ask, chat_body, full_store, heard, messages_body, say, tokenizer, until
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
+from kat import cli
 from kat.core.calls import write_call
+from kat.core.io import read_records
 from kat.core.types import Trajectory
 from kat.plane.dialects import Limits
 from kat.plane.gateway import Gateway, Metrics, StopText, running, session_name
@@ -20,6 +25,7 @@ from kat.plane.scenarios import TOOLS
 from kat.plane.serving import HFAsyncEngine
 from kat.plane.store import Store
 
+ROOT = Path(__file__).parents[1]
 USER = [dict(role='user', content='hello')]
 
 
@@ -567,3 +573,43 @@ def test_a_real_model_behind_it(tmp_path):
         await engine.close()
         store.close()
     run(go())
+
+
+# --- the command
+
+def test_kat_serve_and_kat_sessions(tmp_path, capsys, monkeypatch):
+    "The command's own coroutine with the shipped model, told to stop by a signal; then what it left, listed, shown and exported."
+    monkeypatch.chdir(tmp_path)
+    (tmp_path/'keys.txt').write_text('# of the lab\nann ann-secret\n')
+    printed = []
+    def out():
+        printed.append(capsys.readouterr().out)
+        return ''.join(printed)
+    async def go():
+        task = asyncio.ensure_future(cli._serve(ROOT/'data'/'base', '127.0.0.1', 0, 'here.db', tmp_path/'keys.txt', 512, 4))
+        while 'OPENAI_BASE_URL' not in out(): assert not task.done(), task; await asyncio.sleep(.02)
+        address = out().split('OPENAI_BASE_URL=')[1].split()[0]
+        async with httpx.AsyncClient(headers=dict(authorization='Bearer ann-secret@s')) as c:
+            r = await c.post(f'{address}/chat/completions', json=chat_body(USER, max_tokens=8, temperature=0))
+            assert r.status_code == 200 and r.json()['usage']['completion_tokens'] <= 8
+            assert (await c.get(f'{address}/models', headers={'authorization': ''})).status_code == 401
+        os.kill(os.getpid(), signal.SIGTERM)
+        await task
+    run(go())
+    assert 'ANTHROPIC_BASE_URL=' in ''.join(printed) and 'ann-secret' not in ''.join(printed)
+
+    def kat(*args):
+        with pytest.raises(SystemExit) as e: cli.main(list(args))
+        return e.value.code, *capsys.readouterr()
+    code, text, _ = kat('sessions', 'list', '--store', 'here.db')
+    assert code == 0 and [x for x in ('session', 'ann', 'realigned') if x not in text] == []
+    code, text, _ = kat('sessions', 'show', 's', '--owner', 'ann', '--store', 'here.db')
+    assert code == 0 and text.startswith('Session(s: 1 turns, 1 leaves')
+    assert kat('sessions', 'export', 'out.parquet', '--store', 'here.db')[:2] == (0, 'out.parquet: groups 1\n')
+    assert len(next(read_records('out.parquet'))) == 1
+    (tmp_path/'bad.txt').write_text('ann a\nbob a\n')
+    for args, says in ((('sessions', 'show', 's', '--store', 'here.db'), "no session 's' in here.db"), (('sessions', 'export', 'x.csv', '--store', 'here.db'), 'x.csv'),
+                       (('sessions', 'list'), 'no store kat-sessions.db'), (('serve', '--host', '0.0.0.0'), 'give --keys'),
+                       (('serve', '--keys', 'bad.txt'), 'bad.txt:2: a key that is there already'), (('serve', '--model', 'none'), 'no checkpoint here')):
+        code, text, err = kat(*args)
+        assert code == 2 and not text and says in err and err.count('\n') == 1, err

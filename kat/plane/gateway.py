@@ -6,10 +6,11 @@
 __all__ = ['log', 'BUCKETS', 'who', 'session_name', 'StopText', 'Writing', 'Bell', 'Said', 'read_answer', 'message_of',
            'answer_for', 'Metrics', 'Gateway', 'find_session', 'keep', 'turn_of', 'engine_request', 'Left',
            'Unavailable', 'answer', 'Reply', 'read_body', 'make_plan', 'serve_call', 'answered', 'list_sessions',
-           'show_session', 'trajectories', 'reward', 'models', 'health', 'metrics', 'Endpoint', 'running']
+           'show_session', 'trajectories', 'reward', 'models', 'health', 'metrics', 'Endpoint', 'running', 'serve',
+           'how_to_connect', 'read_keys']
 
-# %% ../../nbs/plane/05_gateway.ipynb #2bfb0181
-import asyncio, hashlib, json, logging, re, socket, time, traceback
+# %% ../../nbs/plane/05_gateway.ipynb #7a5a1db2
+import asyncio, hashlib, json, logging, re, signal, socket, time, traceback
 from collections import Counter
 from contextlib import asynccontextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -583,3 +584,38 @@ async def running(
         server.should_exit = True
         await task
         sock.close()
+
+# %% ../../nbs/plane/05_gateway.ipynb #b5c3ead7
+async def serve(
+    g: Gateway,
+    host: str, port: int,
+    tell,  # called with the address
+) -> None:
+    "Serve until a SIGINT or SIGTERM; what is under way then gets a few seconds. OSError, StoreError."
+    await g.store.check(now=True)
+    stop, loop = asyncio.Event(), asyncio.get_running_loop()
+    for s in (signal.SIGINT, signal.SIGTERM): loop.add_signal_handler(s, stop.set)
+    async with running(g, host, port) as address:
+        tell(address)
+        await stop.wait()
+
+# %% ../../nbs/plane/05_gateway.ipynb #99e08a8a
+def how_to_connect(
+    address: str,
+    key: str = 'kat',  # an API key; without keys, any word
+) -> str:
+    "What to set so that agents come here."
+    return (f'Claude Code:     ANTHROPIC_BASE_URL={address} ANTHROPIC_AUTH_TOKEN={key}\n'
+            f'OpenAI clients:  OPENAI_BASE_URL={address}/v1  (and an OPENAI_API_KEY, here {key})')
+
+def read_keys(path) -> dict[str, str]:
+    "Owner by API key from a file with a line `OWNER KEY` each. ValueError '<file>:<line>: <reason>'."
+    out = {}
+    for i, line in enumerate(Path(path).read_text().splitlines(), 1):
+        if not line.strip() or line.startswith('#'): continue
+        parts = line.split()
+        if len(parts) != 2 or '@' in parts[1]: raise ValueError(f'{path}:{i}: OWNER KEY expected, a key without @')
+        if parts[1] in out: raise ValueError(f'{path}:{i}: a key that is there already')
+        out[parts[1]] = parts[0]
+    if not out: raise ValueError(f'{path}: no keys in it')
+    return out
