@@ -296,17 +296,16 @@ def list_(store: StorePath = 'kat-sessions.db', task: Task = None, debug: Debug 
 
     Example: `kat sessions list`
     """
-    from rich import box
-    from rich.console import Console
-    from rich.table import Table
     with _open(store) as kept: rows = kept.sessions(**({} if task is None else dict(task=task)))
-    table = Table(box=box.SIMPLE_HEAD)
-    for name in ('session', 'owner', 'task'): table.add_column(name)
-    for name in ('turns', 'tokens', 'clean', 'realigned', 'forked', 'reward'): table.add_column(name, justify='right', no_wrap=True)
-    for r in rows:
-        numbers = [str(r[k]) for k in ('turns', 'tokens', 'clean', 'realigned', 'forked')]
-        table.add_row(r['name'], r['owner'], r['task'], *numbers, '–' if r['reward'] is None else f'{r["reward"]:g}')
-    Console().print(table)
+    names, numbers = ('name', 'owner', 'task'), ('turns', 'tokens', 'clean', 'realigned', 'forked', 'reward')
+    cells = [[str('–' if r[k] is None else r[k]) for k in (*names, *numbers)] for r in rows]
+    _columns([['session', *names[1:], *numbers], *cells], len(names))
+
+
+def _columns(rows: list[list[str]], n: int):
+    "Print rows in columns as wide as they need, all but the first `n` to the right: whole also in a pipe."
+    wide = [max(map(len, x)) for x in zip(*rows)]
+    for r in rows: print('  '.join(x.ljust(w) if i < n else x.rjust(w) for i, (x, w) in enumerate(zip(r, wide))).rstrip())
 
 # %% ../nbs/91_cli.ipynb #1b2b0bdd
 @sessions.command('show')
