@@ -133,6 +133,22 @@ def test_mistakes_come_back_in_the_dialects_shape(tmp_path, dialect):
     run(go())
 
 
+def test_a_body_that_does_not_come_and_a_client_that_leaves_while_sending(tmp_path):
+    async def go():
+        async with world(tmp_path, patience=.001) as w:
+            scope = dict(type='http', http_version='1.1', method='POST', path=PATH['chat'], raw_path=b'', root_path='', query_string=b'', headers=[])
+            sent, left = [], [dict(type='http.request', body=b'{', more_body=True), dict(type='http.disconnect')]
+            async def never(): await asyncio.Event().wait()
+            async def leaves(): return left.pop(0)
+            async def send(m): sent.append(m)
+            await w.g.app(dict(scope), never, send)
+            assert sent[0]['status'] == 408 and b'not here after 0.001 seconds' in sent[1]['body']
+            await w.g.app(dict(scope), leaves, send)
+            assert len(sent) == 2 and not sum(w.g.active.values())
+            assert 'status="499"} 1' in (await w.ask('/metrics'))['body'].decode()
+    run(go())
+
+
 def test_too_long_is_said_in_the_words_agents_look_for(tmp_path):
     async def go():
         async with world(tmp_path, max_len=30) as w:
@@ -328,7 +344,6 @@ def test_sessions_that_left_memory_come_back(tmp_path):
                 for n in 'abc':
                     m = [x for k in range(i) for x in (dict(role='user', content=f'{n}{k}'), dict(role='assistant', content='an answer'))]
                     assert (await w.ask(f'/s/{n}{PATH["chat"]}', chat_body([*m, dict(role='user', content=f'{n}{i}')])))['status'] == 200
-                    w.g.manager.trim()
                     assert len(w.g.manager.sessions) <= 1
             for n in 'abc': assert [t.reason for t in w.store.load(w.tok, '', n).turns.values()] == ['start', 'append', 'append']
     run(go())
@@ -403,6 +418,8 @@ def test_completions_go_on_token_by_token(tmp_path):
             assert np.array_equal(w.engine.asked[1].ids, [*w.tok.encode('once'), *say(w.tok, 'and so on'), *w.tok.encode('more')])
             await w.ask(f'/s/t{PATH["completions"]}', dict(model='kat', prompt=[5, 6, 7]))
             assert w.engine.asked[2].ids.tolist() == [5, 6, 7]
+            t, = next(x for x in w.store.groups() if x.task == 's').trajectories
+            assert t.n_turns == 2 and [x['reason'] for x in t.info['turns']] == ['start', 'append']
             r = await w.ask(f'/s/t{PATH["completions"]}', dict(model='kat', prompt=[5, 10**6]))
             assert r['status'] == 400 and 'token id 1000000' in error_of(r)
             r = await w.ask(PATH['chat'], chat_body(USER, logprobs=True, top_logprobs=3))
@@ -431,6 +448,8 @@ def test_what_claude_code_does_to_its_history_stays_clean(tmp_path):
                 system = [dict(type='text', text=f'x-anthropic-billing-header: cc_version=2.1.{i}; cc_entrypoint=cli;'),
                           dict(type='text', text='You are an agent.', cache_control=dict(type='ephemeral'))]
                 b = messages_body(messages) | dict(system=system, thinking=dict(type='adaptive', display='omitted'), metadata=dict(user_id='{"session_id": "cc"}'))
+                note = 'the environment: Linux' if i else [dict(type='text', text='the environment: Linux')]
+                b['messages'].insert(1, dict(role='system', content=note))     # a system message in mid-list
                 if i: b['messages'][0]['content'] = 'hello'      # now as a plain string
                 b['messages'][-1]['content'][0]['cache_control'] = dict(type='ephemeral')
                 return b
@@ -445,14 +464,17 @@ def test_what_claude_code_does_to_its_history_stays_clean(tmp_path):
 
 def test_silence_is_broken_by_signs_of_life(tmp_path):
     async def go():
-        async with world(tmp_path, ping=.01) as w:
-            w.hold[0] = 2, asyncio.Event()
-            task = asyncio.ensure_future(w.ask(PATH['messages'], messages_body(USER, stream=True)))
-            await until(lambda: w.hold[0][1]._waiters)
-            await asyncio.sleep(.05)
+        async with world(tmp_path, ping=.001) as w:
+            w.hold[0], pings = (2, asyncio.Event()), []
+            async def app(scope, receive, send):
+                async def hear(m):
+                    if b'event: ping' in m.get('body', b''): pings.append(m)
+                    await send(m)
+                await w.g.app(scope, receive, hear)
+            task = asyncio.ensure_future(ask(app, PATH['messages'], messages_body(USER, stream=True)))
+            await until(lambda: w.hold[0][1]._waiters and len(pings) > 2)
             w.hold[0][1].set()
-            r = await task
-            assert b'event: ping' in r['body'] and heard('messages', r)['content'] == 'an answer'
+            assert heard('messages', await task)['content'] == 'an answer'
     run(go())
 
 

@@ -210,18 +210,22 @@ def test_sampling_that_differs_stays_with_the_turns():
 # --- many sessions
 
 def test_the_manager_lets_go_what_was_used_least_and_never_what_is_at_work():
-    m, tok = Manager(max_bytes=250), tokenizer()
-    def full(name):
-        s = Session(tok, name)
-        s.n_bytes = 100
-        return m.put(s)
-    a, b = full('a'), full('b')
+    m, tok = Manager(max_bytes=10_000), tokenizer()
+    a, b = (m.put(Session(tok, n)) for n in 'ab')
     assert m.get('', 'a') is a
-    full('c')
-    assert m.get('', 'b') is None and m.get('', 'a') is a and m.n_bytes == 200
+    m.put(Session(tok, 'c'))
+    assert m.get('', 'b') is None and m.get('', 'a') is a and m.n_bytes == 8000
     a.busy = 1
-    full('d'), full('e')
-    assert m.get('', 'a') is a and m.n_bytes <= 250 and b is not None
+    for n in 'de': m.put(Session(tok, n))
+    assert m.get('', 'a') is a and list(m.sessions) == [('', 'e'), ('', 'a')]
+    m.note(b)                                # let go before: not counted
+    assert m.n_bytes == sum(m.sizes.values()) == 8000
+    reply(a.plan([user('long ' * 2000)]), 'x')
+    a.busy = 0
+    m.note(a)                                # alone too large: it stays, the others go
+    assert list(m.sessions) == [('', 'a')] and m.n_bytes == a.n_bytes > 10_000
+    m.put(Session(tok, 'f'))
+    assert list(m.sessions) == [('', 'f')] and m.n_bytes == 4000
 
 
 def test_show_is_readable_and_narrow():

@@ -189,7 +189,7 @@ class Metrics:
         for k, v in gauges.items(): out += [f'# TYPE kat_{k} gauge', f'kat_{k} {v:g}']
         return '\n'.join(out) + '\n'
 
-# %% ../../nbs/plane/05_gateway.ipynb #02a80021
+# %% ../../nbs/plane/05_gateway.ipynb #16efa199
 class Gateway:
     "The HTTP server between agents and an engine; `app` is its ASGI application."
     def __init__(self,
@@ -205,13 +205,14 @@ class Gateway:
         per_owner: int | None = None,  # of them of one owner; None: all
         manager: Manager | None = None,
         ping: float = 15.,         # seconds of silence after which a stream shows that it lives
+        patience: float = 60.,     # seconds that a client may take to send its request
     ):
         self.engine, self.tokenizer, self.store, self.max_len, self.model = engine, tokenizer, store, max_len, model
         self.keys = None if keys is None else {_hash(k): owner for k, owner in keys.items()}
         self.stop = (tokenizer.eos_token_id,) if stop is None else tuple(stop)
-        self.limits, self.concurrent, self.per_owner, self.ping = limits, concurrent, per_owner or concurrent, ping
+        self.limits, self.concurrent, self.per_owner, self.ping, self.patience = limits, concurrent, per_owner or concurrent, ping, patience
         self.manager, self.metrics, self.format = manager or Manager(), Metrics(), call_format(tokenizer.chat_template)
-        self.active, self.loading, self.tasks, self.lanes, self.recorded = Counter(), {}, set(), set(), 0
+        self.active, self.loading, self.tasks, self.lanes = Counter(), {}, set(), set()
         self.app = _app(self)
 
     async def close(self) -> None:
@@ -236,15 +237,14 @@ async def _load(g: Gateway, owner: str, name: str) -> Session | None:
     s = await asyncio.to_thread(g.store.load, g.tokenizer, owner, name)
     return None if s is None else g.manager.put(s)
 
-# %% ../../nbs/plane/05_gateway.ipynb #322f8ac1
+# %% ../../nbs/plane/05_gateway.ipynb #1f03ff1e
 async def keep(g: Gateway, plan: Plan, turn: Turn) -> None:
     "Make a turn durable, and part of its session. StoreError."
     async def run():
         s = plan.session
         await g.store.write(s, [*(t for t in plan.made if t.id not in s.turns), turn])
         s.add(turn)
-        g.recorded += 1
-        if g.recorded % 64 == 0: g.manager.trim()
+        g.manager.note(s)
         _count(g, turn)
     task = asyncio.ensure_future(run())
     g.tasks.add(task)
@@ -386,15 +386,19 @@ class Reply:
         more = dict(param=e.param, code=e.code) if isinstance(e, BadRequest) else {}
         await self.json(render_error(self.dialect, status, message, **more), status, {'retry-after': '1'} if status in (429, 503) else {})
 
-# %% ../../nbs/plane/05_gateway.ipynb #c48ddaff
-async def read_body(request, limit: int) -> bytes:
-    "The body. BadRequest 413 where it is too long, before it is read where its length is known."
-    told = request.headers.get('content-length', '')
+# %% ../../nbs/plane/05_gateway.ipynb #838250c8
+async def read_body(g: Gateway, request) -> bytes:
+    "The body. BadRequest 413 where it is too long (before it is read, where its length is told), 408 where it doesn't come."
+    told, limit = request.headers.get('content-length', ''), g.limits.bytes
     if told.isdigit() and int(told) > limit: raise BadRequest(f'body: {told} bytes; at most {limit}', status=413)
     out, n = [], 0
-    async for chunk in request.stream():
-        out.append(chunk)
-        if (n := n + len(chunk)) > limit: raise BadRequest(f'body: more than {limit} bytes', status=413)
+    try:
+        async with asyncio.timeout(g.patience):
+            async for chunk in request.stream():
+                out.append(chunk)
+                if (n := n + len(chunk)) > limit: raise BadRequest(f'body: more than {limit} bytes', status=413)
+    except TimeoutError: raise BadRequest(f'body: not here after {g.patience:g} seconds', status=408) from None
+    except need('starlette.requests', 'serve').ClientDisconnect: raise Left from None
     return b''.join(out)
 
 # %% ../../nbs/plane/05_gateway.ipynb #909b66bc
@@ -422,12 +426,12 @@ def make_plan(s: Session, call: Call) -> Plan:
     try: return plan_text(s, call.prompt, agent) if call.dialect == 'completions' else s.plan(call.messages, call.tools, agent)
     except ValueError as e: raise BadRequest(f'messages: {e}', 'messages') from None
 
-# %% ../../nbs/plane/05_gateway.ipynb #b480e3f2
+# %% ../../nbs/plane/05_gateway.ipynb #fc50fab3
 async def serve_call(g: Gateway, dialect: str, counting: bool, request, out: Reply) -> None:
     "Answer one request of an agent. Raises what went wrong."
     owner, key = who(request.headers, g.keys)
     async with _admitted(g, owner):
-        body = parse_body(await read_body(request, g.limits.bytes), g.limits)
+        body = parse_body(await read_body(g, request), g.limits)
         call = parse_call(dialect, body, dict(request.headers), counting, g.limits)
         s = await _named(g, request, call, key, owner)
         if counting: return await out.json(count_tokens_answer(len(make_plan(s, call).ids)))
@@ -471,11 +475,11 @@ async def trajectories(g: Gateway, request, out: Reply) -> None:
     await out.start(200, 'application/x-ndjson')
     await out.body(''.join(dumps(t.to_dict()) + '\n' for t in s.trajectories()).encode())
 
-# %% ../../nbs/plane/05_gateway.ipynb #6ae245c2
+# %% ../../nbs/plane/05_gateway.ipynb #57a698df
 async def reward(g: Gateway, request, out: Reply) -> None:
     "Grade a session, or one turn of it: reward (a number or null), turn (id), finished (default: true), info (an object)."
     owner, _ = who(request.headers, g.keys)
-    body = parse_body(await read_body(request, g.limits.bytes), g.limits)
+    body = parse_body(await read_body(g, request), g.limits)
     if extra := set(body) - {'reward', 'turn', 'finished', 'info'}: raise BadRequest(f'{min(extra)}: unknown field', min(extra))
     value, uid, finished, info = (body.get(k, d) for k, d in (('reward', None), ('turn', None), ('finished', True), ('info', {})))
     if isinstance(value, bool) or not isinstance(value, (int, float, type(None))): raise BadRequest('reward: a number or null expected', 'reward')

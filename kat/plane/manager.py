@@ -170,11 +170,11 @@ def context_segments(
     if parent is None: return render(tokenizer, context, tools, add_generation_prompt=True)
     return extend_segments(tokenizer, ids_of(parent.answer), context, parent.number, tools)
 
-# %% ../../nbs/plane/03_manager.ipynb #62e63702
+# %% ../../nbs/plane/03_manager.ipynb #52f00307
 class Session:
     "What one agent (and its sub-agents) asked and got, as a tree of turns."
     def __init__(self,
-        tokenizer,           # with the chat template of the engine's model
+        tokenizer,           # with the chat template of the engine's model; None: only to look at
         name: str = '',      # as the client calls it
         owner: str = '',     # whose API key
         task: str = '',      # sessions of one task make a group; '': the session's name
@@ -190,7 +190,8 @@ class Session:
         self.turns, self.kids, self.prompts = {}, {}, Counter()
         self.agents, self.openings, self.answers, self.seen = Counter(), Counter(), {}, set()
         self.texts = deque(maxlen=64)   # of the Completions API: what the client saw, and the turn
-        self.clock = self.busy = self.n_tokens = self.n_bytes = 0  # busy: requests being answered
+        self.clock = self.busy = self.n_tokens = 0  # busy: requests being answered
+        self.n_bytes = 4000     # in memory, by estimate
 
     def plan(self, messages, tools=None, agent='') -> 'Plan': return _plan(self, messages, tools, agent)
     def add(self, turn: Turn) -> Turn: return _add(self, turn)
@@ -407,7 +408,7 @@ def _add(s: Session, turn: Turn) -> Turn:
         _index(s, t)
     return turn
 
-# %% ../../nbs/plane/03_manager.ipynb #1f058084
+# %% ../../nbs/plane/03_manager.ipynb #f4ca33f5
 def _index(s: Session, t: Turn) -> None:
     "Where later requests look for a turn."
     asked, key = t.keys = keys_of(t.context), canonical_key(t.message)
@@ -418,7 +419,7 @@ def _index(s: Session, t: Turn) -> None:
     if t.parent is None: _open(s, t.agent, t.context)
     else: s.seen.update(asked)
     if t.finish != 'client': s.seen.update(_lines([t.message]))
-    if t.context and t.context[0]['role'] == 'prompt' and t.answer: s.texts.append((_text_of(s.tokenizer, t), t))
+    if s.tokenizer and t.answer and t.context and t.context[0]['role'] == 'prompt': s.texts.append((_text_of(s.tokenizer, t), t))
     s.turns[t.id] = t
     s.agents[t.agent] += 1
     s.n_tokens += t.n_prompt + t.n_answer
@@ -473,16 +474,13 @@ def show(
         out.append(line if len(line) <= width else line[:width - 1] + '…')
     return '\n'.join(out)
 
-# %% ../../nbs/plane/03_manager.ipynb #ddb9625b
+# %% ../../nbs/plane/03_manager.ipynb #54992d0e
 class Manager:
     "The sessions in memory, by owner and name."
     def __init__(self,
         max_bytes: int = 2**30,  # that all sessions may take, by estimate
     ):
-        self.max_bytes, self.sessions = max_bytes, OrderedDict()
-
-    @property
-    def n_bytes(self) -> int: return sum(s.n_bytes for s in self.sessions.values())
+        self.max_bytes, self.n_bytes, self.sessions, self.sizes = max_bytes, 0, OrderedDict(), {}
 
     def get(self, owner: str, name: str) -> Session | None:
         "The session, now the one used last; None if it isn't in memory."
@@ -490,15 +488,24 @@ class Manager:
         return s
 
     def put(self, s: Session) -> Session:
-        "Keep a session, and let others go."
+        "Keep a session."
         self.sessions[s.owner, s.name] = s
-        self.trim(keep=s)
+        self.note(s)
         return s
 
-    def trim(self, keep: Session | None = None) -> None:
-        "Let sessions go until the rest fits."
-        too_many, gone = self.n_bytes - self.max_bytes, []
-        for k, s in self.sessions.items():
-            if too_many <= 0: break
-            if not s.busy and s is not keep: too_many -= s.n_bytes; gone.append(k)
-        for k in gone: del self.sessions[k]
+    def note(self, s: Session) -> None:
+        "Take account of how a session has grown, and let others go for it."
+        key = s.owner, s.name
+        if self.sessions.get(key) is not s: return
+        self.n_bytes += s.n_bytes - self.sizes.get(key, 0)
+        self.sizes[key] = s.n_bytes
+        if self.n_bytes > self.max_bytes: _make_room(self, s)
+
+def _make_room(m: Manager, keep: Session) -> None:
+    "Let go the sessions not used for longest."
+    gone, left = [], m.n_bytes
+    for k, s in m.sessions.items():
+        if left <= m.max_bytes: break
+        if not s.busy and s is not keep: gone.append(k); left -= m.sizes[k]
+    for k in gone: del m.sessions[k], m.sizes[k]
+    m.n_bytes = left
