@@ -50,7 +50,7 @@ class Publisher:
                                "as with asyncio.to_thread(trainer.train, ...)")
         asyncio.run_coroutine_threadsafe(sync_weights(self.engines, model, version), self.loop).result()
 
-# %% ../../nbs/plane/06_rollout.ipynb #8cbf7039
+# %% ../../nbs/plane/06_rollout.ipynb #40950ff0
 def rest_of(
     request: Request,
     done: list[Completion],  # the parts so far
@@ -67,7 +67,7 @@ def join(done: list[Completion]) -> Completion:
     cat = lambda f: np.concatenate([getattr(c, f) for c in done])
     return replace(done[-1], **{f: cat(f) for f in ('ids', 'logprobs', 'entropy', 'versions')})
 
-# %% ../../nbs/plane/06_rollout.ipynb #2fc64400
+# %% ../../nbs/plane/06_rollout.ipynb #30d25680
 class PartialRollout:
     "An engine over one that aborts: answers go on where they were cut."
     def __init__(self, engine: AsyncEngine):
