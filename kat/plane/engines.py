@@ -287,7 +287,7 @@ def copy_weights(
                                + (f" and {len(wrong)-3} more" if len(wrong) > 3 else ''))
     for k, v in dst.items(): v.copy_(src[k])
 
-# %% ../../nbs/plane/01_engines.ipynb #c0e204f7
+# %% ../../nbs/plane/01_engines.ipynb #bb193e5d
 class StopStrings:
     "Watches the text of a completion for the first of `strings`."
     def __init__(self, tokenizer, strings: tuple, history):
@@ -298,9 +298,9 @@ class StopStrings:
     def push(self, token: int, search: bool = True) -> str|None:
         "Take the next token; the string that it completes, the leftmost if several."
         text = self.tail + (self.stream.step(self.backend, token) or '')
-        found = [(text.find(s), s) for s in self.strings if s in text] if search else []
+        found = [(text.find(s, max(0, len(self.tail) - len(s) + 1)), s) for s in self.strings] if search else []
         self.tail = text[-self.reach:] if self.reach else ''
-        return min(found)[1] if found else None
+        return min([x for x in found if x[0] >= 0], default=(0, None))[1]
 
 # %% ../../nbs/plane/01_engines.ipynb #d5cac968
 class Turn:
@@ -569,7 +569,7 @@ def _record(e, rows, logits):
         e.stats['sampled_tokens'] += 1
         if t.finish: e.leave(t)
 
-# %% ../../nbs/plane/01_engines.ipynb #4b6f651d
+# %% ../../nbs/plane/01_engines.ipynb #d8e07e7e
 class HFEngine:
     "Embedded engine for any Hugging Face decoder: batched, keys and values kept between turns, weights of its own."
     def __init__(self,
@@ -647,15 +647,18 @@ class HFEngine:
 
     def update_weights(self, weights, version: int, keep: bool = False) -> None:
         """Copy `weights` (model or state dict) in. What was computed with the old ones is forgotten; turns under way
-        compute their text again, or, with `keep`, go on with the keys and values they have to their end."""
+        come in anew with all their text, or, with `keep`, go on with the keys and values they have to their end."""
         with torch.inference_mode(): copy_weights(self.model, weights)
         self.version = version
-        for k, t in enumerate(self.table.turn):
+        for k, t in reversed(list(enumerate(self.table.turn))):
             self.table.ids[k] = NOTHING
-            if t is None: self.table.free(k)
+            if t and keep and t.n - t.have == 1: t.stale = True
             else:
-                t.stale = keep and t.n - t.have == 1
-                if not t.stale: t.have = 0
+                self.table.turn[k] = None
+                self.table.free(k)
+                if t:
+                    t.slot, t.have, t.stale = None, 0, False
+                    self.waiting.appendleft(t)
 
     def release(self, session: str) -> None:
         "Forget a conversation; unknown ones (perhaps evicted) are no error."
