@@ -1,13 +1,11 @@
 "Exactly once, whoever is killed when; the staleness bound; capacity"
 import asyncio
-import json
 import os
 import signal
 import subprocess
 import sys
 import threading
 from itertools import islice
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -93,7 +91,7 @@ def test_a_checkpoint_of_another_run(path):
     with pytest.raises(ValueError, match='max_staleness'): Loader(store, lambda: 0, max_staleness=-1)
 
 def test_going_back_forgets_what_came_after(path):
-    store, version = SQLiteGroups(path), 0
+    store = SQLiteGroups(path)
     for i in range(6): store.add(str(i), make_group(i, version=i % 2))
     assert tasks(Loader(store, lambda: 0, wait=none)) == [f't{i}' for i in range(6)]
     stricter = Loader(store, lambda: 1, start=1, max_staleness=0, wait=none)  # back to the first; now every other one is too old

@@ -75,7 +75,7 @@ def _message(body) -> str:
     e = body.get('error', body.get('detail', body)) if isinstance(body, dict) else body
     return str(e.get('message', e) if isinstance(e, dict) else e)[:500]
 
-# %% ../../nbs/plane/01b_vllm.ipynb #803970e7
+# %% ../../nbs/plane/01b_vllm.ipynb #85cfe0fa
 def write_weights(
     weights,  # a transformers model, or a state dict
     folder: Path,  # the server's `--model`
@@ -85,9 +85,11 @@ def write_weights(
     if not (folder/'config.json').is_file(): raise ValueError(f"{folder}: no config.json there; give the folder vLLM serves")
     with TemporaryDirectory(dir=folder, prefix='.new-') as tmp:
         if isinstance(weights, dict):
-            save_file({k: v.detach().contiguous() for k, v in weights.items()}, Path(tmp)/'model.safetensors', {'format': 'pt'})
+            first = {}  # of tied weights, one is written
+            own = {k: v.detach().contiguous() for k, v in weights.items() if first.setdefault(v.data_ptr(), k) == k}
+            save_file(own, Path(tmp)/'model.safetensors', {'format': 'pt'})
         else: weights.save_pretrained(tmp)
-        new = [p for p in Path(tmp).iterdir() if 'safetensors' in p.name]
+        new = [p for p in Path(tmp).iterdir() if '.safetensors' in p.name]
         for p in folder.glob('*.safetensors*'):
             if p.name not in {x.name for x in new}: p.unlink()
         for p in new: p.replace(folder/p.name)
@@ -179,7 +181,7 @@ async def _connect(cls, url, version, folder, keep, key, transport):
         await client.aclose()
         raise
 
-# %% ../../nbs/plane/01b_vllm.ipynb #5b23c2eb
+# %% ../../nbs/plane/01b_vllm.ipynb #39b1e00a
 async def _generate(e, r, on_token):
     ids = check_request(r, 2**31, e.max_len)  # what the vocabulary holds, the server knows
     check_logprobs(r, e.mode)
@@ -191,10 +193,15 @@ async def _generate(e, r, on_token):
             if response.status_code != 200: _refused(response.status_code, _message(_json((await response.aread()).decode())))
             async for line in response.aiter_lines():
                 if not line.startswith('data: ') or line == 'data: [DONE]': continue
-                for token, lp in answer.take(json.loads(line[6:])):
+                for token, lp in answer.take(_event(line[6:])):
                     if on_token: on_token(token, lp, float('nan'), e.version)
     except httpx.TransportError as x: raise EngineError(f"vLLM: the connection broke: {type(x).__name__} {x}") from None
     return answer.completion(lambda label: int(label) if label.isdigit() else e.first)
+
+def _event(text):
+    "The JSON of one event."
+    try: return json.loads(text)
+    except ValueError: raise EngineError(f"vLLM sent an event that is not JSON: {text[:80]!r}") from None
 
 def _refused(status, message):
     if status in (400, 422): raise ValueError(f"vLLM refused the request: {message}")
