@@ -6,6 +6,8 @@ import asyncio
 import os
 import socket
 import subprocess
+import threading
+import time
 import urllib.request
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -19,7 +21,7 @@ from kat.compute.logprob import flat_logprobs
 from kat.plane.engines import Request
 from kat.plane.rollout import sync_weights
 from kat.plane.serving import HFAsyncEngine
-from kat.plane.vllm import VLLMEngine
+from kat.plane.vllm import VLLMEngine, write_model
 
 BASE, V, MAX = Path(__file__).parents[1]/'data'/'base', 1536, 512
 TOL = dict(hf=1e-4, vllm=1e-3)  # of log-probs, float32, against flat_logprobs
@@ -71,8 +73,7 @@ def stop_after(e, steps):
 
 def serve(folder, model, tokenizer):
     "A real vLLM server on a free port; (process, url)."
-    tokenizer.save_pretrained(folder)
-    model.save_pretrained(folder)
+    write_model(model, tokenizer, folder)
     with socket.socket() as s:
         s.bind(('127.0.0.1', 0))
         port = s.getsockname()[1]
@@ -83,15 +84,12 @@ def serve(folder, model, tokenizer):
                           '--served-model-name', 'kat', '--host', '127.0.0.1', '--port', str(port), '--dtype', 'float32',
                           '--max-model-len', str(MAX), '--max-num-seqs', '8', '--enforce-eager', '--enable-scale-out'], env=env,
                          stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    log = []
-    for line in p.stdout:
-        log.append(line)
-        if 'Application startup complete' in line: break
-    else: raise RuntimeError('vLLM did not start:\n' + ''.join(log[-40:]))
-    import threading
-    threading.Thread(target=lambda: [log.append(x) for x in p.stdout], daemon=True).start()
-    urllib.request.urlopen(f'http://127.0.0.1:{port}/health').read()
-    return p, f'http://127.0.0.1:{port}'
+    url, log = f'http://127.0.0.1:{port}', []
+    threading.Thread(target=lambda: log.extend(p.stdout), daemon=True).start()
+    while p.poll() is None:
+        try: return p, url if urllib.request.urlopen(url + '/health').status == 200 else None
+        except OSError: time.sleep(.5)
+    raise RuntimeError('vLLM did not start:\n' + ''.join(log[-40:]))
 
 @pytest.fixture(scope='module', params=['hf', 'vllm'])
 def door(request, model, tokenizer, tmp_path_factory):

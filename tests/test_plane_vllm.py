@@ -3,6 +3,7 @@
 What it does with a real server is tested by tests/test_plane_engines.py in `make vllm-cpu`."""
 import asyncio
 import json
+from types import SimpleNamespace
 
 import httpx
 import numpy as np
@@ -15,7 +16,7 @@ from starlette.routing import Route
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from kat.plane.engines import Request
-from kat.plane.vllm import EngineError, VLLMEngine, sampling_params, write_weights
+from kat.plane.vllm import EngineError, VLLMEngine, sampling_params, write_model, write_weights
 
 def chunk(*tokens, **more):
     return dict(choices=[dict(index=0, token_ids=[i for i, _ in tokens], logprobs=dict(content=[
@@ -77,6 +78,7 @@ def test_a_good_answer(server):
     (PlainTextResponse('Bad Gateway', 502), EngineError, '502 Bad Gateway'),
     (Response(sse(chunk((5, -.5)))), EngineError, 'ended before it was complete'),
     (Response(sse(chunk((5, -.5)), dict(error=dict(message='Internal server error')))), EngineError, 'Internal server error'),
+    (Response(sse(dict(error=dict(message='Token id 99 is out of vocabulary', code=400)))), ValueError, 'refused.*out of vocabulary'),
     (Response(sse(dict(choices=[dict(token_ids=[5, 6], logprobs=dict(content=[dict(token_id=5, logprob=0.)]))]))), EngineError,
      '2 tokens with 1 log-probs'),
     (Response(sse(chunk((5, -9999.), finish_reason='length'))), EngineError, 'no log-prob'),
@@ -123,8 +125,7 @@ def test_the_context_is_full(server):
 
 @pytest.fixture
 def folder(tmp_path):
-    model(0).save_pretrained(tmp_path)
-    (tmp_path/'model-00001-of-00002.safetensors').write_bytes(b'old')
+    write_model(model(0), SimpleNamespace(save_pretrained=lambda f: None), tmp_path)
     return tmp_path
 
 def model(seed):
@@ -145,9 +146,10 @@ def test_new_weights(server, folder, as_dict, keep):
     assert asked['/pause'][0] == dict(mode='keep') and asked['/collective_rpc'][1] == dict(method='reload_weights')
     assert asked['/reset_prefix_cache'][0] == dict(reset_running_requests=str(not keep).lower())
     assert asked['/update_weight_version'][1] == dict(new_version='5')
-    assert [p.name for p in folder.iterdir() if 'safetensors' in p.name] == ['model.safetensors']
-    assert torch.equal(load_file(folder/'model.safetensors')['model.norm.weight'], new.model.norm.weight)
-    assert torch.equal(load_file(folder/'model.safetensors')['model.embed_tokens.weight'], new.model.embed_tokens.weight)
+    assert sorted(p.name for p in folder.iterdir()) == ['config.json', 'model.safetensors']
+    got = load_file(folder/'model.safetensors')
+    assert got.keys() == new.state_dict().keys() and all(torch.equal(v, got[k]) for k, v in new.state_dict().items())
+    assert Qwen3ForCausalLM.from_pretrained(folder).lm_head.weight is not new.model.embed_tokens.weight
 
 def test_new_weights_that_do_not_arrive(server, folder):
     async def go(e):
@@ -164,5 +166,11 @@ def test_new_weights_that_do_not_arrive(server, folder):
     ask(server, go, folder=folder)
     with pytest.raises(ValueError, match='`folder`'): ask(server, lambda e: e.update_weights(model(1), 5))
     with pytest.raises(ValueError, match='config.json'): write_weights(model(1), folder.parent)
+    sd = model(1).state_dict()
+    for bad in ({k: v for k, v in sd.items() if k != 'lm_head.weight'}, sd | {'lm_head.weight': torch.ones(3)}):
+        with pytest.raises(ValueError, match='another model: lm_head.weight'): write_weights(bad, folder)
+    with pytest.raises(ValueError, match='another model: extra'): write_weights(sd | {'extra': torch.ones(3)}, folder)
+    model(0).save_pretrained(folder)
+    with pytest.raises(ValueError, match='write_model'): write_weights(model(1), folder)
     server.answers['/pause'] = PlainTextResponse('', 404)
     with pytest.raises(EngineError, match='VLLM_SERVER_DEV_MODE'): ask(server, lambda e: e.pause())
