@@ -87,7 +87,9 @@ def serve(folder, model, tokenizer):
     url, log = f'http://127.0.0.1:{port}', []
     threading.Thread(target=lambda: log.extend(p.stdout), daemon=True).start()
     while p.poll() is None:
-        try: return p, url if urllib.request.urlopen(url + '/health').status == 200 else None
+        try:
+            urllib.request.urlopen(url + '/health').read()
+            return p, url
         except OSError: time.sleep(.5)
     raise RuntimeError('vLLM did not start:\n' + ''.join(log[-40:]))
 
@@ -103,6 +105,8 @@ def door(request, model, tokenizer, tmp_path_factory):
     finally:
         p.terminate()
         p.wait()
+
+def run(coro): asyncio.run(asyncio.wait_for(coro, 120))  # a net: a test that waits for what never comes should say so
 
 def prompts(*sizes, seed=0):
     rng = np.random.default_rng(seed)
@@ -137,7 +141,7 @@ def test_many_at_once(door):
                 assert c.finish == 'length' and len(c.ids) == r.max_tokens and c.stopped_by is None
                 assert [t[0] for t in h] == c.ids.tolist() and np.allclose([t[1] for t in h], c.logprobs)
                 assert set(c.versions) == {0} and {t[3] for t in h} == {0} and c.version == 0
-    asyncio.run(go())
+    run(go())
 
 def test_greedy(door):
     async def go():
@@ -146,7 +150,7 @@ def test_greedy(door):
             c = await e.generate(r)
             check(door, r, c)
             assert c.ids.tolist() == reference(door.model, r, c)[2].argmax(-1).tolist()
-    asyncio.run(go())
+    run(go())
 
 def test_temperature(door):
     "log-probs at the request's temperature, or a refusal"
@@ -156,7 +160,7 @@ def test_temperature(door):
             if door.kind == 'vllm':
                 with pytest.raises(ValueError, match='processed_logprobs'): await e.generate(r)
             else: check(door, r, await e.generate(r))
-    asyncio.run(go())
+    run(go())
 
 def test_truncation(door):
     "only what top-p and top-k allow is sampled; log-probs are those before the cut"
@@ -171,7 +175,7 @@ def test_truncation(door):
                 if 'top_k' in kw: assert rank.max() < kw['top_k']
                 before = (p.cumsum(-1) - p).gather(1, rank[:, None])[:, 0]
                 if kw == dict(top_p=.3): assert before.max() < .3 + 1e-4
-    asyncio.run(go())
+    run(go())
 
 def test_stop_ids(door):
     async def go():
@@ -184,7 +188,7 @@ def test_stop_ids(door):
             assert c.ids.tolist() == free[:n] and c.finish == 'stop' and c.stopped_by == stop
             last = await e.generate(Request(r.ids, n, temperature=0, stop=(stop,)))
             assert last.finish == 'stop' and len(last.ids) == n
-    asyncio.run(go())
+    run(go())
 
 def test_min_tokens(door):
     "stop tokens can't be sampled too early; what is sampled instead has its log-prob before the cut"
@@ -198,7 +202,7 @@ def test_min_tokens(door):
             assert c.finish == 'stop' and c.ids[-1] % 2 == 0
             g = await e.generate(Request(r.ids, 4, temperature=0, stop=stop, min_tokens=4))
             assert g.finish == 'length' and all(i % 2 for i in g.ids)
-    asyncio.run(go())
+    run(go())
 
 def test_stop_strings(door, tokenizer):
     async def go():
@@ -212,7 +216,7 @@ def test_stop_strings(door, tokenizer):
             assert c.ids.tolist() == free[:len(c.ids)].tolist() and c.finish == 'stop' and c.stopped_by == stop
             assert stop in tokenizer.decode(c.ids, skip_special_tokens=False)
             assert stop not in tokenizer.decode(c.ids[:-1], skip_special_tokens=False)
-    asyncio.run(go())
+    run(go())
 
 def test_seeds(door):
     async def go():
@@ -222,7 +226,7 @@ def test_seeds(door):
             a, b, c = [ids(await e.generate(Request(p, 15, seed=s))) for s in (1, 1, 2)]
             assert a == b != c
             assert ids(await e.generate(Request(p, 15))) != ids(await e.generate(Request(p, 15)))
-    asyncio.run(go())
+    run(go())
 
 def test_context_ends(door):
     async def go():
@@ -234,7 +238,7 @@ def test_context_ends(door):
             assert c.finish == 'length' and len(c.ids) == 5
             full = await e.generate(Request(np.r_[p, c.ids], 20))
             assert full.finish == 'length' and len(full.ids) == len(full.versions) == 0
-    asyncio.run(go())
+    run(go())
 
 def test_turns_of_a_session(door):
     async def go():
@@ -247,7 +251,7 @@ def test_turns_of_a_session(door):
                 h = np.r_[h, c.ids, prompts(6, seed=turn)[0]]
             r = Request(np.r_[h[:40], prompts(9)[0]], 10, seed=9, session='s')  # history rewritten
             check(door, r, await e.generate(r))
-    asyncio.run(go())
+    run(go())
 
 def test_abort(door):
     "a cancelled request is gone, the others notice nothing, and the engine goes on"
@@ -264,7 +268,7 @@ def test_abort(door):
                 assert len(c.ids) == r.max_tokens
             r = Request(rs[0].ids, 5, seed=0)
             check(door, r, await e.generate(r))
-    asyncio.run(go())
+    run(go())
 
 @pytest.mark.parametrize('bad, msg', [(dict(ids=[]), 'non-empty'), (dict(ids=[3, -1]), '-1'), (dict(ids=[3, V]), str(V)),
     (dict(ids=[1]*(MAX+1)), 'shorten'), (dict(max_tokens=0), 'max_tokens'), (dict(min_tokens=5), 'min_tokens'),
@@ -274,7 +278,7 @@ def test_bad_requests(door, bad, msg):
     async def go():
         async with door() as e:
             with pytest.raises(ValueError, match=msg): await e.generate(Request(**dict(ids=[1], max_tokens=4) | bad))
-    asyncio.run(go())
+    run(go())
 
 def test_pause(door):
     "no token between pause and resume, also for requests that come meanwhile"
@@ -293,7 +297,7 @@ def test_pause(door):
             assert not late.done() and not one.done()
             await e.resume()
             for r, c in zip(rs, await asyncio.gather(one, late)): check(door, r, c)
-    asyncio.run(go())
+    run(go())
 
 def test_new_weights_midway(door):
     "tokens are kept; each is exact under the weights that its version names, given all that was kept"
@@ -325,4 +329,4 @@ def test_new_weights_midway(door):
             check(door, r, c)
             assert set(c.versions) == {2} and c.version == 2
             if door.kind == 'vllm': await e.post('/update_weight_version', dict(new_version='default'))
-    asyncio.run(go())
+    run(go())

@@ -34,6 +34,8 @@ def prompts(*sizes, seed=0):
     rng = np.random.default_rng(seed)
     return [rng.integers(0, V, n) for n in sizes]
 
+def run(coro): return asyncio.run(asyncio.wait_for(coro, 120))  # a net
+
 def alone(model, r):
     "the answer of an engine that has nothing else to do and has seen nothing"
     if model not in singles: singles[model] = HFEngine(model, max_len=256, slots=1)
@@ -204,7 +206,7 @@ def test_closed(model):
             with pytest.raises(EngineClosed): await again
         await e.close()
         assert not e.thread.is_alive() and e.engine.model is None
-    asyncio.run(go())
+    run(go())
 
 def test_a_listener_that_raises_fails_alone(model):
     async def go():
@@ -216,7 +218,7 @@ def test_a_listener_that_raises_fails_alone(model):
         await e.pause()
         assert not e.engine.busy and not e.callers
         await e.close()
-    asyncio.run(go())
+    run(go())
 
 def test_an_error_in_the_model_reaches_those_it_hit(model):
     async def go():
@@ -230,7 +232,7 @@ def test_an_error_in_the_model_reaches_those_it_hit(model):
         c = await e.generate(Request([1, 2, 3], 9, seed=0))
         assert c.ids.tolist() == alone(model, Request([1, 2, 3], 9, seed=0)).ids.tolist()
         await e.close()
-    asyncio.run(go())
+    run(go())
 
 def test_damaged_weights_are_noticed(model):
     async def go():
@@ -244,7 +246,7 @@ def test_damaged_weights_are_noticed(model):
         await e.update_weights(sd, 2)
         assert (await e.generate(Request([1, 2], 3, seed=0))).ids.tolist() == alone(model, Request([1, 2], 3, seed=0)).ids.tolist()
         await e.close()
-    asyncio.run(go())
+    run(go())
 
 def test_event_loops_come_and_go(model):
     "the engine outlives the loop it was made on, and callers of a loop that has ended"
@@ -272,7 +274,7 @@ def test_a_trainer_publishes_from_its_thread(model):
         with pytest.raises(ValueError, match='norm.weight'): await asyncio.to_thread(publish, bad, 2)
         assert not any(e.paused for e in es) and [e.version for e in es] == [1, 1]
         for e in es: await e.close()
-    asyncio.run(go())
+    run(go())
 
 class Cuts:
     "An engine that aborts after as many tokens as it is told; token t of an answer is the number of tokens before it"
@@ -312,4 +314,4 @@ def test_paused_engines_are_not_asked():
         assert not inner.asked and not t.done()
         await e.resume()
         assert len((await t).ids) == 5
-    asyncio.run(go())
+    run(go())

@@ -81,7 +81,7 @@ def _message(body) -> str:
     e = body.get('error', body.get('detail', body)) if isinstance(body, dict) else body
     return str(e.get('message', e) if isinstance(e, dict) else e)[:500]
 
-# %% ../../nbs/plane/01b_vllm.ipynb #6a19b705
+# %% ../../nbs/plane/01b_vllm.ipynb #83ed9c2d
 def write_model(
     model,  # a transformers model
     tokenizer,  # saved beside it
@@ -90,6 +90,7 @@ def write_model(
     "Write a folder for vLLM to serve: like `save_pretrained`, but untied and in one file."
     config = copy.deepcopy(model.config)
     config.tie_word_embeddings = config.get_text_config().tie_word_embeddings = False
+    config.architectures, config.dtype = [type(model).__name__], model.dtype  # as `save_pretrained` of a model notes them
     tokenizer.save_pretrained(folder)
     config.save_pretrained(folder)
     _save(model.state_dict(), Path(folder)/'model.safetensors')
