@@ -2,7 +2,8 @@
 
 A random Qwen3 of the demo's size. `decode`: one more token for every row, all at the same context; the fastest step, as
 other processes can only slow one down. `rollout`: groups of conversations with tools, ragged prompts and turns, as in a
-step of RL; transformers computes each turn's history anew, left-padded, as one must without an engine."""
+step of RL; transformers computes each turn's history anew, left-padded, as one must without an engine. `--agreement`: the
+log-probs an engine reports, against kat.compute's of the same text, on the shipped base model."""
 import argparse
 import resource
 import time
@@ -83,6 +84,24 @@ def rollout(way, groups, size, turns=5):
         history = [np.r_[h, g, more(5, 50)] for h, g in zip(history, got)]
     return time.perf_counter() - begin, sampled
 
+def agreement(turns=64, n=64):
+    "how far the sampled log-probs are from flat_logprobs"
+    from pathlib import Path
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from kat.compute.logprob import flat_logprobs
+    base = Path(__file__).parents[1]/'data'/'base'
+    model, tok = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32).eval(), AutoTokenizer.from_pretrained(base)
+    prompt = np.array(tok.encode('def solve(xs):\n    """Return the sum of the even numbers in xs."""\n'))
+    for ours in (torch.float32, torch.bfloat16):
+        cs = HFEngine(model, max_len=256, slots=turns, dtype=ours).generate([Request(prompt, n, seed=i) for i in range(turns)])
+        ids = torch.tensor(np.array([np.r_[prompt, c.ids] for c in cs])).long()
+        mask = torch.arange(ids.shape[1]).expand_as(ids) >= len(prompt)
+        for theirs in (torch.float32, torch.bfloat16):
+            with torch.no_grad(): lp = flat_logprobs(model, ids, mask, dtype=theirs)[0].numpy()
+            d = lp - np.concatenate([c.logprobs for c in cs])
+            print(f"engine {str(ours)[6:]:9} flat_logprobs {str(theirs)[6:]:9} {d.size} tokens: mean |d| {np.abs(d).mean():.1e}, "
+                  f"99 % below {np.quantile(np.abs(d), .99):.1e}, max {np.abs(d).max():.1e}, k3 KL {(np.expm1(d) - d).mean():.1e}")
+
 def main():
     a = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     a.add_argument('--model', type=int, nargs=5, default=[192, 4, 3, 1, 64], metavar='N',
@@ -91,9 +110,11 @@ def main():
     a.add_argument('--ctx', type=int, default=300)
     a.add_argument('--threads', type=int, default=torch.get_num_threads())
     a.add_argument('--quick', action='store_true', help='without transformers')
+    a.add_argument('--agreement', action='store_true', help='log-probs instead of times')
     a = a.parse_args()
     torch.set_num_threads(a.threads)
     logging.set_verbosity_error()
+    if a.agreement: return agreement()
     print(f"{sum(p.numel() for p in make_model(*a.model).parameters())/1e6:.2f} M parameters, {a.threads} threads, "
           f"decode at context {a.ctx}, torch {torch.__version__}")
     print(f"{'':24}{'rows':>6}{'decode ms/step':>16}{'tok/s':>8}{'rollout s':>11}{'sampled tok/s':>15}{'peak MB':>9}")
