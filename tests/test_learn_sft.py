@@ -13,7 +13,8 @@ from tokenizers import Tokenizer, models
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
 from kat.core.types import Segment, Trajectory
-from kat.learn.sft import _collate, as_sequences, plan_batches, train_sft
+from kat.compute.logprob import flat_logprobs, pad_rows
+from kat.learn.sft import _collate, as_sequences, batch_loss, plan_batches, train_sft
 from kat.learn.training import CheckpointError
 
 WORDS = {w: i for i, w in enumerate("<pad> a b c d e f g".split())}
@@ -173,3 +174,21 @@ def test_a_plan_visits_everything_once_an_epoch(lengths, budget, steps, seed):
 
 def test_training_json_is_read_back(straight):
     assert json.loads((straight[0] / "model" / "training.json").read_text()) == straight[2]
+
+
+def test_the_loss_of_rows_that_branch_is_that_of_the_rows():
+    from tree_models import make
+    model, rng = make("qwen3"), np.random.default_rng(0)
+    base = rng.integers(0, 23, 9).astype(np.int32)
+    rows = [np.concatenate([base[:n], rng.integers(0, 23, m).astype(np.int32)]) for n, m in ((9, 4), (9, 4), (5, 6), (3, 2))] + [base[:6]]
+    masks = [rng.random(len(r)) < 0.6 for r in rows]
+    inputs = dict(input_ids=pad_rows(rows), attention_mask=pad_rows([r >= 0 for r in rows], False), labels=pad_rows(masks, False))
+    loss, entropy = batch_loss(model, inputs)
+    loss.backward()
+    have = {n: p.grad.clone() for n, p in model.named_parameters()}
+    model.zero_grad()
+    logps, h = flat_logprobs(model, inputs["input_ids"].long(), inputs["labels"])
+    (-logps.mean()).backward()
+    torch.testing.assert_close(loss, -logps.mean(), atol=1e-10, rtol=0)
+    torch.testing.assert_close(entropy, h.mean(), atol=1e-10, rtol=0)
+    for n, p in model.named_parameters(): torch.testing.assert_close(have[n], p.grad, atol=1e-9, rtol=1e-7)

@@ -3,7 +3,7 @@ import numpy as np
 import pytest
 import torch
 from datasets import Dataset
-from tree_models import gradients, make, worst
+from tree_models import gradients, make
 from transformers import AutoTokenizer, Qwen3ForCausalLM
 from trl import GRPOConfig, GRPOTrainer, SFTConfig, SFTTrainer
 

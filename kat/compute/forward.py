@@ -6,7 +6,7 @@
 __all__ = ['NAME', 'causal_model', 'check_model', 'PackCall', 'tree_attention_layer', 'attends_to_trees', 'pack_layout',
            'run_pack', 'cast_weights', 'check_tree']
 
-# %% ../../nbs/compute/02a_forward.ipynb #9265e5da
+# %% ../../nbs/compute/02a_forward.ipynb #995c6a10
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -16,7 +16,7 @@ from torch.func import functional_call
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 
 from .tree_attention import Layout, tree_attention
-from ..tree.partition import Pack, partition
+from ..tree.partition import Pack
 from ..tree.trie import TokenTree
 
 # %% ../../nbs/compute/02a_forward.ipynb #ee412146

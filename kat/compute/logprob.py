@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SLICE', 'length_buckets', 'pad_rows', 'hidden_states', 'check_head', 'score_tokens', 'flat_logprobs', 'TreeLogprobs',
-           'pack_edges', 'score_edges', 'check_temperature', 'check_score', 'tree_logprobs']
+           'pack_edges', 'score_edges', 'check_temperature', 'check_score', 'tree_logprobs', 'rows_tree']
 
 # %% ../../nbs/compute/03_logprob.ipynb #b78ec148
 from collections.abc import Sequence
@@ -231,3 +231,16 @@ def _refuse_checkpointing(model) -> None:
     if torch.is_grad_enabled() and model.training and model.is_activation_checkpointing:
         raise ValueError("activation checkpointing would run the layers again after this call, with another attention: "
                          "use TreeEngine.forward_backward, or torch.no_grad()")
+
+# %% ../../nbs/compute/03_logprob.ipynb #430b7a8a
+def rows_tree(
+    input_ids: torch.Tensor,       # [B, L]
+    attention_mask: torch.Tensor,  # [B, L], 0 at padding
+) -> tuple[TokenTree, np.ndarray]:  # the tree; int64[B, L]: tree index of every token, -1 at padding
+    "The tree of a padded batch. ValueError names a row that is all padding."
+    real = attention_mask.bool().cpu().numpy()
+    if not real.any(1).all(): raise ValueError(f"row {int(real.any(1).argmin())} of the batch is all padding")
+    ids = input_ids.cpu().numpy()
+    tree, at = TokenTree.from_sequences([r[m] for r, m in zip(ids, real)]), np.full(ids.shape, -1)
+    at[real] = tree.paths
+    return tree, at
