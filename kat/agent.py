@@ -30,6 +30,7 @@ class Episode:
     segments: list[Segment] = field(default_factory=list)
     turns: list[dict] = field(default_factory=list)   # per turn: calls, tokens, errors, entropy_first
     last: str | None = None         # text of the last result
+    sampling: dict = field(default_factory=dict)      # how its policy samples
     finish: str | None = None       # 'submit', 'cap', 'length', 'lost', 'stopped', 'infra'; None while it runs
     given: list[Given] = field(default_factory=list)  # turns to play before the policy acts again
 
@@ -64,6 +65,7 @@ def recorded_turns(t: Trajectory,        # as `rollout` returns it
 # %% ../nbs/70_agent.ipynb #f796d153
 class Policy(Protocol):
     "Acts for many episodes at once."
+    sampling: dict      # what trajectories record: the temperature, if it samples
     def act(self, episodes: list[Episode]) -> list[Completion]: "One completion per episode."
 
 @dataclass
@@ -73,6 +75,8 @@ class ModelPolicy:
     stop: int                   # id that ends a turn
     temperature: float = 1.0    # 0: greedy
     max_tokens: int = 48        # per turn
+    @property
+    def sampling(self): return dict(temperature=self.temperature)
     def act(self, episodes):
         return self.engine.generate([Request(e.ids, self.max_tokens, self.temperature, stop=(self.stop,), session=e.name,
                                              seed=hash((e.seed, len(e.turns))) % 2**31) for e in episodes])
@@ -83,6 +87,7 @@ class ScriptPolicy:
     tokenizer: object
     make: Callable[[Episode], object]
     agents: dict = field(default_factory=dict)
+    sampling = {}
     def act(self, episodes):
         out = []
         for e in episodes:
@@ -164,7 +169,7 @@ def rollout(policy: Policy,                   # who acts
     return asyncio_run(_rollout(policy, tokenizer, tasks, make_env, seed, max_turns, max_len, watch, progress, train_corrections, begin))
 
 async def _rollout(policy, tokenizer, tasks, make_env, seed, max_turns, max_len, watch, progress, train_corrections, begin):
-    eps = [Episode(t, make_env(), hash((seed, i)) % 2**31, f'{seed}/{i}') for i, t in enumerate(tasks)]
+    eps = [Episode(t, make_env(), hash((seed, i)) % 2**31, f'{seed}/{i}', sampling=dict(policy.sampling)) for i, t in enumerate(tasks)]
     for e in eps:
         obs = await e.env.reset(e.task)
         e.segments = render(tokenizer, obs.messages, e.env.tools, add_generation_prompt=True)
@@ -196,7 +201,7 @@ async def finished(e: Episode) -> Trajectory:
             info |= dict(tests=g.tests, **g.info)
         except InfraError: info['finish'] = 'infra'
     await e.env.close()
-    return Trajectory(e.task.id, e.segments, reward, dict(temperature=1.0), info)
+    return Trajectory(e.task.id, e.segments, reward, e.sampling, info)
 
 # %% ../nbs/70_agent.ipynb #05a80ae9
 def asyncio_run(coro):

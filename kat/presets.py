@@ -23,14 +23,14 @@ PRESETS['smoke'] = {
 
 # %% ../nbs/73_presets.ipynb #1ef46240
 PRESETS['tiny'] = {
-    '00_data': dict(seed=0, model='data/base', documents=2000, walks=700, deliveries=1500, lessons=6000, checked=128),
+    '00_data': dict(seed=0, model='data/base', documents=2000, walks=700, deliveries=1500, lessons=5400, checked=128),
     '10_midtrain': dict(seed=0, model='data/base', steps1=120, steps2=100, batch_tokens=4096, muon_lr=0.01, lr=0.0015,
                         n_eval=256, max_turns=14),
     '20_sft': dict(seed=0, steps=280, batch_tokens=4096, muon_lr=0.01, lr=0.0015, n_eval=512, max_turns=14),
     '30_rft': dict(seed=0, steps=12, tasks=16, rollouts=6, teachers=3, lr=0.00015, threshold=0.6, patience=2,
                    corrections=0, train_corrections=False, n_finish=64,
                    n_eval=512, max_turns=14),
-    '40_rl': dict(seed=0, steps=50, tasks=16, rollouts=8, lr=0.00015, normalise='sequence', n_eval=512, max_turns=14),
+    '40_rl': dict(seed=0, steps=60, tasks=16, rollouts=8, lr=0.00015, normalise='sequence', n_eval=512, max_turns=14),
     '50_evaluate': dict(seed=0),
     '60_emergence': dict(seed=0, max_turns=14),
 }

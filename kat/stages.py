@@ -74,7 +74,7 @@ def expert_data(tokenizer, tasks: list[Task], make_env, seed: int, told: Callabl
 
 # %% ../nbs/80_stages.ipynb #0c5328d8
 def evaluate(model, tokenizer, stage: str, run_dir: str | Path, n: int, seed: int, max_turns: int, make_env, progress: Callable | None = None) -> dict:
-    "Play `n` held-out tasks sampled and greedy; writes `eval/<stage>.json` and the trajectories, returns the record."
+    "Play `n` held-out tasks sampled and greedy; writes `eval/<stage>.json` and both sets of trajectories, returns the record."
     run = Path(run_dir); path = run / 'eval' / f'{stage}.json'
     if path.exists(): return load_eval(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -88,6 +88,7 @@ def evaluate(model, tokenizer, stage: str, run_dir: str | Path, n: int, seed: in
             if progress: progress(len(got['sampled']) + len(got.get('greedy', [])))
     engine.close()
     write_parquet(run / 'eval' / f'{stage}.parquet', got['sampled'])
+    write_parquet(run / 'eval' / f'{stage}.greedy.parquet', got['greedy'])
     record = eval_record(stage, got['sampled'], got['greedy'], seed=seed)
     save_eval(record, path)
     return record
@@ -140,7 +141,8 @@ def with_logprobs(model, trajectories: list[Trajectory], dtype=torch.bfloat16, e
     from kat.compute.logprob import flat_logprobs, pad_rows
     for t in trajectories:
         ids, mask = pad_rows([t.ids]).long(), pad_rows([t.mask], False)
-        with torch.no_grad(): lp, _ = flat_logprobs(model, ids, mask, torch.ones(1), dtype)
+        if event is None: t.sampling = dict(temperature=1.0)
+        with torch.no_grad(): lp, _ = flat_logprobs(model, ids, mask, torch.tensor([t.sampling['temperature']]), dtype)
         lp, i = lp.float().cpu().numpy(), 0
         for s in t.segments:
             if not s.trainable: continue

@@ -2,7 +2,7 @@
 import numpy as np
 import pytest
 
-from kat.agent import ScriptPolicy, rollout
+from kat.agent import ModelPolicy, ScriptPolicy, rollout
 from kat.core.chat import render, train_tokenizer
 from kat.envs.base import InfraError
 from kat.envs.expert import Expert
@@ -24,7 +24,7 @@ def pool():
 
 class Recorder:
     "A policy around a policy that keeps every prompt."
-    def __init__(self, inner): self.inner, self.seen = inner, {}
+    def __init__(self, inner): self.inner, self.seen, self.sampling = inner, {}, inner.sampling
     def act(self, episodes):
         for e in episodes: self.seen.setdefault(e.name, []).append(e.ids)
         return self.inner.act(episodes)
@@ -51,6 +51,7 @@ def test_repeatable(tok, pool):
 
 class Fixed:
     "Says the same text each turn."
+    sampling = dict(temperature=0.5)
     def __init__(self, tok, text, finish='stop'): self.ids, self.finish = np.array(tok.encode(text), np.int32), finish
     def act(self, episodes):
         z = np.zeros(len(self.ids), np.float32)
@@ -60,6 +61,15 @@ class Fixed:
 def test_cap_and_versions(tok, pool):
     t, = rollout(Fixed(tok, '<tool_call>list</tool_call><|im_end|>'), tok, [make_task('train', 0)], lambda: MicroEnv(pool), max_turns=4, max_len=10**5)
     assert t.info['finish'] == 'cap' and t.n_turns == 4 and t.reward == 0 and set(t.version[t.mask]) == {7}
+
+
+def test_trajectories_say_how_they_were_sampled(tok, pool):
+    "The policy's temperature, greedy ones 0; a script has none."
+    say = Fixed(tok, '<tool_call>list</tool_call><|im_end|>')
+    for policy, want in ((say, dict(temperature=0.5)), (script(tok), {}), (ModelPolicy(None, 0, 0.0), dict(temperature=0.0))):
+        if isinstance(policy, ModelPolicy): policy.act = say.act
+        t, = rollout(policy, tok, [make_task('train', 0)], lambda: MicroEnv(pool), max_turns=4, max_len=10**5)
+        assert t.sampling == want
 
 
 @pytest.mark.parametrize('text', ['hello<|im_end|>', '<tool_call>fly away</tool_call><|im_end|>', '<tool_call>edit a<|im_end|>'])

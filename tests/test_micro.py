@@ -45,9 +45,11 @@ def test_family_is_true(family, pool):
 def test_believable_wrong_edits_fail(family, env):
     t = make_task('train', 1, family)
     path, n, right = t.data['edits'][0]
-    for text in t.data['wrong']:
+    old = t.data['files'][path].splitlines()[n - 1]
+    assert old not in t.data['tries'] and (not t.data['tries'] or t.data['tries'].count(right) == 1)
+    for text in t.data['tries']:
         _, grade, _ = steps(env, t, [('edit', dict(path=path, line=n, text=text)), ('submit', {})])
-        assert grade.reward == 0 and text != right
+        assert grade.reward == (text == right)
 
 
 def test_kinds_cover_the_grid():
@@ -92,6 +94,15 @@ def test_wrong_calls_are_told_and_change_nothing(env, call):
     assert not obs[0].results[0].ok and e.files == t.data['files']
 
 
+def test_an_edit_that_changes_nothing_is_refused(env):
+    t = make_task('train', 0, 'operator', 1)
+    (path, n, right), = t.data['edits']; old = t.data['files'][path].splitlines()[n - 1]
+    edit = lambda text: ('edit', dict(path=path, line=n, text=text))
+    obs, _, e = steps(env, t, [edit(old), edit(right), edit(right), edit(old)])
+    assert [(r.ok, r.text) for r in obs[0].results] == [(False, 'nothing changed'), (True, 'done'), (False, 'nothing changed'), (True, 'done')]
+    assert e.files == t.data['files']
+
+
 @pytest.mark.parametrize('text', ['    while True: pass', '    return "x" * 10**10', '    import os; os._exit(0)', '    return ((('])
 def test_hostile_edits_fail_their_tests(env, text):
     t = make_task('train', 0, 'operator', 1)
@@ -109,6 +120,24 @@ def test_expert_that_knows_solves_everything(env, merge):
             while not e.done: text = (await e.step(agent.act(text))).results[-1].text
             return await e.grade()
         assert asyncio.run(go()).reward == 1, (f, t.data['issue'])
+
+
+@pytest.mark.parametrize('family', ['operator', 'compare'])
+def test_expert_recovers_from_slips_and_wrong_guesses(env, family):
+    "A guesser goes through the edits in order and tests each until it passes; a slip is refused by the tool; the work gets done."
+    for i in range(10):
+        t = make_task('train', i, family); agent = Expert(t, i, Style(test=0.0, guess=1.0, slip=0.7))
+        async def go():
+            e = env(); await e.reset(t); text, seen = None, []
+            while not e.done:
+                calls = agent.act(text); obs = await e.step(calls); text = obs.results[-1].text
+                seen += [(c.name, c.arguments.get('text'), r.ok, r.text) for c, r in zip(calls, obs.results)]
+            return seen, await e.grade()
+        seen, grade = asyncio.run(go())
+        edits = [text for name, text, ok, _ in seen if name == 'edit' and ok]
+        assert edits == t.data['tries'][:len(edits)] and edits[-1] == t.data['edits'][0][2] and grade.reward == 1
+        assert all(said == 'nothing changed' for name, _, ok, said in seen if name == 'edit' and not ok)
+        assert all(after[0] == 'test' for (name, _, ok, _), after in zip(seen, seen[1:]) if name == 'edit' and ok)
 
 
 def test_tools_are_schemas():

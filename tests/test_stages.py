@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from kat.agent import ModelPolicy, rollout
+from kat.core.io import read_parquet
 from kat.envs.micro import make_task
 from kat.pipeline import ROOT, UserError
 from kat.plane.engines import HFEngine
@@ -44,7 +45,7 @@ def test_ground_truths_get_the_models_own_log_probs(base):
         played = rollout(ModelPolicy(engine, tok.eos_token_id), tok, [make_task('train', i) for i in range(4)], make_env, max_turns=2)
     old = [t.logprobs.copy() for t in played]
     for a, t in zip(old, with_logprobs(model, played, torch.float32)):
-        assert np.abs(a[t.mask] - t.logprobs[t.mask]).max() < 1e-4
+        assert np.abs(a[t.mask] - t.logprobs[t.mask]).max() < 1e-4 and t.sampling == dict(temperature=1.0)
 
 
 def test_expert_data_is_repeatable_and_seeds_differ(base):
@@ -63,3 +64,6 @@ def test_evaluation_is_kept(tmp_path, base):
         stamp = (tmp_path / 'eval/base.json').stat().st_mtime_ns
         assert evaluate(model, tok, 'base', tmp_path, 4, 0, 3, make_env) == a
     assert (tmp_path / 'eval/base.json').stat().st_mtime_ns == stamp and a['n'] == 4 and a['sampled']['rate'] == 0
+    for name, temperature in (('base', 1.0), ('base.greedy', 0.0)):   # both sets can be read, and say what they are
+        kept = list(read_parquet(tmp_path / f'eval/{name}.parquet'))
+        assert [t.task for t in kept] == [t.id for t in heldout(4)] and {t.sampling['temperature'] for t in kept} == {temperature}

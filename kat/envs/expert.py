@@ -17,15 +17,16 @@ __all__ = ['Style', 'draw_style', 'plan', 'Expert']
 class Style:
     "How one expert works. Probabilities are drawn anew at every decision."
     looks: str = 'search'      # 'search' words of the statement, 'list' the files first, or both
-    test: float = 0.5          # tests after an edit
-    guess: float = 0.45        # first guess wrong where the statement is ambiguous
+    test: float = 0.5          # tests an edit it has worked out
+    guess: float = 0.35        # where the statement is ambiguous: goes through the believable edits until the tests pass
     merge: float = 0.0         # puts the next call into the same turn where it doesn't need this one's result
     reread: float = 0.15       # looks at a file again or at one too many
+    slip: float = 0.0          # before an edit, writes some line of the file as it stands, which the tool refuses
 
 def draw_style(rng: random.Random) -> Style:
     "A style at random: hasty or careful, serial (most) or merging calls (a quarter)."
-    return Style(rng.choices(['search', 'list', 'both'], [6, 1, 1])[0], rng.choice([0.1, 0.35, 0.9]), 0.45,
-                 rng.choices([0.0, 0.6], [3, 1])[0], rng.choice([0.0, 0.0, 0.25]))
+    return Style(rng.choices(['search', 'list', 'both'], [6, 1, 1])[0], rng.choice([0.0, 0.1, 0.5]), 0.35,
+                 rng.choices([0.0, 0.6], [3, 1])[0], rng.choice([0.0, 0.0, 0.25]), rng.choice([0.0, 0.0, 0.5]))
 
 # %% ../../nbs/envs/04_expert.ipynb #3be052d8
 def plan(task: Task, style: Style, rng: random.Random):
@@ -42,15 +43,17 @@ def plan(task: Task, style: Style, rng: random.Random):
         if path == 'answer.txt' or rng.random() < 0.5: yield 'view', {'path': p}, path != 'answer.txt'
     if rng.random() < style.reread: yield 'view', {'path': rng.choice(sorted(set(d['files']) - {'tests.py'}))}, True
     if path not in viewed | {'answer.txt'} and not (path == 'config.py' and rng.random() < 0.5): yield 'view', {'path': path}, False
-    tries = rng.sample(d['wrong'], len(d['wrong'])) if d['wrong'] and rng.random() < style.guess else []
-    for text in [*tries, right]:
+    guess = bool(d['tries']) and rng.random() < style.guess
+    now = d['files'][path].splitlines()
+    for text in d['tries'] if guess else [right]:
+        if rng.random() < style.slip: n = rng.randint(1, len(now)); yield 'edit', {'path': path, 'line': n, 'text': now[n - 1]}, False
         yield 'edit', {'path': path, 'line': line, 'text': text}, True
+        now[line - 1] = text
         for p, n, t in d['edits'][1:]:
             yield 'view', {'path': p}, False
             yield 'edit', {'path': p, 'line': n, 'text': t}, True
-        if text == right and rng.random() >= style.test: break
-        if text != right and rng.random() >= max(style.test, 0.3): break   # hands in a wrong guess unseen
-        if (yield 'test', {}, text == right and rng.random() < 0.3) == 'pass': break
+        if not guess and rng.random() >= style.test: break
+        if (yield 'test', {}, not guess and rng.random() < 0.3) == 'pass': break
     yield 'submit', {}, False
 
 # %% ../../nbs/envs/04_expert.ipynb #47bfd78f

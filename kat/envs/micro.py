@@ -97,11 +97,11 @@ def _calls(rng, ns: dict, fn: Fn, n: int, wrong: list[dict] = ()) -> list[tuple[
 # %% ../../nbs/envs/03_micro.ipynb #27aef110
 @dataclass
 class Draft:
-    "What a family returns; `edits` are (path, line number from 1, right text), `wrong` are believable wrong texts for edits[0]."
+    "What a family returns; `edits` are (path, line number from 1, right text), `tries` all believable texts for edits[0], in order."
     files: dict[str, str]; edits: list[tuple[str, int, str]]; issue: str
     visible: tuple[list[str], list[str]]; hidden: tuple[list[str], list[str]]   # (import lines, checks)
     look: list[str] = field(default_factory=list)      # names worth searching for, in order
-    wrong: list[str] = field(default_factory=list)
+    tries: list[str] = field(default_factory=list)     # empty where the statement settles the edit
     reads: list[str] = field(default_factory=list)     # other files the answer is read from
 
 FAMILIES: dict[str, tuple] = {}   # name -> (kind, weight, function)
@@ -133,16 +133,21 @@ def _caller(rng, repo: Repo, fn: Fn) -> Fn:
     repo.imports[other.module] = [f"from {fn.module} import {fn.name}"]
     return other
 
+def _after(texts: list[str], one: str) -> list[str]:
+    "The other texts in their order, from the one that follows `one` round to the one before it."
+    i = texts.index(one)
+    return texts[i + 1:] + texts[:i]
+
 def _says(rng, call, want, got, shown) -> str:
     "A wrong value, in words; `shown` names the module where it shows or is ''."
     at = f" in {shown}.py" if shown else ''
     return rng.choice([f"{call}{at} gives {got}, want {want}", f"{call}{at} should be {want} but is {got}",
                        f"bug{at}: {call} is {got}, not {want}"])
 
-def _value_bug(rng, repo, fn, level, right, variants):
+def _value_bug(rng, repo, fn, level, right, texts):
     "A task whose symptom is a wrong value of `fn` (or, at level 3, of a caller of it in another module)."
     show = _caller(rng, repo, fn) if level == 3 else fn
-    files = repo.files(); path = fn.module + '.py'; n = line_of(files[path], right)
+    files = repo.files(); path = fn.module + '.py'; n = line_of(files[path], right); variants = [t for t in texts if t != right]
     spaces = {v: _namespace({**files, path: with_line(files[path], n, v)}) for v in variants}
     buggy = rng.choice(variants)
     ns = _namespace(files)
@@ -154,7 +159,7 @@ def _value_bug(rng, repo, fn, level, right, variants):
     check = [f"assert {c} == {w}" for c, w in cases]
     return Draft({**files, path: with_line(files[path], n, buggy)}, [(path, n, right)],
                  _says(rng, call, want, got, show.module if level == 1 else ''), (imp, check[:2]), (imp, check[2:]),
-                 look=[show.name] + ([fn.name] if level == 3 else []), wrong=[v for v in variants if v != buggy])
+                 look=[show.name] + ([fn.name] if level == 3 else []), tries=_after(texts, buggy))
 
 # %% ../../nbs/envs/03_micro.ipynb #b9093063
 @family('bug_fixing', 16)
@@ -162,7 +167,7 @@ def _operator(rng, repo, level):
     "One arithmetic operator is wrong; the statement shows the wrong value only."
     fn = rng.choice([f for f in repo.fns if len(f.args) == 2])
     a, op, b = fn.expr.split()
-    return _value_bug(rng, repo, fn, level, f"    return {fn.expr}", [f"    return {a} {o} {b}" for o in OPS if o != op])
+    return _value_bug(rng, repo, fn, level, f"    return {fn.expr}", [f"    return {a} {o} {b}" for o in OPS])
 
 @family('bug_fixing', 12)
 def _compare(rng, repo, level):
@@ -182,7 +187,7 @@ def _compare(rng, repo, level):
     c, w = case(told)
     return Draft({**files, path: with_line(files[path], n, texts[bad])}, [(path, n, right)],
                  _says(rng, c, w, not w, fn.module if level == 1 else ''), (imp, checks[:3]), (imp, checks[3:]),
-                 look=[fn.name], wrong=[t for o, t in texts.items() if o not in (op, bad)])
+                 look=[fn.name], tries=_after(list(texts.values()), texts[bad]))
 
 @family('bug_fixing', 8)
 def _swap(rng, repo, level):
@@ -368,7 +373,7 @@ def make_task(split: str,                 # 'train' or 'heldout'
               i: int,                     # number of the task within the split
               family: str | None = None,  # one family, or a draw from all by weight
               level: int | None = None,   # 1 (file named), 2 (found by search), 3 (symptom in another module, more files)
-             ) -> Task:                   # data: issue, files, tests, hidden, edits, look, wrong, reads, level, family
+             ) -> Task:                   # data: issue, files, tests, hidden, edits, look, tries, reads, level, family
     "The `i`-th micro task of a split. Raises ValueError on an unknown split, family or level."
     if split not in SPLITS: raise ValueError(f"split {split!r}: use one of {SPLITS}")
     if family is not None and family not in FAMILIES: raise ValueError(f"family {family!r}: use one of {sorted(FAMILIES)}")
@@ -386,7 +391,7 @@ def make_task(split: str,                 # 'train' or 'heldout'
         files = {**d.files, 'tests.py': _test_file(*d.visible)}
         return Task(f"micro/{split}/{i}" + (f"/{family}" if family else '') + (f"/{level}" if level else ''), 'micro', kind,
                     dict(family=fam, level=lev, issue=d.issue, files=files, hidden=_test_file(*d.hidden), edits=d.edits,
-                         look=d.look, wrong=d.wrong, reads=d.reads))
+                         look=d.look, tries=d.tries, reads=d.reads))
     raise ValueError(f"no task found for {split}/{i}/{family}/{level}")
 
 # %% ../../nbs/envs/03_micro.ipynb #571073b6
@@ -528,25 +533,31 @@ class MicroEnv(Env):
         if name in ('view', 'edit') and a['path'] not in self.files: return False, f"no file {a['path']}"
         if name == 'view': return True, view(self.files[a['path']])
         if name == 'edit':
-            n = len(self.files[a['path']].splitlines())
-            if not 1 <= a['line'] <= n: return False, f"{a['path']} has {n} lines"
+            old = self.files[a['path']].splitlines()
+            if not 1 <= a['line'] <= len(old): return False, f"{a['path']} has {len(old)} lines"
+            if old[a['line'] - 1] == a['text']: return False, 'nothing changed'
             self.files[a['path']] = with_line(self.files[a['path']], a['line'], a['text'])
             return True, 'done'
         if name == 'test':
-            bad = [v for v in (await self._run({'tests.py': self.files['tests.py']})).values() if v != 'ok']
+            bad = [v for k, v in (await self._run(self.files['tests.py'])).items() if v != 'ok' and k.startswith('tests.py::')]
             return True, f'fail: {bad[0]}' if bad else 'pass'
         self.done = True   # submit
         return True, 'done'
 
-    async def _run(self, tests: dict[str, str]) -> dict[str, str]:
-        key = hashlib.sha256(json.dumps([sorted(self.files.items()), sorted(tests.items())]).encode()).digest()
-        if key not in self.cache: self.cache[key] = verdicts(await self.pool.arun(test_job(self.files, tests)), tests)
+    async def _run(self, visible: str) -> dict[str, str]:
+        files, hidden = {**self.files, 'tests.py': visible}, {'hidden.py': self.task.data['hidden']}
+        key = hashlib.sha256(json.dumps([sorted(files.items()), hidden]).encode()).digest()
+        if key not in self.cache:
+            res = await self.pool.arun(test_job(files, {'tests.py': visible} | hidden))   # one job serves a test and the grade after it
+            if res.status == 'ok': self.cache[key] = verdicts(res, {})
+            else: self.cache[key] = {k: v for t in ({'tests.py': visible}, hidden)         # apart, so that neither fails for the other
+                                     for k, v in verdicts(await self.pool.arun(test_job(files, t)), t).items()}
         return self.cache[key]
 
     async def grade(self) -> Grade:
         "1 if all hidden and visible tests pass, else 0; `tests.py` is restored first, so editing the tests gains nothing."
         d = self.task.data
-        got = await self._run({'tests.py': d['files']['tests.py'], 'hidden.py': d['hidden']})
+        got = await self._run(d['files']['tests.py'])
         tests = {k: v == 'ok' for k, v in got.items()}
         patch = {p: t for p, t in self.files.items() if t != d['files'][p]}
         return Grade(float(bool(tests) and all(tests.values())), tests, {'patch': patch})
