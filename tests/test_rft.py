@@ -5,9 +5,10 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings, strategies as st
 
-from kat.agent import ScriptPolicy, rollout
+from kat.agent import ModelPolicy, ScriptPolicy, rollout
 from kat.core.chat import ids_of, render, train_tokenizer
 from kat.core.io import write_jsonl
 from kat.core.types import Segment, Trajectory
@@ -16,8 +17,10 @@ from kat.envs.expert import Expert
 from kat.envs.micro import SYSTEM, MicroEnv, make_task
 from kat.learn.rft import (Alignment, Episode, GroundTruth, Monitor, discrepancy, group_advantages, load_ground_truths,
                            normal_turn, parts, patch_facts, reward, save_ground_truths, savings, shadow, shared, squeeze)
-from kat.plane.engines import Completion
-from kat.stages import MeteredPool, finish_stopped
+from kat.learn.rl import make_row
+from kat.pipeline import ROOT
+from kat.plane.engines import Completion, HFEngine
+from kat.stages import MeteredPool, finish_stopped, load_model, with_logprobs
 from kat.study.evaluate import wilson
 
 few = settings(max_examples=40, deadline=None)
@@ -529,3 +532,22 @@ def test_stopped_rollouts_played_to_their_end(tok, make_env):
     assert finish_stopped(expert(), tok, {t.id: t for t in tasks}, cut, make_env, n=2)['finished'] == 2
     none = finish_stopped(expert(), tok, {}, [], make_env)
     assert (none['finished'], none['lo'], none['hi'], none['tokens']) == (0, 0, 1, 0)
+
+
+def test_corrections_that_are_trained_get_the_models_own_log_probs(make_env):
+    "A corrected rollout of a model: without log-probs on the correction trainers refuse it, with them the sampled ones stay as recorded."
+    lm, tok = load_model(ROOT / 'data/base')
+    task, engine = make_task('train', 0), HFEngine(lm, max_len=1024, slots=1)
+    given = np.array(tok.encode('<tool_call>list</tool_call><|im_end|>'))
+    t, = rollout(ModelPolicy(engine, tok.eos_token_id), tok, [task], make_env, max_turns=3, train_corrections=True,
+                 watch=lambda e: given if len(e.turns) == 1 else None)
+    engine.close()
+    spliced = np.concatenate([np.full(len(s), s.event == 'correction') for s in t.segments])
+    before = t.logprobs.copy()
+    with pytest.raises(ValueError, match='no recorded log-prob'): make_row(t, 1.)
+    with_logprobs(lm, [t], torch.float32, event='correction')
+    assert np.array_equal(before[~spliced], t.logprobs[~spliced], equal_nan=True) and spliced.sum() == len(given)
+    kept = t.logprobs.copy()
+    make_row(t, 1.)
+    with_logprobs(lm, [t], torch.float32)
+    assert np.abs(kept - t.logprobs)[t.mask].max() < 1e-4
