@@ -1,4 +1,6 @@
 "The embedded engine against transformers itself, on small random models of several architectures"
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -8,8 +10,8 @@ from transformers import (Gemma2Config, Gemma2ForCausalLM, Gemma3ForCausalLM, Ge
                           MistralForCausalLM, Qwen3Config, Qwen3ForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM)
 
 from kat.plane import engines
-from kat.plane.engines import (HFEngine, Request, Sampler, SlotTable, borrow, check_requests, common, pick,
-                               prefill_groups, sample_step, truncate)
+from kat.plane.engines import (HFEngine, Prefixes, Request, Settings, SlotTable, check_sessions, common, pick, prefill_groups,
+                               sample, truncate, uniforms)
 
 V = 64
 small = dict(vocab_size=V, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
@@ -166,12 +168,13 @@ def test_long_prompt_in_parts(model, monkeypatch):
     e, ps = HFEngine(model, max_len=256, slots=4), prompts(100, 3, 47, 16)
     for p, c in zip(ps, e.generate([Request(p, 5, seed=0) for p in ps])): check(model, p, c)
 
-def frequencies(n=4000, probs=(.4, .3, .2, .1), **kw):
-    "how often each token is sampled by `n` requests with seeds 0 to n-1"
-    s = Sampler([Request([0], 1, seed=i, **kw) for i in range(n)], [1]*n, 'cpu')
-    tok, live = sample_step(s, torch.tensor(probs).log().expand(n, -1), np.arange(n), np.ones(n, bool), 0)
-    assert not live.any()
-    return np.bincount(tok, minlength=len(probs))/n, s
+def frequencies(n=4000, probs=(.4, .3, .2, .1), banned=(), **kw):
+    "how often each token is sampled by `n` requests with seeds 0 to n-1, and what is reported"
+    r = Request([0], 1, **kw)
+    s = Settings([SimpleNamespace(request=r)]*n, 'cpu')
+    u = torch.tensor([uniforms(i, 1)[0] for i in range(n)])
+    tok, lp, entropy = sample(torch.tensor(probs).log().expand(n, -1), s, u, [(i, x) for i in range(n) for x in banned])
+    return np.bincount(tok, minlength=len(probs))/n, SimpleNamespace(ids=tok, logprobs=lp, entropy=entropy)
 
 def near(got, want, n=4000):
     want = np.array(want)
@@ -181,18 +184,22 @@ def test_distribution():
     p = np.array([.4, .3, .2, .1])
     got, s = frequencies()
     near(got, p)
-    np.testing.assert_allclose(s.logprobs[:, 0], np.log(p)[s.ids[:, 0]], atol=1e-6)
+    np.testing.assert_allclose(s.logprobs, np.log(p)[s.ids], atol=1e-6)
     np.testing.assert_allclose(s.entropy, -(p*np.log(p)).sum(), atol=1e-6)
     got, s = frequencies(temperature=.5)
     near(got, p**2/(p**2).sum())
-    np.testing.assert_allclose(s.logprobs[:, 0], np.log(p**2/(p**2).sum())[s.ids[:, 0]], atol=1e-6)
+    np.testing.assert_allclose(s.logprobs, np.log(p**2/(p**2).sum())[s.ids], atol=1e-6)
     for kw, want in ((dict(top_k=2), [.4, .3, 0, 0]), (dict(top_p=.65), [.4, .3, 0, 0]),
                      (dict(top_p=.75), [.4, .3, .2, 0]), (dict(top_k=3, top_p=.5), [.4, .3, 0, 0]),
                      (dict(top_k=1), [1, 0, 0, 0]), (dict(top_p=1e-9), [1, 0, 0, 0])):
         got, s = frequencies(**kw)
         near(got, np.array(want)/sum(want))
-        np.testing.assert_allclose(s.logprobs[:, 0], np.log(p)[s.ids[:, 0]], atol=1e-6)  # before the cut
+        np.testing.assert_allclose(s.logprobs, np.log(p)[s.ids], atol=1e-6)  # before the cut
+        got, s = frequencies(banned=[0], **kw)  # a stop token that would come too early
+        assert got[0] == 0 and (got > 0).sum() == min(3, kw.get('top_k') or 3) or 'top_p' in kw
+    near(frequencies(banned=[1, 3])[0], [2/3, 0, 1/3, 0])
     assert frequencies(temperature=0)[0].tolist() == [1, 0, 0, 0]
+    assert frequencies(temperature=0, banned=[0])[0].tolist() == [0, 1, 0, 0]
     assert frequencies(probs=(.3, .3, .4), top_k=2)[0][1] == 0  # among equals the lower id stays
 
 def test_greedy_reports_temperature_one(model):
@@ -235,30 +242,28 @@ def test_prefill_groups(rows, budget):
             done[s] = b
     assert done == {s: b for s, _, b in todo}
 
-@given(st.lists(st.lists(st.integers(0, 1), min_size=1, max_size=12), min_size=1, max_size=8), st.data())
-@settings(max_examples=100, deadline=None)
-def test_borrow(ids, data):
-    ids = [np.array(x) for x in ids]
-    kept = [data.draw(st.integers(0, len(x) - 1)) for x in ids]
-    rounds, donor, have = borrow(ids, kept, least=1)
-    assert sorted(sum(rounds, [])) == list(range(len(ids)))
-    before = set()
-    for rows in rounds:
-        for r in rows:
-            assert kept[r] <= have[r] < len(ids[r])
-            if donor[r] is None: assert have[r] == kept[r]
-            else: assert donor[r] in before and common(ids[r], ids[donor[r]]) >= have[r]
-        before |= set(rows)
-    assert all(donor[r] is None for r in rounds[0])
+@given(st.lists(st.lists(st.integers(0, 2), max_size=9), max_size=8), st.lists(st.integers(0, 2), min_size=1, max_size=9))
+@settings(max_examples=200, deadline=None)
+def test_prefixes_find_the_longest(rows, ids):
+    rows, ids = [np.array(r, np.int64) for r in rows], np.array(ids)
+    held = Prefixes([(r, i) for i, r in enumerate(rows[::2])])
+    for i, r in enumerate(rows[1::2]): held.add(r, 100 + i)
+    n, owner = held.best(ids)
+    of = dict(enumerate(rows[::2])) | {100 + i: r for i, r in enumerate(rows[1::2])}
+    assert n == max([common(r, ids) for r in rows], default=0)
+    assert common(of[owner], ids) == n if n else owner == -1
 
 def test_slot_table():
     t = SlotTable(3)
-    assert sorted(t.claim(['a', 'b', 'c'])) == [0, 1, 2]
-    t.claim(['a'])
-    b = t.session.index('b')
-    assert t.claim(['d', 'a']) == [b, t.session.index('a')] and t.evicted == 1
-    t.free(t.session.index('a'))
-    assert 'a' not in t.session and t.claim(['e']) is not None and t.evicted == 1
+    assert sorted(t.claim(s) for s in 'abc') == [0, 1, 2]
+    a, b = t.claim('a'), t.session.index('b')
+    assert t.claim('d') == b and t.claim('a') == a and t.evicted == 1
+    t.free(a)
+    assert t.claim('e') == a and t.evicted == 1
+    t.turn[:] = [SimpleNamespace(slot=i) for i in range(3)]
+    assert t.claim('f') is None
+    t.swap(0, 2)
+    assert [x.slot for x in t.turn] == [0, 1, 2]
 
 def test_update_weights(model):
     other, p = make(seed=5), prompts(25)[0]
@@ -307,7 +312,8 @@ def test_bfloat16_is_close(model):
     (dict(ids=[3, V]), f'holds {V}, .* 0 to {V-1}'),
     (dict(max_tokens=0), 'max_tokens'), (dict(temperature=-.1), 'temperature'),
     (dict(temperature=float('nan')), 'temperature'), (dict(top_p=0), 'top_p'), (dict(top_p=1.1), 'top_p'),
-    (dict(top_k=-1), 'top_k'), (dict(seed=-1), 'seed'), (dict(stop=3), 'stop')])
+    (dict(top_k=-1), 'top_k'), (dict(seed=-1), 'seed'), (dict(stop=3), 'stop'), (dict(min_tokens=9), 'min_tokens'),
+    (dict(stop_strings='ab'), 'stop_strings'), (dict(stop_strings=('',)), 'stop_strings'), (dict(stop_strings=('a',)), 'tokenizer')])
 def test_bad_requests(model, bad, msg):
     e = HFEngine(model, max_len=16, slots=2)
     good = Request([1, 2], 3, session='g')
@@ -317,7 +323,7 @@ def test_bad_requests(model, bad, msg):
 
 def test_same_session_twice(model):
     with pytest.raises(ValueError, match='request 1 .*request 0 has the same session'):
-        check_requests([Request([1], 2, session='x')]*1 + [Request([2], 2, session='x')], V, 16)
+        check_sessions([Request([1], 2, session='x'), Request([2], 2, session='x')])
 
 def sinks():
     m = GptOssForCausalLM(GptOssConfig(**small, num_local_experts=4, num_experts_per_tok=2))
@@ -337,14 +343,15 @@ def test_models_it_cannot_compute_are_refused(kind, slots):
 def test_interrupted_call_leaves_no_half_cache(model, monkeypatch):
     e, ps = HFEngine(model, max_len=64, slots=4), prompts(20, 10)
     rs = [Request(p, 8, seed=1, session=str(i)) for i, p in enumerate(ps)]
-    want, step = tokens(e.generate(rs)), engines.sample_step
-    def stop(s, logits, rows, live, t):
-        if t == 3: raise KeyboardInterrupt
-        return step(s, logits, rows, live, t)
+    want, sample, calls = tokens(e.generate(rs)), engines.sample, []
+    def stop(*args):
+        calls.append(0)
+        if len(calls) == 4: raise KeyboardInterrupt
+        return sample(*args)
     with monkeypatch.context() as mp:
-        mp.setattr(engines, 'sample_step', stop)
+        mp.setattr(engines, 'sample', stop)
         with pytest.raises(KeyboardInterrupt): e.generate(rs)
-    assert tokens(e.generate(rs)) == want
+    assert not e.busy and tokens(e.generate(rs)) == want
 
 def test_capacity_follows_the_longest_row(model):
     e, (long, short) = HFEngine(model, max_len=400, slots=3), prompts(300, 20)
