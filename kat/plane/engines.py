@@ -287,7 +287,7 @@ def copy_weights(
                                + (f" and {len(wrong)-3} more" if len(wrong) > 3 else ''))
     for k, v in dst.items(): v.copy_(src[k])
 
-# %% ../../nbs/plane/01_engines.ipynb #c0e204f7
+# %% ../../nbs/plane/01_engines.ipynb #bb193e5d
 class StopStrings:
     "Watches the text of a completion for the first of `strings`."
     def __init__(self, tokenizer, strings: tuple, history):
@@ -298,18 +298,18 @@ class StopStrings:
     def push(self, token: int, search: bool = True) -> str|None:
         "Take the next token; the string that it completes, the leftmost if several."
         text = self.tail + (self.stream.step(self.backend, token) or '')
-        found = [(text.find(s), s) for s in self.strings if s in text] if search else []
+        found = [(text.find(s, max(0, len(self.tail) - len(s) + 1)), s) for s in self.strings] if search else []
         self.tail = text[-self.reach:] if self.reach else ''
-        return min(found)[1] if found else None
+        return min([x for x in found if x[0] >= 0], default=(0, None))[1]
 
-# %% ../../nbs/plane/01_engines.ipynb #d5cac968
+# %% ../../nbs/plane/01_engines.ipynb #03f45251
 class Turn:
     "A request on its way: history and sample so far are `n` tokens, of the first `have` the slot holds keys and values."
     def __init__(self, request: Request, history: np.ndarray, max_len: int, tokenizer=None):
         self.request, self.history, self.n, self.have = request, history, len(history), 0
         self.new, self.logprobs, self.entropy, self.versions = [], [], [], []
         self.room = min(request.max_tokens, max_len - len(history))
-        self.u, self.last = uniforms(request.seed, self.room).tolist(), int(history[-1])
+        self.u, self.last, self.stop = uniforms(request.seed, self.room).tolist(), int(history[-1]), frozenset(request.stop)
         self.watch = StopStrings(tokenizer, request.stop_strings, history) if request.stop_strings else None
         self.name = object() if request.session is None else request.session  # who claims a slot
         self.slot, self.stale, self.stopped_by, self.finish = None, False, None, None if self.room else 'length'
@@ -324,7 +324,7 @@ class Turn:
         self.entropy.append(entropy)
         self.versions.append(version)
         self.n, self.last = self.n + 1, token
-        if token in self.request.stop: self.stopped_by = token
+        if token in self.stop: self.stopped_by = token
         elif self.watch: self.stopped_by = self.watch.push(token, len(self.new) > self.request.min_tokens)
         if self.stopped_by is not None: self.finish = 'stop'
         elif len(self.new) == self.room: self.finish = 'length'
@@ -420,16 +420,16 @@ def plan_prefill(
     row, pos, rect, slots = (torch.as_tensor(x, device=device) for x in (row, pos, rect, [s for s, _, _ in group]))
     return Plan(row, pos, slots, rect, max(b for _, _, b in group))
 
-# %% ../../nbs/plane/01_engines.ipynb #a27000fe
+# %% ../../nbs/plane/01_engines.ipynb #e655d819
 class Settings:
-    "How each row of a batch is sampled; a row without a turn like any other, its token is thrown away."
+    "How each row of a batch is sampled; that of a row without a turn doesn't matter."
     def __init__(self, turns, device):
         "`turns`: the `Turn` of each row, or None."
         rs = [t.request if t else Request(NOTHING, 1) for t in turns]
         f = lambda x, dtype=torch.float32: torch.tensor(x, dtype=dtype, device=device)
         self.temperature, self.top_p = f([r.temperature or 1. for r in rs])[:, None], f([r.top_p for r in rs])
         self.top_k = f([r.top_k for r in rs], torch.int64)
-        self.cut = any(r.top_k or r.top_p < 1 for r in rs)
+        self.cut, self.least = any(r.top_k or r.top_p < 1 for r in rs), max(r.min_tokens for r in rs)
         self.greedy = f([r.temperature == 0 for r in rs], torch.bool) if any(r.temperature == 0 for r in rs) else None
 
 # %% ../../nbs/plane/01_engines.ipynb #0a651242
@@ -535,7 +535,7 @@ def _close_ranks(e, turns):
     e.cache.swap(strays, holes)
     for a, b in zip(strays, holes): e.table.swap(a, b)
 
-# %% ../../nbs/plane/01_engines.ipynb #ec3e05ed
+# %% ../../nbs/plane/01_engines.ipynb #87e2896a
 def _decode(e) -> list[Turn]:  # the turns that got a token
     "One more token for every turn that is ready."
     turns = [t for t in e.table.turn if t and t.n - t.have == 1]
@@ -550,26 +550,26 @@ def _decode(e) -> list[Turn]:  # the turns that got a token
     logits = _forward(e, on([t.last if t else 0 for t in rows]), Plan(every, on(at), slice(0, n), None, e.cache.capacity),
                       every)
     e.stats['decode_steps'] += 1
+    e.stats['sampled_tokens'] += len(turns)
     e.stats['prefilled_tokens'] += sum(not t.new for t in turns)
-    _record(e, rows, logits)
+    _record(e, turns, rows, logits)
     return turns
 
-def _record(e, rows, logits):
-    "Sample a token for each row that is a turn; those that end leave their slots."
+def _record(e, turns, rows, logits):
+    "Sample a token for each turn in its row; turns that end leave their slots."
     if rows != e.rows: e.rows, e.settings = rows, Settings(rows, e.device)
-    banned = [(i, x) for i, t in enumerate(rows) if t and len(t.new) < t.request.min_tokens for x in t.request.stop
-              if 0 <= x < e.vocab]
+    banned = [(t.slot, x) for t in turns if len(t.new) < t.request.min_tokens for x in t.stop
+              if 0 <= x < e.vocab] if e.settings.least else []
     u = torch.as_tensor(np.array([t.u[len(t.new)] if t else 0. for t in rows]), device=e.device)
     tok, lp, entropy = (x.tolist() for x in sample(logits, e.settings, u, banned))
-    for t, *new in zip(rows, tok, lp, entropy):
-        if t is None: continue
-        if new[1] != new[1]: raise FloatingPointError("the model's logits are not finite: damaged weights?")
+    for t in turns:
+        i = t.slot
+        if lp[i] != lp[i]: raise FloatingPointError("the model's logits are not finite: damaged weights?")
         t.have = t.n
-        t.take(*new, e.version)
-        e.stats['sampled_tokens'] += 1
+        t.take(tok[i], lp[i], entropy[i], e.version)
         if t.finish: e.leave(t)
 
-# %% ../../nbs/plane/01_engines.ipynb #4b6f651d
+# %% ../../nbs/plane/01_engines.ipynb #d8e07e7e
 class HFEngine:
     "Embedded engine for any Hugging Face decoder: batched, keys and values kept between turns, weights of its own."
     def __init__(self,
@@ -647,15 +647,18 @@ class HFEngine:
 
     def update_weights(self, weights, version: int, keep: bool = False) -> None:
         """Copy `weights` (model or state dict) in. What was computed with the old ones is forgotten; turns under way
-        compute their text again, or, with `keep`, go on with the keys and values they have to their end."""
+        come in anew with all their text, or, with `keep`, go on with the keys and values they have to their end."""
         with torch.inference_mode(): copy_weights(self.model, weights)
         self.version = version
-        for k, t in enumerate(self.table.turn):
+        for k, t in reversed(list(enumerate(self.table.turn))):
             self.table.ids[k] = NOTHING
-            if t is None: self.table.free(k)
+            if t and keep and t.n - t.have == 1: t.stale = True
             else:
-                t.stale = keep and t.n - t.have == 1
-                if not t.stale: t.have = 0
+                self.table.turn[k] = None
+                self.table.free(k)
+                if t:
+                    t.slot, t.have, t.stale = None, 0, False
+                    self.waiting.appendleft(t)
 
     def release(self, session: str) -> None:
         "Forget a conversation; unknown ones (perhaps evicted) are no error."

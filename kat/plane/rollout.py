@@ -50,15 +50,15 @@ class Publisher:
                                "as with asyncio.to_thread(trainer.train, ...)")
         asyncio.run_coroutine_threadsafe(sync_weights(self.engines, model, version), self.loop).result()
 
-# %% ../../nbs/plane/06_rollout.ipynb #8cbf7039
+# %% ../../nbs/plane/06_rollout.ipynb #93093a1b
 def rest_of(
     request: Request,
     done: list[Completion],  # the parts so far
 ) -> Request:
     "What is still to be sampled. Noise is drawn anew, as a function of the seed and the number of tokens kept."
-    if not done: return request
     ids = np.concatenate([np.asarray(request.ids), *[c.ids for c in done]])
     n = len(ids) - len(request.ids)
+    if n == 0: return request
     seed = None if request.seed is None else int(np.random.SeedSequence([request.seed, n]).generate_state(1)[0])
     return replace(request, ids=ids, max_tokens=request.max_tokens - n, min_tokens=max(0, request.min_tokens - n), seed=seed)
 
@@ -67,7 +67,7 @@ def join(done: list[Completion]) -> Completion:
     cat = lambda f: np.concatenate([getattr(c, f) for c in done])
     return replace(done[-1], **{f: cat(f) for f in ('ids', 'logprobs', 'entropy', 'versions')})
 
-# %% ../../nbs/plane/06_rollout.ipynb #2fc64400
+# %% ../../nbs/plane/06_rollout.ipynb #30d25680
 class PartialRollout:
     "An engine over one that aborts: answers go on where they were cut."
     def __init__(self, engine: AsyncEngine):
