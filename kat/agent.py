@@ -5,18 +5,19 @@
 # %% ../nbs/70_agent.ipynb #97fc719f
 from __future__ import annotations
 import asyncio
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Callable, Protocol
 
 import numpy as np
 
 from .core.chat import extend_segments, generation_segments, parse_calls, render
-from .core.types import Segment, Trajectory
+from .core.types import GENERATED, Segment, Trajectory
 from .envs.base import Env, InfraError, Task, ToolCall
 from .plane.engines import Completion, Engine, Request
 
 # %% auto #0
-__all__ = ['Episode', 'Policy', 'ModelPolicy', 'ScriptPolicy', 'record_turn', 'play_turn', 'rollout', 'finished', 'asyncio_run']
+__all__ = ['Episode', 'Given', 'ended', 'recorded_turns', 'Policy', 'ModelPolicy', 'ScriptPolicy', 'record_turn', 'play_turn',
+           'next_turns', 'heed', 'check_replay', 'rollout', 'finished', 'asyncio_run']
 
 # %% ../nbs/70_agent.ipynb #fa80621f
 @dataclass
@@ -31,9 +32,35 @@ class Episode:
     last: str | None = None         # text of the last result
     sampling: dict = field(default_factory=dict)      # how its policy samples
     finish: str | None = None       # 'submit', 'cap', 'length', 'lost', 'stopped', 'infra'; None while it runs
+    given: list[Given] = field(default_factory=list)  # turns to play before the policy acts again
 
     @property
     def ids(self) -> np.ndarray: return np.concatenate([s.ids for s in self.segments])
+
+# %% ../nbs/70_agent.ipynb #2615e1b4
+@dataclass
+class Given:
+    "A turn that the policy doesn't sample: a correction, or part of a recorded beginning."
+    done: Completion            # log-probs and entropies are None where nobody recorded any
+    trainable: bool = True      # does the loss see it?
+    event: str | None = None    # 'correction': the turn of a ground truth
+
+def ended(ids: np.ndarray, tokenizer) -> str:
+    "How a recorded turn ended: 'stop' with the tokenizer's closing token, else 'length'."
+    return 'stop' if ids[-1] == tokenizer.eos_token_id else 'length'
+
+def recorded_turns(t: Trajectory,        # as `rollout` returns it
+                   tokenizer,            # that made it
+                  ) -> list[Given]:      # its turns in order
+    "The turns of a recorded trajectory, to be played again token by token."
+    out, turns = [], {}
+    for s in t.segments:
+        if s.kind in GENERATED and (s.trainable or s.event == 'correction'): turns.setdefault(s.turn, []).append(s)
+    for ss in turns.values():
+        cat = lambda f: None if any(getattr(s, f) is None for s in ss) else np.concatenate([getattr(s, f) for s in ss])
+        done = Completion(ids := cat('ids'), cat('logprobs'), cat('entropy'), ended(ids, tokenizer), cat('version'))
+        out.append(Given(done, ss[0].trainable, ss[0].event))
+    return out
 
 # %% ../nbs/70_agent.ipynb #f796d153
 class Policy(Protocol):
@@ -72,13 +99,15 @@ class ScriptPolicy:
         return out
 
 # %% ../nbs/70_agent.ipynb #4e8a634a
-def record_turn(e: Episode, done: Completion, tokenizer) -> tuple[list[ToolCall], list[str]]:
-    "Append the sampled turn; returns its calls and the errors of those that can't be read."
-    n, turn = len(done.ids), len(e.turns)
+def record_turn(e: Episode, turn: Given, tokenizer) -> tuple[list[ToolCall], list[str]]:
+    "Append a turn; returns its calls and the errors of those that can't be read."
+    done, own = turn.done, turn.event != 'correction'
     text = tokenizer.decode(done.ids[:-1] if done.finish == 'stop' else done.ids, skip_special_tokens=False)
     _, calls, errors = parse_calls(text, e.env.tools)
-    e.segments += generation_segments(tokenizer, done.ids, turn, done.logprobs, done.entropy, done.version)
-    e.turns.append(dict(calls=[], tokens=n, errors=len(errors), entropy_first=float(done.entropy[0])))
+    segments = generation_segments(tokenizer, done.ids, len(e.turns), done.logprobs, done.entropy, done.version, turn.trainable)
+    e.segments += [replace(s, event=turn.event) for s in segments]
+    e.turns.append(dict(calls=[], tokens=len(done.ids) if own else 0, errors=len(errors),
+                        entropy_first=None if done.entropy is None else float(done.entropy[0])) | ({} if own else dict(corrected=True)))
     return [ToolCall(c['function']['name'], c['function']['arguments'], c['id']) for c in calls], errors
 
 async def play_turn(e: Episode, calls: list[ToolCall], errors: list[str], tokenizer) -> None:
@@ -95,6 +124,31 @@ async def play_turn(e: Episode, calls: list[ToolCall], errors: list[str], tokeni
     for s in extend_segments(tokenizer, e.ids, [dict(role='tool', content=t) for t in texts], turn):
         e.segments.append(Segment(s.ids, s.kind, s.turn, False, event='error' if bad else 'tool'))
 
+# %% ../nbs/70_agent.ipynb #1cc19251
+def next_turns(policy: Policy, live: list[Episode]) -> list[Given]:
+    "For each episode the turn that is given, else the one that the policy samples."
+    free = [e for e in live if not e.given]
+    sampled = iter(policy.act(free) if free else [])
+    return [e.given.pop(0) if e.given else Given(next(sampled)) for e in live]
+
+def heed(e: Episode,             # after a turn
+         said,                   # None or 'go', 'stop', or int[n]: ids of a turn to splice in
+         tokenizer,              # to know whether that turn is closed
+         trainable: bool,        # does the loss see it?
+        ) -> None:
+    "Do what a watcher says. ValueError for anything else."
+    if isinstance(said, np.ndarray) and said.ndim == 1 and said.size:
+        e.given.append(Given(Completion(said.astype(np.int32), None, None, ended(said, tokenizer), -1), trainable, 'correction'))
+    elif isinstance(said, str) and said == 'stop': e.finish = 'stopped'
+    elif not (said is None or isinstance(said, str) and said == 'go'):
+        raise ValueError(f"watch said {said!r} of {e.name}: 'go', 'stop' or an array with the ids of a turn expected")
+
+def check_replay(e: Episode, begin: Trajectory) -> None:
+    "ValueError when the episode does not start with the tokens of the recorded beginning."
+    n = min(len(e.ids), len(begin.ids))
+    if e.finish != 'infra' and not np.array_equal(e.ids[:n], begin.ids[:n]):
+        raise ValueError(f'task {e.task.id}: its replay gave other tokens than the record; other tools, tokenizer or results than then?')
+
 # %% ../nbs/70_agent.ipynb #a5517b6e
 def rollout(policy: Policy,                   # who acts
             tokenizer,                        # with its chat template
@@ -103,31 +157,36 @@ def rollout(policy: Policy,                   # who acts
             seed: int = 0,                    # of the sampling noise; episode i uses (seed, i)
             max_turns: int = 14,              # cap on turns
             max_len: int = 1024,              # cap on tokens
-            watch: Callable[[Episode], bool] | None = None,    # after each turn: True stops the episode
+            watch: Callable[[Episode], str | np.ndarray | None] | None = None,  # after each turn, see `heed`
             progress: Callable[[int, int], None] | None = None,  # told (episodes done, all)
+            train_corrections: bool = False,  # does the loss see the turns that a watcher puts in? Their log-probs must then be added
+            begin: list[Trajectory] | None = None,  # recorded beginnings, one per task, from which the policy goes on
            ) -> list[Trajectory]:
     """Play `tasks` in waves and grade them. `info` holds task facts, `turns`, `finish`, `tests`, `patch`.
 
-    An episode whose sandbox failed has reward None and finish 'infra'. *Own design.*"""
-    return asyncio_run(_rollout(policy, tokenizer, tasks, make_env, seed, max_turns, max_len, watch, progress))
+    An episode whose sandbox failed has reward None and finish 'infra'. ValueError when a beginning can't be replayed. *Own design.*"""
+    if begin is not None and watch: raise ValueError('rollout: a replayed beginning is not watched; leave out `watch` or `begin`')
+    return asyncio_run(_rollout(policy, tokenizer, tasks, make_env, seed, max_turns, max_len, watch, progress, train_corrections, begin))
 
-async def _rollout(policy, tokenizer, tasks, make_env, seed, max_turns, max_len, watch, progress):
+async def _rollout(policy, tokenizer, tasks, make_env, seed, max_turns, max_len, watch, progress, train_corrections, begin):
     eps = [Episode(t, make_env(), hash((seed, i)) % 2**31, f'{seed}/{i}', sampling=dict(policy.sampling)) for i, t in enumerate(tasks)]
     for e in eps:
         obs = await e.env.reset(e.task)
         e.segments = render(tokenizer, obs.messages, e.env.tools, add_generation_prompt=True)
+    for e, t in zip(eps, begin or [], strict=begin is not None): e.given = recorded_turns(t, tokenizer)
     while live := [e for e in eps if e.finish is None]:
         todo = []
-        for e, done in zip(live, policy.act(live)):
-            calls, errors = record_turn(e, done, tokenizer)
+        for e, turn in zip(live, next_turns(policy, live)):
+            calls, errors = record_turn(e, turn, tokenizer)
             todo.append(play_turn(e, calls, errors, tokenizer))
         await asyncio.gather(*todo)
         for e in live:
-            if e.finish is None and watch and watch(e): e.finish = 'stopped'
+            if e.finish is None and watch: heed(e, watch(e), tokenizer, train_corrections)
             if e.finish is None and len(e.turns) >= 3 and not any(t['calls'] for t in e.turns[-3:]): e.finish = 'lost'
             if e.finish is None and len(e.ids) > max_len - 64: e.finish = 'length'
             if e.finish is None and len(e.turns) >= max_turns: e.finish = 'cap'
         if progress: progress(sum(e.finish is not None for e in eps), len(eps))
+    for e, t in zip(eps, begin or []): check_replay(e, t)
     return list(await asyncio.gather(*[finished(e) for e in eps]))
 
 async def finished(e: Episode) -> Trajectory:

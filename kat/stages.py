@@ -17,14 +17,15 @@ from .core.types import Trajectory
 from .envs.base import Task
 from .envs.expert import Expert
 from .envs.micro import MicroEnv, make_task
-from .envs.sandbox import WarmPool
+from .envs.sandbox import Job, JobResult, WarmPool
 from .pipeline import Progress, UserError, read_json
 from .plane.engines import HFEngine
-from .study.evaluate import eval_record, load_eval, save_eval
+from .study.evaluate import eval_record, load_eval, save_eval, wilson
 
 # %% auto #0
-__all__ = ['load_model', 'world', 'heldout', 'train_task', 'expert_data', 'evaluate', 'evaluate_stage', 'command_of',
-           'stage_figure', 'save_pairs', 'load_pairs', 'turn_facts', 'with_logprobs', 'steps_to', 'learning_rows']
+__all__ = ['load_model', 'MeteredPool', 'world', 'heldout', 'train_task', 'expert_data', 'evaluate', 'evaluate_stage',
+           'command_of', 'stage_figure', 'save_pairs', 'load_pairs', 'turn_facts', 'with_logprobs', 'finish_stopped',
+           'steps_to', 'learning_rows']
 
 # %% ../nbs/80_stages.ipynb #a8f4ff67
 def load_model(path: str | Path):  # -> (model, tokenizer)
@@ -39,10 +40,18 @@ def load_model(path: str | Path):  # -> (model, tokenizer)
                                             'delete the folder and run its stage again') from e
 
 # %% ../nbs/80_stages.ipynb #6ebca157
+class MeteredPool(WarmPool):
+    "A pool that adds up the seconds that its jobs ran."
+    seconds = 0.
+    async def arun(self, job: Job) -> JobResult:
+        done = await super().arun(job)
+        self.seconds += done.wall_s
+        return done
+
 @contextmanager
 def world(workers: int = 2):  # -> a function that makes environments
     "Sandboxes and a shared cache of test outcomes; yields the factory of environments."
-    pool, cache = WarmPool(workers=workers, trust='generated'), {}
+    pool, cache = MeteredPool(workers=workers, trust='generated'), {}
     try: yield lambda: MicroEnv(pool, cache)
     finally: pool.close()
 
@@ -127,18 +136,41 @@ def turn_facts(played: list[Trajectory]) -> dict:
     return dict(turns=len(turns) / len(played), parallel=sum(len(t['calls']) > 1 for t in turns) / max(1, sum(bool(t['calls']) for t in turns)),
                 capped=share('cap'), stopped=share('stopped'))
 
-def with_logprobs(model, trajectories: list[Trajectory], dtype=torch.bfloat16) -> list[Trajectory]:
-    "Set the log-probs of trained tokens to the model's own, so that a ground truth can stand in a group."
+def with_logprobs(model, trajectories: list[Trajectory], dtype=torch.bfloat16, event: str | None = None) -> list[Trajectory]:
+    "Set the log-probs of trained tokens (with `event`: of its segments only) to the model's own, so that a ground truth can stand in a group."
     from kat.compute.logprob import tree_logprobs
     from kat.tree.trie import TokenTree
-    if not trajectories: return trajectories
-    tree = TokenTree.from_sequences([t.ids for t in trajectories])
-    with torch.no_grad(): scored = tree_logprobs(model, tree, dtype=dtype, max_tokens=8192).logprob.float().cpu().numpy()
-    for t, logprobs in zip(trajectories, tree.gather(scored)):
-        t.sampling = dict(temperature=1.0)
-        for s, lp in zip(t.segments, np.split(logprobs, np.cumsum([len(s) for s in t.segments])[:-1])):
-            if s.trainable: s.logprobs = lp
+    for t in trajectories:
+        if event is None: t.sampling = dict(temperature=1.0)
+    for temperature in {t.sampling['temperature'] for t in trajectories}:
+        some = [t for t in trajectories if t.sampling['temperature'] == temperature]
+        tree = TokenTree.from_sequences([t.ids for t in some])
+        with torch.no_grad(): scored = tree_logprobs(model, tree, temperature, dtype=dtype, max_tokens=8192).logprob.float().cpu().numpy()
+        for t, logprobs in zip(some, tree.gather(scored)):
+            for s, lp in zip(t.segments, np.split(logprobs, np.cumsum([len(s) for s in t.segments])[:-1])):
+                if s.trainable and event in (None, s.event): s.logprobs = lp
     return trajectories
+
+# %% ../nbs/80_stages.ipynb #a26468a2
+def finish_stopped(policy,                    # who goes on, without a monitor
+                   tokenizer, tasks: dict[str, Task],  # by id
+                   stopped: list[Trajectory],  # rollouts with finish 'stopped'
+                   make_env,                  # from `world`
+                   n: int = 64,               # finish at most this many, drawn at random
+                   seed: int = 0, max_turns: int = 14) -> dict:
+    """What stopping saved on a sample, and how often it was wrong; intervals are Wilson's (95 %).
+
+    `passed` of `finished` would have handed in work that passes; `turns` and `tokens` are those after the stop. `sandbox_s` are the
+    seconds of sandbox jobs, gradings at the end included, whose outcome wasn't known already. *Own design.*"""
+    draw = sorted(np.random.default_rng(seed).permutation(len(stopped))[:n])
+    begin, pool = [stopped[i] for i in draw], make_env().pool
+    before = pool.seconds
+    done = rollout(policy, tokenizer, [tasks[t.task] for t in begin], make_env, seed=seed, max_turns=max_turns, begin=begin) if begin else []
+    pairs = [(a.info['turns'], b) for a, b in zip(begin, done) if b.info['finish'] != 'infra']
+    passed, after = sum(b.reward == 1 for _, b in pairs), [b.info['turns'][len(a):] for a, b in pairs]
+    lo, hi = wilson(passed, len(pairs))
+    return dict(stopped=len(stopped), finished=len(pairs), passed=passed, lo=lo, hi=hi, turns=sum(map(len, after)),
+                tokens=sum(t['tokens'] for a in after for t in a), sandbox_s=round(pool.seconds - before, 3))
 
 # %% ../nbs/80_stages.ipynb #5b2181e6
 def steps_to(run_dir, stage: str, total: int, offset: int = 0) -> Callable[[dict], None]:

@@ -91,7 +91,7 @@ def test_context_limit(tok, pool):
 
 
 def test_watch_stops(tok, pool):
-    t, = rollout(Fixed(tok, '<tool_call>list</tool_call><|im_end|>'), tok, [make_task('train', 0)], lambda: MicroEnv(pool), max_len=10**5, watch=lambda e: len(e.turns) == 2)
+    t, = rollout(Fixed(tok, '<tool_call>list</tool_call><|im_end|>'), tok, [make_task('train', 0)], lambda: MicroEnv(pool), max_len=10**5, watch=lambda e: 'stop' if len(e.turns) == 2 else None)
     assert t.info['finish'] == 'stopped' and t.n_turns == 2
 
 

@@ -1,0 +1,69 @@
+"Costs agree with the formulas of whole trees; ranges over ranks add up; the time model finds itself again; other layers are refused."
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from tree_models import gradients, make, sequences, worst
+from transformers import AutoModelForCausalLM, Gemma3TextConfig, LlamaConfig, MambaConfig, Qwen3NextConfig
+
+from kat.compute.cost import TimeModel, flat_cost, predicted_speedup, split_ranges, token_flops, tree_costs
+from kat.compute.engine import TreeEngine
+from kat.compute.logprob import tree_logprobs
+from kat.tree.stats import flat_profile, model_shape, tree_profile
+from kat.tree.trie import TokenTree
+
+FEW = settings(max_examples=20, deadline=None, suppress_health_check=list(HealthCheck))
+SHAPES = [model_shape(LlamaConfig(hidden_size=64, intermediate_size=96, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2, vocab_size=99)),
+          model_shape(Gemma3TextConfig(hidden_size=64, intermediate_size=96, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2, head_dim=16, vocab_size=99, sliding_window=5))]
+
+
+@FEW
+@given(seqs=sequences(), size=st.sampled_from([None, 1, 4, 9]), shape=st.sampled_from(SHAPES))
+def test_packs_add_up_to_the_tree(seqs, size, shape):
+    tree = TokenTree.from_sequences(seqs)
+    assert token_flops(shape, tree.position).sum() == pytest.approx(shape.forward(tree_profile(tree)))
+    costs = tree_costs(shape, tree, size, recompute=False)
+    assert sum(c.tokens for c in costs) == len(tree) and sum(c.flops for c in costs) == pytest.approx(3 * shape.forward(tree_profile(tree)))
+    assert flat_cost(shape, [len(s) for s in seqs]).flops == pytest.approx(3 * shape.forward(flat_profile([len(s) for s in seqs])))
+    again = tree_costs(shape, tree, size)
+    assert 3 * shape.forward(tree_profile(tree)) <= sum(c.flops for c in again) * (1 + 1e-12) <= 4 * shape.forward(tree_profile(tree)) * (1 + 1e-9)
+
+
+@FEW
+@given(seqs=sequences(), ranks=st.integers(1, 5), seed=st.integers(0, 99))
+def test_ranks_add_up_to_the_whole(seqs, ranks, seed):
+    tree, model = TokenTree.from_sequences(seqs), MODEL
+    ranks = min(ranks, len(tree))
+    w = torch.from_numpy(np.random.default_rng(seed).normal(size=len(tree)))
+    TreeEngine(model).forward_backward(tree, lambda e: (w[e.index] * e.logprob).sum())
+    want = gradients(model)
+    parts = split_ranges(tree, ranks)
+    own = np.concatenate([p.index[p.score] for p in parts])
+    assert own.tolist() == list(range(len(tree)))
+    for p in parts:
+        index = torch.from_numpy(p.index)
+        TreeEngine(model, max_tokens=5).forward_backward(p.tree, lambda e: (w[index[e.index]] * e.logprob).sum(), p.score)
+    assert worst(want, gradients(model)) < 1e-9
+    with pytest.raises(ValueError, match="ranks"): split_ranges(tree, len(tree) + 1)
+
+
+MODEL = make("qwen3")
+
+
+def test_no_sharing_costs_what_the_sequences_cost_and_small_packs_warn():
+    alone = TokenTree.from_sequences([[k] * 50 for k in range(5)])
+    assert predicted_speedup(SHAPES[0], alone) == 1.0
+    with pytest.warns(UserWarning, match="shares too little to pay"): predicted_speedup(SHAPES[0], alone, 8)
+    with pytest.raises(ValueError, match="at least 3"): TimeModel.fit([])
+
+
+@pytest.mark.parametrize("config", [
+    Qwen3NextConfig(vocab_size=50, hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1, head_dim=16, num_experts=2,
+                    num_experts_per_tok=1, moe_intermediate_size=16, shared_expert_intermediate_size=16, linear_num_key_heads=2, linear_num_value_heads=2,
+                    linear_key_head_dim=8, linear_value_head_dim=8, layer_types=["linear_attention", "full_attention"]),
+    MambaConfig(vocab_size=50, hidden_size=32, num_hidden_layers=2, state_size=4)], ids=["linear-attention", "state-space"])
+def test_layers_of_another_kind_are_refused(config):
+    model, tree = AutoModelForCausalLM.from_config(config), TokenTree.from_sequences([[1, 2, 3], [1, 2, 4]])
+    for call in (lambda: tree_logprobs(model, tree), lambda: TreeEngine(model)):
+        with pytest.raises(ValueError, match="linear_attention|attention interface|every layer|keep a state"): call()
