@@ -64,8 +64,8 @@ def postgres(tmp_path_factory):
 def url(request, tmp_path):
     "An empty database of either kind."
     if request.param == 'sqlite': return str(tmp_path/'store.db')
-    import psycopg
     base, name = request.getfixturevalue('postgres'), f'd{time.monotonic_ns()}'
+    import psycopg
     with psycopg.connect(base, autocommit=True) as c: c.execute(f'CREATE DATABASE {name}')
     return base.rpartition('/')[0] + '/' + name
 
