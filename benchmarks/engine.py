@@ -2,9 +2,11 @@
 
 A random Qwen3 of the demo's size. `decode`: one more token for every row, all at the same context; the fastest step, as
 other processes can only slow one down. `rollout`: groups of conversations with tools, ragged prompts and turns, as in a
-step of RL; transformers computes each turn's history anew, left-padded, as one must without an engine. `--agreement`: the
-log-probs an engine reports, against kat.compute's of the same text, on the shipped base model."""
+step of RL; transformers computes each turn's history anew, left-padded, as one must without an engine. `--serving`: agents that
+wait for nobody, continuous batching against waves. `--agreement`: the log-probs an engine reports, against
+kat.compute's of the same text, on the shipped base model."""
 import argparse
+import asyncio
 import resource
 import time
 
@@ -15,6 +17,7 @@ from transformers.utils import logging
 
 from kat.plane import engines
 from kat.plane.engines import HFEngine, Request
+from kat.plane.serving import HFAsyncEngine
 
 V = 1536
 STOP = list(range(V//16))  # a random model takes each token about equally often: turns of 16 tokens on average
@@ -84,6 +87,37 @@ def rollout(way, groups, size, turns=5):
         history = [np.r_[h, g, more(5, 50)] for h, g in zip(history, got)]
     return time.perf_counter() - begin, sampled
 
+def serving(model, dtype, groups, size, slots, turns=5):
+    "the same work for agents that wait for nobody: process seconds and tokens sampled, all at once and one turn of all after the other"
+    rng = np.random.default_rng(0)
+    more = lambda lo, hi: rng.integers(len(STOP), V, rng.integers(lo, hi))
+    system = more(80, 81)
+    starts = [t for t in [np.r_[system, more(20, 120)] for _ in range(groups)] for _ in range(size)]
+    tools = [[more(5, 50) for _ in range(turns)] for _ in starts]
+    async def agent(e, i, h):
+        n = 0
+        for k in range(turns):
+            c = await e.generate(Request(h, 40, stop=STOP, seed=turns*i + k, session=str(i)))
+            h, n = np.r_[h, c.ids, tools[i][k]], n + len(c.ids)
+        return n
+    async def free(e):
+        try: return sum(await asyncio.gather(*[agent(e, i, h) for i, h in enumerate(starts)])), e.engine.stats['decode_steps']
+        finally: await e.close()
+    def waves(e):
+        h, n = starts, 0
+        for k in range(turns):
+            rs = [Request(x, 40, stop=STOP, seed=turns*i + k, session=str(i)) for i, x in enumerate(h)]
+            cs = [c for a in range(0, len(rs), slots) for c in e.generate(rs[a:a+slots])]
+            n, h = n + sum(len(c.ids) for c in cs), [np.r_[x, c.ids, t[k]] for x, c, t in zip(h, cs, tools)]
+        return n, e.stats['decode_steps']
+    for name, run in (('in waves', lambda: waves(HFEngine(model, 1024, slots, dtype))),
+                      ('continuous', lambda: asyncio.run(free(HFAsyncEngine(model, 1024, slots, dtype))))):
+        begin = time.process_time()
+        n, steps = run()
+        t = time.process_time() - begin
+        print(f"{name:12}{len(starts)} agents, {turns} turns, {slots} slots, {str(dtype)[6:]}: {t:.2f} process seconds, {n} tokens, "
+              f"{n/t:.0f} tok/s, {steps} steps", flush=True)
+
 def agreement(turns=64, n=64):
     "how far the sampled log-probs are from flat_logprobs"
     from pathlib import Path
@@ -110,11 +144,13 @@ def main():
     a.add_argument('--ctx', type=int, default=300)
     a.add_argument('--threads', type=int, default=torch.get_num_threads())
     a.add_argument('--quick', action='store_true', help='without transformers')
+    a.add_argument('--serving', action='store_true', help='agents that come and go, with few slots')
     a.add_argument('--agreement', action='store_true', help='log-probs instead of times')
     a = a.parse_args()
     torch.set_num_threads(a.threads)
     logging.set_verbosity_error()
     if a.agreement: return agreement()
+    if a.serving: return serving(make_model(*a.model), torch.float32, 8, 8, 16)
     print(f"{sum(p.numel() for p in make_model(*a.model).parameters())/1e6:.2f} M parameters, {a.threads} threads, "
           f"decode at context {a.ctx}, torch {torch.__version__}")
     print(f"{'':24}{'rows':>6}{'decode ms/step':>16}{'tok/s':>8}{'rollout s':>11}{'sampled tok/s':>15}{'peak MB':>9}")

@@ -312,7 +312,7 @@ def test_bfloat16_is_close(model):
     (dict(ids=[3, V]), f'holds {V}, .* 0 to {V-1}'),
     (dict(max_tokens=0), 'max_tokens'), (dict(temperature=-.1), 'temperature'),
     (dict(temperature=float('nan')), 'temperature'), (dict(top_p=0), 'top_p'), (dict(top_p=1.1), 'top_p'),
-    (dict(top_k=-1), 'top_k'), (dict(seed=-1), 'seed'), (dict(stop=3), 'stop'), (dict(min_tokens=9), 'min_tokens'),
+    (dict(top_k=-1), 'top_k'), (dict(seed=-1), 'seed'), (dict(stop=3), 'stop'), (dict(min_tokens=9), 'min_tokens'), (dict(min_tokens=1, stop=range(V)), 'every token'),
     (dict(stop_strings='ab'), 'stop_strings'), (dict(stop_strings=('',)), 'stop_strings'), (dict(stop_strings=('a',)), 'tokenizer')])
 def test_bad_requests(model, bad, msg):
     e = HFEngine(model, max_len=16, slots=2)

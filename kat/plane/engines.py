@@ -60,7 +60,7 @@ class Engine(Protocol):
     def release(self, session: str) -> None: "Forget a conversation."
     def close(self) -> None: "Free everything."
 
-# %% ../../nbs/plane/01_engines.ipynb #ea8aad51
+# %% ../../nbs/plane/01_engines.ipynb #cba4e5cd
 def _refuse(i, r, msg):
     raise ValueError(f"request {i}" + (f" (session {r.session!r})" if r.session else '') + f": {msg}")
 
@@ -80,6 +80,7 @@ def check_request(
     if r.max_tokens < 1: _refuse(i, r, f"max_tokens must be at least 1, got {r.max_tokens}")
     if not 0 <= r.min_tokens <= r.max_tokens: _refuse(i, r, f"min_tokens must be from 0 to max_tokens, got {r.min_tokens}")
     _check_sampling(i, r)
+    if r.min_tokens and len({*r.stop}) >= vocab: _refuse(i, r, "min_tokens can't be sampled: every token of the vocabulary is in stop")
     return ids.astype(np.int64)
 
 def _check_sampling(i, r):
