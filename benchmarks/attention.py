@@ -1,0 +1,136 @@
+"""Tree attention on a CPU, forward and forward + backward: `python benchmarks/attention.py --help`
+
+Shapes: one chain; a long prompt with 8 answers; an agent that rewrites its history (a deep comb); rollouts of the micro world
+(thousands of short nodes). Ways: this project's `segments` and `reference`; `per node`, the fused kernel once per node and run of
+ancestors, merged by log-sum-exp; PyTorch's SDPA under a dense mask, and one sequence after the other without sharing. Times are the
+best of a few repetitions, in CPU seconds of this process, so that other processes disturb less. Nothing is asserted."""
+import argparse
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch.nn.functional import scaled_dot_product_attention as sdpa
+
+from kat.compute.attention import causal_attention
+from kat.compute.tree_attention import Layout, dense_mask, tree_attention
+from kat.tree.trie import TokenTree
+
+rng = np.random.default_rng(0)
+def new(n): return rng.integers(0, 1000, n)
+
+def prompt(length, answers, each):
+    shared = new(length)
+    return [np.r_[shared, new(each)] for _ in range(answers)]
+
+def comb(turns, tail, head=256):
+    "every call drops half of its last turn and goes on"
+    history, out = new(head), []
+    for _ in range(turns):
+        out.append(np.r_[history, new(tail)])
+        history = np.r_[history, new(tail//2)]
+    return out
+
+def micro(tasks, rollouts=16, turns=8):
+    "each turn one of three actions and its answer; a system prompt for all"
+    system, known = new(80), {}
+    def text(key): return known.setdefault(key, new(rng.integers(5, 30)))
+    def rollout(task):
+        key = tuple(np.r_[task, rng.choice(3, turns, p=[.5, .3, .2])])
+        return np.concatenate([system] + [text(key[:i+1]) for i in range(turns+1)])
+    return [rollout(t) for t in range(tasks) for _ in range(rollouts)]
+
+SHAPES = {'chain 512': lambda: [new(512)], 'chain 4096': lambda: [new(4096)], 'prompt 2048 + 8 x 256': lambda: prompt(2048, 8, 256),
+          'history rewritten': lambda: comb(32, 96), 'micro world': lambda: micro(6)}
+
+flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+flash_back = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+
+class PerNode(torch.autograd.Function):
+    "The fused kernel for every node and every run of its ancestors, merged by log-sum-exp; key heads repeated beforehand."
+    @staticmethod
+    def parts(tree):
+        bounds = tree.node_bounds()
+        for a, b in zip(bounds, bounds[1:]):
+            path = np.flatnonzero(tree.end[:a] > a)
+            runs = np.split(path, np.flatnonzero(np.diff(path) > 1) + 1) if len(path) else []
+            yield a, b, [(int(r[0]), int(r[-1]) + 1, False) for r in runs] + [(a, b, True)]
+
+    @staticmethod
+    def forward(ctx, q, k, v, parts):
+        out, lse = torch.empty_like(q), torch.empty(q.shape[:3], dtype=torch.promote_types(q.dtype, torch.float32))
+        for a, b, runs in parts:
+            got = [flash(q[:, :, a:b], k[:, :, lo:hi], v[:, :, lo:hi], 0.0, causal) for lo, hi, causal in runs]
+            each = torch.stack([x for _, x in got])
+            lse[:, :, a:b] = whole = each.logsumexp(0)
+            out[:, :, a:b] = sum((x - whole).exp().unsqueeze(-1)*o for (o, _), x in zip(got, each))
+        ctx.save_for_backward(q, k, v, out, lse)
+        ctx.parts = parts
+        return out
+
+    @staticmethod
+    def backward(ctx, grad):
+        q, k, v, out, lse = ctx.saved_tensors
+        dq, dk, dv = (torch.zeros(x.shape, dtype=lse.dtype) for x in (q, k, v))
+        for a, b, runs in ctx.parts:
+            at = slice(a, b)
+            for lo, hi, causal in runs:
+                x, y, z = flash_back(grad[:, :, at], q[:, :, at], k[:, :, lo:hi], v[:, :, lo:hi], out[:, :, at], lse[:, :, at], 0.0, causal)
+                dq[:, :, at] += x; dk[:, :, lo:hi] += y; dv[:, :, lo:hi] += z
+        return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), None
+
+def ways(tree, args):
+    "name -> attention of the tree as fn(q, k, v)"
+    D, group = args.dim, args.heads//args.kv_heads
+    layout = Layout(tree.end, tree.position, 0)
+    mask, parts = dense_mask(layout), list(PerNode.parts(tree))
+    paths = [torch.as_tensor(tree.path(s)) for s in range(tree.n_sequences)]
+    def flat(q, k, v): return [sdpa(*(x[:, :, p] for x in (q, k, v)), is_causal=True, enable_gqa=True) for p in paths]
+    out = {'segments': lambda q, k, v: tree_attention(q, k, v, layout, D**-.5, backend='segments'),
+           'per node': lambda q, k, v: PerNode.apply(q, k.repeat_interleave(group, 1), v.repeat_interleave(group, 1), parts),
+           'reference': lambda q, k, v: tree_attention(q, k, v, layout, D**-.5, backend='reference'),
+           'sdpa, dense mask': lambda q, k, v: sdpa(q, k, v, attn_mask=mask, enable_gqa=True),
+           'sdpa, flat': flat}
+    if tree.n_sequences == 1:
+        out['kat_eager'] = lambda q, k, v: causal_attention(q, k, v, D**-.5)
+        del out['per node']  # the same kernel as flat
+    return out
+
+def clock(fn, q, k, v, up, reps):
+    "seconds of forward, and of forward + backward; the ways take turns outside"
+    def both():
+        out = fn(q, k, v)
+        if not isinstance(out, list): torch.autograd.grad(out, (q, k, v), up)
+        else: torch.autograd.grad(out, (q, k, v), [up[:, :, :x.shape[2]] for x in out])
+    def once(f):
+        start = time.process_time(); f()
+        return time.process_time() - start
+    with torch.no_grad(): forward = min(once(lambda: fn(q, k, v)) for _ in range(reps))
+    return forward, min(once(both) for _ in range(reps))
+
+def main():
+    a = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    a.add_argument('--heads', type=int, default=9)
+    a.add_argument('--kv-heads', type=int, default=3)
+    a.add_argument('--dim', type=int, default=64)
+    a.add_argument('--dtypes', nargs='+', default=['float32', 'bfloat16'])
+    a.add_argument('--shapes', nargs='+', default=list(SHAPES), choices=list(SHAPES), metavar='NAME', help=', '.join(SHAPES))
+    a.add_argument('--threads', type=int, default=1)
+    a.add_argument('--reps', type=int, default=2)
+    a = a.parse_args()
+    torch.set_num_threads(a.threads)
+    cpu = next((x.split(':')[1].strip() for x in Path('/proc/cpuinfo').read_text().splitlines() if x.startswith('model name')), '?')
+    print(f'{cpu}, {a.threads} thread(s), torch {torch.__version__}; {a.heads} heads, {a.kv_heads} key heads, {a.dim} numbers a head')
+    print(f'{"ms: forward, forward + backward":36}' + ''.join(f'{d:>20}' for d in a.dtypes))
+    for name in a.shapes:
+        tree = TokenTree.from_sequences(SHAPES[name]())
+        print(f'{name}: {len(tree)} tokens in {tree.n_nodes} nodes, {tree.n_flat} flat')
+        rows = {}
+        for dtype in a.dtypes:
+            make = lambda h: torch.randn(1, len(tree), h, a.dim, dtype=getattr(torch, dtype)).transpose(1, 2)
+            q, k, v, up = (make(h) for h in (a.heads, a.kv_heads, a.kv_heads, a.heads))
+            q, k, v = (x.requires_grad_() for x in (q, k, v))
+            for way, fn in ways(tree, a).items(): rows.setdefault(way, []).append(clock(fn, q, k, v, up, a.reps))
+        for way, times in rows.items(): print(f'    {way:32}' + ''.join(f'{f*1e3:10.0f}{b*1e3:10.0f}' for f, b in times), flush=True)
+
+if __name__ == '__main__': main()
