@@ -1,6 +1,6 @@
 # kat: `make` lists the targets. Everything runs in .venv, made by `make install` from constraints.txt.
 PYTHON ?= python3
-EXTRAS  = train,env,serve,notebooks,docs,dev
+EXTRAS  = train,env,serve,notebooks,triton,docs,dev
 PY      = .venv/bin/python
 PIP     = $(PY) -m pip install -q --disable-pip-version-check -c constraints.txt
 TORCH   = torch==$(shell sed -n 's/^torch==//p' constraints.txt)

@@ -243,7 +243,7 @@ def _plan(layout, window) -> tuple[bool, list]:  # short?, blocks
 class _Segments(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k, v, short, blocks, scaling):
-        (_, H, n, D), K, keep = q.shape, k.shape[1], any(ctx.needs_input_grad)
+        H, K, keep = q.shape[1], k.shape[1], any(ctx.needs_input_grad)
         rows = _rows(q, K), k[0].contiguous(), v[0].contiguous(), blocks, scaling
         out, more = _short_forward(*rows, keep) if short else _long_forward(*rows)
         out = _heads(out, H)
