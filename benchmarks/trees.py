@@ -8,8 +8,8 @@ Every case computes the log-probs of all tokens (forward) and the gradient of th
   tree    TreeEngine, one pack
 
 Seconds are CPU seconds of this process with one thread, so that other work on the machine counts little; `--repeat` takes the smallest.
-Cost ratio: FLOPs of the flat way over FLOPs of the tree, from `kat.tree.stats`. Cases on real logs are a fixed part that fits a context of 512
-to 1,024 tokens and half an hour; their cost ratios over whole logs are what `kat tree stats` prints.
+Cost ratio: FLOPs of the flat way over FLOPs of the tree, from `kat.tree.stats`. Cases on real logs are a fixed part (320 tokens of four calls, 1,024 of one)
+that fits half an hour; their cost ratios over whole logs are what `kat tree stats` prints.
 """
 import argparse
 import gc
@@ -60,12 +60,12 @@ def micro_groups(tok, tasks, rollouts):
 def cases():
     tok = AutoTokenizer.from_pretrained(ROOT / "data/base")
     rng = np.random.default_rng(0)
-    big = lambda por, k=8, n=256: ("smollm2", lambda: shared(rng, k, n, por, 49152))
+    big = lambda por, k=8, n=160: ("smollm2", lambda: shared(rng, k, n, por, 49152))
     return {
-        "POR 0": big(0.0), "POR 0.1": big(0.1), "POR 0.25": big(0.25), "POR 0.5": big(0.5), "POR 0.75": big(0.75), "POR 0.95": big(0.95, 32, 64),
-        "GRPO 256 + 8×48": ("smollm2", lambda: shared(rng, 8, 304, 256 * 7 / 8 / 304, 49152)),
-        "tau-bench, one task": ("smollm2", lambda: log_part("tau_bench_gpt4o_airline.json", tok, 4, 512)),
-        "SWE-agent, rewritten history": ("smollm2", lambda: log_part("swe_agent_marshmallow_1867.json", tok, 4, 512)),
+        "POR 0": big(0.0), "POR 0.1": big(0.1), "POR 0.25": big(0.25), "POR 0.5": big(0.5), "POR 0.75": big(0.75), "POR 0.95": big(0.95, 32, 40),
+        "GRPO 160 + 8×32": ("smollm2", lambda: shared(rng, 8, 192, 160 * 7 / 8 / 192, 49152)),
+        "tau-bench, one task": ("smollm2", lambda: log_part("tau_bench_gpt4o_airline.json", tok, 4, 320)),
+        "SWE-agent, rewritten history": ("smollm2", lambda: log_part("swe_agent_marshmallow_1867.json", tok, 4, 320)),
         "SWE-smith, append-only": ("smollm2", lambda: log_part("swe_smith_pandas_53652.json", tok, 1, 1024)),
         "micro, 16 tasks × 8": ("base", lambda: micro_groups(tok, 16, 8)),
         "micro, SFT batch of 20": ("base", lambda: micro_groups(tok, 20, 1)),
@@ -163,7 +163,7 @@ def peak(run, model, seqs, dtype):
     return m.peak
 
 
-def measure(name, kind, seqs, model, dtype, repeat):
+def measure(name, kind, seqs, model, dtype, repeat, memory):
     tree, shape = TokenTree.from_sequences(seqs), model_shape(model.config)
     cost = shape.forward(flat_profile([len(s) for s in seqs])) / shape.forward(tree_profile(tree))
     row = dict(case=name, model=kind, flat_tokens=tree.n_flat, tree_tokens=len(tree), nodes=tree.n_nodes, por=1 - len(tree) / tree.n_flat, cost_ratio=cost)
@@ -179,6 +179,7 @@ def measure(name, kind, seqs, model, dtype, repeat):
         row[f"{what}_flat"] = min(row[f"{what}_{way}"] for way in ("one", "buckets") if way in runs)
         row[f"{what}_speedup"] = row[f"{what}_flat"] / row[f"{what}_tree"]
         row[f"{what}_of_cost_ratio"] = row[f"{what}_speedup"] / cost
+    if not memory: return row
     faster = run_one if row["both_one"] == row["both_flat"] else run_buckets
     row |= {"peak_flat": peak(faster, model, seqs, dtype), "peak_tree": peak(run_tree, model, seqs, dtype)}
     return row
@@ -192,7 +193,7 @@ def table(rows):
         lines.append("| " + " | ".join([r["case"], r["model"], f"{r['flat_tokens']:,} → {r['tree_tokens']:,}", f"{r['por']:.2f}", f"{r['cost_ratio']:.2f}",
             f"{r['forward_flat']:.1f} / {r['forward_tree']:.1f}", f"{r['both_flat']:.1f} / {r['both_tree']:.1f}", opt("both_trl"), opt("both_prefix"),
             f"{r['forward_speedup']:.2f}, {r['both_speedup']:.2f}", f"{r['forward_of_cost_ratio']:.2f}, {r['both_of_cost_ratio']:.2f}",
-            f"{r['flat_tokens'] / r['both_tree']:.0f}", f"{r['peak_flat'] / 1e6:.0f} / {r['peak_tree'] / 1e6:.0f}"]) + " |")
+            f"{r['flat_tokens'] / r['both_tree']:.0f}", f"{r['peak_flat'] / 1e6:.0f} / {r['peak_tree'] / 1e6:.0f}" if "peak_tree" in r else "–"]) + " |")
     return "\n".join(lines)
 
 
@@ -215,6 +216,7 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", help="cases whose name contains this")
     parser.add_argument("--repeat", type=int, default=1)
+    parser.add_argument("--memory", action="store_true", help="measure peak memory as well, in runs of its own")
     parser.add_argument("--out", type=Path, help="folder for trees.json, trees.md and trees_speed.png")
     args = parser.parse_args()
     torch.set_num_threads(1)
@@ -226,12 +228,13 @@ if __name__ == "__main__":
             models[kind] = make(kind)
             if kind == "smollm2": add_fused_lm_head(models[kind][0])
             seconds(run_tree, models[kind][0], [np.arange(40), np.arange(50)], models[kind][1], True, 1)  # warm-up
-        rows.append(measure(name, kind, sequences(), *models[kind], args.repeat))
+        rows.append(measure(name, kind, sequences(), *models[kind], args.repeat, args.memory))
+        if args.out:
+            args.out.mkdir(parents=True, exist_ok=True)
+            (args.out / "trees.json").write_text(json.dumps(rows, indent=1) + "\n")
         print(table(rows[-1:]) if len(rows) == 1 else table(rows[-1:]).splitlines()[-1], flush=True)
     command = "python benchmarks/trees.py" + (f" --repeat {args.repeat}" if args.repeat > 1 else "")
     print(f"\n{platform.machine()}, one thread, torch {torch.__version__}: {command}")
     if args.out:
-        args.out.mkdir(parents=True, exist_ok=True)
-        (args.out / "trees.json").write_text(json.dumps(rows, indent=1) + "\n")
         (args.out / "trees.md").write_text(table(rows) + f"\n\n`{command}`, one thread, torch {torch.__version__}\n")
         figure(rows, args.out / "trees_speed.png", command)

@@ -265,7 +265,7 @@ def _execute(notebook: Path, running: Path, parameters: dict, hold: tuple):
     from papermill.engines import papermill_engines
     papermill_engines.register('kat', _engine())
     logging.getLogger('papermill').setLevel(logging.ERROR)  # it doesn't know `int | None` and would warn
-    parent, env = os.getpid(), {**os.environ, 'PYTHONHASHSEED': '0', 'PYDEVD_DISABLE_FILE_VALIDATION': '1'}
+    parent, env = os.getpid(), {'ONEDNN_PRIMITIVE_CACHE_CAPACITY': '256', **os.environ, 'PYTHONHASHSEED': '0', 'PYDEVD_DISABLE_FILE_VALIDATION': '1'}
     with tempfile.TemporaryFile('w+') as noise:  # what the kernel process itself says, outside of the notebook
         start = dict(cwd=str(notebook.parent), env=env, stdout=noise, stderr=noise, pass_fds=tuple(hold),
                      preexec_fn=lambda: _die_with(parent))
