@@ -170,7 +170,7 @@ def measure(name, kind, seqs, model, dtype, repeat, memory):
     runs = dict(one=run_one, tree=run_tree) | (dict(trl=run_trl) if kind == "smollm2" else dict(buckets=run_buckets))
     try:
         import prefix_grouper  # noqa: F401
-        if kind == "smollm2" and len(seqs) > 1 and (tree.count == len(seqs)).sum() > 1:
+        if kind == "smollm2" and len(seqs) > 1 and 1 < (tree.count == len(seqs)).sum() < min(map(len, seqs)):
             register_prefix_grouper()
             runs["prefix"] = run_prefix
     except ImportError: pass
