@@ -209,6 +209,7 @@ def figure(rows, path, command):
         ax.scatter([r["cost_ratio"] for r in rows], [r[key] for r in rows], marker=mark, label=label, alpha=0.8)
     ax.set(xscale="log", yscale="log", xlabel="cost ratio (FLOPs, merged sequences over tree)", ylabel="measured speed-up (CPU seconds)", title="Trees against merged sequences, one core")
     ax.legend()
+    fig.tight_layout()
     save_figure(fig, path, "Measured speed-up against the ratio of costs, one core; each point is a case of the table.", command)
 
 
