@@ -9,7 +9,7 @@ import sys
 
 import torch
 
-from kat.agent import ModelPolicy, rollout
+from kat.rollouts import ModelPolicy, rollout
 from kat.learn.rft import Episode, Monitor, shadow
 from kat.plane.engines import HFEngine
 from kat.stages import expert_data, load_model, train_task, world

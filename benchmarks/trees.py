@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from kat.agent import ScriptPolicy, rollout
+from kat.rollouts import ScriptPolicy, rollout
 from kat.compute.attention import use_kat_attention
 from kat.compute.engine import TreeEngine
 from kat.compute.logprob import flat_logprobs, length_buckets, pad_rows

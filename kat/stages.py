@@ -11,7 +11,7 @@ from typing import Callable
 import numpy as np
 import torch
 
-from .agent import ModelPolicy, ScriptPolicy, rollout
+from .rollouts import ModelPolicy, ScriptPolicy, rollout
 from .core.io import atomic, read_log, write_parquet
 from .core.types import Trajectory
 from .envs.base import Task

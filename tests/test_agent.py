@@ -2,7 +2,7 @@
 import numpy as np
 import pytest
 
-from kat.agent import ModelPolicy, ScriptPolicy, rollout
+from kat.rollouts import ModelPolicy, ScriptPolicy, rollout
 from kat.core.chat import render, train_tokenizer
 from kat.envs.base import InfraError
 from kat.envs.expert import Expert

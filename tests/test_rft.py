@@ -8,7 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings, strategies as st
 
-from kat.agent import ModelPolicy, ScriptPolicy, rollout
+from kat.rollouts import ModelPolicy, ScriptPolicy, rollout
 from kat.core.chat import ids_of, render, train_tokenizer
 from kat.core.io import write_jsonl
 from kat.core.types import Segment, Trajectory

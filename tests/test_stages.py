@@ -3,7 +3,7 @@ import numpy as np
 import pytest
 import torch
 
-from kat.agent import ModelPolicy, rollout
+from kat.rollouts import ModelPolicy, rollout
 from kat.core.io import read_parquet
 from kat.envs.micro import make_task
 from kat.pipeline import ROOT, UserError

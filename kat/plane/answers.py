@@ -36,6 +36,7 @@ class Answer:
     logprobs: list[TokenLogprob] | None = None
     ids: list[int] | None = None  # of the answer, for the record
     error: str = ''             # what happened, where `finish` is 'error'
+    malformed: list[str] = field(default_factory=list)  # why calls stayed text
     created: int = field(default_factory=lambda: int(time.time()))  # Unix seconds
 
 # %% ../../nbs/plane/02b_answers.ipynb #58cebe3c
@@ -91,6 +92,7 @@ def _chat_answer(call, a: Answer) -> dict:
     m = dict(role='assistant', content=a.content if a.content or not a.tool_calls else None, refusal=None)
     if a.reasoning: m['reasoning_content'] = a.reasoning
     if a.tool_calls: m['tool_calls'] = list(map(_openai_call, a.tool_calls))
+    if a.malformed: m['malformed_calls'] = a.malformed
     choice = dict(index=0, message=m, logprobs=_chat_logprobs(call, a), finish_reason=_finish(call, a))
     return dict(id=f'chatcmpl-{a.id}', object='chat.completion', created=a.created, model=call.model, choices=[choice],
                 usage=_usage(a))

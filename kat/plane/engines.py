@@ -46,6 +46,8 @@ class Completion:
     version: int  # of the weights in use at its end
     versions: np.ndarray|None = None  # int32[n], of the weights that sampled each token; None: `version` for all
     stopped_by: int|str|None = None  # the token id or text that ended it
+    trainable: bool = True  # may a loss see it?
+    event: str|None = None  # not sampled but given by somebody: what its segments say of it
 
     def __post_init__(self):
         if self.versions is None: self.versions = np.full(len(self.ids), self.version, np.int32)

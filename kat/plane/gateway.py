@@ -161,7 +161,7 @@ def answer_for(w: Writing, done: Completion, said: Said) -> Answer:
     if w.call.sampling.logprobs is not None:
         lp = [TokenLogprob(w.tokenizer.decode([i]), float(x)) for i, x in zip(done.ids, done.logprobs)]
     return Answer(w.id, said.content, said.reasoning, said.calls, finish, len(w.plan.ids), len(done.ids), stop=w.text.hit,
-                  logprobs=lp, ids=done.ids.tolist())
+                  logprobs=lp, ids=done.ids.tolist(), malformed=said.malformed)
 
 # %% ../../nbs/plane/05_gateway.ipynb #fb91c8c9
 BUCKETS = (.005, .01, .025, .05, .1, .25, .5, 1, 2.5, 5, 10, 30, 60, 300)  # seconds
@@ -214,6 +214,10 @@ class Gateway:
         self.manager, self.metrics, self.format = manager or Manager(), Metrics(), call_format(tokenizer.chat_template)
         self.active, self.loading, self.tasks, self.lanes = Counter(), {}, set(), set()
         self.app = _app(self)
+
+    async def sample(self, w: Writing, request: Request) -> Completion:
+        "The engine's answer; what gives another overrides this."
+        return await self.engine.generate(request, w.token)
 
     async def close(self) -> None:
         "Wait until what was broken off is recorded."
@@ -303,7 +307,7 @@ async def answer(g: Gateway, w: Writing, receive, out: 'Reply') -> None:
         request = engine_request(g, w, lane)
         await g.store.check()
         if w.call.stream: await out.open(w)
-        work, gone = asyncio.ensure_future(g.engine.generate(request, w.token)), asyncio.ensure_future(_gone(receive))
+        work, gone = asyncio.ensure_future(g.sample(w, request)), asyncio.ensure_future(_gone(receive))
         for t in (work, gone): t.add_done_callback(w.bell.ring)
         try:
             while not (work.done() or gone.done()):

@@ -9,7 +9,7 @@ __all__ = ['DRIFTS', 'REASONS', 'CLEAN', 'new_id', 'Turn', 'split', 'keys_of', '
 # %% ../../nbs/plane/03_manager.ipynb #0b346807
 import json, os, random, re
 from collections import Counter, OrderedDict, deque
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache
 from hashlib import blake2b
 
@@ -391,7 +391,8 @@ def _turn(p: Plan, done: Completion, message: dict, more: dict) -> Turn:
     "The turn that answers a plan; `more`: further fields of Turn."
     s, number = p.session, p.parent.number + 1 if p.parent else 0
     entropy = None if done.entropy is None or np.isnan(done.entropy).any() else done.entropy  # an engine may not know
-    answer = generation_segments(s.tokenizer, done.ids, number, done.logprobs, entropy, done.versions, done.finish != 'abort')
+    answer = generation_segments(s.tokenizer, done.ids, number, done.logprobs, entropy, done.versions, done.trainable and done.finish != 'abort')
+    if done.event: answer = [replace(x, event=done.event) for x in answer]
     s.clock += 1
     return Turn(**dict(id=new_id(), parent=p.parent, context=p.context, prompt=p.prompt, answer=answer, message=message,
                        finish=done.finish, drift=p.drift, reason=p.reason, notes=p.notes, agent=p.agent, mark=p.mark,
