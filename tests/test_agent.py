@@ -1,115 +1,85 @@
-"The agent loop: what is recorded is what was sampled, prompts only grow, waves are repeatable"
-import numpy as np
+"The agent: what it sends, what it makes of answers, how it ends; over a real socket, against a gateway and against a stranger"
+import asyncio
+import json
+
+import httpx
 import pytest
+from plane_world import say, tokenizer
 
-from kat.rollouts import ModelPolicy, ScriptPolicy, rollout
-from kat.core.chat import render, train_tokenizer
-from kat.envs.base import InfraError
-from kat.envs.expert import Expert
-from kat.envs.micro import MicroEnv, make_task
-from kat.envs.sandbox import WarmPool
-from kat.plane.engines import Completion
-
-
-@pytest.fixture(scope='module')
-def tok(): return train_tokenizer(['def total(a, b):\n    return a + b\n'] * 3, 320)
+from kat.agent import Refused, calls_of, play, replies
+from kat.envs.base import Env, Observation, ToolCall, ToolResult, tool
+from kat.plane.gateway import Gateway, running
+from kat.plane.scripted import ScriptEngine
+from kat.plane.store import Store
 
 
-@pytest.fixture(scope='module')
-def pool():
-    p = WarmPool(workers=1, trust='generated')
-    yield p
-    p.close()
+class Echo(Env):
+    "Says what it was called with; `end` ends the episode."
+    tools = [tool('say', 'repeat', text='string'), tool('end', 'finish')]
+    async def reset(self, task): return Observation([dict(role='system', content='Repeat.'), dict(role='user', content=task)])
+    async def step(self, calls):
+        return Observation([], [ToolResult(c.id, c.arguments.get('text', 'nothing')) for c in calls], any(c.name == 'end' for c in calls))
 
 
-class Recorder:
-    "A policy around a policy that keeps every prompt."
-    def __init__(self, inner): self.inner, self.seen, self.sampling = inner, {}, inner.sampling
-    def act(self, episodes):
-        for e in episodes: self.seen.setdefault(e.name, []).append(e.ids)
-        return self.inner.act(episodes)
+def against(answer, **kw):
+    "Play against a server that is a function: request -> (status, JSON)."
+    def server(request): return httpx.Response((r := answer(json.loads(request.content)))[0], json=r[1])
+    async def go():
+        async with httpx.AsyncClient(transport=httpx.MockTransport(server)) as client: return await play(client, 'http://x/v1', Echo(), 'hello', **kw)
+    return asyncio.run(go())
 
 
-def script(tok): return ScriptPolicy(tok, lambda e: Expert(e.task, e.seed))
+def says(content=None, *calls, **more):
+    calls = [dict(id=f'c{i}', type='function', function=dict(name=n, arguments=a)) for i, (n, a) in enumerate(calls)]
+    return 200, dict(choices=[dict(message=dict(role='assistant', content=content, **(dict(tool_calls=calls) if calls else {}), **more))])
 
 
-def test_prompts_extend_the_record(tok, pool):
-    policy = Recorder(script(tok))
-    out = rollout(policy, tok, [make_task('train', i) for i in range(12)], lambda: MicroEnv(pool), max_len=10**5)
-    for t, prompts in zip(out, policy.seen.values()):
-        for p in prompts: assert np.array_equal(t.ids[:len(p)], p)
-        assert sum(t.mask) == sum(u['tokens'] for u in t.info['turns'])
-        assert t.info['finish'] == 'submit' and t.reward in (0.0, 1.0)
-        assert [s.trainable for s in t.segments] == [s.kind in ('assistant', 'tool_call') and s.trainable for s in t.segments]
+def test_a_dialogue_of_any_openai_server_only_grows():
+    asked, answers = [], iter([says(None, ('say', '{"text": "a"}'), ('say', 'no json')), says('hm', refusal=None, reasoning_content='why'), says('', ('end', ''))])
+    def server(body):
+        asked.append(body)
+        return next(answers)
+    finish, messages = against(server, seed=5, model='m', temperature=0.5)
+    assert finish == 'submit' and [len(b['messages']) for b in asked] == [2, 5, 7] and len(messages) == 8
+    for a, b in zip(asked, asked[1:]): assert b['messages'][:len(a['messages'])] == a['messages']
+    assert asked[1]['messages'][3:] == [dict(role='tool', tool_call_id='c0', content='a'), dict(role='tool', tool_call_id='c1', content='nothing')]
+    assert asked[2]['messages'][5:] == [dict(role='assistant', content='hm', reasoning_content='why'), dict(role='user', content='no tool call')]
+    assert len({b['seed'] for b in asked}) == 3 and all((b['model'], b['temperature'], b['tools']) == ('m', 0.5, Echo.tools) for b in asked)
 
 
-def test_repeatable(tok, pool):
-    tasks = [make_task('train', i) for i in range(8)]
-    a, b = (rollout(script(tok), tok, tasks, lambda: MicroEnv(pool), seed=3, max_len=10**5) for _ in range(2))
-    assert a == b
+def test_how_it_ends():
+    assert against(lambda b: says('hm'))[0] == 'lost'
+    finish, messages = against(lambda b: says(None, ('say', '{}')), max_turns=4)
+    assert finish == 'cap' and sum(m['role'] == 'assistant' for m in messages) == 4
+    with pytest.raises(Refused, match='401.*no such key'): against(lambda b: (401, dict(error='no such key')))
+    assert 'seed' not in (seen := [])
+    against(lambda b: seen.append(b) or says(None, ('end', '{}')))
+    assert 'seed' not in seen[0]
 
 
-class Fixed:
-    "Says the same text each turn."
-    sampling = dict(temperature=0.5)
-    def __init__(self, tok, text, finish='stop'): self.ids, self.finish = np.array(tok.encode(text), np.int32), finish
-    def act(self, episodes):
-        z = np.zeros(len(self.ids), np.float32)
-        return [Completion(self.ids, z, z, self.finish, 7) for _ in episodes]
+def test_calls_that_cannot_be_read():
+    bad = [dict(id='x', function=dict(name='say', arguments=a)) for a in ('', '{', '[1]', '"a"', None)]
+    assert calls_of(dict(tool_calls=bad)) == [ToolCall('say', {}, 'x')] * 5 and calls_of(dict(content='hm', tool_calls=None)) == []
+    heard = replies(dict(malformed_calls=['not closed', 'unknown tool']), [ToolResult('x', 'done')])
+    assert heard == [dict(role='tool', tool_call_id='x', content='done'), dict(role='user', content='not closed\nunknown tool')]
 
 
-def test_cap_and_versions(tok, pool):
-    t, = rollout(Fixed(tok, '<tool_call>list</tool_call><|im_end|>'), tok, [make_task('train', 0)], lambda: MicroEnv(pool), max_turns=4, max_len=10**5)
-    assert t.info['finish'] == 'cap' and t.n_turns == 4 and t.reward == 0 and set(t.version[t.mask]) == {7}
-
-
-def test_trajectories_say_how_they_were_sampled(tok, pool):
-    "The policy's temperature, greedy ones 0; a script has none."
-    say = Fixed(tok, '<tool_call>list</tool_call><|im_end|>')
-    for policy, want in ((say, dict(temperature=0.5)), (script(tok), {}), (ModelPolicy(None, 0, 0.0), dict(temperature=0.0))):
-        if isinstance(policy, ModelPolicy): policy.act = say.act
-        t, = rollout(policy, tok, [make_task('train', 0)], lambda: MicroEnv(pool), max_turns=4, max_len=10**5)
-        assert t.sampling == want
-
-
-@pytest.mark.parametrize('text', ['hello<|im_end|>', '<tool_call>fly away</tool_call><|im_end|>', '<tool_call>edit a<|im_end|>'])
-def test_turns_without_a_readable_call_are_told_and_end_as_lost(tok, pool, text):
-    t, = rollout(Fixed(tok, text), tok, [make_task('train', 0)], lambda: MicroEnv(pool), max_len=10**5)
-    assert t.info['finish'] == 'lost' and t.n_turns == 3 and t.reward == 0
-    assert [s.event for s in t.segments if s.kind == 'tool_result'] == ['error'] * 3
-
-
-def test_cut_turns_are_closed_before_the_results(tok, pool):
-    t, = rollout(Fixed(tok, '<tool_call>list</tool_call>', 'length'), tok, [make_task('train', 0)], lambda: MicroEnv(pool), max_turns=2, max_len=10**5)
-    text = tok.decode(t.ids)
-    assert '</tool_call><|im_end|>\n<|im_start|>tool\n' in text
-
-
-def test_context_limit(tok, pool):
-    t, = rollout(Fixed(tok, '<tool_call>list</tool_call><|im_end|>'), tok, [make_task('train', 0)], lambda: MicroEnv(pool), max_turns=99, max_len=600)
-    assert t.info['finish'] == 'length' and len(t.ids) <= 600 + 200
-
-
-def test_watch_stops(tok, pool):
-    t, = rollout(Fixed(tok, '<tool_call>list</tool_call><|im_end|>'), tok, [make_task('train', 0)], lambda: MicroEnv(pool), max_len=10**5, watch=lambda e: 'stop' if len(e.turns) == 2 else None)
-    assert t.info['finish'] == 'stopped' and t.n_turns == 2
-
-
-class Broken(MicroEnv):
-    async def _run(self, tests): raise InfraError('sandbox gone')
-
-
-def test_infrastructure_failure_is_no_reward(tok, pool):
-    out = rollout(script(tok), tok, [make_task('train', i) for i in range(4)], lambda: Broken(pool), max_len=10**5)
-    assert all(t.reward is None and t.info['finish'] == 'infra' for t in out)
-
-
-def test_recorded_text_equals_rendering(tok, pool):
-    "What the record holds is what the chat template would write for the same dialogue."
-    task = make_task('train', 2)
-    t, = rollout(Fixed(tok, '<tool_call>list</tool_call><|im_end|>'), tok, [task], lambda: MicroEnv(pool), max_turns=2, max_len=10**5)
-    call = dict(role='assistant', content='', tool_calls=[dict(type='function', function=dict(name='list', arguments={}))])
-    result = dict(role='tool', content=' '.join(sorted(task.data['files'])))
-    from kat.envs.micro import SYSTEM
-    full = render(tok, [dict(role='system', content=SYSTEM), dict(role='user', content=task.data['issue']), call, result, call, result], add_generation_prompt=True)
-    assert np.array_equal(np.concatenate([s.ids for s in full]), t.ids)
+def test_every_turn_is_recorded_clean_by_the_gateway(tmp_path):
+    "Over a socket: calls in parallel, one that can't be read, one that is no call, an answer cut off by its limit."
+    tok = tokenizer()
+    lines = iter(['a <tool_call>say x</tool_call> b <tool_call>say y</tool_call>', ' <tool_call>say z</tool_call><tool_call>fly</tool_call>', '',
+                  '<tool_call>say w</tool_call>' + 'c' * 99, '<tool_call>end</tool_call>'])
+    engine = ScriptEngine(lambda r: say(tok, next(lines)), keep=True)
+    async def go():
+        store = Store(tmp_path/'s.db')
+        gateway = Gateway(engine, tok, store, 8000)
+        async with running(gateway) as address, httpx.AsyncClient() as client:
+            finish, messages = await play(client, f'{address}/s/one/v1', Echo(), 'hello', model='kat', max_tokens=60)
+        store.close()
+        return finish, messages, gateway.manager.get('', 'one')
+    finish, messages, session = asyncio.run(go())
+    turns = list(session.turns.values())
+    assert finish == 'submit' and [(t.drift, t.reason) for t in turns] == [('clean', 'start')] + [('clean', 'append')] * 4
+    assert [t.finish for t in turns] == ['stop', 'stop', 'stop', 'length', 'stop'] and len(session.leaves) == 1
+    for t, r in zip(turns, engine.asked): assert (t.ids[:len(r.ids)] == r.ids).all()
+    assert [m['content'] for m in messages if m['role'] == 'user'] == ['hello', "unknown tool 'fly'; tools: say, end", 'no tool call']

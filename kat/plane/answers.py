@@ -36,7 +36,7 @@ class Answer:
     logprobs: list[TokenLogprob] | None = None
     ids: list[int] | None = None  # of the answer, for the record
     error: str = ''             # what happened, where `finish` is 'error'
-    malformed: list[str] = field(default_factory=list)  # why calls stayed text
+    malformed: list[str] = field(default_factory=list)  # why calls stayed text; told in whole chat completions, as `malformed_calls`
     created: int = field(default_factory=lambda: int(time.time()))  # Unix seconds
 
 # %% ../../nbs/plane/02b_answers.ipynb #58cebe3c

@@ -47,7 +47,7 @@ class Completion:
     versions: np.ndarray|None = None  # int32[n], of the weights that sampled each token; None: `version` for all
     stopped_by: int|str|None = None  # the token id or text that ended it
     trainable: bool = True  # may a loss see it?
-    event: str|None = None  # not sampled but given by somebody: what its segments say of it
+    event: str|None = None  # what its segments are marked with, where it wasn't sampled but given (then the arrays of floats may be None)
 
     def __post_init__(self):
         if self.versions is None: self.versions = np.full(len(self.ids), self.version, np.int32)

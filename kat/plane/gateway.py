@@ -216,7 +216,7 @@ class Gateway:
         self.app = _app(self)
 
     async def sample(self, w: Writing, request: Request) -> Completion:
-        "The engine's answer; what gives another overrides this."
+        "The engine's answer; a subclass may give another (`kat.rollouts.Waves`)."
         return await self.engine.generate(request, w.token)
 
     async def close(self) -> None:
