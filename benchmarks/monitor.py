@@ -19,7 +19,7 @@ from kat.study.evaluate import wilson
 def main(run, n=64, k=4):
     lm, tok = load_model(f'{run}/20_sft/model')
     engine = HFEngine(lm, max_len=1024, slots=128, dtype=torch.bfloat16)
-    policy = ModelPolicy(engine, tok.eos_token_id)
+    policy = ModelPolicy(engine)
     tasks, monitors = [train_task(0, 5 * 10**5 + 10**4 + i) for i in range(n)], {}
     with world() as make_env:
         given = expert_data(tok, [t for t in tasks for _ in range(3)], make_env, 77)

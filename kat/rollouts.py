@@ -94,7 +94,7 @@ def heed(e: Episode,             # after a turn
     elif not (said is None or isinstance(said, str) and said == 'go'):
         raise ValueError(f"watch said {said!r} of {e.name}: 'go', 'stop' or an array with the ids of a turn expected")
 
-# %% ../nbs/71_rollouts.ipynb #7a7a4c8a
+# %% ../nbs/71_rollouts.ipynb #e9c38658
 class Policy(Protocol):
     "Acts for many episodes at once."
     sampling: dict      # what the agents ask for, and trajectories record
@@ -104,12 +104,11 @@ class Policy(Protocol):
 class ModelPolicy:
     "A model behind an engine."
     engine: Engine
-    stop: int                   # id that ends a turn
     temperature: float = 1.0    # 0: greedy
     max_tokens: int = 48        # per turn
     @property
     def sampling(self): return dict(temperature=self.temperature, max_tokens=self.max_tokens)
-    def act(self, episodes): return self.engine.generate([replace(e.request, stop=(self.stop,), session=e.name) for e in episodes])
+    def act(self, episodes): return self.engine.generate([replace(e.request, session=e.name) for e in episodes])
 
 @dataclass
 class ScriptPolicy:

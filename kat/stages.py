@@ -81,7 +81,7 @@ def evaluate(model, tokenizer, stage: str, run_dir: str | Path, n: int, seed: in
     engine = HFEngine(model, max_len=1024, slots=min(n, 256), dtype=torch.bfloat16)
     tasks, got = heldout(n), {}
     for mode, temperature in (('sampled', 1.0), ('greedy', 0.0)):
-        policy = ModelPolicy(engine, tokenizer.eos_token_id, temperature)
+        policy = ModelPolicy(engine, temperature)
         got[mode] = []
         for i in range(0, n, 256):
             got[mode] += rollout(policy, tokenizer, tasks[i:i + 256], make_env, seed=10**6 + 1000 * seed + i, max_turns=max_turns)

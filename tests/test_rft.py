@@ -539,7 +539,7 @@ def test_corrections_that_are_trained_get_the_models_own_log_probs(make_env):
     lm, tok = load_model(ROOT / 'data/base')
     task, engine = make_task('train', 0), HFEngine(lm, max_len=1024, slots=1)
     given = np.array(tok.encode('<tool_call>list</tool_call><|im_end|>'))
-    t, = rollout(ModelPolicy(engine, tok.eos_token_id), tok, [task], make_env, max_turns=3, train_corrections=True,
+    t, = rollout(ModelPolicy(engine), tok, [task], make_env, max_turns=3, train_corrections=True,
                  watch=lambda e: given if len(e.turns) == 1 else None)
     engine.close()
     spliced = np.concatenate([np.full(len(s), s.event == 'correction') for s in t.segments])

@@ -77,7 +77,7 @@ def test_cap_and_versions(tok, pool):
 def test_trajectories_say_how_they_were_sampled(tok, pool):
     "The policy's temperature, greedy ones 0; a script has none."
     say = Fixed(tok, '<tool_call>list</tool_call><|im_end|>')
-    for policy, want in ((say, dict(temperature=0.5)), (script(tok), {}), (ModelPolicy(None, 0, 0.0), dict(temperature=0.0, max_tokens=48))):
+    for policy, want in ((say, dict(temperature=0.5)), (script(tok), {}), (ModelPolicy(None, 0.0), dict(temperature=0.0, max_tokens=48))):
         if isinstance(policy, ModelPolicy): policy.act = say.act
         t, = rollout(policy, tok, [make_task('train', 0)], lambda: MicroEnv(pool), max_turns=4, max_len=10**5)
         assert t.sampling == want
@@ -174,7 +174,7 @@ def test_the_same_tokens_as_a_loop_without_http(pool, temperature, max_len):
     out = []
     for http in (False, True):
         engine = HFEngine(lm, max_len=1024, slots=8, dtype=torch.bfloat16, version=3)
-        if http: out.append(rollout(ModelPolicy(engine, tok.eos_token_id, temperature), tok, tasks, lambda: MicroEnv(pool), 7, 6, max_len,
+        if http: out.append(rollout(ModelPolicy(engine, temperature), tok, tasks, lambda: MicroEnv(pool), 7, 6, max_len,
                                     watch=lambda e: watch(int(e.name.split('-')[1]), len(e.turns))))
         else: out.append(asyncio.run(lockstep(engine, tok, tasks, lambda: MicroEnv(pool), 7, 6, max_len, temperature, watch)))
         engine.close()

@@ -42,7 +42,7 @@ def test_ground_truths_get_the_models_own_log_probs(base):
     model, tok = base
     with world(1) as make_env:
         engine = HFEngine(model, max_len=1024, slots=4)
-        played = rollout(ModelPolicy(engine, tok.eos_token_id), tok, [make_task('train', i) for i in range(4)], make_env, max_turns=2)
+        played = rollout(ModelPolicy(engine), tok, [make_task('train', i) for i in range(4)], make_env, max_turns=2)
     old = [t.logprobs.copy() for t in played]
     for a, t in zip(old, with_logprobs(model, played, torch.float32)):
         assert np.abs(a[t.mask] - t.logprobs[t.mask]).max() < 1e-4 and t.sampling == dict(temperature=1.0)
