@@ -23,7 +23,7 @@ from .plane.manager import Session, show
 __all__ = ['Episode', 'ended', 'recorded_turns', 'heed', 'Policy', 'ModelPolicy', 'ScriptPolicy', 'NoStore', 'Waves',
            'segments_of', 'finished', 'check_replay', 'rollout', 'asyncio_run']
 
-# %% ../nbs/71_rollouts.ipynb #39d26fc3
+# %% ../nbs/71_rollouts.ipynb #1e65ae79
 @dataclass(eq=False)
 class Episode(Env):
     "One attempt at one task, while it runs: an environment around an environment, and what the gateway has of it."
@@ -38,7 +38,6 @@ class Episode(Env):
     finish: str | None = None       # 'submit', 'cap', 'length', 'lost', 'stopped', 'infra'; None while it runs
     given: list[Completion] = field(default_factory=list)  # turns to play before the policy acts again
     request: Request | None = None  # what is to be sampled now
-    answer: asyncio.Future | None = None  # who waits for it
 
     @property
     def ids(self) -> np.ndarray: return self.request.ids
@@ -127,7 +126,7 @@ class ScriptPolicy:
             out.append(Completion(ids, z, z, 'stop', 0))
         return out
 
-# %% ../nbs/71_rollouts.ipynb #2ff78c1f
+# %% ../nbs/71_rollouts.ipynb #fc7ec558
 class NoStore:
     "Keeps nothing: these sessions are read from memory and dropped. A killed run plays its episodes again."
     async def check(self, now: bool = False) -> None: pass
@@ -136,8 +135,9 @@ class NoStore:
 class Waves(Gateway):
     "A gateway for episodes that move in step."
     def __init__(self, policy: Policy, tokenizer, max_len: int, episodes: list[Episode], progress: Callable | None = None):
-        super().__init__(policy, tokenizer, NoStore(), max_len, concurrent=len(episodes) + 1)
-        self.episodes, self.alive, self.error, self.progress = {e.name: e for e in episodes}, len(episodes), None, progress
+        super().__init__(None, tokenizer, NoStore(), max_len, concurrent=len(episodes) + 1)
+        self.policy, self.episodes, self.progress = policy, {e.name: e for e in episodes}, progress
+        self.alive, self.wave, self.error = len(episodes), {}, None   # wave: who waits, by name
         for e in episodes: self.manager.put(e.session)
 
     async def sample(self, w: Writing, request: Request) -> Completion:
@@ -145,32 +145,27 @@ class Waves(Gateway):
         e = self.episodes[w.plan.session.name]
         if e.turns and len(request.ids) > self.max_len - 64: e.finish = e.finish or 'length'
         if e.finish: raise ValueError(f'the episode is over: {e.finish}')
-        e.request, e.answer = request, asyncio.get_running_loop().create_future()
-        mine = e.answer
-        self.move()
-        return await mine
+        e.request, self.wave[e.name] = request, (mine := asyncio.get_running_loop().create_future())
+        _move(self)
+        try: return await mine
+        finally: self.wave.pop(e.name, None)   # of an agent that was cancelled
 
     def left(self) -> None:
         "An agent has ended."
         self.alive -= 1
         if self.progress: self.progress(len(self.episodes) - self.alive, len(self.episodes))
-        self.move()
+        _move(self)
 
-    def move(self) -> None: _move(self)
-
-# %% ../nbs/71_rollouts.ipynb #dacc2fae
+# %% ../nbs/71_rollouts.ipynb #63bca98a
 def _move(g: Waves) -> None:
-    "Answer all who wait, if nobody else is to come."
-    wave = [e for e in g.episodes.values() if e.answer]
-    if not wave or len(wave) < g.alive: return
-    waiting = [e.answer for e in wave]
-    for e in wave: e.answer = None
-    try: done = _next_turns(g.engine, wave)
-    except Exception as error:  # who plays the episodes must hear it; agents only learn that the server failed
-        g.error = error
-        for f in waiting: f.cancel()
-    else:
-        for f, x in zip(waiting, done): f.set_result(x)
+    "Answer all who wait, if nobody else is to come. After an error nobody is answered."
+    if g.error is None and (not g.wave or len(g.wave) < g.alive): return
+    waiting, g.wave = g.wave, {}
+    wave = [e for e in g.episodes.values() if e.name in waiting]
+    try: done = _next_turns(g.policy, wave) if g.error is None else []
+    except Exception as error: g.error, done = error, []
+    for e, x in zip(wave, done): waiting[e.name].set_result(x)
+    for e in wave[len(done):]: waiting[e.name].cancel()
 
 def _next_turns(policy: Policy, wave: list[Episode]) -> list[Completion]:
     "For each episode the turn that is given, else the one that the policy samples."
@@ -239,20 +234,22 @@ def rollout(policy: Policy,                   # who acts
     for t, b in zip(out, begin or []): check_replay(t, b)
     return out
 
-# %% ../nbs/71_rollouts.ipynb #5587e3f1
+# %% ../nbs/71_rollouts.ipynb #5453abc9
 async def _rollout(g: Waves, max_turns: int) -> list[Trajectory]:
     httpx = need('httpx', 'serve')
     async with httpx.AsyncClient(transport=httpx.ASGITransport(g.app), base_url='http://kat', timeout=None) as client:
         await asyncio.gather(*[_play(g, e, client, max_turns) for e in g.episodes.values()])
-    return list(await asyncio.gather(*[finished(e, g.engine.sampling) for e in g.episodes.values()]))
+    return list(await asyncio.gather(*[finished(e, g.policy.sampling) for e in g.episodes.values()]))
 
 async def _play(g: Waves, e: Episode, client, max_turns: int) -> None:
     "One agent, from its first request to its end."
     try:
-        finish, _ = await play(client, f'/s/{e.name}/v1', e, e.task, max_turns, e.seed, model=g.model, **g.engine.sampling)
+        finish, _ = await play(client, f'/s/{e.name}/v1', e, e.task, max_turns, e.seed, model=g.model, **g.policy.sampling)
         e.finish = e.finish or finish
-    except (Refused, InfraError) as error:
-        if not e.finish: raise g.error or error
+    except Exception as error:
+        if e.finish and isinstance(error, (Refused, InfraError)): return
+        g.error = g.error or error   # that of the policy, where it was the first
+        raise g.error
     finally: g.left()
 
 # %% ../nbs/71_rollouts.ipynb #d818059e

@@ -192,7 +192,7 @@ def test_a_socket_makes_no_difference(tok, pool):
         g = Waves(script(tok), tok, 10**5, eps)
         async with running(g) as address, httpx.AsyncClient(base_url=address) as client:
             await asyncio.gather(*[_play(g, e, client, 14) for e in eps])
-        return [await finished(e, g.engine.sampling) for e in eps]
+        return [await finished(e, g.policy.sampling) for e in eps]
     assert asyncio.run(over_tcp()) == rollout(script(tok), tok, tasks, lambda: MicroEnv(pool), seed=2, max_len=10**5)
 
 
@@ -202,9 +202,16 @@ def test_an_error_of_the_policy_or_of_the_environment_is_raised_as_it_is(tok, po
     with pytest.raises(FloatingPointError, match='not finite'):
         rollout(Sick(tok, 'x'), tok, [make_task('train', i) for i in range(3)], lambda: MicroEnv(pool), max_len=10**5)
     class Bug(MicroEnv):
-        async def step(self, calls): raise KeyError('a bug')
+        async def step(self, calls):
+            if self.task.id == make_task('train', 1).id: raise KeyError('a bug')
+            return await super().step(calls)
+    waves, say = [], Fixed(tok, '<tool_call>list</tool_call><|im_end|>')
+    class Counted:
+        sampling = {}
+        def act(self, episodes): waves.append(len(episodes)); return say.act(episodes)
     with pytest.raises(KeyError, match='a bug'):
-        rollout(Fixed(tok, 'x<|im_end|>'), tok, [make_task('train', i) for i in range(3)], lambda: Bug(pool), max_len=10**5)
+        rollout(Counted(), tok, [make_task('train', i) for i in range(3)], lambda: Bug(pool), max_len=10**5)
+    assert waves == [3]   # the others aren't played on
     with pytest.raises(RuntimeError, match='context_length_exceeded'):   # of the very first prompt
         rollout(Fixed(tok, 'x'), tok, [make_task('train', 0)], lambda: MicroEnv(pool), max_len=20)
 
