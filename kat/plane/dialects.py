@@ -233,8 +233,8 @@ def _hints(body: dict, headers: dict) -> dict:
     if out['client']: out['client'] = re.sub(r'[^\x20-\x7e]', '?', out['client'])[:256]
     inside = _user_session(meta) or meta.get('session_id') or _get(body, 'prompt_cache_key', str, '', None)
     out['session_id'] = out['session_id'] or inside
-    if (up := low.get('x-parent-session-id')) and not low.get('x-kat-session'):  # a sub-agent's session: a branch of the other
-        out['agent_id'], out['session_id'] = out['agent_id'] or out['session_id'], up
+    if up := low.get('x-parent-session-id'):  # the session of a sub-agent is a branch of its parent's
+        out['agent_id'], out['session_id'] = out['agent_id'] or low.get('x-session-id'), low.get('x-kat-session') or up
     for k, v in out.items():
         if v is not None and not (isinstance(v, str) and re.fullmatch(r'[\x20-\x7e]{1,256}', v)):
             _refuse(k, 'printable ASCII of at most 256 characters expected')

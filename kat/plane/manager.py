@@ -31,6 +31,7 @@ REASONS = dict(
     retry='the prompt of a recorded turn again',
     rewind='back to an earlier turn, other messages after it',
     cut='only the beginning of an answer was kept',
+    discarded='an answer left out, and other messages in its place',
     edited_answer='an answer that the model did not give',
     edited_context='earlier context was changed',
     system='another system prompt, the rest the same',
@@ -255,6 +256,7 @@ def _why(s: Session, q: Asked, node: Turn | None, i: int) -> str:
     if not s.agents[q.agent] and node is None: return 'imported' if q.past else 'start'
     if not known and at.prompts[_slot(node is None, q, q.keys[i][0])]: return 'edited_answer'
     if known and at.prompts[_slot(node is None, q, q.last)]: return 'retry'
+    if known and any(at.prompts[_slot(node is None, q, q.last[:n])] for n in range(max(1, len(q.last) - 16), len(q.last))): return 'discarded'
     if node is None: return _root_reason(s, q)
     if not known: return 'edited_context'
     if any(n and k[1] == q.agent for k, n in node.prompts.items()): return 'rewind'

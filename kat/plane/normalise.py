@@ -24,7 +24,7 @@ REASONS = dict(
     cache_control='cache marks dropped; the engine finds equal prefixes by itself',
     redacted='encrypted thinking dropped; no engine of ours wrote it',
     deferred='tools marked as deferred left out of the prompt until a result refers to them',
-    choice='the answer begins with the beginning of a call, given and not sampled, as tool_choice asks',
+    choice='a call is demanded: where the model knows calls, the opening of one is given to it, not sampled',
     strict='strict schemas are not enforced; calls that cannot be read come back as text',
     unknown='fields that kat does not know, let pass',
 )  # what a note of each name means
