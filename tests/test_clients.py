@@ -54,11 +54,10 @@ def shape(s):
 def check(l: Lab, name, of, shown):
     "What holds for every client; then a row of the table."
     turns = turns_of(l)
-    for t in turns:
-        assert (t.drift == 'forked') == (t.reason not in CLEAN)
-        if t.parent is not None: assert np.array_equal(t.ids[:len(t.parent.ids)], t.parent.ids)
+    assert all((t.drift == 'forked') == (t.reason not in CLEAN) for t in turns)
+    # what the engine was asked: the recorded ids of the turns before, answers included, then the new context, then the opening of a demanded call
     prompt = lambda t: ids_of([*(t.parent.segments if t.parent else ()), *t.prompt, *(s for s in t.answer if not s.trainable)])
-    assert Counter(r.ids.tobytes() for r in l.engine.asked) == Counter(prompt(t).tobytes() for t in turns)   # asked = recorded, token by token
+    assert Counter(r.ids.tobytes() for r in l.engine.asked) == Counter(prompt(t).tobytes() for t in turns)
     statuses = {dict(labels)['status'] for (n, labels), _ in l.g.metrics.counts.items() if n == 'requests_total'}
     assert statuses == {200}
     drift = Counter(t.drift for t in turns)
