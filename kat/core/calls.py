@@ -11,7 +11,7 @@ from typing import Callable
 from .chat import KAT_TEMPLATE, call_text, parse_calls
 
 # %% auto #0
-__all__ = ['FORMATS', 'check_json', 'loads_strict', 'CallFormat', 'call_format', 'write_call', 'Reply', 'CallParser',
+__all__ = ['FORMATS', 'check_json', 'loads_strict', 'CallFormat', 'call_format', 'write_call', 'open_call', 'Reply', 'CallParser',
            'in_thinking', 'parse_reply', 'Decoder']
 
 # %% ../../nbs/core/04_calls.ipynb #96edd6ff
@@ -181,6 +181,17 @@ def write_call(
     if format == 'hermes': return f'<tool_call>\n{js(dict(name=name, arguments=arguments))}\n</tool_call>'
     ps = [f'<parameter={k}>\n{v if isinstance(v, str) else js(v)}\n</parameter>\n' for k, v in arguments.items()]
     return f'<tool_call>\n<function={name}>\n{"".join(ps)}</function>\n</tool_call>'
+
+# %% ../../nbs/core/04_calls.ipynb #4d3f7829
+def open_call(
+    format: str,     # a name in FORMATS
+    name: str = '',  # of the tool; '': the model is to choose
+) -> str:            # for the model to go on from
+    "The beginning of a call, as `write_call` writes it. Source: *own design*."
+    if format == 'kat': return f'<tool_call>{name}'
+    if format == 'qwen3_coder': return f'<tool_call>\n<function={name}' + ('>\n' if name else '')
+    tag, args = ('', 'parameters') if format == 'llama3' else ('<tool_call>\n', 'arguments')
+    return f'{tag}{{"name": "{name}' + (f'", "{args}":' if name else '')
 
 # %% ../../nbs/core/04_calls.ipynb #fbc53b5e
 @dataclass

