@@ -14,6 +14,7 @@ import torch
 
 from .forward import attends_to_trees, cast_weights, causal_model, check_model, check_tree, run_pack
 from .logprob import check_head, check_score, check_temperature, pack_edges, score_edges
+from .router import RouterBalance, find_routers
 from ..tree.partition import Pack, partition
 from ..tree.trie import TokenTree
 
@@ -75,19 +76,22 @@ class TreeEngine:
     recompute: bool | None = None     # forward packs again for their backward; None: if there is more than one pack
     temperature: float = 1.0          # log-probs of softmax(logits / temperature)
     dtype: torch.dtype | None = None  # compute dtype of the backbone; None: the weights' own
+    router_coef: float = 0.0          # weight of the routers' load-balancing loss, over each tree as a whole: `RouterBalance`
 
     def __post_init__(self):
         check_temperature(self.temperature)
         if self.max_tokens is not None and self.max_tokens < 1: raise ValueError(f"max_tokens {self.max_tokens}: a pack holds at least 1 token")
         self.causal = causal_model(self.model)
         check_model(self.causal), check_head(self.causal)
+        if not 0 <= self.router_coef < float("inf"): raise ValueError(f"router_coef {self.router_coef}: a finite number from 0 expected")
+        if self.router_coef: find_routers(self.causal)
 
     def forward_backward(self,
         tree: TokenTree,
         loss: Callable[[Edges], torch.Tensor],  # scalar loss of these edges; what packs give is summed
         score: np.ndarray | None = None,        # bool[N], edges that the loss wants to see; None: all
         whole_paths: bool = False,              # call `loss` once with all edges: two passes, for ratios of whole sequences
-    ) -> torch.Tensor:                          # the summed loss, detached
+    ) -> torch.Tensor:                          # the summed loss, detached, with that of the routers
         "Accumulate the gradients of the loss over a tree."
         check_tree(self.causal, tree)
         wanted = check_score(tree, score)
@@ -113,8 +117,19 @@ class _Walk:
         self.again = backward and (several if engine.recompute is None else engine.recompute)
         self.packs = partition(tree, engine.max_tokens, rooted=self.again)
         self.weights = cast_weights(engine.causal, engine.dtype)
+        self.router = RouterBalance(engine.causal, tree) if backward and engine.router_coef else None
 
     def run(self):
+        if self.router is None: return self.walk()
+        with self.router.recording():
+            if len(self.packs) > 1:  # who was chosen must be known of the whole tree first
+                first = _Walk(self.e, self.tree, None, np.zeros(len(self.tree), bool), backward=False)
+                first.router = self.router
+                with torch.no_grad(): first.walk()
+                self.router.counting = False
+            return self.walk()
+
+    def walk(self):
         for pack in self.packs:
             self.leave(pack.start)
             waits = len(pack.open) > 0
@@ -142,11 +157,20 @@ class _Walk:
     def forward(self, pack, below, grad):  # entries below the pack -> states, kept keys and values, boundary leaves, their owners' sizes
         sizes = _on_path(below, self.tree, pack.start)
         leaves = _leaves(below, sizes, grad)
-        return *run_pack(self.e.causal, self.tree, pack, leaves, self.e.backend, self.weights), leaves, sizes
+        if self.router: self.router.logits.clear()
+        out = run_pack(self.e.causal, self.tree, pack, leaves, self.e.backend, self.weights)
+        if self.router: self.router.see(pack)
+        return *out, leaves, sizes
 
-    def value(self, pack, hidden):  # the pack's loss, or None without edges
+    def value(self, pack, hidden):  # the pack's loss, or None without edges and routers
         edges = pack_edges(self.tree, pack, self.wanted)
-        if not len(edges): return None
+        value = self.edge_loss(pack, hidden, edges) if len(edges) else None
+        if not (self.back and self.router): return value
+        share = self.e.router_coef * self.router.share(pack)
+        self.total = self.total + share.detach()
+        return share if value is None else value + share
+
+    def edge_loss(self, pack, hidden, edges):
         scores = score_edges(self.e.causal, self.tree, pack.start, hidden, edges, self.e.temperature)
         if not bool(torch.isfinite(scores[0]).all()):
             raise FloatingPointError(f"log-probs of tokens {pack.start} … {pack.stop - 1} aren't finite: damaged weights, or a learning rate too high?")
@@ -189,7 +213,9 @@ def _two_passes(self, tree, loss, wanted):
     _check_scalar(value)
     grads = torch.autograd.grad(value, [getattr(edges, n) for n in names], allow_unused=True)
     full = [None if g is None else g.new_zeros(len(tree)).index_copy(0, edges.index, g) for g in grads]
-    self.forward_backward(tree, lambda e: sum((g[e.index] * getattr(e, n)).sum() for n, g in zip(names, full) if g is not None), wanted)
-    return value.detach()
+    def linear(e):  # its gradient is the loss's, its value 0
+        x = sum((g[e.index] * getattr(e, n)).sum() for n, g in zip(names, full) if g is not None)
+        return x - x.detach()
+    return value.detach() + self.forward_backward(tree, linear, wanted)
 
 TreeEngine._two_passes = _two_passes

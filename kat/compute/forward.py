@@ -8,7 +8,6 @@ __all__ = ['NAME', 'causal_model', 'check_model', 'PackCall', 'tree_attention_la
 
 # %% ../../nbs/compute/02a_forward.ipynb #995c6a10
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -40,14 +39,16 @@ def check_model(
         raise ValueError(f"{name}: attends in both directions: trees need a causal decoder")
 
 # %% ../../nbs/compute/02a_forward.ipynb #3b21f905
-@dataclass(eq=False)
 class PackCall:
-    "What the layers of one forward share."
-    layout: Layout
-    backend: str                                  # of `tree_attention`
-    keep: torch.Tensor                            # int64[o], which of the pack's tokens to collect
-    past: dict = field(default_factory=dict)      # layer -> keys and values [1, K, m, D] of the boundary, rotated
-    kept: dict = field(default_factory=dict)      # layer -> keys and values [1, K, o, D] of the collected tokens
+    "What the layers of one forward share. (Not a dataclass: FSDP2 hands each layer a copy of those.)"
+    def __init__(self,
+        layout: Layout,
+        backend: str,         # of `tree_attention`
+        keep: torch.Tensor,   # int64[o], which of the pack's tokens to collect
+        past: dict,           # layer -> keys and values [1, K, m, D] of the boundary, rotated
+    ):
+        self.layout, self.backend, self.keep, self.past = layout, backend, keep, past
+        self.kept = {}  # layer -> keys and values [1, K, o, D] of the collected tokens
 
 NAME = "kat_tree"  # the name under which transformers knows this attention
 
