@@ -130,11 +130,11 @@ def load_pairs(path) -> list:
 
 # %% ../nbs/80_stages.ipynb #83e9c43e
 def turn_facts(played: list[Trajectory]) -> dict:
-    "Turns, parallel turns and finishes of a wave, for the log."
+    "Turns, parallel turns, finishes and sampled tokens of a wave, for the log."
     turns = [t for p in played for t in p.info['turns']]
     share = lambda f: sum(p.info['finish'] == f for p in played) / len(played)
     return dict(turns=len(turns) / len(played), parallel=sum(len(t['calls']) > 1 for t in turns) / max(1, sum(bool(t['calls']) for t in turns)),
-                capped=share('cap'), stopped=share('stopped'))
+                capped=share('cap'), stopped=share('stopped'), sampled_tokens=sum(t['tokens'] for t in turns))
 
 def with_logprobs(model, trajectories: list[Trajectory], dtype=torch.bfloat16, event: str | None = None) -> list[Trajectory]:
     "Set the log-probs and entropies of trained tokens (with `event`: of its segments only) to the model's own, so that a ground truth can stand in a group."

@@ -326,7 +326,7 @@ def _update(self, rows):  # all updates of a batch; `rows`: of each live group -
                        self.budget is not None and recorded_exactly(b, self.version), self.reference) for i, b in enumerate(_minibatches(rows, self.minibatches, self.version))]
     done = [_one_update(self, parts) for _ in range(self.epochs) for parts in batches]
     mean = {k: float(np.mean([d.pop(k) for d in done])) for k in ("loss", "grad_norm")}
-    metrics = _facts_of([p for parts in batches for p in parts]) | merge_metrics(done) | mean
+    metrics = _facts_of([p for parts in batches for p in parts]) | mean | merge_metrics(done)
     metrics.pop("tokens")
     return metrics
 
