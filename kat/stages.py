@@ -130,14 +130,14 @@ def load_pairs(path) -> list:
 
 # %% ../nbs/80_stages.ipynb #83e9c43e
 def turn_facts(played: list[Trajectory]) -> dict:
-    "Turns, parallel turns and finishes of a wave, for the log."
+    "Turns, parallel turns, finishes and sampled tokens of a wave, for the log."
     turns = [t for p in played for t in p.info['turns']]
     share = lambda f: sum(p.info['finish'] == f for p in played) / len(played)
     return dict(turns=len(turns) / len(played), parallel=sum(len(t['calls']) > 1 for t in turns) / max(1, sum(bool(t['calls']) for t in turns)),
-                capped=share('cap'), stopped=share('stopped'))
+                capped=share('cap'), stopped=share('stopped'), sampled_tokens=sum(t['tokens'] for t in turns))
 
 def with_logprobs(model, trajectories: list[Trajectory], dtype=torch.bfloat16, event: str | None = None) -> list[Trajectory]:
-    "Set the log-probs of trained tokens (with `event`: of its segments only) to the model's own, so that a ground truth can stand in a group."
+    "Set the log-probs and entropies of trained tokens (with `event`: of its segments only) to the model's own, so that a ground truth can stand in a group."
     from kat.compute.logprob import tree_logprobs
     from kat.tree.trie import TokenTree
     for t in trajectories:
@@ -145,10 +145,11 @@ def with_logprobs(model, trajectories: list[Trajectory], dtype=torch.bfloat16, e
     for temperature in {t.sampling['temperature'] for t in trajectories}:
         some = [t for t in trajectories if t.sampling['temperature'] == temperature]
         tree = TokenTree.from_sequences([t.ids for t in some])
-        with torch.no_grad(): scored = tree_logprobs(model, tree, temperature, dtype=dtype, max_tokens=8192).logprob.float().cpu().numpy()
-        for t, logprobs in zip(some, tree.gather(scored)):
-            for s, lp in zip(t.segments, np.split(logprobs, np.cumsum([len(s) for s in t.segments])[:-1])):
-                if s.trainable and event in (None, s.event): s.logprobs = lp
+        with torch.no_grad(): scored = tree_logprobs(model, tree, temperature, dtype=dtype, max_tokens=8192)
+        values = np.stack([x.float().cpu().numpy() for x in (scored.logprob, scored.entropy)], 1)
+        for t, both in zip(some, tree.gather(values)):
+            for s, x in zip(t.segments, np.split(both, np.cumsum([len(s) for s in t.segments])[:-1])):
+                if s.trainable and event in (None, s.event): s.logprobs, s.entropy = x.T.copy()
     return trajectories
 
 # %% ../nbs/80_stages.ipynb #a26468a2

@@ -263,7 +263,7 @@ def test_savings_exact_and_estimated():
     assert r['turns_share'] == r['tokens_share'] == 7 / 14
     cut, broken = info(lost(1), {}, finish='stopped'), info([], {}, finish='infra')
     r = savings([info(good(), {}), info(lost(5), {}), cut, broken])
-    assert r == dict(n=4, stopped=1, corrected=0, turns_saved=3, tokens_saved=21)
+    assert r == dict(n=4, stopped=1, corrected=0, sampled_tokens=63, turns_saved=3, tokens_saved=21)
     assert savings([info([*lost(1), good()[0] | dict(corrected=True)], {})])['corrected'] == 1
     assert savings([])['turns_saved'] == 0
 

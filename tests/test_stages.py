@@ -54,7 +54,7 @@ def test_expert_data_is_repeatable_and_seeds_differ(base):
         a, b, c = (expert_data(tok, [train_task(0, i) for i in range(6)], make_env, s) for s in (0, 0, 1))
     assert a == b != c
     assert {t.id for t in heldout(5)}.isdisjoint({train_task(s, i).id for s in range(3) for i in range(5)})
-    assert set(turn_facts(a)) == {'turns', 'parallel', 'capped', 'stopped'}
+    assert set(turn_facts(a)) == {'turns', 'parallel', 'capped', 'stopped', 'sampled_tokens'}
 
 
 def test_evaluation_is_kept(tmp_path, base):

@@ -361,7 +361,7 @@ def shadow(
 # %% ../../nbs/learn/04_rft.ipynb #7280825b
 def savings(
     rollouts:list, # trajectories of a training step, some with finish 'stopped'
-) -> dict: # n, stopped, corrected (turns spliced in), and the estimates turns_saved and tokens_saved
+) -> dict: # n, stopped, corrected (turns spliced in), sampled_tokens (the policy's own), and the estimates turns_saved and tokens_saved
     "Estimated savings: a stopped rollout is taken to have cost what the finished ones cost on average."
     infos = [getattr(o, 'info', o) for o in rollouts]
     tokens = [sum(t.get('tokens') or 0 for t in i['turns']) for i in infos]
@@ -371,4 +371,4 @@ def savings(
     mean = cost[live].mean(0) if live.any() else np.zeros(2)
     saved = np.clip(mean - cost[cut], 0, None).sum(0)
     spliced = sum(bool(t.get('corrected')) for i in infos for t in i['turns'])
-    return dict(n=len(infos), stopped=int(cut.sum()), corrected=spliced, turns_saved=float(saved[0]), tokens_saved=float(saved[1]))
+    return dict(n=len(infos), stopped=int(cut.sum()), corrected=spliced, sampled_tokens=int(sum(tokens)), turns_saved=float(saved[0]), tokens_saved=float(saved[1]))

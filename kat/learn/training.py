@@ -5,9 +5,11 @@
 # %% auto #0
 __all__ = ['MANIFEST', 'orthogonalise', 'MuonAdam', 'make_optimizer', 'lr_factor', 'CheckpointError', 'write_folder',
            'check_folder', 'checkpoints', 'save_checkpoint', 'latest_checkpoint', 'rng_state', 'set_rng_state',
-           'data_checksum', 'weights_checksum', 'no_bars', 'save_finished', 'load_weights', 'load_finished']
+           'data_checksum', 'weights_checksum', 'no_bars', 'has_adapter', 'merged', 'adapter_settings', 'save_weights',
+           'save_finished', 'load_weights', 'load_finished']
 
 # %% ../../nbs/learn/00_training.ipynb #8c3d7e14
+import copy
 import json
 import os
 import shutil
@@ -20,6 +22,8 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
+
+from ..core.io import need
 
 # %% ../../nbs/learn/00_training.ipynb #8c509691
 _NS = (3.4445, -4.7750, 2.0315)  # Jordan's quintic: steep at 0, so that few steps bring singular values near 1
@@ -228,9 +232,46 @@ def no_bars():
     finally:
         if shown: logging.enable_progress_bar()
 
+# %% ../../nbs/learn/00_training.ipynb #9e706a5f
+def has_adapter(
+    model,   # a causal language model, or PEFT's wrapper around one
+) -> bool:
+    "Is there a LoRA adapter? ValueError for PEFT's other kinds and for several at once, which can't be merged into one model."
+    if not hasattr(model, "get_base_model"): return False
+    kinds = [f"{name}: {c.peft_type.value}" for name, c in model.peft_config.items()]
+    if len(kinds) != 1 or not kinds[0].endswith(": LORA"):
+        raise ValueError(f"adapters {', '.join(kinds)}: exactly one of kind LORA expected, since it must merge into the model")
+    return True
+
+# %% ../../nbs/learn/00_training.ipynb #e968a4b2
+def merged(
+    model,                # a causal language model, or PEFT's wrapper around one
+) -> PreTrainedModel:     # the model itself where it has no adapter, else a copy
+    "An ordinary model with the adapter merged in; the one that is trained stays as it is."
+    return copy.deepcopy(model).merge_and_unload() if has_adapter(model) else model
+
+# %% ../../nbs/learn/00_training.ipynb #537d2d4b
+def adapter_settings(
+    model,          # PEFT's wrapper with a LoRA adapter
+) -> str:           # JSON
+    "What identifies an adapter beside its weights: rank, scale, which matrices."
+    settings = next(iter(model.peft_config.values())).to_dict()
+    skip = ("base_model_name_or_path", "revision", "auto_mapping", "inference_mode", "peft_version")
+    kept = {k: sorted(v) if isinstance(v, (set, list, tuple)) else v for k, v in settings.items() if v and k not in skip}
+    return json.dumps(kept, sort_keys=True, default=str)
+
 # %% ../../nbs/learn/00_training.ipynb #65c89496
+def save_weights(
+    model,                 # a causal language model, or PEFT's wrapper around one
+    folder: Path,          # gets the files
+) -> None:
+    "Write a model as a Hugging Face folder; of a model with an adapter, the adapter only."
+    with no_bars():
+        if has_adapter(model): model.save_pretrained(folder, save_embedding_layers=False)
+        else: model.save_pretrained(folder)
+
 def save_finished(
-    model: PreTrainedModel,       # saved in its own dtype
+    model,                        # saved in its own dtype; an adapter is merged in, and saved alone in `adapter/`
     tokenizer: PreTrainedTokenizerBase | None,  # saved beside it
     path: Path,                   # the folder
     call: dict,                   # description of the run
@@ -238,26 +279,31 @@ def save_finished(
 ) -> None:
     "Write model, tokenizer and `training.json` as one folder that appears whole."
     def write(folder):
-        with no_bars(): model.save_pretrained(folder)
+        save_weights(merged(model), folder)
+        if has_adapter(model): save_weights(model, folder / "adapter")
         if tokenizer is not None: tokenizer.save_pretrained(folder)
         (folder / "training.json").write_text(json.dumps(result))
     write_folder(path, write, call)
 
 # %% ../../nbs/learn/00_training.ipynb #e8617859
 def load_weights(
-    model: PreTrainedModel,   # gets the weights, in its own dtype
-    path: Path,               # a Hugging Face folder of the same architecture
+    model,                    # gets the weights, in its own dtype
+    path: Path,               # a folder of `save_weights` for the same architecture
 ) -> None:
-    "Copy saved weights into a model."
+    "Copy saved weights into a model; into one with an adapter, the adapter's."
+    if has_adapter(model):
+        peft = need("peft", "train")
+        peft.set_peft_model_state_dict(model, peft.load_peft_weights(str(path), device="cpu"))
+        return
     with no_bars(): model.load_state_dict(type(model).from_pretrained(path, dtype=model.dtype).state_dict())
 
 # %% ../../nbs/learn/00_training.ipynb #c06eaf37
 def load_finished(
-    model: PreTrainedModel,   # gets the weights
+    model,                    # gets the weights
     path: Path,               # a folder of `save_finished`
     call: dict,               # description of the present run
 ) -> dict:                    # what the run reported
     "Load a finished run's weights into `model`; CheckpointError if the folder is damaged or from another run."
     check_folder(path, call)
-    load_weights(model, path)
+    load_weights(model, path / "adapter" if has_adapter(model) else path)
     return json.loads((path / "training.json").read_text())
