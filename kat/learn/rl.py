@@ -24,7 +24,7 @@ from .advantage import REASONS, group_advantages, masked_rewards
 from .objective import Objective, merge_metrics
 from .training import (latest_checkpoint, load_finished, load_weights, lr_factor, make_optimizer, no_bars,
                                 rng_state, save_checkpoint, save_finished, set_rng_state, weights_checksum)
-from ..tree.prune import Pruning, prune, token_facts
+from ..tree.prune import Pruning, least_budget, prune, token_facts
 from ..tree.stats import model_shape
 from ..tree.trie import TokenTree
 
@@ -125,7 +125,8 @@ def _mean(values, masks): return float(np.concatenate([v[m] for v, m in zip(valu
 def _prune(model, tree, rows, weights, trained, old, entropy, budget, pruning, seed):
     cost = token_flops(model_shape(model.config), tree.position)
     facts = token_facts(tree, [r.trajectory for r in rows], [w * r.advantage for r, w in zip(rows, weights)], cost)
-    return prune(replace(facts, trainable=trained, entropy=entropy, logprob=old), budget * cost.sum(), pruning, seed)
+    facts = replace(facts, trainable=trained, entropy=entropy, logprob=old)
+    return prune(facts, max(budget * cost.sum(), least_budget(facts, pruning)), pruning, seed)
 
 def _backward(engine, tree, loss, part) -> float:  # the loss of the trained edges
     if part is None: return float(engine.forward_backward(tree, loss, loss.score, loss.needs_paths))
