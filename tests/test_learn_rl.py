@@ -96,6 +96,8 @@ def test_a_budget_trains_on_less_and_the_whole_budget_on_all():
     assert all_of_it["kept_tokens"] == 1 and half["kept_cost"] <= 0.5 and 0 < half["kept_entropy"] < 1
     assert 0 < torch.nn.functional.cosine_similarity(gradient, full, dim=0) < 0.999
     with pytest.raises(ValueError, match="needs whole paths"): accumulate(model, rows, Objective("gspo"), budget=0.5)
+    least, some = run(budget=1e-6)  # less than a prompt costs: the smallest part that trains anything
+    assert 0 < least["kept_cost"] < 0.5 and some.norm() > 0
 
 
 def test_stale_groups_are_dropped_and_counted(tmp_path):

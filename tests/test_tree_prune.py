@@ -152,6 +152,16 @@ def test_importance_by_its_formula(f, how):
     np.testing.assert_allclose(importance(f, u, how), [reach(n) * S(n) for n in range(len(u))], rtol=1e-9, atol=1e-12)
 
 
+@few
+@given(facts(), st.booleans(), st.integers(0, 3))
+def test_gradient_mass_of_what_is_kept_together(f, results, window):
+    u, how = cut_units(f), Pruning(results=results, window=window)
+    keeper, want = kept_with(f, u, results, window), [0.0] * len(u)
+    for t in range(len(f.tree)):
+        if f.trainable[t] and f.tree.prev[t] >= 0: want[keeper[t]] += abs(f.weight[t]) * (1 - np.exp(f.logprob[t]))
+    np.testing.assert_allclose(importance(f, u, how), want, atol=1e-12)
+
+
 def closed_sets(parent, root=None):
     "All sets of units closed under ancestors; with a root, those inside its subtree that hold it."
     U = len(parent)
@@ -260,7 +270,7 @@ def agent_tree(K=6, turns=4):
 
 
 def test_draws_follow_the_probabilities():
-    f, how, n = agent_tree(), Pruning(correction="horvitz_thompson", window=0), 1500
+    f, how, n = agent_tree(), Pruning("entropy", correction="horvitz_thompson", window=0), 1500
     cuts = [prune(f, 0.5 * f.cost.sum(), how, seed) for seed in range(n)]
     p = cuts[0].probability[cuts[0].bundles.keeper]
     assert cuts[0].metrics["expected_cost"] == pytest.approx(0.5 * f.cost.sum())
@@ -276,7 +286,7 @@ def test_draws_follow_the_probabilities():
 
 def test_the_same_seed_draws_the_same():
     f = agent_tree()
-    for how in (Pruning("random"), Pruning(correction="horvitz_thompson")):
+    for how in (Pruning("random"), Pruning("entropy", correction="horvitz_thompson")):
         a, b = (prune(f, 40, how, 3).kept for _ in range(2))
         assert (a == b).all() and any((prune(f, 40, how, s).kept != a).any() for s in range(9))
 
@@ -306,6 +316,19 @@ def test_the_orders_by_hand():
     assert kept("density", 3) == [0, 1, 6]
 
 
+def test_gradients_compete_by_their_squares():
+    # (1 - p) |weight|: behind 1 two units of 2 (4 for a cost of 3), behind 4 one of 2.5 (for a cost of 2)
+    tree = TokenTree.from_sequences([[0, 1, 2, 3], [0, 4, 5, 6]])
+    mass = {2: 2.0, 3: 2.0, 5: 2.5}
+    p = np.array([0.5 if i in mass else 1.0 for i in tree.ids])
+    f = TokenFacts(tree, np.ones(7, bool), weight=[2 * mass.get(int(i), 1.0) for i in tree.ids], logprob=np.log(p), cuts=np.ones(7, bool))
+    assert tokens(prune(f, 3, Pruning(window=0))) == [0, 4, 5]
+    sums = TokenFacts(tree, np.ones(7, bool), entropy=[mass.get(int(i), 0.0) for i in tree.ids], cuts=np.ones(7, bool))
+    assert tokens(prune(sums, 3, Pruning("density", window=0))) == [0, 1, 2]
+    sure = TokenFacts(tree, np.ones(7, bool), logprob=np.zeros(7), cuts=np.ones(7, bool))  # nothing to learn: still within the budget, and something is trained
+    assert len(prune(sure, 4, Pruning(window=0)).index) == 4
+
+
 def test_density_looks_behind_what_costs():
     #  a costly, empty unit (5) hides a rich one; a discount of 0 stays with the cheap and poor
     tree = TokenTree.from_sequences([[0, 1, 2], [0, 3, 4], [0, 3, 5]])
@@ -314,7 +337,7 @@ def test_density_looks_behind_what_costs():
     for i, h in {1: 0.5, 2: 0.5, 4: 9, 5: 9}.items(): entropy[order[i]] = h
     cost[order[3]] = 2
     f = TokenFacts(tree, np.ones(6, bool), entropy, cost=cost, cuts=np.ones(6, bool))
-    assert tokens(prune(f, 4, Pruning(gamma=0.0, window=0))) == [0, 1, 2]
+    assert tokens(prune(f, 4, Pruning("entropy", gamma=0.0, window=0))) == [0, 1, 2]
     assert tokens(prune(f, 4, Pruning("density", window=0))) == [0, 3, 4]
 
 
@@ -327,23 +350,23 @@ def call_tree():
 
 def test_results_stay_with_their_call():
     f = call_tree()
-    assert tokens(prune(f, 5, Pruning(gamma=0.0, window=0, event_factor=1000.0))) == [0, 1, 2, 2, 3]
-    assert tokens(prune(f, 4, Pruning(gamma=0.0, window=0, event_factor=1000.0))) == [0, 4, 5]  # the call does not fit with its results
+    assert tokens(prune(f, 5, Pruning("entropy", gamma=0.0, window=0, event_factor=1000.0))) == [0, 1, 2, 2, 3]
+    assert tokens(prune(f, 4, Pruning("entropy", gamma=0.0, window=0, event_factor=1000.0))) == [0, 4, 5]  # the call does not fit with its results
     assert tokens(prune(f, 2, Pruning("depth_first", window=0, results=False))) == [0, 1]
-    with pytest.raises(ValueError, match="budget 1: .* costs 2 "): prune(f, 1, Pruning(window=0))
+    with pytest.raises(ValueError, match="budget 1: .* costs 2 "): prune(f, 1, Pruning("entropy", window=0))
 
 
 def test_events_gain_priority():
     f = call_tree()
-    assert tokens(prune(f, 5, Pruning(gamma=0.0, window=0))) == [0, 4, 5]
-    assert tokens(prune(f, 5, Pruning(gamma=0.0, window=0, event_factor=100.0))) == [0, 1, 2, 2, 3]
+    assert tokens(prune(f, 5, Pruning("entropy", gamma=0.0, window=0))) == [0, 4, 5]
+    assert tokens(prune(f, 5, Pruning("entropy", gamma=0.0, window=0, event_factor=100.0))) == [0, 1, 2, 2, 3]
 
 
 def test_a_window_follows_a_decision_and_its_results():
     f = call_tree()
-    assert tokens(prune(f, 6, Pruning(gamma=0.0, window=1, event_factor=100.0))) == [0, 1, 2, 2, 3, 5]
+    assert tokens(prune(f, 6, Pruning("entropy", gamma=0.0, window=1, event_factor=100.0))) == [0, 1, 2, 2, 3, 5]
     assert tokens(prune(f, 3, Pruning("breadth_first", window=1))) == [0, 4, 5]
-    with pytest.raises(ValueError, match=r"costs 3 with .* whole tree 8"): prune(f, 2, Pruning(window=1))
+    with pytest.raises(ValueError, match=r"costs 3 with .* whole tree 8"): prune(f, 2, Pruning("entropy", window=1))
 
 
 def test_something_is_trained_where_a_policy_would_buy_context_only():
@@ -363,7 +386,7 @@ def test_deep_chains_and_many_nodes():
     assert len(star) > 10_000 - 2 and star.n_nodes > 9_900
     for tree, cuts in ((chain, np.ones(n, bool)), (star, None)):
         f = TokenFacts(tree, tree.position > 0, rng.exponential(size=len(tree)), rng.normal(size=len(tree)), -rng.exponential(size=len(tree)), cuts=cuts)
-        ways = [Pruning(p) for p in POLICIES] + [Pruning(correction="horvitz_thompson"), Pruning(window=8), Pruning(alpha=0.5)]
+        ways = [Pruning(p) for p in POLICIES] + [Pruning(correction="horvitz_thompson"), Pruning(window=8), Pruning("entropy", alpha=0.5)]
         for how in ways:
             cut = prune(f, 0.4 * len(tree), how)
             assert closed(tree, cut.kept)
@@ -402,7 +425,7 @@ def test_numbers_are_read_at_trained_tokens_only():
 
 
 @pytest.mark.parametrize("changes, message", [
-    (dict(policy="best"), "policy: 'best'; one of entropy, density, advantage, random"),
+    (dict(policy="best"), "policy: 'best'; one of gradient, entropy, density, advantage, random"),
     (dict(correction="ht"), "correction: 'ht'; one of none, reweight, horvitz_thompson"),
     (dict(pool="max"), "pool: 'max'; one of sum, mean"),
     (dict(gamma=1.5), "gamma: 1.5; a number from 0 to 1"),
@@ -416,7 +439,7 @@ def test_numbers_are_read_at_trained_tokens_only():
     (dict(policy="density", pool="mean"), "pool: not read by policy 'density'"),
     (dict(policy="advantage", by_advantage=True), "by_advantage: not read by policy 'advantage'"),
     (dict(floor=0.1), "floor: not read .* correction 'none'"),
-    (dict(policy="longest_path", correction="horvitz_thompson"), "needs importances, policy 'longest_path' has none: take one of entropy"),
+    (dict(policy="longest_path", correction="horvitz_thompson"), "needs importances, policy 'longest_path' has none: take one of gradient, entropy"),
 ])
 def test_bad_options_are_refused(changes, message):
     with pytest.raises(ValueError, match=message): Pruning(**changes)
@@ -424,15 +447,16 @@ def test_bad_options_are_refused(changes, message):
 
 
 @pytest.mark.parametrize("facts, budget, how, message", [
-    (dict(entropy=None), 3, {}, "entropy: missing, and policy 'entropy' scores by it"),
+    ({}, 3, {}, "logprob: missing, and policy 'gradient' scores by it"),
+    (dict(entropy=None), 3, dict(policy="entropy"), "entropy: missing, and policy 'entropy' scores by it"),
     (dict(weight=None), 3, dict(policy="advantage"), "weight: missing"),
-    (dict(weight=None), 3, dict(by_advantage=True), "weight: missing"),
-    ({}, 3, dict(alpha=0.5), "logprob: missing, and alpha 0.5 needs it"),
+    (dict(weight=None), 3, dict(policy="entropy", by_advantage=True), "weight: missing, and the advantage"),
+    ({}, 3, dict(policy="entropy", alpha=0.5), "logprob: missing, and alpha 0.5 needs it"),
     ({}, 0, {}, "budget: 0; a positive number"),
     ({}, True, {}, "budget: True"),
     ({}, np.nan, {}, "budget: nan"),
-    ({}, 1, {}, "budget 1: .* the whole tree 4: raise the budget"),
-    ({}, 0.1, dict(correction="horvitz_thompson"), "budget 0.1: .* raise the budget or lower `floor`"),
+    ({}, 1, dict(policy="entropy"), "budget 1: .* the whole tree 4: raise the budget"),
+    ({}, 0.1, dict(policy="entropy", correction="horvitz_thompson"), "budget 0.1: .* raise the budget or lower `floor`"),
 ])
 def test_what_cannot_be_pruned_is_said(facts, budget, how, message):
     with pytest.raises(ValueError, match=message): prune(make(**facts), budget, Pruning(**how))
@@ -440,26 +464,26 @@ def test_what_cannot_be_pruned_is_said(facts, budget, how, message):
 
 def test_policies_without_scores_need_no_entropy():
     f = make(entropy=None, weight=None)
-    for p in POLICIES[3:]:
+    for p in POLICIES[len(SCORED):]:
         cut = prune(f, 3, Pruning(p, window=0))
         assert len(cut.index) == 3 and "kept_entropy" not in cut.metrics
 
 
 def test_an_empty_draw_says_so():
     f = make()
-    cut = next(c for c in (prune(f, 1, Pruning(correction="horvitz_thompson"), s) for s in range(99)) if not c.kept.any())
+    cut = next(c for c in (prune(f, 1, Pruning("entropy", correction="horvitz_thompson"), s) for s in range(99)) if not c.kept.any())
     assert cut.cost == 0 and not cut.factor.any() and len(cut.index) == 0
     with pytest.raises(ValueError, match="no token is kept"): cut.tree
-    with pytest.raises(ValueError, match="variance: nothing was drawn"): prune(f, 4).variance(f.weight)
+    with pytest.raises(ValueError, match="variance: nothing was drawn"): prune(f, 4, Pruning("entropy")).variance(f.weight)
     with pytest.raises(ValueError, match="terms: 4 rows expected"): cut.variance(np.ones(3))
     with pytest.raises(ValueError, match="token 2 is kept without token 1"): subtree(f.tree, np.array([True, False, True, False]))
 
 
 def test_zero_entropy_everywhere_is_drawn_at_the_floor():
     f = make(entropy=np.zeros(4))
-    cut = prune(f, 3, Pruning(correction="horvitz_thompson"))
+    cut = prune(f, 3, Pruning("entropy", correction="horvitz_thompson"))
     assert (cut.probability[cut.bundles.keeper] == 0.05).all()
-    assert prune(f, 3, Pruning(window=0)).cost == 3
+    assert prune(f, 3, Pruning("entropy", window=0)).cost == 3
 
 
 def trajectories():
@@ -497,13 +521,13 @@ def test_facts_of_other_trajectories_are_refused():
 def test_fidelity_with_gradients_per_edge():
     f = agent_tree()
     G = np.random.default_rng(2).normal(size=(len(f.tree), 30)) * f.weight[:, None]
-    ways = [Pruning(), Pruning("random"), Pruning(correction="horvitz_thompson")]
+    ways = [Pruning("entropy"), Pruning("random"), Pruning("entropy", correction="horvitz_thompson")]
     rows = gradient_fidelity(f, lambda cut: cut.factor @ G, ways, shares=(0.01, 0.5, 1.0), draws=200)
     assert [(r["how"], r["share"]) for r in rows] == [(h, s) for h in ways for s in (0.01, 0.5, 1.0)]
     assert all(np.isnan(r["cosine"]) for r in rows if r["share"] == 0.01)
     for r in rows[2::3]: assert r["cosine"] == pytest.approx(1) and r["norm_ratio"] == pytest.approx(1) and [r["error"], r["bias"]] == pytest.approx([0, 0], abs=1e-12)
     best, chance, drawn = rows[1::3]
-    cut = prune(f, 0.5 * f.cost.sum())
+    cut = prune(f, 0.5 * f.cost.sum(), ways[0])
     g, whole = cut.factor @ G, G.sum(0)
     assert best["cosine"] == pytest.approx(g @ whole / np.linalg.norm(g) / np.linalg.norm(whole)) and best["error"] == pytest.approx(best["bias"])
     assert best["error"] == pytest.approx(np.linalg.norm(g - whole) / np.linalg.norm(whole)) and best["cost"] == pytest.approx(cut.metrics["kept_cost"])

@@ -26,7 +26,7 @@ from .advantage import REASONS, group_advantages, is_live, masked_rewards
 from .objective import Objective, TreeLoss, merge_metrics
 from .training import (adapter_settings, has_adapter, latest_checkpoint, load_finished, load_weights, lr_factor, make_optimizer,
                                 merged, rng_state, save_checkpoint, save_finished, save_weights, set_rng_state, weights_checksum)
-from ..tree.prune import Pruning, prune, token_facts
+from ..tree.prune import Pruning, least_budget, prune, token_facts
 from ..tree.stats import model_shape
 from ..tree.trie import TokenTree
 
@@ -139,7 +139,7 @@ def _one_tree(engine, rows, weights, objective, budget, pruning, seed, recorded,
     cut, part, index = None, tree, None
     if budget is not None:
         facts = _facts(engine.causal, tree, rows, weights, trained, None if recorded else (old, entropy))
-        cut = prune(facts, budget * facts.cost.sum(), pruning, seed)
+        cut = prune(facts, max(budget * facts.cost.sum(), least_budget(facts, pruning)), pruning, seed)
         part, index = cut.tree if cut.kept.any() else None, cut.index
         masks, weights = [m & k for m, k in zip(masks, tree.gather(cut.kept))], [w * x for w, x in zip(weights, tree.gather(cut.factor))]
         whole |= cut.metrics | {"entropy_recorded": float(recorded)}

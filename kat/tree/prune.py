@@ -139,8 +139,9 @@ def _down(parent: np.ndarray, x: np.ndarray) -> np.ndarray:
     return np.array(y)
 
 # %% ../../nbs/tree/04_prune.ipynb #68dbaca5
-SCORED = dict(entropy=("pool", "gamma", "alpha", "by_advantage", "event_factor"),   # policies with an importance,
-              density=("alpha", "by_advantage", "event_factor"),                    # and the options they read
+SCORED = dict(gradient=("event_factor",),                                             # policies with an importance,
+              entropy=("pool", "gamma", "alpha", "by_advantage", "event_factor"),   # and the options they read
+              density=("alpha", "by_advantage", "event_factor"),
               advantage=("pool", "gamma", "alpha", "event_factor"))
 POLICIES = (*SCORED, "random", "depth_first", "breadth_first", "longest_path")
 CORRECTIONS = ("none", "reweight", "horvitz_thompson")
@@ -148,7 +149,7 @@ CORRECTIONS = ("none", "reweight", "horvitz_thompson")
 @dataclass(frozen=True)
 class Pruning:
     "How to prune. ValueError names the option. *Own design*, all of it."
-    policy: str = "entropy"       # what comes first: one of POLICIES
+    policy: str = "gradient"      # what comes first: one of POLICIES
     pool: str = "sum"             # a unit's own signal: 'sum' or 'mean' over its trained tokens
     gamma: float = 0.5            # how much of the children's signal counts, 0 … 1
     alpha: float = 0.0            # reach: 0 by visits, 1 by the policy's probability
@@ -207,8 +208,10 @@ def kept_with(
 # %% ../../nbs/tree/04_prune.ipynb #7a7e3ead
 def _signal(facts: TokenFacts, o: Pruning) -> np.ndarray:  # float64[N], 0 where there is no term
     "s_t of the policy. ValueError names the array that is missing."
-    if o.policy != "advantage" and facts.entropy is None: raise ValueError(f"entropy: missing, and policy {o.policy!r} scores by it: pass it to TokenFacts or choose another policy")
-    if (o.policy == "advantage" or o.by_advantage) and facts.weight is None: raise ValueError("weight: missing, and the advantage is taken from it: pass it to TokenFacts")
+    name = dict(gradient="logprob", advantage="weight").get(o.policy, "entropy")
+    if getattr(facts, name) is None: raise ValueError(f"{name}: missing, and policy {o.policy!r} scores by it: pass it to TokenFacts or choose another policy")
+    if o.by_advantage and facts.weight is None: raise ValueError("weight: missing, and the advantage is taken from it: pass it to TokenFacts")
+    if o.policy == "gradient": return -facts.mass * np.expm1(np.minimum(facts.logprob, 0))
     visit = facts.mass / facts.tree.count
     if o.policy == "advantage": return visit
     return np.maximum(facts.entropy, 0) * (visit if o.by_advantage else 1)
@@ -223,8 +226,10 @@ def _reach(facts: TokenFacts, units: Units, alpha: float) -> np.ndarray:  # floa
     return visits ** (1 - alpha) * np.exp(alpha * _down(units.parent, np.where(branch, facts.logprob[t], 0.0)))
 
 def importance(facts: TokenFacts, units: Units, o: Pruning) -> np.ndarray:  # float64[U]
-    "I(n) = R(n) S(n) without the event factor; with policy 'density' S(n) = h(n). *Own design.*"
+    """I(n) = R(n) S(n) without the event factor; with policy 'density' S(n) = h(n); with 'gradient' the sum of |weight| (1 - p) over
+    all that is kept with the unit. *Own design.*"""
     tree, U = facts.tree, len(units)
+    if o.policy == "gradient": return np.bincount(kept_with(facts, units, o.results, o.window), _signal(facts, o), U)
     h = np.bincount(units.of, _signal(facts, o), U)
     if o.pool == "mean": h /= np.maximum(np.bincount(units.of, facts.scored, U), 1)
     reach = _reach(facts, units, o.alpha)
@@ -264,7 +269,8 @@ def _merged(a: list, b: list) -> list:
 def _keys(facts: TokenFacts, s: "Bundles", o: Pruning, rng: np.random.Generator) -> np.ndarray:  # float64[U], lowest first
     parent, U = s.units.parent, len(s.units)
     priced = np.where(s.cost > 0, s.cost, np.inf)
-    if o.policy == "density": key = -_blocks(parent, s.score, s.cost)[0]
+    if o.policy == "gradient": key = -_blocks(parent, s.score ** 2, s.cost)[0]
+    elif o.policy == "density": key = -_blocks(parent, s.score, s.cost)[0]
     elif o.policy in SCORED: key = -s.score / priced
     elif o.policy == "random": key = rng.random(U)
     elif o.policy == "depth_first": key = np.zeros(U)
