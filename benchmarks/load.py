@@ -13,7 +13,7 @@ recommends for production: one worker, no database, no verbose logs, a master ke
 
 Parts: `arrivals`, 64 sessions at 200 requests/s, their arrivals random, latency counted from when a request was due; `saturation`, 512 sessions without a
 pause; `streams`, the same with streamed answers; `memory`, 100,000 turns through `embedded`, whose manager may keep 256 MiB of sessions. A session is an
-agent's: a system prompt, four tools, sixteen turns of a call and its result, the whole history in every request (9 kB on average). Systems alternate within
+agent's: a system prompt, four tools, sixteen turns of a call and its result, the whole history in every request (12 kB on average). Systems alternate within
 each repetition; intervals are the smallest and the largest of the repetitions. Overhead is a percentile less the same percentile of `direct`.
 
 Writes figures/load.json and figures/load.png (with `--quick`, which only checks that everything runs, nothing).
@@ -355,9 +355,9 @@ async def saturate(servers, name, seconds, agents=512, stream=False):
 
 
 async def _clock(tally, over, tasks, seconds):
-    "A quarter of the time to warm up, then the measurement; the first error of any agent ends it."
+    "Half the time to warm up, then the measurement; the first error of any agent ends it."
     async def run():
-        await asyncio.sleep(seconds / 4)
+        await asyncio.sleep(seconds / 2)
         tally.start()
         await asyncio.sleep(seconds)
         tally.stop()
@@ -444,7 +444,7 @@ def draw(result):
     sns.set_theme(style='whitegrid')
     parts = [p for p in ('arrivals', 'saturation', 'streams') if p in result]
     fig, axes = plt.subplots(1, 3, figsize=(12, 3.6))
-    for ax, key, title in ((axes[0], 'rate', 'requests per second, 512 sessions'), (axes[1], None, 'latency at 200 requests/s (ms)')):
+    for ax, key, title in ((axes[0], 'rate', f'requests per second, {result["sessions"]} sessions'), (axes[1], None, 'latency at 200 requests/s (ms)')):
         shown = [p for p in parts if p != 'arrivals'] if key else ['p50', 'p99']
         for j, p in enumerate(shown):
             rows = {n: (r[key] if key else r[p]) for n, r in (result[p] if key else result.get('arrivals', {})).items() if not key or n != 'direct'}
@@ -463,8 +463,9 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--parts', default='arrivals,saturation,streams,memory')
     parser.add_argument('--systems', default='direct,kat,embedded,litellm')
-    parser.add_argument('--repeat', type=int, default=5)
-    parser.add_argument('--seconds', type=float, default=6, help='of measurement in a repetition, after a quarter of it to warm up')
+    parser.add_argument('--sessions', type=int, default=512, help='at a time, in all parts but arrivals')
+    parser.add_argument('--repeat', type=int, default=4)
+    parser.add_argument('--seconds', type=float, default=5, help='of measurement in a repetition, after half of it to warm up')
     parser.add_argument('--turns', type=int, default=100_000, help='of the memory part')
     parser.add_argument('--delay', type=float, default=.05, help='seconds that the upstream takes; none in the memory part')
     parser.add_argument('--quick', action='store_true')
@@ -474,37 +475,35 @@ def main():
     if 'litellm' in systems and not PYTHON.exists():
         print('LiteLLM is left out: run make litellm')
         systems.remove('litellm')
-    if args.quick: args.repeat, args.seconds, args.turns = 1, 4, 400
-    agents = 32 if args.quick else 512
+    if args.quick: args.repeat, args.seconds, args.turns, args.sessions = 1, 4, 400, 16
     cores = sorted(os.sched_getaffinity(0))
-    result = dict(machine=f'{_cpu()}, {len(cores)} cores, Python {platform.python_version()}', command='python ' + ' '.join(sys.argv), repetitions=args.repeat,
+    result = dict(machine=f'{_cpu()}, {len(cores)} cores, Python {platform.python_version()}', command='python ' + ' '.join(sys.argv), repetitions=args.repeat, sessions=args.sessions,
                   seconds=args.seconds, delay=args.delay, litellm=_version() if 'litellm' in systems else None)
     if len(cores) > 1: os.sched_setaffinity(0, {cores[1]})
     home = ROOT / 'data/runs'
     home.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=home) as tmp:
-        for part in parts: result[part] = run_part(part, args, systems, agents, Path(tmp), cores)
+        for part in parts: result[part] = run_part(part, args, systems, Path(tmp), cores)
     print(json.dumps({k: v for k, v in result.items() if k not in parts}))
     if args.quick: return
     file = ROOT / 'figures/load.json'
-    old = json.loads(file.read_text()) if file.exists() else {}
-    file.write_text(json.dumps({k: v for k, v in old.items() if k in ('arrivals', 'saturation', 'streams', 'memory')} | result, indent=1) + '\n')
-    draw(json.loads(file.read_text()))
+    file.write_text(json.dumps(result, indent=1) + '\n')
+    draw(result)
 
 
-def run_part(part, args, systems, agents, tmp, cores):
+def run_part(part, args, systems, tmp, cores):
     "One part, its servers up for as long; its summary, which is also printed."
     names = ['direct', 'embedded'] if part == 'memory' else systems
     with ExitStack() as stack:
         servers = Servers(stack, tmp, names, 0 if part == 'memory' else args.delay, cores[:2])
         if part == 'memory':
-            out = asyncio.run(remember(servers, args.turns, agents))
+            out = asyncio.run(remember(servers, args.turns, args.sessions))
             out['flatness'] = flatness(out)
             print(f'memory: {out["turns"]} turns in {out["seconds"]:.0f} s, {out["cpu_ms"]:.2f} ms of CPU each; {out["megabytes"][-1][1]:.0f} MB at the end, '
                   f'second half over second quarter: {out["flatness"]:.3f}', flush=True)
             return out
-        work = dict(arrivals=lambda n: arrive(servers, n, args.seconds), saturation=lambda n: saturate(servers, n, args.seconds, agents),
-                    streams=lambda n: saturate(servers, n, args.seconds, agents, True))[part]
+        work = dict(arrivals=lambda n: arrive(servers, n, args.seconds), saturation=lambda n: saturate(servers, n, args.seconds, args.sessions),
+                    streams=lambda n: saturate(servers, n, args.seconds, args.sessions, True))[part]
         runs = {n: [] for n in names}
         for _ in range(args.repeat):
             for n in names: runs[n].append(asyncio.run(work(n)))

@@ -251,6 +251,20 @@ def test_a_store_that_cannot_write_refuses_clearly_and_recovers(tmp_path):
     run(go())
 
 
+def test_a_read_only_store_refuses_clearly(tmp_path):
+    async def go():
+        async with world(tmp_path) as w: await w.chat('x', 's')
+        async with World(f'sqlite:///file:{tmp_path}/store.db?mode=ro&uri=true') as w:
+            w.engine.answer = lambda r: say(w.tok, 'an answer')
+            for dialect, body in (('chat', chat_body(USER)), ('messages', messages_body(USER)), ('completions', dict(model='kat', prompt='a'))):
+                r = await w.ask(f'/s/s{PATH[dialect]}', body)
+                assert r['status'] == 503 and r['headers']['retry-after'] == '1' and 'read-only' in shape(r, dialect)
+            assert len(w.engine.asked) == 1     # known from the first failed write on
+            assert (await w.ask('/health'))['status'] == (await w.ask('/s/s/reward', dict(reward=1)))['status'] == 503
+            assert (await w.ask('/s/s'))['status'] == 200 and len(w.session().turns) == 1 and w.session().reward is None
+    run(go())
+
+
 def test_an_engine_that_fails_is_not_the_agents_fault(tmp_path, caplog):
     async def go():
         async with world(tmp_path) as w:
