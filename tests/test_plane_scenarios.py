@@ -79,7 +79,7 @@ NOT_SENT = {'messages': {'an answer is asked for after an answer'}, 'chat': set(
 def test_gateway(dialect, stream, step, tmp_path):
     async def run():
         async with World(tmp_path/'store.db') as w:
-            played = [x for x in SCENARIOS[::step] if x.name not in NOT_SENT[dialect]]
+            played = [x for k, x in enumerate(SCENARIOS) if (k % step == 0 or x.name in NOT_SENT['messages']) and x.name not in NOT_SENT[dialect]]
             for n, sc in enumerate(played):
                 steps, (turns, names) = sc.read(), await play_http(w, sc, dialect, stream, str(n))
                 sessions = [w.store.load(w.tok, '', x) for x in names]   # what is on the disk

@@ -2,13 +2,9 @@
 import asyncio
 import multiprocessing
 import os
-import shutil
 import signal
-import socket
-import subprocess
-import time
+import threading
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 from core_strategies import segments
@@ -29,46 +25,6 @@ SA = pytest.importorskip('sqlalchemy')
 
 
 # --- databases
-
-@pytest.fixture(scope='module')
-def postgres(tmp_path_factory):
-    "The address of a PostgreSQL server of our own; skips where there is none."
-    pytest.importorskip('psycopg', reason="psycopg isn't installed: pip install 'psycopg[binary]'")
-    found = sorted(Path('/usr/lib/postgresql').glob('*/bin/initdb'), key=lambda p: int(p.parts[-3])) if Path('/usr/lib/postgresql').exists() else []
-    found = found or ([Path(x)] if (x := shutil.which('initdb')) else [])
-    if not found: pytest.skip('no PostgreSQL on this machine (initdb)')
-    root, who = os.geteuid() == 0, {}
-    data = Path('/tmp')/f'kat-postgres-{os.getpid()}'
-    data.mkdir(mode=0o700)
-    if root:  # the server refuses to run as root
-        try: shutil.chown(data, 'postgres')
-        except LookupError: shutil.rmtree(data); pytest.skip('PostgreSQL will not run as root, and there is no user postgres')
-        who = dict(user='postgres', group='postgres')
-    with socket.create_server(('127.0.0.1', 0)) as s: port = s.getsockname()[1]
-    quiet = dict(stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, cwd='/')
-    server = None
-    try:
-        subprocess.run([found[-1], '-D', data/'db', '-U', 'kat', '-A', 'trust', '-E', 'UTF8', '--no-sync'], check=True, **quiet, **who)
-        server = subprocess.Popen([found[-1].with_name('postgres'), '-D', data/'db', '-p', str(port), '-k', data, '-h', '127.0.0.1'], **quiet, **who)
-        import psycopg
-        for _ in range(100):
-            try: psycopg.connect(host='127.0.0.1', port=port, user='kat', dbname='postgres').close(); break
-            except psycopg.OperationalError: time.sleep(.1)
-        yield f'postgresql://kat@127.0.0.1:{port}/postgres'
-    finally:
-        if server: server.send_signal(signal.SIGQUIT); server.wait()
-        shutil.rmtree(data)
-
-
-@pytest.fixture(params=['sqlite', 'postgres'])
-def url(request, tmp_path):
-    "An empty database of either kind."
-    if request.param == 'sqlite': return str(tmp_path/'store.db')
-    base, name = request.getfixturevalue('postgres'), f'd{time.monotonic_ns()}'
-    import psycopg
-    with psycopg.connect(base, autocommit=True) as c: c.execute(f'CREATE DATABASE {name}')
-    return base.rpartition('/')[0] + '/' + name
-
 
 class Opened:
     "A store that is closed at the end."
@@ -179,6 +135,86 @@ def test_export(url, tmp_path, form):
         assert export(store, tmp_path/f'done.{form}', finished=True) == 1
 
 
+def test_the_most_recent_sessions(url):
+    with Opened(url) as store:
+        all_ = [Session(tokenizer(), f's{i}', owner='ann' if i else 'bob') for i in range(6)]
+        for i in (0, 1, 2, 3, 4, 1): asyncio.run(store.write(all_[i], [turn(all_[i])]))
+        asyncio.run(store.update(all_[5]))   # no turn yet
+        names = lambda n, **where: [(r['name'], r['turns']) for r in store.sessions(recent=n, **where)]
+        assert names(3, owner='ann') == [('s1', 2), ('s3', 1), ('s4', 1)] and names(9, owner='ann')[-1] == ('s5', 0)
+        assert names(9) == [(r['name'], r['turns']) for r in store.sessions()] and names(1, owner='bob') == [('s0', 1)]
+
+
+# --- finished groups
+
+def finished(store, name, task='t', reward=1., owner='', n=1):
+    "A session in the store, graded and finished."
+    s = Session(tokenizer(), name, owner, task, reward=reward, finished=True, info=dict(of=name))
+    asyncio.run(store.write(s, [s.add(turn(s, f'{name} {i}')) for i in range(n)]))
+    return s
+
+
+def test_a_group_is_what_its_sessions_were(url):
+    with Opened(url) as store:
+        a, b = finished(store, 'a', reward=0., n=2), finished(store, 'b')
+        first = next(iter(a.turns.values()))
+        first.reward = .25
+        asyncio.run(store.update(a, first))
+        want = b.trajectories() + a.trajectories()
+        assert store.finish('k', ['b', 'a']) and not store.finish('k', ['b', 'a']) and not store.finish('k', ['a'])
+        a.reward, a.info, first.reward = 9., dict(late=True), 9.
+        asyncio.run(store.update(a, first))
+        asyncio.run(store.write(a, [a.add(turn(a, 'too late'))]))
+    with Opened(url) as store:
+        (cursor, group), = store.finished_groups(0, 9)
+        assert (cursor, group.task, group.trajectories, group.info) == (1, 't', want, dict(key='k')) and not store.finished_groups(1, 9)
+        assert len(next(store.groups(task='t'))) == len(want) + 1
+
+
+def test_what_is_no_group(url):
+    with Opened(url) as store:
+        for name, more in (('a', {}), ('b', dict(task='u')), ('c', {}), ('d', dict(owner='ann')), ('empty', dict(n=0))): finished(store, name, **more)
+        asyncio.run(store.update(Session(tokenizer(), 'open', task='t')))
+        store.finish('first', ['c'])
+        for names, why in (([], 'different sessions expected'), (['a', 'a'], 'different sessions expected'), (['a', 'x'], "no session 'x'"),
+                           (['a', 'd'], "no session 'd'"), (['a', 'open'], "'open' is not finished"), (['a', 'b'], "'b' is of task 'u', 'a' of 't'"),
+                           (['a', 'c'], "'c' is in another group"), (['empty'], 'no turn')):
+            with pytest.raises(ValueError, match=f"group 'k': .*{why}"): store.finish('k', names)
+        assert [g.info['key'] for _, g in store.finished_groups(0, 9)] == ['first']
+        assert store.finish('k', ['a', 'empty']) and store.finish('l', ['d'], owner='ann')
+        assert [len(g) for _, g in store.finished_groups(1, 9)] == [1, 1]
+
+
+def test_a_group_that_is_committed_later_has_a_later_cursor(url):
+    "one finisher is between its insert and its commit while another one comes: nobody may see the second one's group first"
+    with Opened(url) as one, Opened(url) as two:
+        for name in 'ab': finished(one, name)
+        with one._writing() as conn:
+            assert module._finish(one, conn, 'slow', ['a'], '')
+            other = threading.Thread(target=two.finish, args=('quick', ['b']))
+            other.start()
+            assert not two.finished_groups(0, 9)
+        other.join()
+        assert [(c, g.info['key']) for c, g in two.finished_groups(0, 9)] == [(1, 'slow'), (2, 'quick')]
+
+
+def test_a_reader_beside_many_finishers_skips_nothing(url):
+    stores, n = [Store(url) for _ in range(3)], 12
+    for i in range(3):
+        for k in range(n): finished(stores[0], f'{i}-{k}', f'{i}-{k}')
+    def work(i):
+        for k in range(n): assert stores[i].finish(f'{i}-{k}', [f'{i}-{k}'])
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(3)]
+    for t in threads: t.start()
+    seen, at = [], 0
+    with Opened(url) as reader:
+        while len(seen) < 3*n and (any(t.is_alive() for t in threads) or reader.finished_groups(at, 1)):
+            for at, g in reader.finished_groups(at, 5): seen.append((at, g.task))
+    for t in threads: t.join()
+    for s in stores: s.close()
+    assert [c for c, _ in seen] == list(range(1, 3*n + 1)) and len({t for _, t in seen}) == 3*n
+
+
 # --- the schema
 
 def test_an_older_store_is_brought_up_and_a_newer_one_refused(url, monkeypatch):
@@ -190,7 +226,18 @@ def test_an_older_store_is_brought_up_and_a_newer_one_refused(url, monkeypatch):
         for _ in range(2):   # the second time there is nothing to do
             with Opened(url) as store:
                 with store.engine.begin() as c: assert c.exec_driver_sql('SELECT colour FROM sessions').scalar() == 'red'
-    with pytest.raises(ValueError, match='store has schema version 2, this kat knows 1: upgrade kat'): Store(url)
+    with pytest.raises(ValueError, match='store has schema version 3, this kat knows 2: upgrade kat'): Store(url)
+
+
+def test_a_store_of_the_first_version_gets_groups(url, monkeypatch):
+    s = Session(tokenizer(), 's', finished=True)
+    with monkeypatch.context() as m:
+        m.setattr(module, 'MIGRATIONS', module.MIGRATIONS[:1])
+        with Opened(url) as store:
+            asyncio.run(store.write(s, [s.add(turn(s))]))
+            assert not SA.inspect(store.engine).has_table('finished_groups')
+    with Opened(url) as store:
+        assert store.finish('k', ['s']) and [c for c, _ in store.finished_groups(0, 9)] == [1]
 
 
 def test_a_migration_that_fails_leaves_the_store_as_it_was(url, monkeypatch):

@@ -374,8 +374,9 @@ class Reply:
         await self.send(dict(type='http.response.body', body=data, more_body=more))
 
     async def json(self, x, status: int = 200, headers: dict = {}) -> None:
-        await self.start(status, 'application/json', headers)
-        await self.body(json.dumps(x, ensure_ascii=False).encode())
+        data = json.dumps(x, ensure_ascii=False).encode()
+        await self.start(status, 'application/json', {'content-length': str(len(data)), **headers})
+        await self.body(data)
 
     async def open(self, w: Writing) -> None:
         "Begin a stream."

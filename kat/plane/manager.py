@@ -115,7 +115,11 @@ def keys_of(messages: list[dict]) -> tuple[str, ...]:
 
 def changes(sent: list[dict], recorded: list[dict]) -> set[str]:
     "What differs between messages of equal keys."
-    return {why for a, b in zip(sent, recorded) if a != b or 'tool_calls' in a for why in explain(b, a)} - {'ids renamed'}
+    return {why for a, b in zip(sent, recorded) if not _same(a, b) for why in explain(b, a)} - {'ids renamed'}
+
+def _same(a: dict, b: dict) -> bool:
+    "Equal to the last letter; of calls, also in the order of their arguments and the types of their values."
+    return a == b and repr(a.get('tool_calls')) == repr(b.get('tool_calls'))
 
 # %% ../../nbs/plane/03_manager.ipynb #538b91fa
 def _digest(*parts: str | bytes) -> str:
@@ -191,6 +195,7 @@ class Session:
         self.turns, self.kids, self.bare, self.prompts = {}, {}, {}, Counter()
         self.agents, self.openings, self.answers, self.seen = Counter(), Counter(), {}, set()
         self.texts = deque(maxlen=64)   # of the Completions API: what the client saw, and the turn
+        self.known = {}     # recorded messages with their keys, by place
         self.clock = self.busy = self.n_tokens = 0  # busy: requests being answered
         self.n_bytes = 4000     # in memory, by estimate
 
@@ -220,8 +225,19 @@ class Asked:
 
 def _asked(s: Session, messages: list[dict], tools, agent: str) -> Asked:
     past, context = split(messages)
-    keys = [(keys_of(c), canonical_key(a)) for c, a in past]
-    return Asked(past, keys, context, keys_of(context), tool_mark(s.tokenizer, tools), agent)
+    keys = [(_keys(s, c), _key(s, a)) for c, a in past]
+    return Asked(past, keys, context, _keys(s, context), tool_mark(s.tokenizer, tools), agent)
+
+def _key(s: Session, m: dict) -> str:
+    "`canonical_key`, looked up where the message came back as it was recorded."
+    known = s.known.get(_place(m))
+    return known[1] if known and _same(known[0], m) else canonical_key(m)
+
+def _place(m: dict) -> tuple:
+    "Where `known` has a message: cheap, and different for most."
+    return m['role'], m['content'], repr(m.get('tool_calls')), m.get('tool_call_id')
+
+def _keys(s: Session, messages: list[dict]) -> tuple[str, ...]: return tuple(_key(s, m) for m in messages)
 
 # %% ../../nbs/plane/03_manager.ipynb #dc042e79
 def _slot(root: bool, q: Asked, keys: tuple) -> tuple:
@@ -432,7 +448,8 @@ def _add(s: Session, turn: Turn) -> Turn:
 # %% ../../nbs/plane/03_manager.ipynb #f4ca33f5
 def _index(s: Session, t: Turn) -> None:
     "Where later requests look for a turn."
-    asked, key = t.keys = keys_of(t.context), canonical_key(t.message)
+    asked, key = t.keys = _keys(s, t.context), _key(s, t.message)
+    for m, k in zip((*t.context, t.message), (*asked, key)): s.known[_place(m)] = m, k
     at = t.parent or s
     at.prompts[t.mark, t.agent, asked] += 1
     if t.answer:

@@ -88,7 +88,25 @@ def _create(conn) -> None:
     sessions, turns, version = _tables()
     for t in (sessions, turns): t.create(conn)
 
-MIGRATIONS = [_create]
+# %% ../../nbs/plane/04_store.ipynb #08806867
+def _group_tables():
+    "SQLAlchemy's tables for finished groups, the sessions in them, and which group each consumer was given as its n-th."
+    sa = need('sqlalchemy', 'serve')
+    C, T, B, I, F = sa.Column, sa.Text, sa.BigInteger, sa.Integer, sa.Float
+    meta = sa.MetaData()
+    groups = sa.Table('finished_groups', meta, C('cursor', B, primary_key=True, autoincrement=False), C('key', T, nullable=False, unique=True),
+                      C('task', T, nullable=False), C('owner', T, nullable=False), C('created', F, nullable=False))
+    members = sa.Table('group_sessions', meta, C('session', T, primary_key=True), C('cursor', B, nullable=False, index=True),
+                       C('place', I, nullable=False), C('turns', I, nullable=False), C('graded', T, nullable=False))
+    given = sa.Table('given_groups', meta, C('consumer', T, primary_key=True), C('n', B, primary_key=True, autoincrement=False),
+                     C('cursor', B, nullable=False), C('dropped', B, nullable=False))
+    return groups, members, given
+
+def _add_groups(conn) -> None:
+    "Version 2."
+    for t in _group_tables(): t.create(conn)
+
+MIGRATIONS = [_create, _add_groups]
 
 # %% ../../nbs/plane/04_store.ipynb #3ed7f7b2
 def migrate(conn) -> int:
@@ -150,7 +168,8 @@ def store_error(e: Exception) -> StoreError | None:
 
 # %% ../../nbs/plane/04_store.ipynb #c2a4b961
 class Store:
-    "Sessions and turns in a database. Writes are awaited on an event loop; reads may be made from any thread."
+    """Sessions, turns and finished groups in a database. `write`, `update` and `check` are awaited on an event loop; everything else
+    blocks, and may be called from any thread."""
     def __init__(self,
         url,   # path of a SQLite file (made if missing), or an SQLAlchemy URL
         batch: int = 256,  # most jobs in one transaction
@@ -158,7 +177,7 @@ class Store:
         "Open the store and bring its schema up to date. StoreError or ValueError when it can't be."
         self.batch, self.error, self.stats = batch, None, dict(commits=0, turns=0)
         if '://' not in str(url): Path(url).parent.mkdir(parents=True, exist_ok=True)
-        self.engine, (self.sessions_t, self.turns_t, _) = connect(url), _tables()
+        self.engine, (self.sessions_t, self.turns_t, _), self.group_tables = connect(url), _tables(), _group_tables()
         try:
             with self._writing() as conn: migrate(conn)
         except need('sqlalchemy', 'serve').exc.DBAPIError as e: raise store_error(e) or e from None
@@ -185,8 +204,30 @@ class Store:
         if self.error or now: await _submit(self, dict(probe=True))
 
     def load(self, tokenizer, owner: str, name: str) -> Session | None: return _load(self, tokenizer, owner=owner, name=name)
-    def sessions(self, **where) -> list[dict]: return _list(self, where)
+    def sessions(self, recent: int | None = None, **where) -> list[dict]: return _list(self, where, recent)
     def groups(self, **where) -> Iterator[Group]: return _groups(self, where)
+
+    def finish(self,
+        key: str,             # names the group; the same again adds nothing
+        sessions: list[str],  # names of its finished sessions, all of one task
+        owner: str = '',      # of the sessions
+    ) -> bool:                # False: `key` is there already
+        """Append a group to those that trainers read, as its sessions are now: later grades or turns don't change it. StoreError;
+        ValueError names the session that is missing, not finished, of another task or in a group already."""
+        return _blocking(self, _finish, key, list(sessions), owner)
+
+    def finished_groups(self, after: int, limit: int) -> list[tuple[int, Group]]:
+        "The next groups behind cursor `after` (0: from the start), with their cursors, which rise by one. StoreError."
+        return _finished(self, after, limit)
+
+    def give(self, consumer: str, n: int, cursor: int, dropped: int) -> None:
+        """Durably: the n-th group (from 1) given to `consumer` is that at `cursor`, before which `dropped` were too old; what was
+        given as n-th or later, if anything, is forgotten. StoreError."""
+        _blocking(self, _give, consumer, n, cursor, dropped)
+
+    def given(self, consumer: str, n: int) -> tuple[int, int]:
+        "(cursor, dropped) as given for `n`; (0, 0) for n = 0. ValueError if `consumer` was never given so many; StoreError."
+        return _blocking(self, _given, consumer, n) if n else (0, 0)
 
     def close(self) -> None:
         "Write what is waiting, and close."
@@ -269,14 +310,14 @@ def _probe(conn) -> None:
     probe.drop(conn)
 
 # %% ../../nbs/plane/04_store.ipynb #b554c8f4
-def _load(store: Store, tokenizer, **where) -> Session | None:
-    "The session that `where` names, or None. StoreError."
+def _load(store: Store, tokenizer, most: int | None = None, **where) -> Session | None:
+    "The session that `where` names, with all its turns or the first `most`; or None. StoreError."
     sa, s, t = need('sqlalchemy', 'serve'), store.sessions_t, store.turns_t
     try:
         with store.engine.begin() as conn:
             row = conn.execute(sa.select(s).filter_by(**where)).mappings().first()
             if row is None: return None
-            rows = conn.execute(sa.select(t).where(t.c.session == row['uid']).order_by(t.c.seq)).mappings().all()
+            rows = conn.execute(sa.select(t).where(t.c.session == row['uid']).order_by(t.c.seq).limit(most)).mappings().all()
     except sa.exc.DBAPIError as e: raise store_error(e) or e from None
     keep = {k: row[k] for k in ('name', 'owner', 'task', 'uid', 'reward', 'finished')}
     out = Session(tokenizer, **keep, info=loads(row['info']), stored=True)
@@ -284,13 +325,19 @@ def _load(store: Store, tokenizer, **where) -> Session | None:
     return out
 
 # %% ../../nbs/plane/04_store.ipynb #5dbab061
-def _list(store: Store, where: dict) -> list[dict]:
-    "Sessions with their size, oldest first. StoreError."
+def _list(store: Store, where: dict, recent: int | None) -> list[dict]:
+    "Sessions with their size, oldest first; with `recent`, only so many, those with the latest turns. StoreError."
     sa, s, t = need('sqlalchemy', 'serve'), store.sessions_t, store.turns_t
     count = lambda kind: sa.func.sum(sa.case((t.c.drift == kind, 1), else_=0)).label(kind)
     size = [sa.func.count().label('turns'), sa.func.sum(t.c.n_prompt + t.c.n_answer).label('tokens'), sa.func.max(t.c.created).label('last')]
-    sums = sa.select(t.c.session, *size, *map(count, ('clean', 'realigned', 'forked'))).where(t.c.finish != 'client').group_by(t.c.session).subquery()
+    sums = sa.select(t.c.session, *size, *map(count, ('clean', 'realigned', 'forked'))).where(t.c.finish != 'client').group_by(t.c.session)
+    if recent is not None:
+        latest = sa.select(sa.func.max(t.c.seq)).where(t.c.session == s.c.uid).scalar_subquery()
+        few = sa.select(s.c.uid).filter_by(**where).order_by(latest.desc().nulls_last(), s.c.created.desc()).limit(recent).subquery()
+        sums = sums.where(t.c.session.in_(sa.select(few.c.uid)))
+    sums = sums.subquery()
     query = sa.select(s, *[c for c in sums.c if c.name != 'session']).outerjoin(sums, sums.c.session == s.c.uid).filter_by(**where)
+    if recent is not None: query = query.where(s.c.uid.in_(sa.select(few.c.uid)))
     try:
         with store.engine.begin() as conn: rows = conn.execute(query.order_by(s.c.created, s.c.uid)).mappings().all()
     except sa.exc.DBAPIError as e: raise store_error(e) or e from None
@@ -313,3 +360,76 @@ def export(
 ) -> int:     # groups written
     "Write sessions as groups of trajectories. Atomic."
     return write_records(path, store.groups(**where))
+
+# %% ../../nbs/plane/04_store.ipynb #dd635f02
+def _blocking(store: Store, work, *args):
+    "`work(store, conn, *args)` in a transaction of its own, here and now."
+    try:
+        with store._writing() as conn: return work(store, conn, *args)
+    except need('sqlalchemy', 'serve').exc.DBAPIError as e: raise store_error(e) or e from None
+
+def _finish(store: Store, conn, key: str, names: list[str], owner: str) -> bool:
+    sa, (groups, members, _) = need('sqlalchemy', 'serve'), store.group_tables
+    if conn.dialect.name == 'postgresql': conn.exec_driver_sql('LOCK TABLE finished_groups IN SHARE ROW EXCLUSIVE MODE')
+    if conn.execute(sa.select(groups.c.cursor).where(groups.c.key == key)).first(): return False
+    rows = _graded(store, conn, key, names, owner)
+    cursor = (conn.scalar(sa.select(sa.func.max(groups.c.cursor))) or 0) + 1
+    conn.execute(sa.insert(groups).values(cursor=cursor, key=key, task=rows[0].pop('task'), owner=owner, created=time.time()))
+    conn.execute(sa.insert(members), [dict(r, cursor=cursor, place=i) for i, r in enumerate(rows)])
+    return True
+
+# %% ../../nbs/plane/04_store.ipynb #0fcc75a1
+def _graded(store: Store, conn, key: str, names: list[str], owner: str) -> list[dict]:
+    "Rows for the sessions of a group, as they are now; the first one also has the task. ValueError."
+    sa, s, t, (_, members, _) = need('sqlalchemy', 'serve'), store.sessions_t, store.turns_t, store.group_tables
+    found = {r['name']: r for r in conn.execute(sa.select(s).where(s.c.owner == owner, s.c.name.in_(names))).mappings()}
+    _check_members(key, names, found)
+    uids, out = [found[x]['uid'] for x in names], []
+    if other := conn.execute(sa.select(members.c.session).where(members.c.session.in_(uids))).scalar():
+        raise ValueError(f'group {key!r}: session {names[uids.index(other)]!r} is in another group')
+    for r in map(found.get, names):
+        own = conn.execute(sa.select(t.c.id, t.c.reward).where(t.c.session == r['uid'])).all()
+        out.append(dict(session=r['uid'], turns=len(own), graded=dumps(dict(reward=r['reward'], info=loads(r['info']),
+                                                                             turns={i: x for i, x in own if x is not None}))))
+    if not any(r['turns'] for r in out): raise ValueError(f'group {key!r}: its sessions have no turn')
+    out[0]['task'] = found[names[0]]['task']
+    return out
+
+def _check_members(key: str, names: list[str], found: dict) -> None:
+    "ValueError unless sessions can be one group."
+    if not names or len(set(names)) < len(names): raise ValueError(f'group {key!r}: one or more different sessions expected, got {names}')
+    for x in names:
+        if x not in found: raise ValueError(f'group {key!r}: there is no session {x!r}')
+        if not found[x]['finished']: raise ValueError(f'group {key!r}: session {x!r} is not finished')
+        if found[x]['task'] != found[names[0]]['task']:
+            raise ValueError(f'group {key!r}: session {x!r} is of task {found[x]["task"]!r}, {names[0]!r} of {found[names[0]]["task"]!r}')
+
+# %% ../../nbs/plane/04_store.ipynb #8a3d1f90
+def _finished(store: Store, after: int, limit: int) -> list[tuple[int, Group]]:
+    sa, (groups, members, _) = need('sqlalchemy', 'serve'), store.group_tables
+    try:
+        with store.engine.begin() as conn:
+            rows = conn.execute(sa.select(groups).where(groups.c.cursor > after).order_by(groups.c.cursor).limit(limit)).mappings().all()
+            parts = conn.execute(sa.select(members).where(members.c.cursor.in_([r['cursor'] for r in rows])).order_by(members.c.place)).mappings().all()
+    except sa.exc.DBAPIError as e: raise store_error(e) or e from None
+    paths = lambda cursor: [x for p in parts if p['cursor'] == cursor for x in _as_graded(store, p)]
+    return [(r['cursor'], Group(r['task'], paths(r['cursor']), dict(key=r['key']))) for r in rows]
+
+def _as_graded(store: Store, row: dict) -> list:
+    "The trajectories of a session as it was when its group was finished."
+    graded, s = loads(row['graded']), _load(store, None, row['turns'], uid=row['session'])
+    s.reward, s.info = graded['reward'], graded['info']
+    for t in s.turns.values(): t.reward = graded['turns'].get(t.id)
+    return s.trajectories()
+
+# %% ../../nbs/plane/04_store.ipynb #672d9c7f
+def _give(store: Store, conn, consumer: str, n: int, cursor: int, dropped: int) -> None:
+    sa, (_, _, given) = need('sqlalchemy', 'serve'), store.group_tables
+    conn.execute(sa.delete(given).where(given.c.consumer == consumer, given.c.n >= n))
+    conn.execute(sa.insert(given).values(consumer=consumer, n=n, cursor=cursor, dropped=dropped))
+
+def _given(store: Store, conn, consumer: str, n: int) -> tuple[int, int]:
+    sa, (_, _, given) = need('sqlalchemy', 'serve'), store.group_tables
+    row = conn.execute(sa.select(given.c.cursor, given.c.dropped).where(given.c.consumer == consumer, given.c.n == n)).first()
+    if row is None: raise ValueError(f"consumer {consumer!r} was never given {n} groups from this store: a checkpoint of another run?")
+    return tuple(row)
