@@ -255,7 +255,7 @@ async def _serve(model: Path, host: str, port: int, store: str, keys: Path|None,
         engine = HFAsyncEngine(net, most, slots, tokenizer=tokenizer)
         gateway = Gateway(engine, tokenizer, kept, most, model=model.resolve().name, keys=known)
         def tell(address): print(f'{_near(model)}, {most} tokens of context, at {address}; sessions in {store}',
-                                 how_to_connect(address, 'KEY' if keys else 'kat'), sep='\n', flush=True)
+                                 how_to_connect(address, 'KEY' if keys else 'kat'), f'Live page:       {address}/live', sep='\n', flush=True)
         try: await serve(gateway, host, port, tell)
         finally: await engine.close()
     finally: kept.close()
