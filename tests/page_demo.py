@@ -7,6 +7,7 @@ import shutil
 import sys
 import tempfile
 import threading
+from collections import deque
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -106,15 +107,13 @@ def sessions(n=14, big=False):
 def busy(g, owner=''):
     "Some minutes of tokens."
     rng, now = np.random.default_rng(0), int(g.pulse.clock())
-    g.pulse.counts.clear()
-    from collections import deque
     wave = np.clip(np.cumsum(rng.normal(0, 18, 300)) + 240, 0, None).astype(int)
     g.pulse.counts[owner] = deque([[now - 300 + i, int(wave[i] + rng.integers(-20, 20)), int(rng.integers(0, 4000)) * int(rng.random() < .2)] for i in range(300)], maxlen=301)
 
 
 def main(out):
     "The picture of the page."
-    with tempfile.TemporaryDirectory() as tmp, served(Path(tmp), sessions(), model='Qwen3-0.6B') as (address, g), browser() as b:
+    with tempfile.TemporaryDirectory() as tmp, served(Path(tmp), sessions(), model='made up') as (address, g), browser() as b:
         page = b.new_page(viewport=dict(width=1280, height=960))
         busy(g)
         page.goto(address + '/live#night-run')

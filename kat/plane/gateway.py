@@ -541,7 +541,7 @@ async def session_blocks(g: Gateway, request, out: Reply) -> None:
     turns = list(s.turns.values())
     tag = f'"{len(turns)}-{hash((s.reward, *(t.reward for t in turns)))}"'
     if request.headers.get('if-none-match') == tag:
-        await out.start(304, 'application/json', dict(etag=tag))
+        await out.start(304, 'text/plain', dict(etag=tag))
         return await out.body(b'')
     view = await asyncio.to_thread(session_view, s, turns)
     await out.json(view, headers=dict(etag=tag))
