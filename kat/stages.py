@@ -23,19 +23,28 @@ from .plane.engines import HFEngine
 from .study.evaluate import eval_record, load_eval, save_eval, wilson
 
 # %% auto #0
-__all__ = ['load_model', 'MeteredPool', 'world', 'heldout', 'train_task', 'expert_data', 'evaluate', 'evaluate_stage',
-           'command_of', 'stage_figure', 'save_pairs', 'load_pairs', 'turn_facts', 'with_logprobs', 'finish_stopped',
-           'steps_to', 'learning_rows']
+__all__ = ['load_model', 'load_tokenizer', 'MeteredPool', 'world', 'heldout', 'train_task', 'expert_data', 'evaluate',
+           'evaluate_stage', 'command_of', 'stage_figure', 'save_pairs', 'load_pairs', 'turn_facts', 'with_logprobs',
+           'finish_stopped', 'steps_to', 'learning_rows']
 
 # %% ../nbs/80_stages.ipynb #a8f4ff67
 def load_model(path: str | Path):  # -> (model, tokenizer)
     "A causal model (float32) and its tokenizer from a folder. UserError names a folder that is missing or damaged."
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM
+    with _checkpoint(path): return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, local_files_only=True), load_tokenizer(path)
+
+def load_tokenizer(path: str | Path):
+    "The tokenizer of a model's folder. UserError names a folder that is missing or damaged."
+    from transformers import AutoTokenizer
+    with _checkpoint(path): return AutoTokenizer.from_pretrained(path, local_files_only=True)
+
+@contextmanager
+def _checkpoint(path):
+    "An error inside is the folder's."
     path = Path(path)
     if not (path / 'config.json').exists(): raise UserError(f'{path}: no checkpoint here (config.json is missing)')
-    try:
-        return (AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, local_files_only=True),
-                AutoTokenizer.from_pretrained(path, local_files_only=True))
+    try: yield
+    except UserError: raise
     except Exception as e: raise UserError(f'{path}: damaged checkpoint ({type(e).__name__}: {str(e).splitlines()[0][:120]}); '
                                             'delete the folder and run its stage again') from e
 

@@ -34,7 +34,7 @@ def copy(tmp, *names):
     for n in names:
         src = ROOT/n
         if src.is_dir(): shutil.copytree(src, tmp/n, ignore=skip)
-        elif src.exists(): (tmp/n).parent.mkdir(exist_ok=True); shutil.copy(src, tmp/n)
+        elif src.exists(): (tmp/n).parent.mkdir(parents=True, exist_ok=True); shutil.copy(src, tmp/n)
 
 
 def same(want, have, remedy):
@@ -53,7 +53,7 @@ def ruff(tmp):
 @step
 def export(tmp):
     "kat/ is what the notebooks export: no drift, no module without a notebook"
-    copy(tmp, 'nbs', 'settings.ini', 'pyproject.toml', 'kat/__init__.py')
+    copy(tmp, 'nbs', 'settings.ini', 'pyproject.toml', 'kat/__init__.py', 'kat/plane/live.html')
     run(BIN/'nbdev-export', cwd=tmp)
     same(tmp/'kat', ROOT/'kat', '- is only in kat/, + only in the notebooks: edit notebooks, then nbdev-export')
 

@@ -590,7 +590,7 @@ def test_kat_serve_and_kat_sessions(tmp_path, capsys, monkeypatch):
         os.kill(os.getpid(), signal.SIGTERM)
         await task
     run(go())
-    assert 'ANTHROPIC_BASE_URL=' in ''.join(printed) and 'ann-secret' not in ''.join(printed)
+    assert '/live\n' in ''.join(printed) and 'ANTHROPIC_BASE_URL=' in ''.join(printed) and 'ann-secret' not in ''.join(printed)
 
     def kat(*args):
         with pytest.raises(SystemExit) as e: cli.main(list(args))
@@ -604,6 +604,10 @@ def test_kat_serve_and_kat_sessions(tmp_path, capsys, monkeypatch):
     (tmp_path/'bad.txt').write_text('ann a\nbob a\n')
     for args, says in ((('sessions', 'show', 's', '--store', 'here.db'), "no session 's' in here.db"), (('sessions', 'export', 'x.csv', '--store', 'here.db'), 'x.csv'),
                        (('sessions', 'list'), 'no store kat-sessions.db'), (('serve', '--host', '0.0.0.0'), 'give --keys'),
-                       (('serve', '--keys', 'bad.txt'), 'bad.txt:2: a key that is there already'), (('serve', '--model', 'none'), 'no checkpoint here')):
+                       (('serve', '--keys', 'bad.txt'), 'bad.txt:2: a key that is there already'), (('serve', '--model', 'none'), 'no checkpoint here'),
+                       (('serve', '--vllm-url', 'http://127.0.0.1:9'), 'only with --engine vllm'), (('serve', '--engine', 'x'), "'hf', 'vllm'"),
+                       (('serve', '--engine', 'vllm', '--vllm-url', 'http://127.0.0.1:9'), 'is the server running?'),
+                       (('serve', '--engine', 'vllm', '--vllm-url', 'http://127.0.0.1:9', '--slots', '2'), '--slots 2: a server'),
+                       (('serve', '--engine', 'vllm', '--model', 'none'), 'no checkpoint here')):
         code, text, err = kat(*args)
         assert code == 2 and not text and says in err and err.count('\n') == 1, err

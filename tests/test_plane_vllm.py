@@ -3,6 +3,11 @@
 What it does with a real server is tested by tests/test_plane_engines.py in `make vllm-cpu`."""
 import asyncio
 import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import httpx
@@ -16,7 +21,7 @@ from starlette.routing import Route
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from kat.plane.engines import Request
-from kat.plane.vllm import EngineError, VLLMEngine, sampling_params, write_model, write_weights
+from kat.plane.vllm import EngineError, VLLMEngine, sampling_params, server_command, vllm_python, vllm_server, write_model, write_weights
 
 def chunk(*tokens, **more):
     return dict(choices=[dict(index=0, token_ids=[i for i, _ in tokens], logprobs=dict(content=[
@@ -174,3 +179,67 @@ def test_new_weights_that_do_not_arrive(server, folder):
     with pytest.raises(ValueError, match='write_model'): write_weights(model(1), folder)
     server.answers['/pause'] = PlainTextResponse('', 404)
     with pytest.raises(EngineError, match='VLLM_SERVER_DEV_MODE'): ask(server, lambda e: e.pause())
+
+
+# --- a server of our own
+
+SERVER = """
+import http.server, os, sys
+open(sys.argv[2], 'w').write(str(os.getpid()))
+class Answer(http.server.BaseHTTPRequestHandler):
+    def do_GET(self): self.send_response(200 if self.path == '/health' and os.environ['VLLM_SERVER_DEV_MODE'] == '1' else 500); self.end_headers()
+http.server.HTTPServer(('127.0.0.1', int(sys.argv[1])), Answer).serve_forever()
+"""
+
+def gone(pid):
+    "Wait until a process has ended."
+    for _ in range(600):
+        try: os.kill(pid, 0)
+        except ProcessLookupError: return True
+        time.sleep(.05)
+
+def test_the_server_ends_with_the_block(tmp_path):
+    async def go():
+        async with vllm_server(lambda port: [sys.executable, '-c', SERVER, str(port), str(tmp_path/'pid')], tmp_path/'log') as url:
+            async with httpx.AsyncClient() as c: assert (await c.get(url + '/health')).status_code == 200
+            return int((tmp_path/'pid').read_text())
+    assert gone(asyncio.run(go())) and 'GET /health' in (tmp_path/'log').read_text()
+
+def test_the_server_ends_with_a_kat_that_is_killed(tmp_path):
+    code = f"""
+import asyncio, sys
+from kat.plane.vllm import vllm_server
+async def go():
+    async with vllm_server(lambda port: [sys.executable, '-c', {SERVER!r}, str(port), sys.argv[1]]):
+        print('up', flush=True)
+        await asyncio.Event().wait()
+asyncio.run(go())
+"""
+    p = subprocess.Popen([sys.executable, '-c', code, str(tmp_path/'pid')], stdout=subprocess.PIPE, text=True)
+    assert p.stdout.readline() == 'up\n'
+    pid = int((tmp_path/'pid').read_text())
+    p.kill()
+    p.communicate()
+    assert gone(pid)
+
+def test_a_server_that_does_not_start_says_why():
+    async def go():
+        async with vllm_server(lambda port: [sys.executable, '-c', "raise SystemExit('no room')"]): pass
+    with pytest.raises(EngineError, match='vLLM did not start:\nno room'): asyncio.run(go())
+
+def test_where_vllm_is(tmp_path, monkeypatch):
+    monkeypatch.delenv('KAT_VLLM_PYTHON', raising=False)
+    assert vllm_python(tmp_path) is None
+    made = tmp_path/'.venv-vllm'/'bin'/'python'
+    made.parent.mkdir(parents=True)
+    made.touch()
+    assert vllm_python(tmp_path) == str(made)
+    monkeypatch.setenv('KAT_VLLM_PYTHON', sys.executable)
+    assert vllm_python(tmp_path) == sys.executable
+    monkeypatch.setenv('KAT_VLLM_PYTHON', str(tmp_path/'none'))
+    with pytest.raises(ValueError, match='KAT_VLLM_PYTHON=.*none: no program there'): vllm_python(tmp_path)
+
+def test_the_command_is_what_the_engine_needs():
+    c = server_command('python', Path('m'), 80, None, 8, True)
+    assert c[c.index('--logprobs-mode') + 1] == 'processed_logprobs' and '--enable-scale-out' in c and c[c.index('--host') + 1] == '127.0.0.1'
+    assert not {'--enforce-eager', '--max-model-len'} & set(c) and {'--enforce-eager', '--max-model-len'} < set(server_command('python', Path('m'), 80, 99, 8, False))

@@ -6,8 +6,8 @@
 __all__ = ['log', 'BUCKETS', 'who', 'session_name', 'StopText', 'Writing', 'Bell', 'Said', 'read_answer', 'message_of',
            'answer_for', 'Metrics', 'Gateway', 'find_session', 'keep', 'turn_of', 'engine_request', 'Left',
            'Unavailable', 'answer', 'Reply', 'read_body', 'make_plan', 'serve_call', 'answered', 'list_sessions',
-           'show_session', 'trajectories', 'reward', 'models', 'health', 'metrics', 'Endpoint', 'running', 'serve',
-           'how_to_connect', 'read_keys']
+           'show_session', 'trajectories', 'reward', 'live', 'live_state', 'session_blocks', 'models', 'health',
+           'metrics', 'Endpoint', 'running', 'serve', 'how_to_connect', 'read_keys']
 
 # %% ../../nbs/plane/05_gateway.ipynb #7a5a1db2
 import asyncio, hashlib, json, logging, re, signal, socket, time, traceback
@@ -18,11 +18,13 @@ from pathlib import Path
 
 import numpy as np
 
+from .. import __version__
 from ..core.calls import CallParser, Decoder, call_format, open_call
 from ..core.io import dumps, need
 from .dialects import (Answer, BadRequest, Call, Limits, Stream, TokenLogprob, call_prefix, count_tokens_answer, models_answer,
                                 parse_body, parse_call, render_answer, render_error, too_long)
 from .engines import Completion, Request
+from .live import Pulse, live_page, session_view
 from .manager import Manager, Plan, Session, Turn, new_id, plan_text, show
 from .store import Store, StoreError
 
@@ -223,11 +225,12 @@ class Gateway:
         self.limits, self.concurrent, self.per_owner, self.ping, self.patience = limits, concurrent, per_owner or concurrent, ping, patience
         self.manager, self.metrics, self.format = manager or Manager(), Metrics(), call_format(tokenizer.chat_template)
         self.active, self.loading, self.tasks, self.lanes = Counter(), {}, set(), set()
+        self.pulse, self.page = Pulse(), live_page()
         self.app = _app(self)
 
     async def sample(self, w: Writing, request: Request) -> Completion:
         "The engine's answer; a subclass may give another (`kat.rollouts.Waves`)."
-        return await self.engine.generate(request, w.token)
+        return await self.engine.generate(request, _hearer(self, w))
 
     async def close(self) -> None:
         "Wait until what was broken off is recorded."
@@ -330,6 +333,15 @@ async def answer(g: Gateway, w: Writing, receive, out: 'Reply') -> None:
             raise
         finally: gone.cancel()
         await _finish(g, w, done, out)
+
+def _hearer(g: Gateway, w: Writing):
+    "What the engine tells each token of an answer; the prompt is counted now."
+    owner = w.plan.session.owner
+    g.pulse.add(owner, read=len(w.plan.ids))
+    def hear(*token):
+        w.token(*token)
+        g.pulse.add(owner, written=1)
+    return hear
 
 def _result(work: asyncio.Future) -> Completion:
     "What the engine returned. BadRequest for what it refuses, Unavailable where it failed."
@@ -518,6 +530,37 @@ async def _set_reward(g: Gateway, s: Session, turn: Turn | None, value, finished
         raise
     finally: s.busy -= 1
 
+# %% ../../nbs/plane/05_gateway.ipynb #74dae79c
+async def live(g: Gateway, request, out: Reply) -> None:
+    "The live page."
+    page, headers = g.page
+    await out.start(200, 'text/html; charset=utf-8', headers)
+    await out.body(page)
+
+async def live_state(g: Gateway, request, out: Reply, most: int = 200) -> None:
+    "The owner's latest sessions and token rates, and what serves them."
+    owner, _ = who(request.headers, g.keys)
+    rows = await asyncio.to_thread(g.store.sessions, recent=most + 1, owner=owner)
+    rows.sort(key=lambda r: r['last'] or r['created'], reverse=True)
+    busy = lambda name: s.busy if (s := g.manager.sessions.get((owner, name))) else 0
+    shown = ('name', 'task', 'reward', 'finished', 'turns', 'tokens', 'clean', 'realigned', 'forked', 'last')
+    written, read = g.pulse.rates(owner)
+    await out.json(dict(kat=__version__, model=g.model, engine=type(g.engine).__name__, weights=g.engine.version, active=g.active[owner],
+                        now=time.time(), written=written, read=read, more=len(rows) > most,
+                        sessions=[{k: r[k] for k in shown} | dict(busy=busy(r['name'])) for r in rows[:most]]))
+
+async def session_blocks(g: Gateway, request, out: Reply) -> None:
+    "One session's token tree; 304 where the client has it already."
+    owner, _ = who(request.headers, g.keys)
+    s = await _named(g, request, owner=owner, make=False)
+    turns = list(s.turns.values())
+    tag = f'"{len(turns)}-{hash((s.reward, *(t.reward for t in turns)))}"'
+    if request.headers.get('if-none-match') == tag:
+        await out.start(304, 'text/plain', dict(etag=tag))
+        return await out.body(b'')
+    view = await asyncio.to_thread(session_view, s, turns)
+    await out.json(view, headers=dict(etag=tag))
+
 # %% ../../nbs/plane/05_gateway.ipynb #c19bbd12
 async def models(g: Gateway, request, out: Reply) -> None:
     "The models, or one."
@@ -564,7 +607,8 @@ def _app(g: Gateway):
              route('/v1/models', 'models', models), route('/v1/models/{model:path}', 'models', models)]
     own = [route('/health', 'health', health), route('/metrics', 'metrics', metrics), route('/sessions', 'sessions', list_sessions),
            route('/s/{session}', 'session', show_session), route('/s/{session}/reward', 'reward', reward, 'POST'),
-           route('/s/{session}/trajectories', 'trajectories', trajectories)]
+           route('/s/{session}/trajectories', 'trajectories', trajectories), route('/live', 'live', live),
+           route('/live/state', 'live_state', live_state), route('/s/{session}/blocks', 'session_blocks', session_blocks)]
     return a.Starlette(routes=[*agent, *own, r.Mount('/s/{session}', routes=agent)],
                        exception_handlers={404: _http_error, 405: _http_error}, lifespan=_lifespan(g))
 

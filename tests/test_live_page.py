@@ -1,0 +1,147 @@
+"The live page in headless Chromium: `make page` installs what it takes and runs this; without that it is skipped"
+import json
+import re
+from urllib.parse import unquote
+from urllib.request import Request, urlopen
+
+import pytest
+from page_demo import agent_session, answer, browser, chromium, served
+from plane_world import tokenizer
+
+from kat.plane.manager import Session
+
+pytest.importorskip('playwright', reason="no playwright: run `make page`")
+pytestmark = pytest.mark.skipif(chromium() is None, reason="no Chromium: apt install chromium, or name one in KAT_CHROMIUM; then `make page`")
+
+IMG, SVG = "<img/src=x/onerror=window.pwned=1>", "<svg/onload=window.pwned=1>"
+TEXT = "<script>window.pwned=1</script><img src=x onerror=window.pwned=1> {{7*7}} \u202e"
+
+
+@pytest.fixture(scope='module')
+def chrome():
+    with browser() as b: yield b
+
+
+@pytest.fixture
+def open_page(chrome):
+    "Opens an address; at the end nobody may have run what agents said, and nothing may have gone wrong in the page."
+    pages, wrong = [], []
+    def open_(url, expected='401', **more):
+        page = chrome.new_page(**dict(viewport=dict(width=1200, height=900)) | more)
+        page.on('pageerror', lambda e: wrong.append(str(e)))
+        page.on('console', lambda m: wrong.append(m.text) if m.type == 'error' and expected not in m.text else None)
+        page.asked = []
+        page.on('request', lambda r: page.asked.append(r.url))
+        page.goto(url)
+        pages.append(page)
+        return page
+    yield open_
+    for page in pages:
+        assert page.evaluate('window.pwned') is None and page.locator('main img, main script, main svg').count() == 0
+        page.context.close()
+    assert not wrong
+
+
+def post(address, session, text, **headers):
+    body = json.dumps(dict(model='kat', messages=[dict(role='user', content=text)])).encode()
+    return urlopen(Request(f'{address}/s/{session}/v1/chat/completions', body, {'content-type': 'application/json', **headers})).read()
+
+
+def test_empty_then_alive(open_page, tmp_path):
+    "Nothing there; a first session appears by itself, is opened, and grows."
+    with served(tmp_path) as (address, g):
+        page = open_page(address + '/live')
+        page.wait_for_selector('text=No session yet')
+        post(address, 'first', 'hello', **{'x-kat-task': 'a/task'})
+        page.click('tr.go')
+        page.wait_for_selector('#rows tr')
+        assert 'task a/task · 1 turn · 1 path' in page.inner_text('#sizes') and page.inner_text('#rows tr td:last-child') == 'done'
+        post(address, 'first', 'hello')
+        page.wait_for_selector('#rows tr:nth-child(2)')
+        assert '1 clean 1 forked' in page.inner_text('#sessions tr') and '2 turns' in page.inner_text('#sizes')
+        page.wait_for_selector('#written:not(:text-is("0"))')
+        g.engine.version = 12
+        page.wait_for_selector('text=version 12')
+        page.reload()   # the chosen session is in the address
+        page.wait_for_selector('#rows tr')
+
+
+def test_hostile_strings_are_text(open_page, tmp_path):
+    s = Session(tokenizer(), SVG.replace('/', '_') + '&amp;"\'', task=IMG)
+    messages = [dict(role='user', content=TEXT)]
+    answer(s, messages, TEXT, n=3, agent=IMG)
+    messages.append(dict(role='user', content='and'))
+    answer(s, messages, '', IMG, 3, agent=SVG)
+    with served(tmp_path, [s]) as (address, g):
+        page = open_page(address + '/live', expected='Content Security Policy')   # of the last line's script
+        page.click('tr.go')
+        page.wait_for_selector('#rows tr')
+        page.hover('#tree', position=dict(x=50, y=50))
+        assert page.inner_text('#title') == s.name and IMG in page.inner_text('#sizes') and IMG in page.inner_text('#sessions')
+        rows = page.inner_text('#rows')
+        assert IMG in rows and SVG in rows and '<script>window.pwned=1</script>' in rows
+        assert unquote(page.url.split('#')[1]) == s.name
+        page.wait_for_selector('#tip:visible')
+        assert page.evaluate("(() => { const s = document.createElement('script'); s.textContent = 'window.ran = 1'; document.body.append(s); return window.ran })()") is None
+
+
+def test_the_key_stays_where_it_belongs(open_page, tmp_path):
+    with served(tmp_path, [agent_session('of-ann', 't', 3, owner='ann'), agent_session('of-bob', 't', 3, owner='bob')], keys={'ann-secret': 'ann'}) as (address, g):
+        page = open_page(address + '/live')
+        page.wait_for_selector('#key:visible')
+        page.fill('#secret', 'wrong')
+        page.click('text=Show my sessions')
+        page.wait_for_selector('text=This key is not known here.')
+        page.fill('#secret', 'ann-secret')
+        page.keyboard.press('Enter')
+        page.wait_for_selector('text=of-ann')
+        assert 'of-bob' not in page.content() and 'ann-secret' not in page.content() and page.input_value('#secret') == ''
+        assert page.evaluate("sessionStorage.getItem('kat-key')") == 'ann-secret' and page.evaluate('localStorage.length + document.cookie.length') == 0
+        page.reload()
+        page.wait_for_selector('text=of-ann')
+        page.click('text=Forget the key')
+        page.wait_for_selector('#key:visible')
+        assert page.evaluate('sessionStorage.length') == 0 and 'of-ann' not in page.content()
+        assert not any('secret' in x or '?' in x for x in page.asked) and {x.split('/')[2] for x in page.asked if x.startswith('http')} == {address.split('/')[2]}
+
+
+def test_thousands_of_blocks(open_page, tmp_path):
+    "A big tree is drawn, a block can be picked and zoomed into, a turn leads to its block."
+    s = agent_session('big', 't', 20, 5, agents=400, forks=120)
+    assert len(s.turns) > 1500
+    with served(tmp_path, [s]) as (address, g):
+        page = open_page(address + '/live#big')
+        page.wait_for_selector('#rows tr', timeout=120_000)
+        colours = "(() => { const c = document.getElementById('tree'), d = c.getContext('2d').getImageData(0, 0, c.width, c.height).data, n = new Set();" \
+                  "for (let i = 0; i < d.length; i += 4) n.add(d[i] << 16 | d[i + 1] << 8 | d[i + 2]); return [n.size, c.toDataURL()] })()"
+        n, before = page.evaluate(colours)
+        assert n > 20 and page.locator('#rows tr').count() == 200
+        page.click('#tree', position=dict(x=20, y=5))
+        assert re.fullmatch('[0-9,]+ tokens from [0-9,]+ on, 121 paths', page.inner_text('#picked'))
+        page.click('#in')
+        assert page.evaluate(colours)[1] != before and page.is_enabled('#out')
+        page.click('#out')
+        assert page.evaluate(colours)[1] == before
+        page.focus('#rows tr:nth-child(3)')
+        page.keyboard.press('Enter')
+        assert 'tokens from' in page.inner_text('#picked') and page.locator('#rows tr.picked').count() >= 1
+
+
+@pytest.mark.parametrize('scheme', ['light', 'dark'])
+def test_a_phone(open_page, tmp_path, scheme):
+    "Nothing sticks out to the side, and the ground is dark where the system's is."
+    with served(tmp_path, [agent_session('a-session-with-a-name-that-is-long-and-has-no-space-in-it-whatsoever', 'x' * 200, 6, 1, 2, 3)]) as (address, g):
+        page = open_page(address + '/live', viewport=dict(width=360, height=740), color_scheme=scheme)
+        page.click('tr.go')
+        page.wait_for_selector('#rows tr')
+        assert page.evaluate('document.documentElement.scrollWidth') == 360
+        red = int(page.evaluate("getComputedStyle(document.body).backgroundColor").split('(')[1].split(',')[0])
+        assert red < 60 if scheme == 'dark' else red > 200
+
+
+def test_a_gateway_that_is_gone_is_said(open_page, tmp_path):
+    with served(tmp_path, [agent_session('s', 't', 2)]) as (address, g):
+        page = open_page(address + '/live#s', expected='ERR_CONNECTION')
+        page.wait_for_selector('#rows tr')
+    page.wait_for_selector('text=Nothing new for now')
+    assert page.locator('#rows tr').count() == 2   # what was there stays
