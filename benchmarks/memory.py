@@ -1,11 +1,12 @@
-"""Peak memory of a tree's forward and backward against the tree's size: `python benchmarks/memory.py`.
+"""Peak memory of a tree's forward and backward against the tree's size: `python benchmarks/memory.py --out figures` (two minutes on one core).
 
-Live tensor bytes, counted at every operation, above what was there before (weights and gradients included there).
-Trees of one path length and 4 to 64 paths' worth of tokens; packs of a quarter path, computed again for their backward.
+Live tensor bytes, counted at every operation, above what was there before (weights and gradients included there): the same numbers on every machine.
+Trees of one path length and 4 to 64 paths' worth of tokens, in packs of a quarter path, once computed again for their backward (the default) and once not.
+Beside them one path of 64 packs, and a comb 5,000 nodes deep: a stem with a leaf of one token at every token.
 """
 import argparse
-import platform
 import weakref
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -55,9 +56,9 @@ def paths_tree(path: int, paths: float, seed: int = 0, vocab: int = 500) -> Toke
     return TokenTree.from_sequences(seqs)
 
 
-def peak_of(model, tree, max_tokens) -> int:
+def peak_of(model, tree, max_tokens, recompute=True) -> int:
     model.zero_grad(set_to_none=False)
-    with PeakMemory() as m: TreeEngine(model, max_tokens=max_tokens).forward_backward(tree, lambda e: -e.logprob.sum())
+    with PeakMemory() as m: TreeEngine(model, max_tokens=max_tokens, recompute=recompute).forward_backward(tree, lambda e: -e.logprob.sum())
     return m.peak
 
 
@@ -69,16 +70,48 @@ def small_model() -> Qwen3ForCausalLM:
     return model
 
 
+def comb(depth: int, seed: int = 0, vocab: int = 500) -> TokenTree:
+    "A stem of `depth` nodes of one token, each with a leaf beside the next: the deepest branching that so many sequences have."
+    ids = np.random.default_rng(seed).integers(0, vocab, depth)
+    return TokenTree.from_sequences([np.append(ids[:i], (ids[i] + 1) % vocab) for i in range(1, depth)] + [ids])
+
+
+def figure(rows, path, folder):
+    import matplotlib.pyplot as plt
+    import seaborn as sns
+    from kat.study.plots import save_figure
+    sns.set_theme(style="whitegrid")
+    fig, ax = plt.subplots(figsize=(6, 3.4))
+    x = [r[0] for r in rows]
+    ax.axhspan(0.9 * rows[0][2], 1.1 * rows[0][2], color="0.9", label="±10 % of the first")
+    ax.plot(x, [r[3] for r in rows], "s--", label="every pack's graph on the path kept")
+    ax.plot(x, [r[2] for r in rows], "o-", label="packs computed again (default)")
+    ax.set(xscale="log", xticks=x, xticklabels=[f"{n}\n{r[1]:,}" for n, r in zip(x, rows)], xlabel="paths' worth of tokens, tokens", ylabel="peak memory, MB", ylim=(0, None),
+           title=f"Peak above the model's own, paths of {path} tokens")
+    ax.minorticks_off()
+    ax.legend(fontsize=9)
+    fig.tight_layout()
+    save_figure(fig, folder / "tree_memory.png", f"Most bytes of tensors alive at once in a tree's forward and backward, paths of {path} tokens, packs of {path // 4}.", "python benchmarks/memory.py --out figures")
+
+
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--path", type=int, default=512)
-    path, model = parser.parse_args().path, small_model()
-    print(f"{platform.processor() or platform.machine()}, torch {torch.__version__}; path {path} tokens, packs of {path // 4}")
-    print("| paths' worth | tokens | packs | peak, MB | without recompute, MB |\n|---|---|---|---|---|")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--path", type=int, default=512, help="tokens of a path")
+    parser.add_argument("--out", type=Path, help="folder for tree_memory.png and tree_memory.md")
+    args = parser.parse_args()
+    path, model, rows = args.path, small_model(), []
+    torch.set_num_threads(1)
     for paths in (4, 8, 16, 32, 64):
         tree = paths_tree(path, paths)
-        model.zero_grad(set_to_none=False)
-        with PeakMemory() as kept: TreeEngine(model, max_tokens=path // 4, recompute=False).forward_backward(tree, lambda e: -e.logprob.sum())
-        print(f"| {paths} | {len(tree)} | {-(-len(tree) // (path // 4))}+ | {peak_of(model, tree, path // 4) / 1e6:.1f} | {kept.peak / 1e6:.1f} |", flush=True)
+        rows.append((paths, len(tree), *(peak_of(model, tree, path // 4, again) / 1e6 for again in (True, False))))
+        print(rows[-1], flush=True)
+    lines = ["| tree | tokens | peak, MB | without recompute, MB |", "|---|---|---|---|"]
+    lines += [f"| {n} paths' worth, branches at random depths | {tokens:,} | {again:.1f} | {kept:.1f} |" for n, tokens, again, kept in rows]
     chain = TokenTree.from_sequences([np.random.default_rng(0).integers(0, 500, 16 * path)])
-    print(f"one path of 64 packs, {len(chain)} tokens: {peak_of(model, chain, path // 4) / 1e6:.1f} MB")
+    for name, tree in ((f"one path of 64 packs ({16 * path:,} tokens)", chain), ("a comb 5,000 nodes deep", comb(5000))):
+        lines.append(f"| {name} | {len(tree):,} | {peak_of(model, tree, path // 4) / 1e6:.1f} | – |")
+    table = "\n".join(lines) + "\n"
+    print(f"\n{table}\ntorch {torch.__version__}; paths of {path} tokens, packs of {path // 4}")
+    if args.out:
+        figure(rows, path, args.out)
+        (args.out / "tree_memory.md").write_text(table)

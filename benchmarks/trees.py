@@ -1,32 +1,42 @@
-"""Trees against sequences, same model, same run: `python benchmarks/trees.py` (about half an hour on one core).
+"""Trees against sequences, same model, same run: `python benchmarks/trees.py --out figures` (about 35 CPU minutes on one core).
 
-Every case computes the log-probs of all tokens (forward) and the gradient of their mean (forward + backward) four ways:
+Every case computes the log-probs of all tokens (forward), and the gradient of their mean as well (forward + backward), in these ways:
 
-  flat    plain transformers on linearly merged sequences without padding, one a call (SDPA); for the small model also batches of similar length (kat_eager), the faster one counts
-  trl     TRL's own path: rows padded to the longest, four at a time, its fused head
-  prefix  prefix_grouper from PyPI, where its one level of sharing applies (`pip install prefix_grouper==0.0.1.post1`; left out where absent)
-  tree    TreeEngine, one pack
+  packed    plain transformers, the linearly merged sequences end to end in one row: SDPA runs on each sequence by itself, as FlashAttention's varlen does on a GPU
+  one       plain transformers, one sequence a call (SDPA): never faster, so only its memory is measured
+  rows      for the small model, whose sequences are short, instead of both: rows of similar length with `kat_eager`, as the trainers here compute them, twice as fast as packed
+  trl       TRL's GRPO trainer: rows padded to the longest, eight at a time, its fused head
+  trl_tree  the tree packing of TRL's experimental asynchronous GRPO trainer. Its attention is a FlashAttention 3 kernel; here SDPA does that kernel's work, segment by segment
+  prefix    prefix_grouper from PyPI on SDPA, where its one level of sharing applies (`make bench` installs it; left out where absent)
+  tree      TreeEngine in packs of 4,096 tokens (so that only the small model's trees have more than one) without recomputing; rows holds as many tokens a call
 
-Seconds are CPU seconds of this process with one thread, so that other work on the machine counts little; `--repeat` takes the smallest.
-Cost ratio: FLOPs of the flat way over FLOPs of the tree, from `kat.tree.stats`. Cases on real logs are a fixed part (320 tokens of four calls, 1,024 of one)
-that fits half an hour; their cost ratios over whole logs are what `kat tree stats` prints.
+The baseline of a case is packed or rows. Seconds are CPU seconds of this process with one thread, so that other work on the machine counts little. Ways take turns, and so does the one that
+begins; a speed-up is the median over the repetitions of baseline / tree in the same repetition, beside it the smallest and the largest. Peak memory is counted in bytes of live tensors above weights and gradients, in a run
+of its own; there the mean log-prob and the norm of the gradient of all ways are compared, and a difference is an error.
+
+Cost ratio: FLOPs of the baseline over FLOPs of the tree, from `kat.tree.stats`. Real logs: the tree of the whole log with every node cut to its first tokens, by one factor, which keeps every branch, the share
+of tokens saved, and about the cost ratio (attention weighs less on shorter paths); the table has the whole log's ratio beside it.
 """
 import argparse
 import gc
 import json
 import platform
+import statistics
 import sys
 import time
 from pathlib import Path
 
 import numpy as np
 import torch
-from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from torch.func import functional_call
+from transformers import AttentionInterface, AttentionMaskInterface, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from kat.rollouts import ScriptPolicy, rollout
 from kat.compute.attention import use_kat_attention
 from kat.compute.engine import TreeEngine
-from kat.compute.logprob import flat_logprobs, length_buckets, pad_rows
+from kat.compute.forward import cast_weights
+from kat.compute.logprob import flat_logprobs, length_buckets, pad_rows, score_tokens
 from kat.envs.expert import Expert
 from kat.pipeline import ROOT
 from kat.stages import load_model, train_task, world
@@ -36,19 +46,28 @@ from kat.tree.trie import TokenTree
 sys.path.insert(0, str(Path(__file__).parent))
 from memory import PeakMemory  # noqa: E402
 
+CALL = 4096  # tokens a call of rows, and of a tree's packs
+NAMES = dict(packed="packed", one="one a call", rows="rows, kat_eager", trl="TRL", trl_tree="TRL tree packing", prefix="prefix_grouper", tree="kat tree")
 
-def shared(rng, k, length, por, vocab):
+
+# cases: name -> (model, sequences, sequences of the whole log or None)
+def shared(rng, k, length, por):
     "k sequences with one common prefix, so that a share `por` of their tokens is saved."
     p = round(por * k / (k - 1) * length)
-    prefix = rng.integers(0, vocab, p)
-    return [np.concatenate([prefix, rng.integers(0, vocab, length - p)]) for _ in range(k)]
+    prefix = rng.integers(0, 49152, p)
+    return [np.concatenate([prefix, rng.integers(0, 49152, length - p)]) for _ in range(k)]
 
 
-def log_part(name, tok, calls, length):
-    "The first calls of one task of a log, linearly merged, cut to `length` tokens."
-    cs = merge_calls(log_calls(ROOT / "data/trajectories" / name, tok))
-    cs = [c for c in cs if c.task == cs[0].task][:calls]
-    return [c.ids[:length] for c in cs]
+def shortened(tree, factor):
+    "The sequences of a tree whose every node is cut to its first tokens."
+    keep = np.zeros(len(tree), bool)
+    for a, b in zip(tree.node_bounds(), tree.node_bounds()[1:]): keep[a:a + max(1, round(factor * (b - a)))] = True
+    return [tree.ids[p[keep[p]]] for p in map(tree.path, range(tree.n_sequences))]
+
+
+def log_part(tok, name, factor):
+    whole = [c.ids for c in merge_calls(log_calls(ROOT / "data/trajectories" / name, tok))]
+    return shortened(TokenTree.from_sequences(whole), factor), whole
 
 
 def micro_groups(tok, tasks, rollouts):
@@ -57,185 +76,301 @@ def micro_groups(tok, tasks, rollouts):
         return [t.ids for t in rollout(ScriptPolicy(tok, lambda e: Expert(e.task, e.seed)), tok, todo, make_env, seed=1)]
 
 
+def short_turns(rng, tasks, rollouts, turns):
+    "Made-up rollouts, each turn one of three actions with its answer, 3 to 7 tokens: thousands of short nodes."
+    new, known = (lambda n: rng.integers(0, 1536, n)), {}
+    text = lambda key: known.setdefault(key, new(rng.integers(3, 8)))
+
+    def one(task):
+        actions = (task, *rng.choice(3, turns, p=(0.5, 0.3, 0.2)))
+        return np.concatenate([system, *(text(actions[:i + 1]) for i in range(turns + 1))])
+    system = new(16)
+    return [one(t) for t in range(tasks) for _ in range(rollouts)]
+
+
 def cases():
-    tok = AutoTokenizer.from_pretrained(ROOT / "data/base")
-    rng = np.random.default_rng(0)
-    big = lambda por, k=8, n=160: ("smollm2", lambda: shared(rng, k, n, por, 49152))
+    tok, rng = AutoTokenizer.from_pretrained(ROOT / "data/base"), np.random.default_rng(0)
+    made = lambda kind, f, *a: (kind, lambda: (f(*a), None))
+    log = lambda *a: ("smollm2", lambda: log_part(tok, *a))
     return {
-        "POR 0": big(0.0), "POR 0.1": big(0.1), "POR 0.25": big(0.25), "POR 0.5": big(0.5), "POR 0.75": big(0.75), "POR 0.95": big(0.95, 32, 40),
-        "GRPO 160 + 8×32": ("smollm2", lambda: shared(rng, 8, 192, 160 * 7 / 8 / 192, 49152)),
-        "tau-bench, one task": ("smollm2", lambda: log_part("tau_bench_gpt4o_airline.json", tok, 4, 320)),
-        "SWE-agent, rewritten history": ("smollm2", lambda: log_part("swe_agent_marshmallow_1867.json", tok, 4, 320)),
-        "SWE-smith, append-only": ("smollm2", lambda: log_part("swe_smith_pandas_53652.json", tok, 1, 1024)),
-        "micro, 16 tasks × 8": ("base", lambda: micro_groups(tok, 16, 8)),
-        "micro, SFT batch of 20": ("base", lambda: micro_groups(tok, 20, 1)),
+        **{f"POR {por:g}": made("smollm2", shared, rng, 8, 88, por) for por in (0, 0.1, 0.25, 0.5, 0.75)},
+        "POR 0.95": made("smollm2", shared, rng, 32, 48, 0.95),
+        "GRPO, 128 + 8 × 24": made("smollm2", shared, rng, 8, 152, 128 * 7 / 8 / 152),
+        "GRPO, 48 + 8 × 64": made("smollm2", shared, rng, 8, 112, 48 * 7 / 8 / 112),
+        "tau-bench airline, 6 episodes, 7 %": log("tau_bench_gpt4o_airline.json", 0.07),
+        "SWE-agent, history rewritten, 7 %": log("swe_agent_marshmallow_1867.json", 0.07),
+        "SWE-smith, append-only, 40 %": log("swe_smith_pandas_53652.json", 0.4),
+        "micro world, RL batch, 16 × 8": made("base", micro_groups, tok, 16, 8),
+        "micro world, SFT batch of 20": made("base", micro_groups, tok, 20, 1),
+        "short turns, 8 × 128": made("base", short_turns, rng, 8, 128, 8),
     }
 
 
-def make(kind):
+def make(kind):  # model, compute dtype of the backbone
+    from trl.trainer.utils import add_fused_lm_head
     torch.manual_seed(0)
-    if kind == "base": return load_model(ROOT / "data/base")[0], torch.bfloat16
-    return LlamaForCausalLM(LlamaConfig(vocab_size=49152, hidden_size=576, intermediate_size=1536, num_hidden_layers=30, num_attention_heads=9, num_key_value_heads=3,
-                                        head_dim=64, max_position_embeddings=8192, tie_word_embeddings=True)), None
+    if kind == "base": model, dtype = load_model(ROOT / "data/base")[0], torch.bfloat16
+    else:
+        model, dtype = LlamaForCausalLM(LlamaConfig(vocab_size=49152, hidden_size=576, intermediate_size=1536, num_hidden_layers=30, num_attention_heads=9, num_key_value_heads=3,
+                                                    head_dim=64, max_position_embeddings=8192, tie_word_embeddings=True)), None
+    add_fused_lm_head(model, outputs=("log_probs", "entropy"))  # as GRPOTrainer does; kat's own ways call the backbone and don't see it
+    return model, dtype
+
+
+# ways: (model, sequences, dtype, backward, n) -> sum of log-probs / n
+def done(total, backward):
+    if backward: (-total).backward()
+    return float(total.detach())
 
 
 def padded(seqs): return pad_rows([np.asarray(s, np.int64) for s in seqs]), pad_rows([np.ones(len(s), bool) for s in seqs], False)
 
 
-def flat_run(model, seqs, dtype, backward, batches, n):
-    for rows in batches:
-        logps, _ = flat_logprobs(model, *padded([seqs[i] for i in rows]), dtype=dtype)
-        if backward: (-logps.sum() / n).backward()
+def run_flat(model, seqs, dtype, backward, n, batches):
+    return sum(done(flat_logprobs(model, *padded([seqs[i] for i in rows]), dtype=dtype)[0].sum() / n, backward) for rows in batches)
 
 
 def run_one(model, seqs, dtype, backward, n):
     model.set_attn_implementation("sdpa")
-    flat_run(model, seqs, dtype, backward, [[i] for i in range(len(seqs))], n)
+    return run_flat(model, seqs, dtype, backward, n, [[i] for i in range(len(seqs))])
 
 
-def run_buckets(model, seqs, dtype, backward, n):
+def run_rows(model, seqs, dtype, backward, n):
     use_kat_attention(model)
-    flat_run(model, seqs, dtype, backward, length_buckets([len(s) for s in seqs], max(4096, max(map(len, seqs)))), n)
+    return run_flat(model, seqs, dtype, backward, n, length_buckets([len(s) for s in seqs], CALL))
 
 
-def run_tree(model, seqs, dtype, backward, n):
-    tree = TokenTree.from_sequences(seqs)
-    weight = torch.from_numpy(tree.count / n).float()
-    engine = TreeEngine(model, dtype=dtype)
-    if backward: engine.forward_backward(tree, lambda e: -(weight[e.index] * e.logprob).sum())
-    else: engine.logprobs(tree)
+def packed_layer(module, q, k, v, mask, scaling=None, pack_lengths=None, **kw):
+    parts = zip(*(x.split(pack_lengths, 2) for x in (q, k, v)))
+    return torch.cat([sdpa_attention_forward(module, *p, None, scaling=scaling, is_causal=True)[0] for p in parts], 1), None
 
 
-def run_trl(model, seqs, dtype, backward, n):
+def run_packed(model, seqs, dtype, backward, n):
+    model.set_attn_implementation("bench_packed")
+    ids = torch.from_numpy(np.concatenate(seqs).astype(np.int64))
+    ends = np.cumsum([len(s) for s in seqs])
+    inputs = dict(input_ids=ids[None], position_ids=torch.cat([torch.arange(len(s)) for s in seqs])[None], use_cache=False, pack_lengths=[len(s) for s in seqs])
+    states = functional_call(model.base_model, cast_weights(model, dtype), (), inputs).last_hidden_state[0]
+    sources = torch.from_numpy(np.setdiff1d(np.arange(len(ids)), ends - 1))
+    return done(score_tokens(model, states[sources], ids[sources + 1], torch.ones(len(sources)))[0].sum() / n, backward)
+
+
+def run_trl(model, seqs, dtype, backward, n, size=8):
     model.set_attn_implementation("sdpa")
-    for i in range(0, len(seqs), 4):
-        ids, mask = padded(seqs[i:i + 4])
+    total = 0.0
+    for i in range(0, len(seqs), size):
+        ids, mask = padded(seqs[i:i + size])
         with torch.autocast("cpu", dtype, enabled=dtype is not None):
-            out = model(input_ids=ids, attention_mask=mask.long(), labels=ids.masked_fill(~mask, -100), fused_lm_head=True, use_cache=False)
-        if backward: (-(out.log_probs * mask[:, 1:] if out.log_probs.shape[1] < ids.shape[1] else out.log_probs * mask).sum() / n).backward()
+            out = model(input_ids=ids, attention_mask=mask.long(), labels=ids.masked_fill(~mask, -100), fused_lm_head=True)
+        total += done((out.log_probs * mask[:, 1:]).sum() / n, backward)
+    return total
 
 
-def register_prefix_grouper():
+def trl_tree_layer(module, q, k, v, mask, scaling=None, tree_kv_index=None, tree_cu_seqlens_q=None, tree_cu_seqlens_k=None, **kw):
+    "What FlashAttention 3 computes of TRL's tree packing: each segment over the gathered keys of its path, causal from the lower right."
+    parts, (k, v) = [], (x.index_select(2, tree_kv_index) for x in (k, v))
+    for a, b, c, d in zip(tree_cu_seqlens_q, tree_cu_seqlens_q[1:], tree_cu_seqlens_k, tree_cu_seqlens_k[1:]):
+        seen = None if b - a == d - c else torch.ones(b - a, d - c, dtype=torch.bool).tril(d - c - b + a)[None, None]
+        parts.append(sdpa_attention_forward(module, q[:, :, a:b], k[:, :, c:d], v[:, :, c:d], seen, scaling=scaling, is_causal=seen is None)[0])
+    return torch.cat(parts, 1), None
+
+
+def run_trl_tree(model, seqs, dtype, backward, n):
+    from trl.experimental.async_grpo.packing import TreeRow
+    model.set_attn_implementation("bench_trl_tree")
+    row = TreeRow()
+    for s in seqs:
+        trained = torch.ones(len(s)).index_fill(0, torch.tensor(0), 0)
+        row.add(dict(input_ids=torch.from_numpy(np.asarray(s, np.int64)), completion_mask=trained, old_log_probs=torch.zeros(len(s)), advantage=1.0, group_id=0))
+    p = row.pack()
+    cut = {k: p[k].tolist() for k in ("tree_cu_seqlens_q", "tree_cu_seqlens_k")}
+    with torch.autocast("cpu", dtype, enabled=dtype is not None):
+        out = model(input_ids=p["input_ids"][None], position_ids=p["position_ids"][None], shift_labels=p["shift_labels"][None], fused_lm_head=True, tree_kv_index=p["tree_kv_index"], **cut)
+    return done(out.log_probs.flatten()[p["token_index"]].sum() / n, backward)
+
+
+def prefix_layer(module, q, k, v, mask, prefix_grouper=None, scaling=None, **kw):
     "prefix_grouper's attention on SDPA: its own adapter hands a padding mask to FlashAttention, which a CPU doesn't have."
     from prefix_grouper.forward import AttentionForward
-    from transformers import AttentionInterface
-    from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-    def attend(q, k, v, padding, module, **kw):
+    def attend(q, k, v, padding):
         seen = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool).tril(k.shape[2] - q.shape[2])
-        return sdpa_attention_forward(module, q, k, v, seen & padding[:, None, None].bool(), **kw)[0]
-    def layer(module, q, k, v, mask, prefix_grouper=None, **kw): return AttentionForward(attend)(prefix_grouper, q, k, v, module, **kw), None
-    AttentionInterface.register("prefix_grouper_sdpa", layer)
+        return sdpa_attention_forward(module, q, k, v, seen & padding[:, None, None].bool(), scaling=scaling)[0]
+    return AttentionForward(attend)(prefix_grouper, q, k, v), None
 
 
 def run_prefix(model, seqs, dtype, backward, n):
     from prefix_grouper import PrefixGrouper
-    tree = TokenTree.from_sequences(seqs)
-    p, suffixes = int((tree.count == len(seqs)).sum()), None
+    model.set_attn_implementation("bench_prefix")
+    p = int((TokenTree.from_sequences(seqs).count == len(seqs)).sum())
     suffixes = [s[p:] for s in seqs]
     grouper = PrefixGrouper([[p, *map(len, suffixes)]], device="cpu")
-    ids = torch.from_numpy(np.concatenate([seqs[0][:p], *suffixes]).astype(np.int64))[None]
-    at = torch.from_numpy(np.concatenate([np.arange(p), *(p + np.arange(len(s)) for s in suffixes)]))[None]
-    model.set_attn_implementation("prefix_grouper_sdpa")
-    states = model.model(input_ids=ids, position_ids=at, use_cache=False, prefix_grouper=grouper).last_hidden_state
-    out, _, suffix, mask = grouper.split_output(states)
-    head = lambda h, y: torch.log_softmax(h.float() @ model.lm_head.weight.float().T, -1).gather(-1, y[:, None]).sum()
-    total = len(seqs) * head(out[0, :p - 1], ids[0, 1:p])
-    for k, s in enumerate(suffixes): total = total + head(torch.cat([out[0, p - 1:p], suffix[k, :len(s) - 1]]), torch.from_numpy(s.astype(np.int64)))
-    if backward: (-total / n).backward()
+    ids = torch.from_numpy(np.concatenate([seqs[0][:p], *suffixes]).astype(np.int64))
+    at = torch.from_numpy(np.concatenate([np.arange(p), *(p + np.arange(len(s)) for s in suffixes)]))
+    states = model.model(input_ids=ids[None], position_ids=at[None], use_cache=False, prefix_grouper=grouper).last_hidden_state
+    head, _, tail, _ = grouper.split_output(states)
+    parts, weight = [head[0, :p - 1]], [np.full(p - 1, len(seqs))]
+    for k, s in enumerate(suffixes): parts += [head[0, p - 1:p], tail[k, :len(s) - 1]]; weight.append(np.ones(len(s)))
+    targets = torch.cat([ids[1:p], *(torch.from_numpy(s.astype(np.int64)) for s in suffixes)])
+    logps = score_tokens(model, torch.cat(parts), targets, torch.ones(len(targets)))[0]
+    return done((logps * torch.from_numpy(np.concatenate(weight)).float()).sum() / n, backward)
 
 
-def seconds(run, model, seqs, dtype, backward, repeat):
-    n, best = sum(len(s) - 1 for s in seqs), float("inf")
-    for _ in range(repeat):
-        model.zero_grad(set_to_none=True)
+def run_tree(model, seqs, dtype, backward, n):
+    tree, engine = TokenTree.from_sequences(seqs), TreeEngine(model, max_tokens=CALL, recompute=False, dtype=dtype)
+    weight = torch.from_numpy(tree.count / n).float()
+    if backward: return -float(engine.forward_backward(tree, lambda e: -(weight[e.index] * e.logprob).sum()))
+    e = engine.logprobs(tree)
+    return float((weight[e.index] * e.logprob).sum())
+
+
+def ways(kind, tree, seqs):
+    out = dict(packed=run_packed, one=run_one, rows=run_rows, trl=run_trl, trl_tree=run_trl_tree, prefix=run_prefix, tree=run_tree)
+    one_level = kind == "smollm2" and len(seqs) > 1 and 1 < (tree.count == len(seqs)).sum() < min(map(len, seqs)) and tree.n_nodes == len(seqs) + 1
+    try: import prefix_grouper  # noqa: F401
+    except ImportError: one_level = False
+    if not one_level: del out["prefix"]
+    for w in ("rows",) if kind == "smollm2" else ("packed", "one"): del out[w]
+    return out
+
+
+# measuring
+def once(run, model, seqs, dtype, backward):  # CPU seconds
+    n = sum(len(s) - 1 for s in seqs)
+    model.zero_grad(set_to_none=False)
+    gc.collect()
+    with torch.set_grad_enabled(backward):
+        start = time.process_time()
+        run(model, seqs, dtype, backward, n)
+        return time.process_time() - start
+
+
+def peaks(runs, model, seqs, dtype):  # name -> bytes; all ways must agree
+    n, out, seen = sum(len(s) - 1 for s in seqs), {}, {}
+    for way, run in runs.items():
+        model.zero_grad(set_to_none=False)
         gc.collect()
-        with torch.set_grad_enabled(backward):
-            start = time.process_time()
-            run(model, seqs, dtype, backward, n)
-            best = min(best, time.process_time() - start)
-    return best
+        with PeakMemory() as m: mean = run(model, seqs, dtype, True, n)
+        out[way] = m.peak
+        seen[way] = mean, float(sum(p.grad.double().square().sum() for p in model.parameters()).sqrt())
+    ref, rtol = next(iter(seen.values())), 1e-3 if dtype is None else 5e-2
+    if bad := [w for w, x in seen.items() if not np.allclose(x, ref, rtol=rtol)]:
+        raise AssertionError(f"{', '.join(bad)}: mean log-prob and gradient norm differ from the plain model's: {seen}")
+    return out
 
 
-def peak(run, model, seqs, dtype):
-    sum(p.sum() for p in model.parameters()).backward()  # gradients exist already
-    with PeakMemory() as m: run(model, seqs, dtype, True, sum(len(s) - 1 for s in seqs))
-    return m.peak
+def ratio(shape, seqs):
+    return shape.forward(flat_profile([len(s) for s in seqs])) / shape.forward(tree_profile(TokenTree.from_sequences(seqs)))
 
 
-def measure(name, kind, seqs, model, dtype, repeat, memory):
+def measure(name, kind, model, dtype, seqs, whole, repeat):
     tree, shape = TokenTree.from_sequences(seqs), model_shape(model.config)
-    cost = shape.forward(flat_profile([len(s) for s in seqs])) / shape.forward(tree_profile(tree))
-    row = dict(case=name, model=kind, flat_tokens=tree.n_flat, tree_tokens=len(tree), nodes=tree.n_nodes, por=1 - len(tree) / tree.n_flat, cost_ratio=cost)
-    runs = dict(one=run_one, tree=run_tree) | (dict(trl=run_trl) if kind == "smollm2" else dict(buckets=run_buckets))
-    try:
-        import prefix_grouper  # noqa: F401
-        if kind == "smollm2" and len(seqs) > 1 and 1 < (tree.count == len(seqs)).sum() < min(map(len, seqs)):
-            register_prefix_grouper()
-            runs["prefix"] = run_prefix
-    except ImportError: pass
-    for what, backward in (("forward", False), ("both", True)):
-        for way, run in runs.items(): row[f"{what}_{way}"] = seconds(run, model, seqs, dtype, backward, repeat)
-        row[f"{what}_flat"] = min(row[f"{what}_{way}"] for way in ("one", "buckets") if way in runs)
-        row[f"{what}_speedup"] = row[f"{what}_flat"] / row[f"{what}_tree"]
-        row[f"{what}_of_cost_ratio"] = row[f"{what}_speedup"] / cost
-    if not memory: return row
-    faster = run_one if row["both_one"] == row["both_flat"] else run_buckets
-    row |= {"peak_flat": peak(faster, model, seqs, dtype), "peak_tree": peak(run_tree, model, seqs, dtype)}
+    row = dict(case=name, model=kind, sequences=len(seqs), flat_tokens=tree.n_flat, tree_tokens=len(tree), nodes=tree.n_nodes, por=1 - len(tree) / tree.n_flat,
+               cost_ratio=ratio(shape, seqs), whole_cost_ratio=whole and ratio(shape, whole), seconds=dict(forward={}, both={}))
+    runs = ways(kind, tree, seqs)
+    row["peak"] = peaks(runs, model, seqs, dtype)  # also the warm-up
+    order = [w for w in runs if w != "one"]
+    for r in range(repeat):
+        for way in order[r % len(order):] + order[:r % len(order)]:
+            for what in ("forward", "both"): row["seconds"][what].setdefault(way, []).append(once(runs[way], model, seqs, dtype, what == "both"))
+    for what, s in row["seconds"].items():
+        base = "packed" if "packed" in s else "rows"
+        ups = [a / b for a, b in zip(s[base], s["tree"])]
+        row[what] = dict(baseline=base, speedup=statistics.median(ups), low=min(ups), high=max(ups))
     return row
 
 
-def table(rows):
-    head = ["case", "model", "tokens flat → tree", "POR", "cost ratio", "forward flat / tree, s", "fwd + bwd flat / tree, s", "trl, s", "prefix_grouper, s", "speed-up fwd, fwd + bwd", "÷ cost ratio", "tree tokens/s", "peak MB flat / tree"]
-    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
-    for r in rows:
-        opt = lambda k: f"{r[k]:.1f}" if k in r else "–"
-        lines.append("| " + " | ".join([r["case"], r["model"], f"{r['flat_tokens']:,} → {r['tree_tokens']:,}", f"{r['por']:.2f}", f"{r['cost_ratio']:.2f}",
-            f"{r['forward_flat']:.1f} / {r['forward_tree']:.1f}", f"{r['both_flat']:.1f} / {r['both_tree']:.1f}", opt("both_trl"), opt("both_prefix"),
-            f"{r['forward_speedup']:.2f}, {r['both_speedup']:.2f}", f"{r['forward_of_cost_ratio']:.2f}, {r['both_of_cost_ratio']:.2f}",
-            f"{r['flat_tokens'] / r['both_tree']:.0f}", f"{r['peak_flat'] / 1e6:.0f} / {r['peak_tree'] / 1e6:.0f}" if "peak_tree" in r else "–"]) + " |")
-    return "\n".join(lines)
+# tables and figures
+def cases_table(rows):
+    head = ["case", "model", "sequences", "tokens flat → tree", "nodes", "POR", "cost ratio", "of the whole log"]
+    body = [[r["case"], r["model"], str(r["sequences"]), f"{r['flat_tokens']:,} → {r['tree_tokens']:,}", f"{r['nodes']:,}", f"{r['por']:.2f}", f"{r['cost_ratio']:.2f}",
+             f"{r['whole_cost_ratio']:.2f}" if r["whole_cost_ratio"] else "–"] for r in rows]
+    return markdown(head, body)
 
 
-def figure(rows, path, command):
+def speed_table(rows, what):
+    timed = [w for w in NAMES if w != "one"]
+    head = ["case", *(NAMES[w] for w in timed), "speed-up (range)", "÷ cost ratio"]
+    rate = lambda r, w: f"{r['flat_tokens'] / statistics.median(r['seconds'][what][w]):,.0f}" if w in r["seconds"][what] else "–"
+    body = [[r["case"], *(f"**{rate(r, w)}**" if w == r[what]["baseline"] else rate(r, w) for w in timed),
+             f"{r[what]['speedup']:.2f} ({r[what]['low']:.2f} … {r[what]['high']:.2f})", f"{r[what]['speedup'] / r['cost_ratio']:.2f}"] for r in rows]
+    return markdown(head, body)
+
+
+def memory_table(rows):
+    return markdown(["case", *NAMES.values()], [[r["case"], *(f"{r['peak'][w] / 1e6:,.0f}" if w in r["peak"] else "–" for w in NAMES)] for r in rows])
+
+
+def markdown(head, body): return "\n".join("| " + " | ".join(x) + " |" for x in [head, ["---"] * len(head), *body])
+
+
+def report(rows):
+    return "\n\n".join(["**Cases**", cases_table(rows), "**Forward + backward: sequences' tokens a second** (baseline in bold)", speed_table(rows, "both"),
+                        "**Forward only**", speed_table(rows, "forward"), "**Peak memory of forward + backward, MB**", memory_table(rows)]) + "\n"
+
+
+def figures(rows, folder, command):
     import matplotlib.pyplot as plt
     import seaborn as sns
     from kat.study.plots import save_figure
     sns.set_theme(style="whitegrid")
-    fig, ax = plt.subplots(figsize=(6.4, 4))
-    top = max(max(r["cost_ratio"], r["both_speedup"]) for r in rows) * 1.1
-    ax.plot([0.9, top], [0.9, top], color="0.6", lw=1, label="speed-up = cost ratio")
-    for key, mark, label in (("forward_speedup", "o", "forward"), ("both_speedup", "s", "forward + backward")):
-        ax.scatter([r["cost_ratio"] for r in rows], [r[key] for r in rows], marker=mark, label=label, alpha=0.8)
-    ax.set(xscale="log", yscale="log", xlabel="cost ratio (FLOPs, merged sequences over tree)", ylabel="measured speed-up (CPU seconds)", title="Trees against merged sequences, one core")
-    ax.legend()
+    color = dict(zip(NAMES, sns.color_palette("colorblind", len(NAMES))))
+    at, names = np.arange(len(rows))[::-1], [r["case"] for r in rows]
+    fig, (left, right) = plt.subplots(1, 2, figsize=(10.5, 4.4), gridspec_kw=dict(width_ratios=(1, 1.1)))
+    top = max(max(r["cost_ratio"], r["both"]["high"]) for r in rows) * 1.15
+    left.plot([0.9, top], [0.9, top], color="0.6", lw=1, zorder=0, label="speed-up = cost ratio")
+    for what, mark, label, shift in (("forward", "o", "forward", 0.13), ("both", "s", "forward + backward", -0.13)):
+        mid, low, high = (np.array([r[what][k] for r in rows]) for k in ("speedup", "low", "high"))
+        cost = np.array([r["cost_ratio"] for r in rows])
+        left.errorbar(cost, mid, [mid - low, high - mid], fmt=mark, ms=5, lw=1, alpha=0.8, label=label)
+        right.errorbar(mid / cost, at + shift, xerr=[(mid - low) / cost, (high - mid) / cost], fmt=mark, ms=5, lw=1, label=label)
+    left.set(xscale="log", yscale="log", xlabel="cost ratio (FLOPs of merged sequences / tree)", ylabel="measured speed-up (CPU seconds)")
+    for axis in (left.xaxis, left.yaxis):
+        axis.set_major_locator(plt.FixedLocator([1, 2, 3, 5, 10, 20])), axis.set_major_formatter("{x:g}"), axis.set_minor_formatter(plt.NullFormatter())
+    left.legend()
+    right.axvline(1, color="0.6", lw=1, zorder=0)
+    right.set(yticks=at, yticklabels=names, xlabel="speed-up ÷ cost ratio", xlim=(0, None))
+    right.yaxis.tick_right()
+    fig.suptitle("Trees against the fastest way without them, one core")
     fig.tight_layout()
-    save_figure(fig, path, "Measured speed-up against the ratio of costs, one core; each point is a case of the table.", command)
+    save_figure(fig, folder / "trees_speed.png", f"Measured speed-up of a tree against the ratio of costs, one core; median and range of {len(rows[0]['seconds']['both']['tree'])} repetitions; "
+                "each point is a case of the table.", command)
+    fig, ax = plt.subplots(figsize=(8, 4.4))
+    for w, name in NAMES.items():
+        y = [(i, r["peak"][w] / 1e6) for i, r in zip(at, rows) if w in r["peak"]]
+        ax.plot([m for _, m in y], [i for i, _ in y], "D" if w == "tree" else "o", ms=6, color=color[w], alpha=0.85, label=name, ls="")
+    ax.set(yticks=at, yticklabels=names, xscale="log", xlabel="peak memory of forward + backward, MB above weights and gradients")
+    ax.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
+    fig.tight_layout()
+    save_figure(fig, folder / "trees_memory.png", "Most bytes of tensors alive at once in one forward and backward, above weights and gradients.", command)
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", help="cases whose name contains this")
-    parser.add_argument("--repeat", type=int, default=1)
-    parser.add_argument("--memory", action="store_true", help="measure peak memory as well, in runs of its own")
-    parser.add_argument("--out", type=Path, help="folder for trees.json, trees.md and trees_speed.png")
+    parser.add_argument("--repeat", type=int, default=3)
+    parser.add_argument("--out", type=Path, help="folder for trees.json, trees.md, trees_speed.png and trees_memory.png; with --only its other cases are kept")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    from trl.trainer.utils import add_fused_lm_head
-    rows, models = [], {}
-    for name, (kind, sequences) in cases().items():
+    for name, layer in dict(packed=packed_layer, trl_tree=trl_tree_layer, prefix=prefix_layer).items():
+        AttentionInterface.register(f"bench_{name}", layer)
+        AttentionMaskInterface.register(f"bench_{name}", lambda **kwargs: None)
+    kept, models, start = {}, {}, time.process_time()
+    if args.only and args.out and (args.out / "trees.json").exists(): kept = {r["case"]: r for r in json.loads((args.out / "trees.json").read_text())}
+    todo = cases()
+    for name, (kind, sequences) in todo.items():
         if args.only and args.only not in name: continue
+        seqs, whole = sequences()
         if kind not in models:
             models[kind] = make(kind)
-            if kind == "smollm2": add_fused_lm_head(models[kind][0])
-            seconds(run_tree, models[kind][0], [np.arange(40), np.arange(50)], models[kind][1], True, 1)  # warm-up
-        rows.append(measure(name, kind, sequences(), *models[kind], args.repeat, args.memory))
+            sum(p.sum() for p in models[kind][0].parameters()).backward()  # gradients exist from now on
+        kept[name] = row = measure(name, kind, *models[kind], seqs, whole, args.repeat)
+        print(f"{name}: cost ratio {row['cost_ratio']:.2f}, speed-up {row['forward']['speedup']:.2f} forward, {row['both']['speedup']:.2f} both; {time.process_time() - start:.0f} CPU s so far", flush=True)
         if args.out:
             args.out.mkdir(parents=True, exist_ok=True)
-            (args.out / "trees.json").write_text(json.dumps(rows, indent=1) + "\n")
-        print(table(rows[-1:]) if len(rows) == 1 else table(rows[-1:]).splitlines()[-1], flush=True)
-    command = "python benchmarks/trees.py" + (f" --repeat {args.repeat}" if args.repeat > 1 else "")
-    print(f"\n{platform.machine()}, one thread, torch {torch.__version__}: {command}")
+            (args.out / "trees.json").write_text(json.dumps(list(kept.values()), indent=1) + "\n")
+    rows = [kept[name] for name in todo if name in kept]
+    print(f"\n{report(rows)}\n{platform.machine()}, one thread, torch {torch.__version__}, {args.repeat} repetitions")
     if args.out:
-        (args.out / "trees.md").write_text(table(rows) + f"\n\n`{command}`, one thread, torch {torch.__version__}\n")
-        figure(rows, args.out / "trees_speed.png", command)
+        (args.out / "trees.md").write_text(report(rows))
+        figures(rows, args.out, "python benchmarks/trees.py --out figures")
