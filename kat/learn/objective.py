@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from ..compute.engine import Edges
-from ..tree.trie import TokenTree
+from ..tree.trie import TokenTree, sum_weights
 
 # %% ../../nbs/learn/02_objective.ipynb #bcd43516
 def policy_gradient(
@@ -400,9 +400,9 @@ def _terms(edge, tokens: Tokens, n: int) -> dict[str, torch.Tensor]:  # terms so
     order = np.lexsort((t.reference, t.old, edge))
     term = _runs(edge[order], t.old[order], t.reference[order])
     starts = np.flatnonzero(np.diff(term, prepend=-1))
-    total = lambda x: np.bincount(term, x[order]) if len(term) else np.zeros(0)
+    s = sum_weights(term, t.weight[order], t.advantage[order], len(starts))
     out = dict(first=np.searchsorted(edge[order][starts], np.arange(n + 1)), old=t.old[order][starts], reference=t.reference[order][starts],
-               up=total(t.weight * t.advantage.clip(min=0)), down=total(t.weight * t.advantage.clip(max=0)), weight=total(t.weight))
+               up=s.positive, down=s.negative, weight=s.total)
     return {k: torch.from_numpy(v) for k, v in out.items()}
 
 # %% ../../nbs/learn/02_objective.ipynb #bc07b753
