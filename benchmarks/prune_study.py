@@ -19,7 +19,7 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
-from itertools import islice
+from itertools import islice, product
 from pathlib import Path
 
 import numpy as np
@@ -64,6 +64,7 @@ def batch_of(run, batch, tasks=16, rollouts=8):
 
 
 def rows_of(groups):
+    "What the trainer trains on: trajectories of groups whose rewards differ, with their advantages."
     advantages, live = group_advantages([graded_rewards(g) for g in groups], "dr_grpo")
     rows = [make_row(t, a) for g, adv, ok in zip(groups, advantages, live) if ok for t, a, r in zip(g.trajectories, adv, graded_rewards(g)) if not np.isnan(r)]
     return [r for r in rows if r.mask.any()]
@@ -86,11 +87,13 @@ def facts_of(model, rows, objective):
 
 
 def signs(model):
+    "Random signs for each parameter, int8, always the same."
     for i, p in enumerate(model.parameters()):
         yield torch.randint(0, 2, (p.numel(),), dtype=torch.int8, generator=torch.Generator().manual_seed(i)).mul_(2).sub_(1)
 
 
 def sketch(grads, flips):
+    "float32[SKETCH]: the gradient with random signs, folded."
     out = torch.zeros(SKETCH)
     for g, s in zip(grads, flips):
         x = g.flatten() * s
@@ -179,25 +182,26 @@ def ways():
                 yield policy + (" × |A|" if by else ""), Pruning(policy, by_advantage=by, correction=correction)
 
 
-def compared(facts, weight, squares, G, first):
+def compared(facts, squares, G, first):
     "{label: {correction: {measure: [share]}}}; beside the policies, what `gradient` would be with other signals."
     out, options = {}, dict(shares=SHARES, draws=DRAWS)
     gradient = lambda cut: cut.factor[first] @ G
     def add(label, facts, how):
         rows = gradient_fidelity(facts, gradient, [how], **options)
         names = ("cost", "cosine", "norm_ratio", "error", "bias") if how.correction == "horvitz_thompson" or how.policy == "random" else ("cost", "cosine", "norm_ratio", "error")
-        out.setdefault(label, {})[how.correction] = {k: [None if np.isnan(r[k]) else round(r[k], 4) for r in rows] for k in names}
+        out.setdefault(label, {})[how.correction] = {k: [None if np.isnan(r[k]) else round(r[k], 5) for r in rows] for k in names}
     for label, how in ways(): add(label, facts, how)
     sure, size = np.full(len(facts.tree), -50.0), np.zeros(len(facts.tree))
     add("(1 − p), squared", replace(facts, weight=None), Pruning())
     add("|A|, squared", replace(facts, logprob=sure), Pruning())
+    add("|A| (1 − p), not squared", replace(facts, entropy=-facts.mass * np.expm1(facts.logprob) / facts.tree.count), Pruning("density"))
     add("exact norm at the logits, squared", replace(facts, logprob=sure, weight=facts.mass * np.sqrt(np.maximum(1 - 2 * np.exp(facts.logprob) + squares, 0))), Pruning())
     size[first] = np.linalg.norm(G, axis=1)
     add("true gradient norms, squared", replace(facts, logprob=sure, weight=size), Pruning())
     return out
 
 
-def facts_about(facts, G, spread=None):
+def facts_about(facts, G):
     "What a batch is like."
     whole = float(np.linalg.norm(G.sum(0)))
     return dict(tokens=len(facts.tree), trained=int(facts.scored.sum()), units=len(cut_units(facts)), atoms=len(G), trajectories=facts.tree.n_sequences,
@@ -218,8 +222,8 @@ def tiny(runs, batches=2):
         for run in runs:
             name = f"{run.name}-{batch}"
             rows, model = rows_of(batch_of(run, batch)), load_model(run / "20_sft/model")[0]
-            facts, squares, weight, G, first, distance = gradients(name, model, rows, OBJECTIVE)
-            done[name] = facts_about(facts, G) | dict(check=float(f"{distance:.1e}"), ways=compared(facts, weight, squares, G, first))
+            facts, squares, _, G, first, distance = gradients(name, model, rows, OBJECTIVE)
+            done[name] = facts_about(facts, G) | dict(check=float(f"{distance:.1e}"), ways=compared(facts, squares, G, first))
             print(name, *(f"{k} {v['none']['cosine'][SHARES.index(0.5)]:.3f}" for k, v in done[name]["ways"].items()), sep="; ", flush=True)
     save("pruning_tiny.json", "python benchmarks/prune_study.py " + " ".join(f"data/runs/{r.name}" for r in runs), shares=SHARES, draws=DRAWS, batches=done)
 
@@ -229,13 +233,12 @@ def smollm2(folder, draws=8):
     model, tok = load_model(folder)
     rows = log_rows(tok)
     facts, squares, weight, G, first, distance = gradients("smollm2", model, rows, Objective("pg", normalise="sequence"))
-    done, rng = {}, np.random.default_rng(0)
-    for i in range(draws):
-        A = rng.permutation(np.resize([1.0, -1.0], len(rows)))
-        masks = [r.mask for r in rows]
+    done, masks = {}, [r.mask for r in rows]
+    halves = [np.array(x, float) for x in product((1, -1), repeat=len(rows)) if x[0] == 1 and abs(sum(x)) <= 1]  # other signs of all change nothing
+    for i, A in enumerate(np.random.default_rng(0).permutation(halves)[:draws]):
         w = np.bincount(facts.tree.paths, np.concatenate([x * a for x, a in zip(Objective("pg", normalise="sequence").weights(masks), A)]), len(facts.tree))
-        one, mine = replace(facts, weight=w), (w / weight)[first, None] * G
-        done[f"draw-{i}"] = facts_about(one, mine) | dict(check=float(f"{distance:.1e}"), ways=compared(one, w, squares, mine, first))
+        one, mine = replace(facts, weight=w), (w[first] / weight[first])[:, None] * G
+        done[f"draw-{i}"] = facts_about(one, mine) | dict(check=float(f"{distance:.1e}"), ways=compared(one, squares, mine, first))
         print(i, *(f"{k} {v['none']['cosine'][SHARES.index(0.5)]:.3f}" for k, v in done[f"draw-{i}"]["ways"].items()), sep="; ", flush=True)
     save("pruning_smollm2.json", "python benchmarks/prune_study.py --smollm2 FOLDER", shares=SHARES, draws=DRAWS, batches=done)
 
