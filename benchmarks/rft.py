@@ -47,7 +47,7 @@ def tokens_of_rft(run, row):
 def tokens_of_rl(rows, per_turn):
     "The same for RL: as logged, or turns (logged) times tokens a turn, which move in a straight line between the evaluations before and after."
     rate = np.linspace(*per_turn, len(rows))
-    return [r.get("sampled_tokens", r["turns"] * r["trajectories"] * p) for r, p in zip(rows, rate)]
+    return [r["sampled_tokens"] if "sampled_tokens" in r else r["turns"] * r["trajectories"] * p for r, p in zip(rows, rate)]
 
 
 def curve(run):
