@@ -7,12 +7,11 @@ Writes `figures/rft.json`, which `nbs/learn/04_rft.ipynb` reads, draws `figures/
 import argparse
 import json
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 
+from kat.cluster.launch import read_parameters, run_notebook, set_parameters
 from kat.core.io import read_log, read_parquet
 from kat.pipeline import ROOT, read_json, write_json
 from kat.study.evaluate import load_eval, wilson
@@ -33,8 +32,8 @@ def make_without(run, folder):
     for f in (f for s in ("base", "mid", "sft") for f in (run / "eval").glob(f"{s}.*")): shutil.copy(f, folder / "eval")
     shutil.copy(run / "eval/sft.json", folder / "eval/rft.json")
     shutil.copy(run / "config.json", folder)
-    pairs = [x for k, v in values.items() for x in ("-p", f"{k}={v}")]
-    subprocess.run([sys.executable, "-m", "kat.cli", "run", "nbs/runs/40_rl.ipynb", "-o", str(folder / "40_rl.ipynb"), *pairs], cwd=ROOT, check=True)
+    notebook = ROOT / "nbs/runs/40_rl.ipynb"
+    run_notebook(notebook, folder / "40_rl.ipynb", set_parameters(read_parameters(notebook), [f"{k}={v}" for k, v in values.items()], notebook.name))
 
 
 def tokens_of_rft(run, row):
@@ -48,7 +47,7 @@ def tokens_of_rft(run, row):
 def tokens_of_rl(rows, per_turn):
     "The same for RL: as logged, or turns (logged) times tokens a turn, which move in a straight line between the evaluations before and after."
     rate = np.linspace(*per_turn, len(rows))
-    return [r.get("sampled_tokens", r["turns"] * r["trajectories"] * p) for r, p in zip(rows, rate)]
+    return [r["sampled_tokens"] if "sampled_tokens" in r else r["turns"] * r["trajectories"] * p for r, p in zip(rows, rate)]
 
 
 def curve(run):

@@ -201,6 +201,17 @@ def test_groups_that_are_too_old_are_replaced(tmp_path):
     assert [(m["live_groups"], m["stale_groups"], m["groups"]) for m in seen] == [(3, 2, 5)]
 
 
+def test_overlong_trajectories_are_masked_before_groups_are_judged(tmp_path):
+    model = tiny()
+    batch = groups(model, 0, 2)
+    longest = max(len(x) for x in batch[0].trajectories)
+    for x in batch[0].trajectories: x.reward = float(len(x) < longest)   # without the longest all are alike
+    many = sum(len(x) >= longest for g in batch for x in g.trajectories)
+    assert trainer(model, tmp_path / "a").step(batch)["live_groups"] == 2
+    m = trainer(model, tmp_path / "b", overlong=longest - 1).step(batch)
+    assert m["masked_overlong"] == m["masked"] == many and m["live_groups"] == 1
+
+
 # -- pruning by the engine's record
 
 def test_pruning_by_exact_records_is_pruning_by_computed_entropies():
@@ -284,7 +295,7 @@ def test_the_reference_of_an_adapter_is_the_model_without_it(tmp_path):
     (dict(budget=1.5), "budget 1.5"), (dict(budget=0.5, objective=Objective("gspo")), "needs whole paths"),
     (dict(budget=0.5, objective=Objective(tis=2.0, correct="turn")), "needs every token of a turn"),
     (dict(objective=Objective(kl=0.1)), "kl=0.1 needs a reference"), (dict(reference=tiny()), "kl is 0: it would be ignored"),
-    (dict(warmup=-1), "warmup -1"), (dict(max_grad_norm=0.0), "max_grad_norm 0.0"), (dict(pass_rate=-1.0), "pass_rate -1.0")])
+    (dict(warmup=-1), "warmup -1"), (dict(overlong=0), "overlong 0"), (dict(max_grad_norm=0.0), "max_grad_norm 0.0"), (dict(pass_rate=-1.0), "pass_rate -1.0")])
 def test_settings_that_do_not_combine_are_refused(tmp_path, kw, message):
     with pytest.raises(ValueError, match=message): trainer(tiny(), tmp_path, **kw)
 

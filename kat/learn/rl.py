@@ -33,9 +33,10 @@ from ..tree.trie import TokenTree
 # %% ../../nbs/learn/05_rl.ipynb #0cffc1c8
 def graded_rewards(
     group: Group,      # of one task
+    overlong: int | None = None,  # longer trajectories are masked
 ) -> np.ndarray:       # float64[K], NaN where masked
     "The rewards of a group, NaN for trajectories without one and for those with a reason in `info['masked']`."
-    return masked_rewards(group.trajectories)[0]
+    return masked_rewards(group.trajectories, max_tokens=overlong)[0]
 
 # %% ../../nbs/learn/05_rl.ipynb #06a9ed7f
 @dataclass
@@ -68,9 +69,10 @@ def make_row(
 def batch_metrics(
     groups: list[Group],   # of one step
     live: np.ndarray,      # bool[groups]
+    overlong: int | None = None,  # as in `graded_rewards`
 ) -> dict:                 # reward, solved, groups, live_groups, trajectories, masked, and masked by reason
     "Mean reward and share solved (reward at least 1) of graded trajectories; how many groups and trajectories count."
-    rewards, reasons = zip(*(masked_rewards(g.trajectories) for g in groups))
+    rewards, reasons = zip(*(masked_rewards(g.trajectories, max_tokens=overlong) for g in groups))
     rewards = np.concatenate(rewards)
     graded = rewards[~np.isnan(rewards)]
     mean = lambda x: float(np.mean(x)) if len(x) else 0.0
@@ -229,6 +231,7 @@ class RLTrainer:
     minibatches: int = 1                 # parts of a batch, whole groups; each pass makes one update for each
     budget: float | None = None          # share of a batch's cost to train on, 0 … 1; None: no pruning
     pruning: Pruning = Pruning()         # how to choose what is trained
+    overlong: int | None = None          # trajectories of more tokens are masked; None: none
     max_staleness: int | None = None     # groups with tokens of older versions than this are dropped; None: none
     fill: int = 1                        # take up to so many times `groups_per_step` groups to have that many live ones
     lr: float = 4e-4                     # AdamW's rate
@@ -265,6 +268,7 @@ def _check(t) -> None:
     for name in ("groups_per_step", "fill", "epochs", "minibatches", "save_every"):
         if getattr(t, name) < 1: raise ValueError(f"{name} {getattr(t, name)}: at least 1 expected")
     if t.warmup < 0 or t.max_grad_norm <= 0: raise ValueError(f"warmup {t.warmup}, max_grad_norm {t.max_grad_norm}: from 0, and above 0, expected")
+    if t.overlong is not None and t.overlong < 1: raise ValueError(f"overlong {t.overlong}: a number of tokens from 1 expected")
     if t.pass_rate < 0: raise ValueError(f"pass_rate {t.pass_rate}: a strength from 0 expected")
     if t.minibatches > t.groups_per_step:
         raise ValueError(f"minibatches {t.minibatches}: they are whole groups, and a batch has {t.groups_per_step} of them")
@@ -296,7 +300,7 @@ def _fresh(group: Group, version: int, max_staleness: int | None) -> bool:
 def _advantages(t, groups):  # -> per group: advantages; bool[groups], which are live
     mean = lambda x: float(x.entropy[x.mask].mean()) if x.mask.any() else 0.0
     entropies = [np.array([mean(x) for x in g.trajectories]) for g in groups] if t.by_entropy else None
-    return group_advantages([graded_rewards(g) for g in groups], t.advantage, t.pass_rate, entropies)
+    return group_advantages([graded_rewards(g, t.overlong) for g in groups], t.advantage, t.pass_rate, entropies)
 
 # %% ../../nbs/learn/05_rl.ipynb #17c19795
 def _step(self, groups):  # -> metrics
@@ -304,10 +308,10 @@ def _step(self, groups):  # -> metrics
     fresh = np.array([_fresh(g, self.version, self.max_staleness) for g in groups], bool)
     kept = [g for g, ok in zip(groups, fresh) if ok]
     advantages, live = _advantages(self, kept)
-    rows = [[make_row(t, a) for t, a, r in zip(g.trajectories, adv, graded_rewards(g)) if not np.isnan(r) and t.mask[1:].any()]
+    rows = [[make_row(t, a) for t, a, r in zip(g.trajectories, adv, graded_rewards(g, self.overlong)) if not np.isnan(r) and t.mask[1:].any()]
             for g, adv, ok in zip(kept, advantages, live) if ok]
     rows, each = [r for r in rows if r], [x for r in rows for x in r]
-    metrics = {"step": self.version + 1, **batch_metrics(groups, live), "stale_groups": int((~fresh).sum()),
+    metrics = {"step": self.version + 1, **batch_metrics(groups, live, self.overlong), "stale_groups": int((~fresh).sum()),
                "flat_tokens": sum(len(r.trajectory) for r in each), "trained_tokens": sum(int(r.mask.sum()) for r in each)}
     if rows: metrics |= _update(self, rows)
     self.version, self.groups_used = self.version + 1, self.groups_used + len(groups)
@@ -350,7 +354,7 @@ def _take(self, source) -> list[Group]:
         while len(self.waiting) < n and (item := next(source, None)) is not None: self.waiting += item if isinstance(item, list) else [item]
         batch.extend(self.waiting[:n])
         del self.waiting[:n]
-    alive = lambda: sum(is_live(graded_rewards(g)) and _fresh(g, self.version, self.max_staleness) for g in batch)
+    alive = lambda: sum(is_live(graded_rewards(g, self.overlong)) and _fresh(g, self.version, self.max_staleness) for g in batch)
     most, before = self.fill * self.groups_per_step, -1
     while len(batch) > before and (n := min(self.groups_per_step - alive(), most - len(batch))) > 0:
         before = len(batch)
