@@ -126,7 +126,7 @@ class ScriptPolicy:
             out.append(Completion(ids, z, z, 'stop', 0))
         return out
 
-# %% ../nbs/71_rollouts.ipynb #fc7ec558
+# %% ../nbs/71_rollouts.ipynb #398ab518
 class NoStore:
     "Keeps nothing: these sessions are read from memory and dropped. A killed run plays its episodes again."
     async def check(self, now: bool = False) -> None: pass
@@ -134,6 +134,8 @@ class NoStore:
 
 class Waves(Gateway):
     "A gateway for episodes that move in step."
+    address = 'http://kat'  # as agents call it
+
     def __init__(self, policy: Policy, tokenizer, max_len: int, episodes: list[Episode], progress: Callable | None = None):
         super().__init__(None, tokenizer, NoStore(), max_len, concurrent=len(episodes) + 1)
         self.policy, self.episodes, self.progress = policy, {e.name: e for e in episodes}, progress
@@ -234,17 +236,17 @@ def rollout(policy: Policy,                   # who acts
     for t, b in zip(out, begin or []): check_replay(t, b)
     return out
 
-# %% ../nbs/71_rollouts.ipynb #5453abc9
+# %% ../nbs/71_rollouts.ipynb #87b8112a
 async def _rollout(g: Waves, max_turns: int) -> list[Trajectory]:
     httpx = need('httpx', 'serve')
-    async with httpx.AsyncClient(transport=httpx.ASGITransport(g.app), base_url='http://kat', timeout=None) as client:
+    async with httpx.AsyncClient(transport=httpx.ASGITransport(g.app), timeout=None) as client:
         await asyncio.gather(*[_play(g, e, client, max_turns) for e in g.episodes.values()])
     return list(await asyncio.gather(*[finished(e, g.policy.sampling) for e in g.episodes.values()]))
 
 async def _play(g: Waves, e: Episode, client, max_turns: int) -> None:
     "One agent, from its first request to its end."
     try:
-        finish, _ = await play(client, f'/s/{e.name}/v1', e, e.task, max_turns, e.seed, model=g.model, **g.policy.sampling)
+        finish, _ = await play(client, f'{g.address}/s/{e.name}/v1', e, e.task, max_turns, e.seed, model=g.model, **g.policy.sampling)
         e.finish = e.finish or finish
     except Exception as error:
         if e.finish and isinstance(error, (Refused, InfraError)): return
