@@ -195,7 +195,7 @@ def test_sdk(tmp_path, name, breakers):
             assert [t.reason for t in first] == ['start', *['append'] * 4] and [t.drift for t in first] == ['clean', *['realigned'] * 4]
             why = {n for t in first for n in t.notes}
             assert why == (dict(openai={'arguments rewritten', 'reasoning dropped', 'date'}, anthropic={'reminder dropped', 'reasoning dropped'})[name])
-            check(l, f'{name} SDK', version('sdk', name), f'streams, parallel tools, forced calls; {breakers}')
+            check(l, f'{name} SDK', version('sdk', name), f'streams, parallel tools, demanded calls; {breakers}')
     run(go())
 
 
