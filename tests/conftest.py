@@ -34,7 +34,7 @@ def postgres(tmp_path_factory):
     server = None
     try:
         subprocess.run([found[-1], '-D', data/'db', '-U', 'kat', '-A', 'trust', '-E', 'UTF8', '--no-sync'], check=True, **quiet, **who)
-        server = subprocess.Popen([found[-1].with_name('postgres'), '-D', data/'db', '-p', str(port), '-k', data, '-h', '127.0.0.1'], **quiet, **who)
+        server = subprocess.Popen([found[-1].with_name('postgres'), '-D', data/'db', '-p', str(port), '-k', data, '-h', '127.0.0.1', '-c', 'fsync=off'], **quiet, **who)
         import psycopg
         for _ in range(100):
             try: psycopg.connect(host='127.0.0.1', port=port, user='kat', dbname='postgres').close(); break
