@@ -437,26 +437,29 @@ def flatness(m):
     return top(.5, 1) / top(.25, .5)
 
 
+def bars(ax, columns, title):
+    "Groups of bars by system, one of each column; whiskers are intervals."
+    systems = list(dict.fromkeys(n for by in columns.values() for n in by))
+    for j, (label, by) in enumerate(columns.items()):
+        at, xs = [i + .4 * (j - .5) for i, n in enumerate(systems) if n in by], [by[n] for n in systems if n in by]
+        ax.bar(at, [x['mid'] for x in xs], .38, yerr=[[x['mid'] - x['low'] for x in xs], [x['high'] - x['mid'] for x in xs]], capsize=3, label=label)
+    ax.set(xticks=range(len(systems)), xticklabels=systems, title=title)
+    if columns: ax.legend(fontsize=8)
+
+
 def draw(result):
     import matplotlib.pyplot as plt
     import seaborn as sns
     from kat.study.plots import save_figure
     sns.set_theme(style='whitegrid')
-    parts = [p for p in ('arrivals', 'saturation', 'streams') if p in result]
     fig, axes = plt.subplots(1, 3, figsize=(12, 3.6))
-    for ax, key, title in ((axes[0], 'rate', f'requests per second, {result["sessions"]} sessions'), (axes[1], None, 'latency at 200 requests/s (ms)')):
-        shown = [p for p in parts if p != 'arrivals'] if key else ['p50', 'p99']
-        for j, p in enumerate(shown):
-            rows = {n: (r[key] if key else r[p]) for n, r in (result[p] if key else result.get('arrivals', {})).items() if not key or n != 'direct'}
-            mids = [x['mid'] for x in rows.values()]
-            err = [[x['mid'] - x['low'] for x in rows.values()], [x['high'] - x['mid'] for x in rows.values()]]
-            ax.bar([i + .4 * (j - .5) for i in range(len(rows))], mids, .38, yerr=err, capsize=3, label=p)
-            ax.set(xticks=range(len(rows)), xticklabels=list(rows), title=title)
-        if shown: ax.legend(fontsize=8)
+    bars(axes[0], {p: {n: r['rate'] for n, r in result[p].items() if n != 'direct'} for p in ('saturation', 'streams') if p in result}, f'requests/s, {result["sessions"]} sessions')
+    bars(axes[1], {q: {n: r[q] for n, r in result['arrivals'].items()} for q in ('p50', 'p99') if 'arrivals' in result}, 'latency at 200 requests/s (ms)')
     if 'memory' in result: axes[2].plot(*zip(*result['memory']['megabytes']))
     axes[2].set(title='resident memory of the gateway (MB)', xlabel='turns', ylim=(0, None))
     fig.tight_layout()
-    save_figure(fig, ROOT / 'figures/load.png', f'The gateway under load ({result["machine"]}); bars: median of {result["repetitions"]} repetitions, whiskers: smallest and largest.', 'make load')
+    caption = f'The gateway under load ({result["machine"]}); bars: median of {result["repetitions"]} repetitions, whiskers: smallest and largest.'
+    save_figure(fig, ROOT / 'figures/load.png', caption, 'make load' if len(result['command'].split()) == 2 else result['command'])
 
 
 def main():

@@ -211,6 +211,18 @@ class Session:
     def __repr__(self):
         return f'Session({self.name}: {len(self.turns)} turns, {len(self.leaves)} leaves, {self.n_tokens} tokens)'
 
+# %% ../../nbs/plane/03_manager.ipynb #de6c74ac
+def _key(s: Session, m: dict) -> str:
+    "`canonical_key`, looked up where the message came back as it was recorded."
+    known = s.known.get(_place(m))
+    return known[1] if known and _same(known[0], m) else canonical_key(m)
+
+def _place(m: dict) -> tuple:
+    "Where `known` has a message: cheap, and different for most."
+    return m['role'], m['content'], repr(m.get('tool_calls')), m.get('tool_call_id')
+
+def _keys(s: Session, messages: list[dict]) -> tuple[str, ...]: return tuple(_key(s, m) for m in messages)
+
 # %% ../../nbs/plane/03_manager.ipynb #37272cce
 @dataclass
 class Asked:
@@ -226,17 +238,6 @@ def _asked(s: Session, messages: list[dict], tools, agent: str) -> Asked:
     past, context = split(messages)
     keys = [(_keys(s, c), _key(s, a)) for c, a in past]
     return Asked(past, keys, context, _keys(s, context), tool_mark(s.tokenizer, tools), agent)
-
-def _key(s: Session, m: dict) -> str:
-    "`canonical_key`, looked up where the message came back as it was recorded."
-    known = s.known.get(_place(m))
-    return known[1] if known and _same(known[0], m) else canonical_key(m)
-
-def _place(m: dict) -> tuple:
-    "Where `known` has a message: cheap, and different for most."
-    return m['role'], m['content'], repr(m.get('tool_calls')), m.get('tool_call_id')
-
-def _keys(s: Session, messages: list[dict]) -> tuple[str, ...]: return tuple(_key(s, m) for m in messages)
 
 # %% ../../nbs/plane/03_manager.ipynb #dc042e79
 def _slot(root: bool, q: Asked, keys: tuple) -> tuple:
