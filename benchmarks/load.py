@@ -12,7 +12,7 @@ recommends for production: one worker, no database, no verbose logs, a master ke
   litellm   LiteLLM's proxy (`make litellm` installs it into .venv-litellm; left out where absent)
 
 Parts: `arrivals`, 64 sessions at 200 requests/s, their arrivals random, latency counted from when a request was due; `saturation`, 512 sessions without a
-pause; `streams`, the same with streamed answers; `memory`, 100,000 turns through `embedded`, whose manager may keep 256 MiB of sessions. A session is an
+pause; `streams`, the same with streamed answers; `memory`, 100,000 turns through `embedded`, whose manager may keep 128 MiB of sessions. A session is an
 agent's: a system prompt, four tools, sixteen turns of a call and its result, the whole history in every request (12 kB on average). Systems alternate within
 each repetition; intervals are the smallest and the largest of the repetitions. Overhead is a percentile less the same percentile of `direct`.
 
@@ -317,7 +317,7 @@ class Servers:
                 cmd = [PYTHON.parent / 'litellm', '--config', tmp / 'litellm.yaml', '--host', '127.0.0.1', '--port', port, '--num_workers', 1]
                 env = dict(LITELLM_MODE='PRODUCTION', LITELLM_LOG='ERROR', LITELLM_LOCAL_MODEL_COST_MAP='True', PYTHONPATH='', PATH=f'{PYTHON.parent}:{os.environ["PATH"]}')
             else:
-                cmd, env = [*me, 'serve-kat', port, tmp / f'{name}.db', f'{name}={delay if name == "embedded" else up}', 256], {}
+                cmd, env = [*me, 'serve-kat', port, tmp / f'{name}.db', f'{name}={delay if name == "embedded" else up}', 128], {}
             self.pid[name] = stack.enter_context(process(cmd, port, core, tmp / f'{name}.log', **env)).pid
 
 
@@ -458,7 +458,7 @@ def draw(result):
     if 'memory' in result: axes[2].plot(*zip(*result['memory']['megabytes']))
     axes[2].set(title='resident memory of the gateway (MB)', xlabel='turns', ylim=(0, None))
     fig.tight_layout()
-    caption = f'The gateway under load ({result["machine"]}); bars: median of {result["repetitions"]} repetitions, whiskers: smallest and largest.'
+    caption = f'The gateway under load ({result["machine"]}, load average {result["load"]:.1f} before it); bars: median of {result["repetitions"]} repetitions, whiskers: smallest and largest.'
     save_figure(fig, ROOT / 'figures/load.png', caption, 'make load' if len(result['command'].split()) == 2 else result['command'])
 
 
@@ -480,7 +480,7 @@ def main():
         systems.remove('litellm')
     if args.quick: args.repeat, args.seconds, args.turns, args.sessions = 1, 4, 400, 16
     cores = sorted(os.sched_getaffinity(0))
-    result = dict(machine=f'{_cpu()}, {len(cores)} cores, Python {platform.python_version()}', command='python ' + ' '.join(sys.argv), repetitions=args.repeat, sessions=args.sessions,
+    result = dict(machine=f'{_cpu()}, {len(cores)} cores, Python {platform.python_version()}', command='python ' + ' '.join(sys.argv), load=os.getloadavg()[0], repetitions=args.repeat, sessions=args.sessions,
                   seconds=args.seconds, delay=args.delay, litellm=_version() if 'litellm' in systems else None)
     if len(cores) > 1: os.sched_setaffinity(0, {cores[1]})
     home = ROOT / 'data/runs'

@@ -441,7 +441,7 @@ def _index(s: Session, t: Turn) -> None:
     s.turns[t.id] = t
     s.agents[t.agent] += 1
     s.n_tokens += t.n_prompt + t.n_answer
-    s.n_bytes += 4000 + 4*t.n_prompt + 16*t.n_answer + sum(len(m['content']) for m in (*t.context, t.message))
+    s.n_bytes += 8000 + 4*t.n_prompt + 16*t.n_answer + sum(len(m['content']) for m in (*t.context, t.message))
     s.clock = max(s.clock, t.ended)
 
 # %% ../../nbs/plane/03_manager.ipynb #0988b1cb
