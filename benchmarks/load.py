@@ -12,7 +12,7 @@ recommends for production: one worker, no database, no verbose logs, a master ke
   litellm   LiteLLM's proxy (`make litellm` installs it into .venv-litellm; left out where absent)
 
 Parts: `arrivals`, 64 sessions at 200 requests/s, their arrivals random, latency counted from when a request was due; `saturation`, 512 sessions without a
-pause; `streams`, the same with streamed answers; `memory`, 100,000 turns through `embedded`, whose manager may keep 256 MiB of sessions. A session is an
+pause; `streams`, the same with streamed answers; `memory`, 100,000 turns through `embedded`, whose manager may keep 128 MiB of sessions. A session is an
 agent's: a system prompt, four tools, sixteen turns of a call and its result, the whole history in every request (12 kB on average). Systems alternate within
 each repetition; intervals are the smallest and the largest of the repetitions. Overhead is a percentile less the same percentile of `direct`.
 
@@ -317,7 +317,7 @@ class Servers:
                 cmd = [PYTHON.parent / 'litellm', '--config', tmp / 'litellm.yaml', '--host', '127.0.0.1', '--port', port, '--num_workers', 1]
                 env = dict(LITELLM_MODE='PRODUCTION', LITELLM_LOG='ERROR', LITELLM_LOCAL_MODEL_COST_MAP='True', PYTHONPATH='', PATH=f'{PYTHON.parent}:{os.environ["PATH"]}')
             else:
-                cmd, env = [*me, 'serve-kat', port, tmp / f'{name}.db', f'{name}={delay if name == "embedded" else up}', 256], {}
+                cmd, env = [*me, 'serve-kat', port, tmp / f'{name}.db', f'{name}={delay if name == "embedded" else up}', 128], {}
             self.pid[name] = stack.enter_context(process(cmd, port, core, tmp / f'{name}.log', **env)).pid
 
 
@@ -437,26 +437,29 @@ def flatness(m):
     return top(.5, 1) / top(.25, .5)
 
 
+def bars(ax, columns, title):
+    "Groups of bars by system, one of each column; whiskers are intervals."
+    systems = list(dict.fromkeys(n for by in columns.values() for n in by))
+    for j, (label, by) in enumerate(columns.items()):
+        at, xs = [i + .4 * (j - .5) for i, n in enumerate(systems) if n in by], [by[n] for n in systems if n in by]
+        ax.bar(at, [x['mid'] for x in xs], .38, yerr=[[x['mid'] - x['low'] for x in xs], [x['high'] - x['mid'] for x in xs]], capsize=3, label=label)
+    ax.set(xticks=range(len(systems)), xticklabels=systems, title=title)
+    if columns: ax.legend(fontsize=8)
+
+
 def draw(result):
     import matplotlib.pyplot as plt
     import seaborn as sns
     from kat.study.plots import save_figure
     sns.set_theme(style='whitegrid')
-    parts = [p for p in ('arrivals', 'saturation', 'streams') if p in result]
     fig, axes = plt.subplots(1, 3, figsize=(12, 3.6))
-    for ax, key, title in ((axes[0], 'rate', f'requests per second, {result["sessions"]} sessions'), (axes[1], None, 'latency at 200 requests/s (ms)')):
-        shown = [p for p in parts if p != 'arrivals'] if key else ['p50', 'p99']
-        for j, p in enumerate(shown):
-            rows = {n: (r[key] if key else r[p]) for n, r in (result[p] if key else result.get('arrivals', {})).items() if not key or n != 'direct'}
-            mids = [x['mid'] for x in rows.values()]
-            err = [[x['mid'] - x['low'] for x in rows.values()], [x['high'] - x['mid'] for x in rows.values()]]
-            ax.bar([i + .4 * (j - .5) for i in range(len(rows))], mids, .38, yerr=err, capsize=3, label=p)
-            ax.set(xticks=range(len(rows)), xticklabels=list(rows), title=title)
-        if shown: ax.legend(fontsize=8)
+    bars(axes[0], {p: {n: r['rate'] for n, r in result[p].items() if n != 'direct'} for p in ('saturation', 'streams') if p in result}, f'requests/s, {result["sessions"]} sessions')
+    bars(axes[1], {q: {n: r[q] for n, r in result['arrivals'].items()} for q in ('p50', 'p99') if 'arrivals' in result}, 'latency at 200 requests/s (ms)')
     if 'memory' in result: axes[2].plot(*zip(*result['memory']['megabytes']))
     axes[2].set(title='resident memory of the gateway (MB)', xlabel='turns', ylim=(0, None))
     fig.tight_layout()
-    save_figure(fig, ROOT / 'figures/load.png', f'The gateway under load ({result["machine"]}); bars: median of {result["repetitions"]} repetitions, whiskers: smallest and largest.', 'make load')
+    caption = f'The gateway under load ({result["machine"]}, load average {result["load"]:.1f} before it); bars: median of {result["repetitions"]} repetitions, whiskers: smallest and largest.'
+    save_figure(fig, ROOT / 'figures/load.png', caption, 'make load' if len(result['command'].split()) == 2 else result['command'])
 
 
 def main():
@@ -477,7 +480,7 @@ def main():
         systems.remove('litellm')
     if args.quick: args.repeat, args.seconds, args.turns, args.sessions = 1, 4, 400, 16
     cores = sorted(os.sched_getaffinity(0))
-    result = dict(machine=f'{_cpu()}, {len(cores)} cores, Python {platform.python_version()}', command='python ' + ' '.join(sys.argv), repetitions=args.repeat, sessions=args.sessions,
+    result = dict(machine=f'{_cpu()}, {len(cores)} cores, Python {platform.python_version()}', command='python ' + ' '.join(sys.argv), load=os.getloadavg()[0], repetitions=args.repeat, sessions=args.sessions,
                   seconds=args.seconds, delay=args.delay, litellm=_version() if 'litellm' in systems else None)
     if len(cores) > 1: os.sched_setaffinity(0, {cores[1]})
     home = ROOT / 'data/runs'

@@ -5,9 +5,9 @@ from hypothesis import given, settings, strategies as st
 from plane_world import say, tokenizer, z
 
 from kat.core.chat import encode_prompt, ids_of
-from kat.plane.dialects import canonical_key
+from kat.plane.dialects import canonical_key, explain
 from kat.plane.engines import Completion
-from kat.plane.manager import Manager, Session, Turn, answer_ids, plan_text, show, split, tool_mark
+from kat.plane.manager import Manager, Session, Turn, _key, answer_ids, changes, plan_text, show, split, tool_mark
 from kat.plane.scenarios import TOOLS
 
 
@@ -21,6 +21,27 @@ def reply(plan, text, finish='stop', ids=None, **more):
     ids = np.array(say(tok, text) if ids is None else ids, np.int32)
     done = Completion(ids, z(len(ids), -1), z(len(ids), 1), finish, 3)
     with plan: return plan.session.add(plan.turn(done, said(text) | more)).message
+
+
+# --- keys
+
+def calls(*ids, **arguments): return [dict(id=i, type='function', function=dict(name='f', arguments=arguments)) for i in ids]
+
+
+def test_a_key_that_is_looked_up_is_the_key():
+    "What comes back as it was recorded is found; what Python calls equal and JSON does not (1, 1.0, true; the order of arguments) is no hit."
+    s, args = Session(tokenizer(), 's'), dict(a=1, b=dict(c=[0, 2], d=None))
+    old = reply(s.plan([user('q')]), 'x', tool_calls=calls('c', **args))
+    variants = [dict(args), dict(reversed(args.items())), args | dict(a=True), args | dict(a=1.0), args | dict(b=dict(d=None, c=[0, 2])), args | dict(b=dict(c=[False, 2], d=None)), {}]
+    back = [said('x', tool_calls=calls('c', **a)) for a in variants] + [said('x', tool_calls=calls('new', **args)), said('x', tool_calls=calls('c', 'd', **args)), said('x'), said('x '),
+            old | dict(reasoning='why'), user('x'), user('q'), user('q') | dict(name='ann')]
+    for m in back:
+        assert _key(s, m) == canonical_key(m)
+        assert changes([m], [old]) == set(explain(old, m)) - {'ids renamed'}
+    assert _key(s, old) == canonical_key(old) and any(known is old for known, _ in s.known.values())
+    new = Session(tokenizer(), 's')
+    for t in s.turns.values(): new.restore(t)
+    assert {k for _, k in new.known.values()} == {k for _, k in s.known.values()}
 
 
 # --- the walk

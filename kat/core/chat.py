@@ -184,7 +184,9 @@ class _Codec:
         plain.no_truncation(); plain.no_padding()
         self.special = {t: tokenizer.convert_tokens_to_ids(t) for t in SPECIAL}
         self.end = self.special['<|im_end|>']
-        self.text = lru_cache(4096)(lambda s: tuple(plain.encode(s, add_special_tokens=False).ids) if s else ())
+        encode = lambda s: tuple(plain.encode(s, add_special_tokens=False).ids) if s else ()
+        short = lru_cache(4096)(encode)
+        self.text = lambda s: short(s) if len(s) <= 1000 else encode(s)  # long texts rarely come again, and would fill memory
 
     def ids(self, *parts: str) -> list[int]:
         "Ids of parts, each a special token or plain text."

@@ -212,6 +212,18 @@ class Session:
     def __repr__(self):
         return f'Session({self.name}: {len(self.turns)} turns, {len(self.leaves)} leaves, {self.n_tokens} tokens)'
 
+# %% ../../nbs/plane/03_manager.ipynb #de6c74ac
+def _key(s: Session, m: dict) -> str:
+    "`canonical_key`, looked up where the message came back as it was recorded."
+    known = s.known.get(_place(m))
+    return known[1] if known and _same(known[0], m) else canonical_key(m)
+
+def _place(m: dict) -> tuple:
+    "Where `known` has a message: cheap, and different for most."
+    return m['role'], m['content'], repr(m.get('tool_calls')), m.get('tool_call_id')
+
+def _keys(s: Session, messages: list[dict]) -> tuple[str, ...]: return tuple(_key(s, m) for m in messages)
+
 # %% ../../nbs/plane/03_manager.ipynb #37272cce
 @dataclass
 class Asked:
@@ -227,17 +239,6 @@ def _asked(s: Session, messages: list[dict], tools, agent: str) -> Asked:
     past, context = split(messages)
     keys = [(_keys(s, c), _key(s, a)) for c, a in past]
     return Asked(past, keys, context, _keys(s, context), tool_mark(s.tokenizer, tools), agent)
-
-def _key(s: Session, m: dict) -> str:
-    "`canonical_key`, looked up where the message came back as it was recorded."
-    known = s.known.get(_place(m))
-    return known[1] if known and _same(known[0], m) else canonical_key(m)
-
-def _place(m: dict) -> tuple:
-    "Where `known` has a message: cheap, and different for most."
-    return m['role'], m['content'], repr(m.get('tool_calls')), m.get('tool_call_id')
-
-def _keys(s: Session, messages: list[dict]) -> tuple[str, ...]: return tuple(_key(s, m) for m in messages)
 
 # %% ../../nbs/plane/03_manager.ipynb #dc042e79
 def _slot(root: bool, q: Asked, keys: tuple) -> tuple:
@@ -464,7 +465,7 @@ def _index(s: Session, t: Turn) -> None:
     s.turns[t.id] = t
     s.agents[t.agent] += 1
     s.n_tokens += t.n_prompt + t.n_answer
-    s.n_bytes += 4000 + 4*t.n_prompt + 16*t.n_answer + sum(len(m['content']) for m in (*t.context, t.message))
+    s.n_bytes += 8000 + 4*t.n_prompt + 16*t.n_answer + sum(len(m['content']) for m in (*t.context, t.message))
     s.clock = max(s.clock, t.ended)
 
 # %% ../../nbs/plane/03_manager.ipynb #0988b1cb
