@@ -96,12 +96,12 @@ def figure(rows, path, folder):
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--path", type=int, default=512, help="tokens of a path")
+    parser.add_argument("--path", type=int, default=256, help="tokens of a path")
     parser.add_argument("--out", type=Path, help="folder for tree_memory.png and tree_memory.md")
     args = parser.parse_args()
     path, model, rows = args.path, small_model(), []
     torch.set_num_threads(1)
-    for paths in (4, 8, 16, 32, 64):
+    for paths in (4, 16, 64):
         tree = paths_tree(path, paths)
         rows.append((paths, len(tree), *(peak_of(model, tree, path // 4, again) / 1e6 for again in (True, False))))
         print(rows[-1], flush=True)

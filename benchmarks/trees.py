@@ -93,13 +93,12 @@ def cases():
     made = lambda kind, f, *a: (kind, lambda: (f(*a), None))
     log = lambda *a: ("smollm2", lambda: log_part(tok, *a))
     return {
-        **{f"POR {por:g}": made("smollm2", shared, rng, 8, 88, por) for por in (0, 0.1, 0.25, 0.5, 0.75)},
-        "POR 0.95": made("smollm2", shared, rng, 32, 48, 0.95),
-        "GRPO, 128 + 8 × 24": made("smollm2", shared, rng, 8, 152, 128 * 7 / 8 / 152),
-        "GRPO, 48 + 8 × 64": made("smollm2", shared, rng, 8, 112, 48 * 7 / 8 / 112),
-        "tau-bench airline, 6 episodes, 7 %": log("tau_bench_gpt4o_airline.json", 0.07),
-        "SWE-agent, history rewritten, 7 %": log("swe_agent_marshmallow_1867.json", 0.07),
-        "SWE-smith, append-only, 40 %": log("swe_smith_pandas_53652.json", 0.4),
+        **{f"POR {por:g}": made("smollm2", shared, rng, 8, 88, por) for por in (0, 0.1, 0.5, 0.75)},
+        "POR 0.95": made("smollm2", shared, rng, 32, 40, 0.95),
+        "GRPO, 96 + 8 × 32": made("smollm2", shared, rng, 8, 128, 96 * 7 / 8 / 128),
+        "tau-bench airline, 6 episodes, 6 %": log("tau_bench_gpt4o_airline.json", 0.06),
+        "SWE-agent, history rewritten, 6 %": log("swe_agent_marshmallow_1867.json", 0.06),
+        "SWE-smith, append-only, 30 %": log("swe_smith_pandas_53652.json", 0.3),
         "micro world, RL batch, 16 × 8": made("base", micro_groups, tok, 16, 8),
         "micro world, SFT batch of 20": made("base", micro_groups, tok, 20, 1),
         "short turns, 8 × 128": made("base", short_turns, rng, 8, 128, 8),
