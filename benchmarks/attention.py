@@ -3,7 +3,8 @@
 Shapes: one chain; a long prompt with 8 answers; an agent that rewrites its history (a deep comb); rollouts of a small world (hundreds
 or thousands of short nodes). Ways: this project's `segments` and `reference`; `per node`, the fused kernel once per node and run of
 ancestors, merged by log-sum-exp; PyTorch's SDPA under a dense mask, and one sequence after the other without sharing. Times are the
-best of a few repetitions (dense masks: one), in CPU seconds of this process, so that others disturb less. Nothing is asserted."""
+best of a few repetitions (dense masks: one), in CPU seconds of this process, so that others disturb less; `first` is the first forward + backward of a
+tree, with plans to make and kernels to compile. Nothing is asserted."""
 import argparse
 import time
 from pathlib import Path
@@ -98,7 +99,7 @@ def ways(tree, args):
     return {k: f for k, f in out.items() if mask is not None or k not in DENSE}
 
 def clock(fn, q, k, v, up, reps):
-    "seconds of forward, and of forward + backward"
+    "seconds of forward, of forward + backward, and of the first forward + backward"
     def both():
         out = fn(q, k, v)
         if not isinstance(out, list): torch.autograd.grad(out, (q, k, v), up)
@@ -106,9 +107,9 @@ def clock(fn, q, k, v, up, reps):
     def once(f):
         start = time.process_time(); f()
         return time.process_time() - start
-    if reps > 1: once(both)  # warm up
+    first = once(both)
     with torch.no_grad(): forward = min(once(lambda: fn(q, k, v)) for _ in range(reps))
-    return forward, min(once(both) for _ in range(reps))
+    return forward, first if reps == 1 else min(once(both) for _ in range(reps)), first
 
 def main():
     a = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -123,8 +124,9 @@ def main():
     torch.set_num_threads(a.threads)
     cpu = next((x.split(':')[1].strip() for x in Path('/proc/cpuinfo').read_text().splitlines() if x.startswith('model name')), '?')
     print(f'{cpu}, {a.threads} thread(s), torch {torch.__version__}; {a.heads} heads, {a.kv_heads} key heads, {a.dim} numbers a head')
-    print(f'{"ms: forward, forward + backward":36}' + ''.join(f'{d:>20}' for d in a.dtypes))
+    print(f'{"ms: forward, both, both first":36}' + ''.join(f'{d:>30}' for d in a.dtypes))
     for name in a.shapes:
+        rng.bit_generator.state = np.random.default_rng(0).bit_generator.state  # the same tree whatever ran before
         tree = TokenTree.from_sequences(SHAPES[name]())
         print(f'{name}: {len(tree)} tokens in {tree.n_nodes} nodes, {tree.n_flat} flat')
         rows = {}
@@ -134,6 +136,6 @@ def main():
             q, k, v = (x.requires_grad_() for x in (q, k, v))
             for way, fn in ways(tree, a).items():
                 rows.setdefault(way, []).append(clock(fn, q, k, v, up, 1 if way in DENSE else a.reps))
-        for way, times in rows.items(): print(f'    {way:32}' + ''.join(f'{f*1e3:10.0f}{b*1e3:10.0f}' for f, b in times), flush=True)
+        for way, times in rows.items(): print(f'    {way:32}' + ''.join(f'{x*1e3:10.0f}' for each in times for x in each), flush=True)
 
 if __name__ == '__main__': main()

@@ -1,4 +1,5 @@
 "kat tree: the table, the picture, one line for a mistake"
+import json
 from pathlib import Path
 from shutil import copy
 
@@ -35,6 +36,16 @@ def test_stats_of_a_log(cli):
     assert 'per-call flat 8 11,187 9.23 M 76.8 G 230 G' in rows and 'linearly merged 1 2,245 2.52 M 17.5 G 52.4 G' in rows
     assert 'linearly merged per-call flat 0.799 4.98× 3.66× 4.40×' in rows
     assert 'tree, one per task linearly merged 0.000 1.00× 1.00× 1.00×' in rows
+
+
+def test_stats_of_openai_messages(cli, tmp_path):
+    turn = lambda n: [{'role': 'user', 'content': f'question {n}'}, {'role': 'assistant', 'content': f'answer {n}'}]
+    first = {'messages': [{'role': 'system', 'content': 'You help.'}, *turn(1), *turn(2)]}
+    other = {'messages': [{'role': 'system', 'content': 'You help.'}, *turn(1), *turn(3)]}
+    (tmp_path/'chat.jsonl').write_text(''.join(json.dumps(d) + '\n' for d in (first, other)))
+    code, out, err = cli('stats', 'chat.jsonl')
+    assert (code, err) == (0, '') and 'model calls 4' in out and 'tree' in out
+    assert cli('draw', 'chat.jsonl', '-o', 'chat.png') == (0, 'chat.png\n', '')
 
 
 def test_stats_of_records_need_no_tokenizer(cli):

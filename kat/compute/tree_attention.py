@@ -187,7 +187,7 @@ def _short_backward(q, k, v, blocks, scaling, kept, grad):  # shapes as in `_sho
 
 # %% ../../nbs/compute/01a_tree_attention.ipynb #f7232894
 MANY = 16        # more blocks than this are made alike
-ROWS = (32, 64)   # queries a block: one of these for all blocks of a pack
+ROWS = (32, 64)  # queries a block: one of these for all blocks of a pack
 FILL = 32        # keys of a block: a multiple of this
 GROUP = 2 ** 16  # query-key pairs in one call at most, so that they stay in the cache
 
@@ -337,7 +337,7 @@ SHORT_ROWS, LONG_ROWS = 128, 256  # queries a block at most (the fused kernel li
 
 def _plan(layout, window, narrow) -> tuple[str, list]:  # narrow: 16 bits? -> 'short', 'even' or 'long'; blocks or groups
     cuts, pairs = _cuts(layout, window, SHORT_ROWS, False)
-    way = "long" if pairs > SHORT * layout.n else "even" if narrow and len(cuts) > MANY else "short"
+    way = "long" if pairs > SHORT * layout.n else "even" if narrow and len(cuts) - 1 > MANY else "short"
     if way == "even": return way, _even_plan(layout, window)
     if way == "long": cuts, _ = _cuts(layout, window, LONG_ROWS, window is None)
     return way, [_block(layout, window, int(a), int(b), way == "long") for a, b in zip(cuts, cuts[1:])]
@@ -347,11 +347,11 @@ class _Segments(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k, v, way, plan, scaling):
         H, K, keep = q.shape[1], k.shape[1], any(ctx.needs_input_grad)
-        rows = _rows(q, K), k[0].contiguous(), v[0].contiguous(), plan, scaling
         if way == "even":
             out, more = _even_forward(*_as_blocks(q, k, v, plan), plan, scaling, keep)
             out = _from_blocks(out, H, q.shape[2], _height(plan))
         else:
+            rows = _rows(q, K), k[0].contiguous(), v[0].contiguous(), plan, scaling
             out, more = _short_forward(*rows, keep) if way == "short" else _long_forward(*rows)
             out = _heads(out, H)
         if keep: ctx.save_for_backward(q, k, v, *((out, more) if way == "long" else more))
