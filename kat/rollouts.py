@@ -6,13 +6,13 @@
 from __future__ import annotations
 import asyncio
 from dataclasses import dataclass, field, replace
+from json import dumps, loads
 from typing import Callable, Protocol
 
 import numpy as np
 
 from .agent import Refused, play
 from .core.chat import ids_of, render
-from .core.io import need
 from .core.types import GENERATED, Trajectory
 from .envs.base import Env, InfraError, Observation, Task, ToolCall
 from .plane.engines import Completion, Engine, Request
@@ -21,7 +21,7 @@ from .plane.manager import Session, show
 
 # %% auto #0
 __all__ = ['Episode', 'ended', 'recorded_turns', 'heed', 'Policy', 'ModelPolicy', 'ScriptPolicy', 'NoStore', 'Waves',
-           'segments_of', 'finished', 'check_replay', 'rollout', 'asyncio_run']
+           'segments_of', 'finished', 'check_replay', 'rollout', 'Reply', 'Local', 'asyncio_run']
 
 # %% ../nbs/71_rollouts.ipynb #1e65ae79
 @dataclass(eq=False)
@@ -236,11 +236,43 @@ def rollout(policy: Policy,                   # who acts
     for t, b in zip(out, begin or []): check_replay(t, b)
     return out
 
+# %% ../nbs/71_rollouts.ipynb #5d0a8c12
+@dataclass
+class Reply:
+    "An HTTP response, as far as the agent reads it."
+    status_code: int = 0
+    content: bytes = b''
+    @property
+    def text(self) -> str: return self.content.decode(errors='replace')
+    def json(self): return loads(self.content)
+
+class Local:
+    "A client without a socket for an ASGI application in this process; `post` is that of `httpx.AsyncClient`, as far as the agent uses it."
+    def __init__(self, app): self.app = app
+
+    async def post(self, url: str, json) -> Reply:
+        "Send `json`, wait for the whole answer."
+        _, _, host, path = url.split('/', 3)
+        body, reply, over = dumps(json, ensure_ascii=False, allow_nan=False).encode(), Reply(), asyncio.Event()
+        headers = [(b'host', host.encode()), (b'content-type', b'application/json'), (b'content-length', b'%d' % len(body))]
+        scope = dict(type='http', asgi=dict(version='3.0'), http_version='1.1', method='POST', scheme='http', path=f'/{path}', raw_path=f'/{path}'.encode(),
+                     query_string=b'', root_path='', headers=headers, server=(host, 80), client=('local', 0))
+        news = [dict(type='http.request', body=body, more_body=False)]
+        async def receive():
+            if news: return news.pop()
+            await over.wait()
+            return dict(type='http.disconnect')
+        async def send(event):
+            if event['type'] == 'http.response.start': reply.status_code = event['status']
+            else: reply.content += event.get('body', b'')
+        try: await self.app(scope, receive, send)
+        finally: over.set()
+        return reply
+
 # %% ../nbs/71_rollouts.ipynb #87b8112a
 async def _rollout(g: Waves, max_turns: int) -> list[Trajectory]:
-    httpx = need('httpx', 'serve')
-    async with httpx.AsyncClient(transport=httpx.ASGITransport(g.app), timeout=None) as client:
-        await asyncio.gather(*[_play(g, e, client, max_turns) for e in g.episodes.values()])
+    client = Local(g.app)
+    await asyncio.gather(*[_play(g, e, client, max_turns) for e in g.episodes.values()])
     return list(await asyncio.gather(*[finished(e, g.policy.sampling) for e in g.episodes.values()]))
 
 async def _play(g: Waves, e: Episode, client, max_turns: int) -> None:
