@@ -84,11 +84,12 @@ def figure(rows, path, folder):
     fig, ax = plt.subplots(figsize=(6, 3.4))
     x = [r[0] for r in rows]
     ax.axhspan(0.9 * rows[0][2], 1.1 * rows[0][2], color="0.9", label="±10 % of the first")
-    ax.plot(x, [r[3] for r in rows], "s--", label="every pack's graph on the path kept")
+    ax.plot(x, [r[3] for r in rows], "s--", label="graphs kept (recompute=False)")
     ax.plot(x, [r[2] for r in rows], "o-", label="packs computed again (default)")
-    ax.set(xscale="log", xticks=x, xticklabels=[f"{n}\n{r[1]:,}" for n, r in zip(x, rows)], xlabel="paths' worth of tokens, tokens", ylabel="peak memory, MB", ylim=(0, None),
+    ax.set(xscale="log", yscale="log", xticks=x, xticklabels=[f"{n}\n{r[1]:,}" for n, r in zip(x, rows)], xlabel="paths' worth of tokens, tokens", ylabel="peak memory, MB",
            title=f"Peak above the model's own, paths of {path} tokens")
     ax.minorticks_off()
+    ax.set(yticks=(2, 5, 10, 20, 50, 100, 200), yticklabels=(2, 5, 10, 20, 50, 100, 200), ylim=(2, 250))
     ax.legend(fontsize=9)
     fig.tight_layout()
     save_figure(fig, folder / "tree_memory.png", f"Most bytes of tensors alive at once in a tree's forward and backward, paths of {path} tokens, packs of {path // 4}.", "python benchmarks/memory.py --out figures")

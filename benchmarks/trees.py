@@ -21,9 +21,12 @@ import argparse
 import gc
 import json
 import platform
+import resource
 import statistics
 import sys
 import time
+from collections import Counter
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -33,6 +36,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, AutoTokeniz
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from kat.rollouts import ScriptPolicy, rollout
+from kat.compute import attention, logprob, tree_attention
 from kat.compute.attention import use_kat_attention
 from kat.compute.engine import TreeEngine
 from kat.compute.forward import cast_weights
@@ -215,8 +219,8 @@ def run_prefix(model, seqs, dtype, backward, n):
     return done((logps * torch.from_numpy(np.concatenate(weight)).float()).sum() / n, backward)
 
 
-def run_tree(model, seqs, dtype, backward, n):
-    tree, engine = TokenTree.from_sequences(seqs), TreeEngine(model, max_tokens=CALL, recompute=False, dtype=dtype)
+def run_tree(model, seqs, dtype, backward, n, size=CALL):
+    tree, engine = TokenTree.from_sequences(seqs), TreeEngine(model, max_tokens=size, recompute=False, dtype=dtype)
     weight = torch.from_numpy(tree.count / n).float()
     if backward: return -float(engine.forward_backward(tree, lambda e: -(weight[e.index] * e.logprob).sum()))
     e = engine.logprobs(tree)
@@ -277,6 +281,30 @@ def measure(name, kind, model, dtype, seqs, whole, repeat):
         ups = [a / b for a, b in zip(s[base], s["tree"])]
         row[what] = dict(baseline=base, speedup=statistics.median(ups), low=min(ups), high=max(ups))
     return row
+
+
+def parts(model, dtype, seqs, repeat):
+    "Where the seconds of forward + backward go: attention, head, everything else; and page faults, the trace of large tensors."
+    spent = Counter()
+
+    def watch(cls, name):
+        for f in ("forward", "backward"):
+            def timed(*a, inner=getattr(cls, f)):
+                start = time.process_time()
+                out = inner(*a)
+                spent[name] += time.process_time() - start
+                return out
+            setattr(cls, f, staticmethod(timed))
+    watch(tree_attention._Segments, "attention"), watch(attention._Causal, "attention"), watch(logprob._Score, "head")
+    runs = {"rows of 4,096 tokens a call": run_rows, **{f"tree, packs of {size:,}": partial(run_tree, size=size) for size in (1024, 2048, CALL)}, "tree, one pack": partial(run_tree, size=None)}
+    rows = {name: [] for name in runs}
+    for _ in range(repeat):
+        for name, run in runs.items():
+            spent.clear()
+            faults, t = resource.getrusage(resource.RUSAGE_SELF).ru_minflt, once(run, model, seqs, dtype, True)
+            rows[name].append((t, spent["attention"], spent["head"], t - spent.total(), resource.getrusage(resource.RUSAGE_SELF).ru_minflt - faults))
+    body = [[name, *(f"{np.median([r[i] for r in got]):.2f} ({min(r[i] for r in got):.2f} … {max(r[i] for r in got):.2f})" for i in range(4)), f"{np.median([r[4] for r in got]) / 1e3:.0f} k"] for name, got in rows.items()]
+    return markdown(["way", "CPU seconds (range)", "attention", "head", "everything else", "page faults"], body) + "\n"
 
 
 # tables and figures
@@ -348,7 +376,8 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", help="cases whose name contains this")
     parser.add_argument("--repeat", type=int, default=3)
-    parser.add_argument("--out", type=Path, help="folder for trees.json, trees.md, trees_speed.png and trees_memory.png; with --only its other cases are kept")
+    parser.add_argument("--parts", action="store_true", help="only: where the seconds of the micro world's RL batch go, by pack size (a CPU minute)")
+    parser.add_argument("--out", type=Path, help="folder for trees.json, trees.md, trees_speed.png and trees_memory.png (with --parts: trees_parts.md); with --only its other cases are kept")
     args = parser.parse_args()
     torch.set_num_threads(1)
     for name, layer in dict(packed=packed_layer, trl_tree=trl_tree_layer, prefix=prefix_layer).items():
@@ -357,6 +386,12 @@ if __name__ == "__main__":
     kept, models, start = {}, {}, time.process_time()
     if args.only and args.out and (args.out / "trees.json").exists(): kept = {r["case"]: r for r in json.loads((args.out / "trees.json").read_text())}
     todo = cases()
+    if args.parts:
+        model, dtype = make("base")
+        sum(p.sum() for p in model.parameters()).backward()
+        table = parts(model, dtype, todo["micro world, RL batch, 16 × 8"][1]()[0], args.repeat)
+        if args.out: args.out.mkdir(parents=True, exist_ok=True), (args.out / "trees_parts.md").write_text(table)
+        raise SystemExit(print(table))
     for name, (kind, sequences) in todo.items():
         if args.only and args.only not in name: continue
         seqs, whole = sequences()
