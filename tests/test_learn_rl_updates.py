@@ -291,7 +291,7 @@ def test_the_reference_of_an_adapter_is_the_model_without_it(tmp_path):
 
 @pytest.mark.parametrize("kw, message", [
     (dict(epochs=0), "epochs 0: at least 1"), (dict(minibatches=4), "minibatches 4: they are whole groups, and a batch has 3"),
-    (dict(epochs=2, objective=Objective("pg")), "'pg' with 2 updates a batch"), (dict(pruning=Pruning(gamma=0.1)), "no budget: it would be ignored"),
+    (dict(epochs=2, objective=Objective("pg")), "'pg' with 2 updates a batch"), (dict(pruning=Pruning("entropy")), "no budget: it would be ignored"),
     (dict(budget=1.5), "budget 1.5"), (dict(budget=0.5, objective=Objective("gspo")), "needs whole paths"),
     (dict(budget=0.5, objective=Objective(tis=2.0, correct="turn")), "needs every token of a turn"),
     (dict(objective=Objective(kl=0.1)), "kl=0.1 needs a reference"), (dict(reference=tiny()), "kl is 0: it would be ignored"),
