@@ -275,6 +275,17 @@ def test_only_what_is_kept_is_computed_when_the_record_is_exact():
     assert 0 < tokens[1] < 0.6 * tokens[0]
 
 
+def test_equal_rollouts_with_different_rewards_do_not_end_a_run_with_a_budget(tmp_path):
+    "A flaky grader: all weights cancel. Alone the tree is trained whole; beside another minibatch the run's log lacks what only that one knows."
+    model = tiny()
+    batch = with_records(model, groups(model, 0, 2))
+    for i, t in enumerate(batch[0].trajectories): t.segments, t.reward = batch[0].trajectories[0].segments, float(i % 2)
+    m = trainer(model, tmp_path / "a", budget=0.5).step(batch[:1])
+    assert m["updates"] == 1 and "kept_cost" not in m and m["grad_norm"] == pytest.approx(0, abs=1e-6)
+    m = trainer(tiny(), tmp_path / "b", budget=0.5, minibatches=2).step(batch)
+    assert m["updates"] == 2 and "kept_cost" not in m and m["grad_norm"] > 1e-3
+
+
 # -- advantages and KL
 
 def gradient_of(t, batch):

@@ -136,6 +136,8 @@ def _one_tree(engine, rows, weights, objective, budget, pruning, seed, recorded,
     trained = np.zeros(len(tree), bool)
     trained[tree.paths[np.concatenate(masks)]] = True
     whole = {"flat_tokens": tree.n_flat, "tree_tokens": len(tree)}
+    signed = np.concatenate([w * r.advantage * m for w, r, m in zip(weights, rows, masks)])
+    if not np.bincount(tree.paths, signed, len(tree)).any(): budget = None  # all cancels: there is nothing to choose by
     if budget is None or not recorded: old, entropy = _scores(engine, tree, trained)
     entropies = [r.trajectory.entropy for r in rows] if budget is not None and recorded else tree.gather(entropy)
     if all(np.isfinite(x[m]).all() for x, m in zip(entropies, masks)): whole["entropy"] = _mean(entropies, masks)
