@@ -234,6 +234,7 @@ def ways(kind, tree, seqs):
     except ImportError: one_level = False
     if not one_level: del out["prefix"]
     for w in ("rows",) if kind == "smollm2" else ("packed", "one"): del out[w]
+    if len(seqs) > 500: del out["trl"], out["trl_tree"]  # minutes a call, and gigabytes
     return out
 
 

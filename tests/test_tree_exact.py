@@ -2,7 +2,7 @@
 import numpy as np
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, FalconH1Config, Lfm2Config, LlamaConfig, LlamaForCausalLM, MambaConfig, Qwen3NextConfig
@@ -100,6 +100,7 @@ STOCK = {k: make(k, torch.float32, noise=0.02) for k in ("qwen3", "gemma3", "qwe
 
 @FEW
 @given(seqs=sequences(), size=PACKS)
+@example(seqs=[np.array([18])], size=None)  # no edge at all: still of the model's type
 def test_whole_paths_in_two_passes(seqs, size):
     model, tree = MODELS["qwen3"], TokenTree.from_sequences(seqs)
     adv = torch.linspace(-1, 2, len(seqs), dtype=torch.float64)

@@ -107,7 +107,7 @@ class TreeEngine:
         wanted, parts = check_score(tree, score), []
         with attends_to_trees(self.causal), torch.no_grad():
             _Walk(self, tree, parts.append, wanted, backward=False).run()
-        return _concatenate(parts, next(self.causal.parameters()).device)
+        return _concatenate(parts, next(self.causal.parameters()), self.dtype)
 
 # %% ../../nbs/compute/04_engine.ipynb #47ee5a06
 class _Walk:
@@ -199,8 +199,10 @@ def _check_scalar(value) -> None:
         raise ValueError(f"the loss must return a scalar tensor, got {type(value).__name__} {tuple(getattr(value, 'shape', ()))}")
 
 # %% ../../nbs/compute/04_engine.ipynb #291bf6c9
-def _concatenate(parts: list[Edges], device) -> Edges:
-    if not parts: return Edges(torch.empty(0, dtype=torch.long, device=device), *(torch.empty(0, device=device) for _ in range(3)))
+def _concatenate(parts: list[Edges], weight, dtype) -> Edges:
+    if not parts:
+        wide = torch.promote_types(dtype or weight.dtype, torch.float32)
+        return Edges(weight.new_empty(0, dtype=torch.long), *(torch.empty(0, dtype=wide, device=weight.device) for _ in range(3)))
     index = torch.cat([p.index for p in parts])
     order = index.argsort()
     return Edges(index[order], *(torch.cat([getattr(p, n) for p in parts])[order] for n in ("logprob", "entropy", "squares")))
