@@ -44,6 +44,6 @@ def show(f, ways):
 extra = {'horvitz_thompson': Pruning(correction='horvitz_thompson'), 'window 64': Pruning(window=64)}
 show(rollouts(), {p: Pruning(p) for p in POLICIES} | extra)
 chain = TokenTree.from_sequences([np.arange(10_000)])
-show(facts(chain, chain.position > 0, np.ones(len(chain), bool)), {'entropy': Pruning(), 'density': Pruning('density')} | extra)
+show(facts(chain, chain.position > 0, np.ones(len(chain), bool)), {p: Pruning(p) for p in ('gradient', 'entropy', 'density')} | extra)
 star = TokenTree.from_sequences([[0, i] for i in range(10_000)])
-show(facts(star, star.position > 0), {'entropy': Pruning(), 'density': Pruning('density')} | extra)
+show(facts(star, star.position > 0), {p: Pruning(p) for p in ('gradient', 'entropy', 'density')} | extra)

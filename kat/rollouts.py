@@ -5,6 +5,7 @@
 # %% ../nbs/71_rollouts.ipynb #82b9ef41
 from __future__ import annotations
 import asyncio
+import math
 from dataclasses import dataclass, field, replace
 from json import dumps, loads
 from typing import Callable, Protocol
@@ -17,7 +18,7 @@ from .core.types import GENERATED, Trajectory
 from .envs.base import Env, InfraError, Observation, Task, ToolCall
 from .plane.engines import Completion, Engine, Request
 from .plane.gateway import Gateway, Writing
-from .plane.manager import Session, show
+from .plane.manager import Manager, Session, show
 
 # %% auto #0
 __all__ = ['Episode', 'ended', 'recorded_turns', 'heed', 'Policy', 'ModelPolicy', 'ScriptPolicy', 'NoStore', 'Waves',
@@ -133,11 +134,11 @@ class NoStore:
     async def write(self, session: Session, turns: list) -> None: pass
 
 class Waves(Gateway):
-    "A gateway for episodes that move in step."
+    "A gateway for episodes that move in step. It answers requests of agents only: what shows sessions wants an engine and a store."
     address = 'http://kat'  # as agents call it
 
     def __init__(self, policy: Policy, tokenizer, max_len: int, episodes: list[Episode], progress: Callable | None = None):
-        super().__init__(None, tokenizer, NoStore(), max_len, concurrent=len(episodes) + 1)
+        super().__init__(None, tokenizer, NoStore(), max_len, concurrent=len(episodes) + 1, manager=Manager(math.inf))  # there is no store to load from
         self.policy, self.episodes, self.progress = policy, {e.name: e for e in episodes}, progress
         self.alive, self.wave, self.error = len(episodes), {}, None   # wave: who waits, by name
         for e in episodes: self.manager.put(e.session)
@@ -281,6 +282,7 @@ async def _play(g: Waves, e: Episode, client, max_turns: int) -> None:
         finish, _ = await play(client, f'{g.address}/s/{e.name}/v1', e, e.task, max_turns, e.seed, model=g.model, **g.policy.sampling)
         e.finish = e.finish or finish
     except Exception as error:
+        if e.turns and isinstance(error, Refused) and 'context_length_exceeded' in str(error): e.finish = e.finish or 'length'
         if e.finish and isinstance(error, (Refused, InfraError)): return
         g.error = g.error or error   # that of the policy, where it was the first
         raise g.error

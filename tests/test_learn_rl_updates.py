@@ -214,24 +214,52 @@ def test_overlong_trajectories_are_masked_before_groups_are_judged(tmp_path):
 
 # -- pruning by the engine's record
 
-def test_pruning_by_exact_records_is_pruning_by_computed_entropies():
+def without_entropies(batch):  # as vLLM leaves them
+    for g in batch:
+        for t in g.trajectories:
+            for s in t.segments: s.entropy = None
+    return batch
+
+
+@pytest.mark.parametrize("policy", ["gradient", "entropy", "random"])
+def test_pruning_by_exact_records_is_pruning_by_computed_numbers(policy):
     model = tiny()
     rows = [make_row(x, a) for g in with_records(model, groups(model, 1)) for x, a in zip(g.trajectories, (0.5, -0.5, -0.5, 0.5))]
     def run(**kw):
         model.zero_grad()
-        return accumulate(model, rows, Objective(tis=2.0), 32, budget=0.5, **kw), torch.cat([p.grad.flatten() for p in model.parameters()])
+        return accumulate(model, rows, Objective(tis=2.0), 32, budget=0.5, pruning=Pruning(policy), **kw), torch.cat([p.grad.flatten() for p in model.parameters()])
     (one, computed), (two, recorded) = run(), run(recorded=True)
     torch.testing.assert_close(computed, recorded, atol=1e-7, rtol=1e-4)
-    assert (one.pop("entropy_recorded"), two.pop("entropy_recorded")) == (0, 1) and one == pytest.approx(two, abs=1e-5)
+    assert (one.pop("by_record"), two.pop("by_record")) == (0, 1) and one == pytest.approx(two, abs=1e-5)
 
 
 def test_a_record_counts_under_the_same_weights_only(tmp_path):
     model = tiny()
     rows = lambda version: [make_row(t, 1.0) for g in with_records(model, groups(model, 0), version) for t in g.trajectories]
     assert recorded_exactly(rows(3), 3) and not recorded_exactly(rows(2), 3)
-    assert not recorded_exactly([make_row(t, 1.0) for g in groups(model, 0) for t in g.trajectories], 0)
+    assert not recorded_exactly([make_row(t, 1.0) for g in groups(model, 0) for t in g.trajectories], 0)  # no versions
     t = trainer(model, tmp_path, budget=0.5)
-    assert [t.step(with_records(model, groups(model, i), v))["entropy_recorded"] for i, v in enumerate((0, 0, 2))] == [1, 0, 1]
+    assert [t.step(with_records(model, groups(model, i), v))["by_record"] for i, v in enumerate((0, 0, 2))] == [1, 0, 1]
+
+
+@pytest.mark.parametrize("policy, enough", [("gradient", True), ("advantage", True), ("random", True), ("entropy", False), ("density", False)])
+def test_an_engine_without_entropies_is_enough_for_policies_that_read_none(tmp_path, policy, enough):
+    model = tiny()
+    batch = without_entropies(with_records(model, groups(model, 0)))
+    assert recorded_exactly([make_row(t, 1.0) for g in batch for t in g.trajectories], 0, Pruning(policy)) == enough
+    m = trainer(model, tmp_path, budget=0.5, pruning=Pruning(policy)).step(batch)
+    assert m["by_record"] == enough and ("entropy" in m) == ("kept_entropy" in m) == (not enough)
+
+
+def test_entropies_recorded_for_some_trajectories_only(tmp_path):
+    "As where ground truths stand in the groups. What only one of two minibatches knows isn't logged."
+    model, other = tiny(), tiny()
+    batch = with_records(model, groups(model, 0, 2))
+    for t in batch[1].trajectories[:2]:
+        for s in t.segments: s.entropy = None
+    m = trainer(model, tmp_path / "a", budget=0.5, minibatches=2).step(batch)
+    assert m["by_record"] == 1 and "entropy" not in m and "kept_entropy" not in m and m["kept_cost"] <= 0.5
+    assert trainer(other, tmp_path / "b", budget=0.5, pruning=Pruning("entropy")).step(batch)["by_record"] == 0
 
 
 def test_only_what_is_kept_is_computed_when_the_record_is_exact():
@@ -245,6 +273,17 @@ def test_only_what_is_kept_is_computed_when_the_record_is_exact():
         prepare(model, rows, Objective(tis=2.0), budget=0.3, recorded=recorded)
         tokens.append(sum(run))
     assert 0 < tokens[1] < 0.6 * tokens[0]
+
+
+def test_equal_rollouts_with_different_rewards_do_not_end_a_run_with_a_budget(tmp_path):
+    "A flaky grader: all weights cancel. Alone the tree is trained whole; beside another minibatch the run's log lacks what only that one knows."
+    model = tiny()
+    batch = with_records(model, groups(model, 0, 2))
+    for i, t in enumerate(batch[0].trajectories): t.segments, t.reward = batch[0].trajectories[0].segments, float(i % 2)
+    m = trainer(model, tmp_path / "a", budget=0.5).step(batch[:1])
+    assert m["updates"] == 1 and "kept_cost" not in m and m["grad_norm"] == pytest.approx(0, abs=1e-6)
+    m = trainer(tiny(), tmp_path / "b", budget=0.5, minibatches=2).step(batch)
+    assert m["updates"] == 2 and "kept_cost" not in m and m["grad_norm"] > 1e-3
 
 
 # -- advantages and KL
@@ -291,7 +330,7 @@ def test_the_reference_of_an_adapter_is_the_model_without_it(tmp_path):
 
 @pytest.mark.parametrize("kw, message", [
     (dict(epochs=0), "epochs 0: at least 1"), (dict(minibatches=4), "minibatches 4: they are whole groups, and a batch has 3"),
-    (dict(epochs=2, objective=Objective("pg")), "'pg' with 2 updates a batch"), (dict(pruning=Pruning(gamma=0.1)), "no budget: it would be ignored"),
+    (dict(epochs=2, objective=Objective("pg")), "'pg' with 2 updates a batch"), (dict(pruning=Pruning(window=2)), "no budget: it would be ignored"),
     (dict(budget=1.5), "budget 1.5"), (dict(budget=0.5, objective=Objective("gspo")), "needs whole paths"),
     (dict(budget=0.5, objective=Objective(tis=2.0, correct="turn")), "needs every token of a turn"),
     (dict(objective=Objective(kl=0.1)), "kl=0.1 needs a reference"), (dict(reference=tiny()), "kl is 0: it would be ignored"),

@@ -18,7 +18,7 @@ from kat import cli
 from kat.core.calls import write_call
 from kat.core.io import read_records
 from kat.core.types import Trajectory
-from kat.plane.dialects import Limits
+from kat.plane.dialects import BadRequest, Limits
 from kat.plane.gateway import Gateway, Metrics, StopText, running, session_name
 from kat.plane.manager import Manager
 from kat.plane.scenarios import TOOLS
@@ -79,6 +79,9 @@ def test_without_a_key_nothing_is_answered(tmp_path, headers):
 def test_sessions_are_named_by_path_header_key_or_client():
     assert session_name('path', 'header', 'key', 'hint') == 'path' and session_name('', 'header', 'key', 'hint') == 'header'
     assert session_name('', '', 'key', 'hint') == 'key' and session_name('', '', '', 'hint') == 'hint' and session_name('', '', '', '') == 'default'
+    for name in ('.', '..', 'a/b', 'a b', 'é', 'x' * 257):   # a browser makes /s/../x of the second, /x
+        with pytest.raises(BadRequest, match='at most 256 printable'): session_name('', name, '', '')
+    assert session_name('', '...', '', '') == '...'
 
 
 def test_a_session_named_each_way_is_one_session(tmp_path):
@@ -608,6 +611,7 @@ def test_kat_serve_and_kat_sessions(tmp_path, capsys, monkeypatch):
                        (('serve', '--vllm-url', 'http://127.0.0.1:9'), 'only with --engine vllm'), (('serve', '--engine', 'x'), "'hf', 'vllm'"),
                        (('serve', '--engine', 'vllm', '--vllm-url', 'http://127.0.0.1:9'), 'is the server running?'),
                        (('serve', '--engine', 'vllm', '--vllm-url', 'http://127.0.0.1:9', '--slots', '2'), '--slots 2: a server'),
-                       (('serve', '--engine', 'vllm', '--model', 'none'), 'no checkpoint here')):
+                       (('serve', '--engine', 'vllm', '--model', 'none'), 'no checkpoint here'),
+                       (('serve', '--slots', '0'), "value for '--slots'"), (('serve', '--max-len', '0'), "value for '--max-len'")):
         code, text, err = kat(*args)
         assert code == 2 and not text and says in err and err.count('\n') == 1, err

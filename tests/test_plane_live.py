@@ -131,6 +131,11 @@ def test_a_tree_is_sent_again_only_when_it_changed(tmp_path):
             assert r['status'] == 200 and (again['status'], again['body']) == (304, b'')
             await w.ask('/s/s/reward', dict(reward=.5, finished=False))
             assert (await w.ask('/s/s/blocks', **same))['status'] == 200
+            t, tags = next(iter(w.session().turns)), []
+            for x in (-1, -2, 0, None):   # hash(-1) is hash(-2)
+                await w.ask('/s/s/reward', dict(reward=x, turn=t, finished=False))
+                tags.append((await w.ask('/s/s/blocks'))['headers']['etag'])
+            assert len(set(tags)) == 4
             await w.chat('y', 's')
             r = await w.ask('/s/s/blocks', **same)
             assert r['status'] == 200 and len(r['json']['turns']) == 2

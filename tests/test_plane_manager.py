@@ -245,8 +245,10 @@ def test_the_manager_lets_go_what_was_used_least_and_never_what_is_at_work():
     a.busy = 0
     m.note(a)                                # alone too large: it stays, the others go
     assert list(m.sessions) == [('', 'a')] and m.n_bytes == a.n_bytes > 10_000
-    m.put(Session(tok, 'f'))
-    assert list(m.sessions) == [('', 'f')] and m.n_bytes == 4000
+    f, g = (m.put(Session(tok, n)) for n in 'fg')
+    assert list(m.sessions) == [('', 'f'), ('', 'g')] and m.n_bytes == 8000
+    for s, n in ((f, 10), (g, 5000)): reply(s.plan([user('q')]), '', ids=[1], tool_calls=calls('c', text='x' * n))
+    assert g.n_bytes - f.n_bytes == 2 * 4990     # what is written in calls counts too, also as it is looked up
 
 
 def test_show_is_readable_and_narrow():

@@ -4,7 +4,7 @@ import random
 
 import numpy as np
 import pytest
-from plane_world import BODY, PATH, World, heard, say, tokenizer
+from plane_world import BODY, PATH, World, heard, say, tokenizer, until
 
 from kat.core.calls import FORMATS, open_call, parse_reply, write_call
 from kat.core.chat import ids_of
@@ -89,6 +89,30 @@ def test_a_demand_that_is_not_met_is_marked(tmp_path):
     run(go())
 
 
+@pytest.mark.parametrize('n', [0, 3])
+def test_a_demanded_call_that_is_broken_off(tmp_path, n):
+    "Nothing sampled: no answer. Something sampled by an engine that knows no entropies: the opening before it, none of it trained, and so out of the store."
+    async def go():
+        async with World(tmp_path/'s.db') as w:
+            call, gone = w.engine.generate, asyncio.Event()
+            w.engine.generate = lambda r, hear: call(r, lambda token, lp, entropy, version: hear(token, lp, float('nan'), version))
+            w.engine.answer = lambda r: say(w.tok, ' a b c d e f')
+            w.hold[0] = n, asyncio.Event()
+            task = asyncio.ensure_future(w.ask('/s/s' + PATH['chat'], BODY['chat'](USER, TOOLS[0], tool_choice='required', stream=True), leave=gone))
+            await until(lambda: w.engine.asked and w.hold[0][1]._waiters)
+            gone.set()
+            await task
+            t, = w.session().turns.values()
+            opening, own = (w.tok.encode(x, add_special_tokens=False) for x in ('<tool_call>', ' a b c d e f'))
+            assert t.finish == 'abort' and ids_of(t.answer).tolist() == ([*opening, *own[:n]] if n else [])
+            assert not any(s.trainable for s in t.answer) and all(s.entropy is None for s in t.answer)
+            assert w.store.load(w.tok, '', 's').trajectories() == w.session().trajectories() and w.g.pulse.counts[''][-1][1] <= n
+            w.hold.clear()
+            await w.ask('/s/s' + PATH['chat'], BODY['chat'](USER, TOOLS[0], tool_choice='required'))
+            assert [x.reason for x in w.session().turns.values()] == ['start', 'retry']
+    run(go())
+
+
 # --- reminders
 
 def reminded(text, *notes): return dict(role='user', content=''.join(f'<system-reminder>\n{n}\n</system-reminder>\n' for n in notes) + text)
@@ -155,6 +179,10 @@ def test_an_answer_that_the_agent_throws_away(tmp_path):
             for m in (first, [*first, wrong], [*first, wrong, wrong], later, [*later, wrong], [*first, dict(role='user', content='else')]):
                 assert (await w.ask('/s/s' + PATH['chat'], BODY['chat'](m)))['status'] == 200
             assert [t.reason for t in w.session().turns.values()] == ['start', 'discarded', 'discarded', 'append', 'discarded', 'discarded']
+            assert [t.info['status'] for t in w.session().trajectories()] == ['superseded'] * 4 + ['final']
+            await w.ask('/s/s' + PATH['chat'], BODY['chat']([*first, wrong]))   # the same again, later
+            t, *_, last = w.session().trajectories()
+            assert last.info['turns'][0]['reason'] == 'retry' and last.info['status'] == 'final' and t.info['status'] == 'superseded'
             await w.ask('/s/s' + PATH['chat'], BODY['chat']([dict(role='user', content='else')]))
             assert list(w.session().turns.values())[-1].reason == 'conversation'
     run(go())

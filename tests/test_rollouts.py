@@ -10,7 +10,7 @@ import torch
 
 from kat.core.chat import extend_segments, generation_segments, parse_calls, render, train_tokenizer
 from kat.core.types import Segment, Trajectory
-from kat.envs.base import Env, InfraError, Observation, ToolCall
+from kat.envs.base import Env, Grade, InfraError, Observation, ToolCall, ToolResult
 from kat.envs.expert import Expert
 from kat.envs.micro import SYSTEM, MicroEnv, make_task
 from kat.envs.sandbox import WarmPool
@@ -99,6 +99,29 @@ def test_cut_turns_are_closed_before_the_results(tok, pool):
 def test_context_limit(tok, pool):
     t, = rollout(Fixed(tok, '<tool_call>list</tool_call><|im_end|>'), tok, [make_task('train', 0)], lambda: MicroEnv(pool), max_turns=99, max_len=600)
     assert t.info['finish'] == 'length' and len(t.ids) <= 600 + 200
+
+
+class Wordy(Env):
+    "Results longer than any context."
+    tools = MicroEnv.tools
+    async def reset(self, task): return Observation([dict(role='user', content='a')])
+    async def step(self, calls): return Observation([], [ToolResult(c.id, 'word ' * 3000, True) for c in calls])
+    async def grade(self): return Grade(1.0, {})
+
+
+def test_a_result_longer_than_the_context_ends_its_episode_and_no_other(tok, pool):
+    say, envs = Fixed(tok, '<tool_call>list</tool_call><|im_end|>'), iter([Wordy(), MicroEnv(pool)])
+    a, b = rollout(say, tok, [make_task('train', 0)] * 2, lambda: next(envs), max_turns=3, max_len=1000)
+    assert (a.info['finish'], a.n_turns, a.reward) == ('length', 1, 0) and (b.info['finish'], b.n_turns) == ('cap', 3)
+
+
+def test_sessions_of_any_size_stay_while_they_are_played(tok):
+    eps = [Episode(None, None, 0, f'0-{i}', Session(tok, f'0-{i}'), lambda e: None) for i in range(3)]
+    g = Waves(script(tok), tok, 1000, eps)
+    for e in eps:
+        e.session.n_bytes = 2**40
+        g.manager.note(e.session)
+    assert all(g.manager.get('', e.name) is e.session for e in eps)
 
 
 def test_watch_stops(tok, pool):

@@ -4,9 +4,12 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from torch.nn import functional as F
+from transformers import AutoModelForCausalLM, FalconH1Config, Lfm2Config, LlamaConfig, LlamaForCausalLM, MambaConfig, Qwen3NextConfig
 from tree_models import KINDS, flat_logprobs_of, gradients, make, sequences, worst
 
 from kat.compute.engine import TreeEngine
+from kat.compute.forward import check_model
 from kat.compute.logprob import pack_edges, tree_logprobs
 from kat.tree.partition import partition
 from kat.tree.trie import TokenTree
@@ -235,6 +238,63 @@ def test_depth_5000_and_a_path_of_64_packs():
         TreeEngine(model, max_tokens=size).forward_backward(chain, lambda e: -e.logprob.sum())
         out.update(gradients(model))
     assert len(partition(chain, 2)) == 64 and worst(whole, cut) < 1e-4
+
+
+def plain_run(model, ids, loss):  # of one sequence by one plain forward: loss and gradients
+    value = loss(model(torch.as_tensor(ids, dtype=torch.long)[None], use_cache=False).logits[0, :-1])
+    value.backward()
+    return value.item(), gradients(model)
+
+
+@pytest.fixture
+def deep():  # one small layer that takes long sequences
+    torch.manual_seed(0)
+    config = LlamaConfig(vocab_size=23, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=1, num_key_value_heads=1, head_dim=16, max_position_embeddings=5000)
+    model = LlamaForCausalLM(config).double()
+    with torch.no_grad():
+        for p in model.parameters(): p.add_(torch.randn_like(p) * 0.3)
+    return model
+
+
+def test_backward_through_a_chain_of_5000_nodes_in_packs(deep):
+    "Every prefix is a sequence of its own. With weights per token, the longest sequence alone says the same."
+    ids = np.random.default_rng(0).integers(0, 23, 5000)
+    tree, w = TokenTree.from_sequences([ids[:n + 1] for n in range(5000)]), torch.arange(5000) / 5000
+    assert tree.n_nodes == len(tree) == 5000 and len(partition(tree, 700)) >= 8
+    value = TreeEngine(deep, max_tokens=700).forward_backward(tree, lambda e: -(w[e.index] * e.logprob).sum())
+    have = gradients(deep)
+    loss, want = plain_run(deep, ids, lambda logits: (w[1:] * F.cross_entropy(logits, torch.from_numpy(ids[1:]), reduction="none")).sum())
+    assert worst(want, have) < 1e-9 and float(value) == pytest.approx(loss, rel=1e-12)
+
+
+def test_backward_through_a_comb_of_1500_levels_in_packs(deep):
+    "At every level one token leaves the trunk, alone. It is a target only, so one plain sequence with two targets a position says the same."
+    trunk = np.random.default_rng(1).integers(0, 22, 1500)
+    tooth = (trunk + 1) % 22
+    tree = TokenTree.from_sequences([np.append(trunk[:n], tooth[n]) for n in range(1, 1500)] + [trunk])
+    assert len(tree) == 1500 + 1499 and tree.n_nodes > 2900 and len(partition(tree, 200)) >= 15
+    value = TreeEngine(deep, max_tokens=200).forward_backward(tree, lambda e: -e.logprob.sum())
+    have = gradients(deep)
+    loss, want = plain_run(deep, trunk, lambda logits: sum(F.cross_entropy(logits, torch.from_numpy(x[1:]), reduction="sum") for x in (trunk, tooth)))
+    assert worst(want, have) < 1e-9 and float(value) == pytest.approx(loss, rel=1e-12)
+
+
+REFUSED = {
+    "linear_attention": Qwen3NextConfig(vocab_size=50, hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1, head_dim=16, num_experts=2,
+        num_experts_per_tok=1, moe_intermediate_size=16, shared_expert_intermediate_size=16, linear_num_key_heads=2, linear_num_value_heads=2,
+        linear_key_head_dim=8, linear_value_head_dim=8, layer_types=["linear_attention", "full_attention"]),
+    "conv": Lfm2Config(vocab_size=50, hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1, layer_types=["conv", "full_attention"]),
+    "hybrid": FalconH1Config(vocab_size=50, hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1, head_dim=16,
+                             mamba_d_ssm=32, mamba_n_heads=4, mamba_d_head=8, mamba_d_state=4),
+    "linear_attention (state space)": MambaConfig(vocab_size=50, hidden_size=32, num_hidden_layers=2, state_size=4)}
+
+
+@pytest.mark.parametrize("kind", REFUSED)
+def test_layers_with_a_state_are_refused_by_name(kind):
+    with torch.device("meta"): model = AutoModelForCausalLM.from_config(REFUSED[kind])
+    tree = TokenTree.from_sequences([[1, 2, 3], [1, 2, 4]])
+    for call in (lambda: check_model(model), lambda: TreeEngine(model), lambda: tree_logprobs(model, tree)):
+        with pytest.raises(ValueError, match=f"{type(model).__name__}: layers of kind {kind.split()[0]} aren't plain attention.*trees need attention in every layer"): call()
 
 
 def test_what_does_not_fit_is_refused():

@@ -508,6 +508,10 @@ def test_facts_of_trajectories():
     assert token_facts(tree, ts).mass[by[3]] == 2
     bare = [Trajectory("t", [Segment(s.ids, s.kind, s.turn, s.trainable) for s in t.segments]) for t in ts]
     assert token_facts(tree, bare).entropy is None and token_facts(tree, bare).logprob is None
+    ts[0].segments[3].entropy = None   # one trained token lacks it
+    some = token_facts(tree, ts)
+    assert some.entropy is None and some.logprob[by[7]] == -0.5 and prune(some, 9).kept.all()
+    with pytest.raises(ValueError, match="entropy: missing, .* every trained token"): prune(some, 9, Pruning("entropy"))
 
 
 def test_facts_of_other_trajectories_are_refused():

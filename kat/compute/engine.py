@@ -92,7 +92,7 @@ class TreeEngine:
         score: np.ndarray | None = None,        # bool[N], edges that the loss wants to see; None: all
         whole_paths: bool = False,              # call `loss` once with all edges: two passes, for ratios of whole sequences
     ) -> torch.Tensor:                          # the summed loss, detached, with that of the routers
-        "Accumulate the gradients of the loss over a tree."
+        "Accumulate the gradients of the loss over a tree. ValueError for a loss that isn't a scalar or a tree that doesn't fit; FloatingPointError for log-probs that aren't finite."
         check_tree(self.causal, tree)
         wanted = check_score(tree, score)
         if whole_paths: return self._two_passes(tree, loss, wanted)

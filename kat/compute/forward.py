@@ -32,7 +32,7 @@ def check_model(
     name, config = type(model).__name__, model.config.get_text_config()
     kinds = list(getattr(config, "layer_types", None) or getattr(config, "layers_block_type", None) or [])
     if odd := sorted(set(kinds) - {"full_attention", "sliding_attention", "attention"}):
-        raise ValueError(f"{name}: layers of kind {', '.join(odd)} keep a state that runs across branches: trees need attention in every layer")
+        raise ValueError(f"{name}: layers of kind {', '.join(odd)} aren't plain attention, and what they carry along would run across branches: trees need attention in every layer")
     if not getattr(model, "_supports_attention_backend", False):
         raise ValueError(f"{name}: doesn't use transformers' attention interface, so tree attention can't reach its layers")
     if model.config.is_encoder_decoder or getattr(config, "use_bidirectional_attention", False):

@@ -54,12 +54,10 @@ def hidden_states(
     dtype: torch.dtype | None = None,  # compute in this dtype; None: the weights' own
 ) -> torch.Tensor:                   # [B, L, hidden], final states; those of padding mean nothing
     "Run the backbone over right-padded rows: causality keeps real tokens from padding, so no mask is passed."
-    base = model.base_model
-    weights = {} if dtype in (None, model.dtype) else {n: p.to(dtype) for n, p in base.named_parameters()}
-    return functional_call(base, weights, (ids,), {"use_cache": False}).last_hidden_state
+    return functional_call(model.base_model, cast_weights(model, dtype), (ids,), {"use_cache": False}).last_hidden_state
 
 # %% ../../nbs/compute/03_logprob.ipynb #3e320cff
-SLICE = 2 ** 24  # logits held at once: more are recomputed in the backward
+SLICE = 2 ** 24  # so many probabilities of one call are kept for its backward; if there are more, all are computed again
 ROWS = 512       # states in one product with the head at most, so that its logits stay near the processor
 
 # %% ../../nbs/compute/03_logprob.ipynb #80c49086
@@ -184,6 +182,7 @@ def score_edges(
 
 # %% ../../nbs/compute/03_logprob.ipynb #d6d2310e
 def check_temperature(temperature: float) -> None:
+    "ValueError unless above 0."
     if not temperature > 0: raise ValueError(f"temperature {temperature}: must be above 0, greedy choice has no density")
 
 def check_score(

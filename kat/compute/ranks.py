@@ -43,10 +43,12 @@ def rank_gradients(
     group=None,                    # process group; None: all ranks
 ) -> torch.Tensor:                 # the loss of all ranks
     """Forward and backward of this rank's trees, then sum over ranks: afterwards every parameter holds the gradient of the
-    whole batch (of its own piece, where sharded). Every rank must call it. ValueError for a compute dtype of its own with sharded layers. *Own design.*"""
+    whole batch (of its own piece, where sharded). Every rank must call it. ValueError for a compute dtype of its own with sharded layers, and for
+    gradients that are there already, since they would be summed over ranks again. *Own design.*"""
     model, sharded = engine.causal, _sharded(engine.causal)
     if sharded and engine.dtype not in (None, model.dtype):
         raise ValueError(f"dtype {engine.dtype} with sharded layers: pieces can't be cast; give fully_shard a MixedPrecisionPolicy instead")
+    if any(p.grad is not None for p in model.parameters()): raise ValueError("gradients are there already: call zero_grad() first, and give all trees of a step at once")
     _communicate(sharded, False)
     total = sum((engine.forward_backward(*item).double() for item in work), torch.zeros((), dtype=torch.float64))
     _communicate(sharded, True)

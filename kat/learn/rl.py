@@ -26,7 +26,7 @@ from .advantage import REASONS, group_advantages, is_live, masked_rewards
 from .objective import Objective, TreeLoss, merge_metrics
 from .training import (adapter_settings, has_adapter, latest_checkpoint, load_finished, load_weights, lr_factor, make_optimizer,
                                 merged, rng_state, save_checkpoint, save_finished, save_weights, set_rng_state, weights_checksum)
-from ..tree.prune import Pruning, least_budget, prune, token_facts
+from ..tree.prune import Pruning, least_budget, prune, scored_by, token_facts
 from ..tree.stats import model_shape
 from ..tree.trie import TokenTree
 
@@ -102,7 +102,7 @@ def prepare(
     budget: float | None = None,   # share of the batch's cost to train on; None: all of it
     pruning: Pruning = Pruning(),  # how to choose
     seed: int = 0,                 # of what pruning draws
-    recorded: bool = False,        # prune by the entropies in the rows instead of computing them; they must be exact
+    recorded: bool = False,        # prune by the log-probs and entropies in the rows instead of computed ones: see `recorded_exactly`
     reference: PreTrainedModel | None = None,  # of the objective's KL; None with a KL: the model without its adapter
 ) -> list[Part]:                   # one for each temperature
     "Trees, old log-probs and pruning of a batch under the present weights. ValueError for what doesn't combine."
@@ -136,15 +136,18 @@ def _one_tree(engine, rows, weights, objective, budget, pruning, seed, recorded,
     trained = np.zeros(len(tree), bool)
     trained[tree.paths[np.concatenate(masks)]] = True
     whole = {"flat_tokens": tree.n_flat, "tree_tokens": len(tree)}
+    signed = np.concatenate([w * r.advantage * m for w, r, m in zip(weights, rows, masks)])
+    if not np.bincount(tree.paths, signed, len(tree)).any(): budget = None  # all cancels: there is nothing to choose by
     if budget is None or not recorded: old, entropy = _scores(engine, tree, trained)
-    whole["entropy"] = _mean([r.trajectory.entropy for r in rows] if budget is not None and recorded else tree.gather(entropy), masks)
+    entropies = [r.trajectory.entropy for r in rows] if budget is not None and recorded else tree.gather(entropy)
+    if all(np.isfinite(x[m]).all() for x, m in zip(entropies, masks)): whole["entropy"] = _mean(entropies, masks)
     cut, part, index = None, tree, None
     if budget is not None:
         facts = _facts(engine.causal, tree, rows, weights, trained, None if recorded else (old, entropy))
         cut = prune(facts, max(budget * facts.cost.sum(), least_budget(facts, pruning)), pruning, seed)
         part, index = cut.tree if cut.kept.any() else None, cut.index
         masks, weights = [m & k for m, k in zip(masks, tree.gather(cut.kept))], [w * x for w, x in zip(weights, tree.gather(cut.factor))]
-        whole |= cut.metrics | {"entropy_recorded": float(recorded)}
+        whole |= cut.metrics | {"by_record": float(recorded)}
         if recorded: old, _ = _scores(engine, part, trained, index)
     other = None if not objective.kl else tree.gather(_reference_scores(engine, reference, part, trained, index))
     loss = objective.prepare(tree, masks, [r.advantage for r in rows], old=tree.gather(old), engine=[r.trajectory.logprobs for r in rows],
@@ -175,9 +178,11 @@ def _facts(model, tree, rows, weights, trained, scores):  # `scores`: old log-pr
 def recorded_exactly(
     rows: list[Row],   # of a batch
     version: int,      # of the trainer's weights
+    pruning: Pruning = Pruning(),  # log-probs are always there (`make_row`), entropies if it needs them?
 ) -> bool:
-    "Did the engine record the entropy of every trained token, under these very weights?"
-    return all(np.isfinite(r.trajectory.entropy[r.mask]).all() and (r.trajectory.version[r.mask] == version).all() for r in rows)
+    "Did the engine record what pruning reads, of every trained token, under these very weights?"
+    there = lambda t, mask: scored_by(pruning) != "entropy" or np.isfinite(t.entropy[mask]).all()
+    return all(there(r.trajectory, r.mask) and (r.trajectory.version[r.mask] == version).all() for r in rows)
 
 # %% ../../nbs/learn/05_rl.ipynb #06840252
 def _backward(part: Part):  # -> loss, tokens, clipped, kl
@@ -204,7 +209,7 @@ def accumulate(
     return _facts_of(parts) | _done([p.backward() for p in parts])
 
 def _facts_of(parts) -> dict:  # of a batch before its updates
-    parts = [dict(p.metrics) for p in parts]
+    parts = [{k: p.metrics[k] for k in p.metrics if all(k in q.metrics for q in parts)} for p in parts]  # what only some know is left out
     total = lambda k: sum(p.pop(k) for p in parts)
     flat, size = total("flat_tokens"), total("tree_tokens")
     return {"tree_tokens": size, "sharing": 1 - size / flat} | merge_metrics(parts)
@@ -240,7 +245,7 @@ class RLTrainer:
     weight_decay: float = 0.0            # decoupled
     warmup: int = 5                      # updates over which the rate rises; then it is constant
     max_grad_norm: float = 1.0           # longer gradients are scaled down to this
-    max_tokens: int | None = 8192        # most new tokens in a pack; bounds memory, changes nothing else
+    max_tokens: int | None = 8192        # most new tokens in a pack; bounds memory, and larger trees cost one more forward
     dtype: torch.dtype | None = torch.bfloat16  # compute dtype; None: the weights' own
     save_every: int = 10                 # batches between checkpoints
     version: int = field(default=0, init=False)      # batches trained on
@@ -327,7 +332,7 @@ def _update(self, rows):  # all updates of a batch; `rows`: of each live group -
     self.model.train()
     self.optimizer.zero_grad()
     batches = [prepare(self.model, b, self.objective, self.max_tokens, self.dtype, self.budget, self.pruning, self.updates + i,
-                       self.budget is not None and recorded_exactly(b, self.version), self.reference) for i, b in enumerate(_minibatches(rows, self.minibatches, self.version))]
+                       self.budget is not None and recorded_exactly(b, self.version, self.pruning), self.reference) for i, b in enumerate(_minibatches(rows, self.minibatches, self.version))]
     done = [_one_update(self, parts) for _ in range(self.epochs) for parts in batches]
     mean = {k: float(np.mean([d.pop(k) for d in done])) for k in ("loss", "grad_norm")}
     metrics = _facts_of([p for parts in batches for p in parts]) | mean | merge_metrics(done)

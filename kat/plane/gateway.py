@@ -55,7 +55,8 @@ def session_name(
 ) -> str:
     "The session of a request: what was named on purpose comes before what a client sends by itself."
     name = path or header or key or hint or 'default'
-    if not _NAME.fullmatch(name) or '/' in name: raise BadRequest(f'session {name!r:.80}: at most 256 printable ASCII characters, no space and no /')
+    if not _NAME.fullmatch(name) or '/' in name or name in ('.', '..'):  # those mean something else in a URL
+        raise BadRequest(f'session {name!r:.80}: at most 256 printable ASCII characters, no space and no /, and not . or ..')
     return name
 
 # %% ../../nbs/plane/05_gateway.ipynb #77fe132c
@@ -554,7 +555,7 @@ async def session_blocks(g: Gateway, request, out: Reply) -> None:
     owner, _ = who(request.headers, g.keys)
     s = await _named(g, request, owner=owner, make=False)
     turns = list(s.turns.values())
-    tag = f'"{len(turns)}-{hash((s.reward, *(t.reward for t in turns)))}"'
+    tag = f'"{len(turns)}-{hashlib.sha256(repr([s.reward, *(t.reward for t in turns)]).encode()).hexdigest()[:16]}"'
     if request.headers.get('if-none-match') == tag:
         await out.start(304, 'text/plain', dict(etag=tag))
         return await out.body(b'')

@@ -273,11 +273,15 @@ def _why(s: Session, q: Asked, node: Turn | None, i: int) -> str:
     if not s.agents[q.agent] and node is None: return 'imported' if q.past else 'start'
     if not known and at.prompts[_slot(node is None, q, q.keys[i][0])]: return 'edited_answer'
     if known and at.prompts[_slot(node is None, q, q.last)]: return 'retry'
-    if known and any(at.prompts[_slot(node is None, q, q.last[:n])] for n in range(max(1, len(q.last) - 16), len(q.last))): return 'discarded'
+    if known and any(at.prompts[_slot(node is None, q, keys)] for keys in _beginnings(q.last)): return 'discarded'
     if node is None: return _root_reason(s, q)
     if not known: return 'edited_context'
     if any(n and k[1] == q.agent for k, n in node.prompts.items()): return 'rewind'
     return 'append' if node.agent == q.agent else 'agent'
+
+def _beginnings(keys: tuple, most: int = 16) -> list[tuple]:
+    "A context without its last messages, up to `most` of them; the shortest first."
+    return [keys[:n] for n in range(max(1, len(keys) - most), len(keys))]
 
 # %% ../../nbs/plane/03_manager.ipynb #607d1b7b
 def _root_reason(s: Session, q: Asked) -> str:
@@ -450,7 +454,8 @@ def _add(s: Session, turn: Turn) -> Turn:
 def _index(s: Session, t: Turn) -> None:
     "Where later requests look for a turn."
     asked, key = t.keys = _keys(s, t.context), _key(s, t.message)
-    for m, k in zip((*t.context, t.message), (*asked, key)): s.known[_place(m)] = m, k
+    places = [_place(m) for m in (*t.context, t.message)]
+    s.known.update(zip(places, zip((*t.context, t.message), (*asked, key))))
     at = t.parent or s
     at.prompts[t.mark, t.agent, asked] += 1
     if t.answer:
@@ -465,19 +470,25 @@ def _index(s: Session, t: Turn) -> None:
     s.turns[t.id] = t
     s.agents[t.agent] += 1
     s.n_tokens += t.n_prompt + t.n_answer
-    s.n_bytes += 8000 + 4*t.n_prompt + 16*t.n_answer + sum(len(m['content']) for m in (*t.context, t.message))
+    s.n_bytes += 8000 + 4*t.n_prompt + 16*t.n_answer + sum(len(text) + 2*len(calls) for _, text, calls, _ in places)
     s.clock = max(s.clock, t.ended)
 
 # %% ../../nbs/plane/03_manager.ipynb #0988b1cb
 def _status(s: Session) -> dict[str, str]:
     "The status of each leaf, by id."
-    place, last = {}, Counter()
+    place, last, starts = {}, Counter(), {}
     for t in s.turns.values():
-        place[t.id] = (t.mark, t.keys[0], t.agent) if t.parent is None else (*place[t.parent.id][:2], t.agent)
+        place[t.id] = _start(t, starts) if t.parent is None else (*place[t.parent.id][:2], t.agent)
         last[place[t.id]] = max(last[place[t.id]], t.began)
     used = {t.copied for t in s.turns.values()}
     gone = lambda t: last[place[t.id]] > t.ended and t.id not in used
     return {t.id: 'aborted' if t.finish == 'abort' else 'superseded' if gone(t) else 'final' for t in s.leaves}
+
+def _start(t: Turn, starts: dict) -> tuple:
+    "Tools, first context and agent of the conversation that `t` starts; where it left a first answer out, of the one with that answer."
+    tools, keys, agent = whole = t.mark, t.keys[0], t.agent
+    before = [(tools, k, agent) for k in _beginnings(keys)] if t.reason == 'discarded' else []
+    return starts.setdefault(whole, next((starts[x] for x in before if x in starts), whole))
 
 # %% ../../nbs/plane/03_manager.ipynb #4d689617
 def _trajectories(s: Session) -> list[Trajectory]:

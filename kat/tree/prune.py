@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['SCORED', 'POLICIES', 'CORRECTIONS', 'TokenFacts', 'token_facts', 'Units', 'cut_units', 'Pruning', 'kept_with',
-           'importance', 'Bundles', 'inclusion', 'Pruned', 'subtree', 'prune', 'least_budget', 'gradient_fidelity']
+           'scored_by', 'importance', 'Bundles', 'inclusion', 'Pruned', 'subtree', 'prune', 'least_budget',
+           'gradient_fidelity']
 
 # %% ../../nbs/tree/04_prune.ipynb #7ddc4439
 import heapq
@@ -79,7 +80,7 @@ def token_facts(
     weights: Sequence | None = None,       # w_k A_k of each: a number, or one per token; None: 1
     cost: np.ndarray | None = None,        # [N] per token of the tree; None: 1 each
 ) -> TokenFacts:
-    "Gather what the segments hold. ValueError names the trajectory that is not the tree's."
+    "Gather what the segments hold; entropies or log-probs count as left out if a trained token lacks them. ValueError names the trajectory that is not the tree's."
     K = tree.n_sequences
     weights = np.ones(K) if weights is None else weights
     if len(trajectories) != K or len(weights) != K: raise ValueError(f"{len(trajectories)} trajectories and {len(weights)} weights for a tree of {K} sequences")
@@ -93,16 +94,17 @@ def token_facts(
     mask, starts = flat([s.trainable for s in segments]), np.zeros(tree.n_flat, bool)
     starts[np.cumsum([0, *size[:-1]])] = True
     w = np.concatenate([np.broadcast_to(np.asarray(w, float), len(t)) for w, t in zip(weights, trajectories)])
-    return TokenFacts(tree, anywhere(mask), _recorded(tree, trajectories, "entropy"), np.bincount(tree.paths, w * mask, len(tree)),
-                      _recorded(tree, trajectories, "logprobs"), cost, anywhere(starts),
+    trainable = anywhere(mask)
+    entropy, logprob = (_recorded(tree, trajectories, name, trainable & (tree.prev >= 0)) for name in ("entropy", "logprobs"))
+    return TokenFacts(tree, trainable, entropy, np.bincount(tree.paths, w * mask, len(tree)), logprob, cost, anywhere(starts),
                       anywhere(flat([s.kind == "tool_result" or s.event in ("tool", "memory") for s in segments])))
 
-def _recorded(tree, trajectories, name) -> np.ndarray | None:
-    "A recorded array, gathered from any trajectory that has it; None if none has."
+def _recorded(tree, trajectories, name, needed) -> np.ndarray | None:
+    "A recorded array, gathered from any trajectory that has it; None if a needed token lacks it in all."
     x = np.concatenate([getattr(t, name) for t in trajectories])
     there, out = ~np.isnan(x), np.full(len(tree), np.nan)
     out[tree.paths[there]] = x[there]
-    return out if there.any() else None
+    return None if np.isnan(out[needed]).any() else out
 
 # %% ../../nbs/tree/04_prune.ipynb #bcd5442e
 @dataclass(frozen=True, eq=False)
@@ -139,7 +141,7 @@ def _down(parent: np.ndarray, x: np.ndarray) -> np.ndarray:
     return np.array(y)
 
 # %% ../../nbs/tree/04_prune.ipynb #68dbaca5
-SCORED = dict(gradient=("event_factor",),                                             # policies with an importance,
+SCORED = dict(gradient=("event_factor",),                                           # policies with an importance,
               entropy=("pool", "gamma", "alpha", "by_advantage", "event_factor"),   # and the options they read
               density=("alpha", "by_advantage", "event_factor"),
               advantage=("pool", "gamma", "alpha", "event_factor"))
@@ -206,10 +208,15 @@ def kept_with(
     return np.repeat(keepers, lengths)
 
 # %% ../../nbs/tree/04_prune.ipynb #7a7e3ead
+def scored_by(
+    o: Pruning,
+) -> str | None:  # 'logprob', 'entropy', 'weight'; None: the policy has no importance
+    "Which array of `TokenFacts` the policy's signal is made of."
+    return dict(gradient="logprob", advantage="weight").get(o.policy, "entropy") if o.policy in SCORED else None
+
 def _signal(facts: TokenFacts, o: Pruning) -> np.ndarray:  # float64[N], 0 where there is no term
     "s_t of the policy. ValueError names the array that is missing."
-    name = dict(gradient="logprob", advantage="weight").get(o.policy, "entropy")
-    if getattr(facts, name) is None: raise ValueError(f"{name}: missing, and policy {o.policy!r} scores by it: pass it to TokenFacts or choose another policy")
+    if getattr(facts, name := scored_by(o)) is None: raise ValueError(f"{name}: missing, and policy {o.policy!r} scores by it: pass it for every trained token, or choose another policy")
     if o.by_advantage and facts.weight is None: raise ValueError("weight: missing, and the advantage is taken from it: pass it to TokenFacts")
     if o.policy == "gradient": return -facts.mass * np.expm1(np.minimum(facts.logprob, 0))
     visit = facts.mass / facts.tree.count

@@ -257,7 +257,7 @@ def compare(
 
 # %% ../../nbs/tree/02_stats.ipynb #5e301cef
 def por(base: Work, other: Work) -> float:
-    "Share of the tokens of `base` that `other` need not compute: 1 − N_other / N_base."
+    "Prefix overlap rate: share of the tokens of `base` that `other` need not compute, 1 − N_other / N_base."
     return 1 - other.tokens / base.tokens
 
 # %% ../../nbs/tree/02_stats.ipynb #6ff6cf54
