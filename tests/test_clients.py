@@ -294,13 +294,13 @@ def test_sdk_with_a_real_model(tmp_path, smol, name):
     run(go())
 
 
-@pytest.mark.parametrize('how, config, reason', [('without a command', [], 'discarded'), ('read as the empty command', ['model.action_regex=^()'], 'append')])
-def test_mini_swe_agent_with_a_real_model(tmp_path, smol, how, config, reason):
-    "Its text form, three steps. What such a small model writes is no command, and mini throws it away, unless its regex finds one in every answer."
+@pytest.mark.parametrize('how, regex, reason', [('no', '(?!)', 'discarded'), ('the empty', '^()', 'append')])
+def test_mini_swe_agent_with_a_real_model(tmp_path, smol, how, regex, reason):
+    "Its text form, three steps. The regex for commands finds none in any answer, and mini throws the answer away; or an empty one in each. Nothing that the model writes is run."
     binary, d = client(MINI), work(tmp_path)
     async def go():
         async with smol_lab(tmp_path, smol) as l:
-            args = [x for c in ('mini_textbased.yaml', 'agent.step_limit=3', 'model.model_kwargs.max_tokens=24', 'model.model_kwargs.seed=0', *config) for x in ('-c', c)]
+            args = [x for c in ('mini_textbased.yaml', 'agent.step_limit=3', 'model.model_kwargs.max_tokens=24', 'model.model_kwargs.seed=0', f'model.action_regex={regex}') for x in ('-c', c)]
             await mini(l, d, binary, *args, '--agent-class', 'default', '--model-class', 'litellm_textbased')
-            real_check(l, smol[0], 'mini-swe-agent', version('mini', 'mini-swe-agent'), f'answers {how}', ['start', reason, reason])
+            real_check(l, smol[0], 'mini-swe-agent', version('mini', 'mini-swe-agent'), f'answers read as {how} command', ['start', reason, reason])
     run(go())
