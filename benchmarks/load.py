@@ -16,7 +16,8 @@ pause; `streams`, the same with streamed answers; `memory`, 100,000 turns throug
 agent's: a system prompt, four tools, sixteen turns of a call and its result, the whole history in every request (12 kB on average). Systems alternate within
 each repetition; intervals are the smallest and the largest of the repetitions. Overhead is a percentile less the same percentile of `direct`.
 
-Writes figures/load.json and figures/load.png (with `--quick`, which only checks that everything runs, nothing).
+Writes figures/load.json and figures/load.png (with `--quick`, which only checks that everything runs, nothing). Parts that are not run again stay as they are
+there, each with the command and the load average of its own run, if machine and number of sessions are the same.
 """
 import argparse
 import asyncio
@@ -37,6 +38,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 KEY, TURNS, PIECES = 'sk-load', 16, 8
 PYTHON = ROOT / '.venv-litellm/bin/python'
+FILE = ROOT / 'figures/load.json'
 SYSTEMS = ('direct', 'kat', 'embedded', 'litellm')
 
 # --- what agents and the model say
@@ -458,8 +460,8 @@ def draw(result):
     if 'memory' in result: axes[2].plot(*zip(*result['memory']['megabytes']))
     axes[2].set(title='resident memory of the gateway (MB)', xlabel='turns', ylim=(0, None))
     fig.tight_layout()
-    caption = f'The gateway under load ({result["machine"]}, load average {result["load"]:.1f} before it); bars: median of {result["repetitions"]} repetitions, whiskers: smallest and largest.'
-    save_figure(fig, ROOT / 'figures/load.png', caption, 'make load' if len(result['command'].split()) == 2 else result['command'])
+    caption = f'The gateway under load ({result["machine"]}); bars: medians of the repetitions, whiskers: smallest and largest; figures/load.json holds the numbers.'
+    save_figure(fig, ROOT / 'figures/load.png', caption, '; '.join(dict.fromkeys(h['command'] for h in result['how'].values())))
 
 
 def main():
@@ -480,18 +482,23 @@ def main():
         systems.remove('litellm')
     if args.quick: args.repeat, args.seconds, args.turns, args.sessions = 1, 4, 400, 16
     cores = sorted(os.sched_getaffinity(0))
-    result = dict(machine=f'{_cpu()}, {len(cores)} cores, Python {platform.python_version()}', command='python ' + ' '.join(sys.argv), load=os.getloadavg()[0], repetitions=args.repeat, sessions=args.sessions,
-                  seconds=args.seconds, delay=args.delay, litellm=_version() if 'litellm' in systems else None)
+    result = _kept(dict(machine=f'{_cpu()}, {len(cores)} cores, Python {platform.python_version()}', sessions=args.sessions, delay=args.delay,
+                        litellm=_version() if PYTHON.exists() else None))
+    how = dict(command='python ' + ' '.join(sys.argv), load=os.getloadavg()[0], repetitions=args.repeat, seconds=args.seconds)
     if len(cores) > 1: os.sched_setaffinity(0, {cores[1]})
     home = ROOT / 'data/runs'
     home.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=home) as tmp:
-        for part in parts: result[part] = run_part(part, args, systems, Path(tmp), cores)
-    print(json.dumps({k: v for k, v in result.items() if k not in parts}))
+        for part in parts: result[part], result['how'][part] = run_part(part, args, systems, Path(tmp), cores), how
     if args.quick: return
-    file = ROOT / 'figures/load.json'
-    file.write_text(json.dumps(result, indent=1) + '\n')
+    FILE.write_text(json.dumps(result, indent=1) + '\n')
     draw(result)
+
+
+def _kept(now):
+    "What is to be measured, with the parts of a run of the same kind."
+    old = json.loads(FILE.read_text()) if FILE.exists() else {}
+    return dict(old, **now) if 'how' in old and all(old[k] == v for k, v in now.items()) else dict(now, how={})
 
 
 def run_part(part, args, systems, tmp, cores):

@@ -10,7 +10,7 @@ __all__ = ['log', 'BUCKETS', 'who', 'session_name', 'StopText', 'Writing', 'Bell
            'metrics', 'Endpoint', 'running', 'serve', 'how_to_connect', 'read_keys']
 
 # %% ../../nbs/plane/05_gateway.ipynb #7a5a1db2
-import asyncio, hashlib, json, logging, re, signal, socket, time, traceback
+import asyncio, gc, hashlib, json, logging, re, signal, socket, time, traceback
 from collections import Counter
 from contextlib import asynccontextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -659,6 +659,8 @@ async def serve(
     await g.store.check(now=True)
     stop, loop = asyncio.Event(), asyncio.get_running_loop()
     for s in (signal.SIGINT, signal.SIGTERM): loop.add_signal_handler(s, stop.set)
+    gc.collect()
+    gc.freeze()  # libraries and model are no garbage: searching them stops all requests for a third of a second
     async with running(g, host, port) as address:
         tell(address)
         await stop.wait()
