@@ -454,11 +454,13 @@ def draw(result):
     import seaborn as sns
     from kat.study.plots import save_figure
     sns.set_theme(style='whitegrid')
-    fig, axes = plt.subplots(1, 3, figsize=(12, 3.6))
+    fig, axes = plt.subplots(1, 2 + ('memory' in result), figsize=(8 + 4 * ('memory' in result), 3.6))
     bars(axes[0], {p: {n: r['rate'] for n, r in result[p].items() if n != 'direct'} for p in ('saturation', 'streams') if p in result}, f'requests/s, {result["sessions"]} sessions')
     bars(axes[1], {q: {n: r[q] for n, r in result['arrivals'].items()} for q in ('p50', 'p99') if 'arrivals' in result}, 'latency at 200 requests/s (ms)')
-    if 'memory' in result: axes[2].plot(*zip(*result['memory']['megabytes']))
-    axes[2].set(title='resident memory of the gateway (MB)', xlabel='turns', ylim=(0, None))
+    axes[1].set_yscale('log')
+    if 'memory' in result:
+        axes[2].plot(*zip(*result['memory']['megabytes']))
+        axes[2].set(title='resident memory of the gateway (MB)', xlabel='turns', ylim=(0, None))
     fig.tight_layout()
     caption = f'The gateway under load ({result["machine"]}); bars: medians of the repetitions, whiskers: smallest and largest; figures/load.json holds the numbers.'
     save_figure(fig, ROOT / 'figures/load.png', caption, '; '.join(dict.fromkeys(h['command'] for h in result['how'].values())))

@@ -342,7 +342,7 @@ def figures(rows, folder, command):
     import seaborn as sns
     from kat.study.plots import save_figure
     sns.set_theme(style="whitegrid")
-    color = dict(zip(NAMES, sns.color_palette("colorblind", len(NAMES))))
+    color = dict(zip(NAMES, sns.color_palette("colorblind", len(NAMES)))) | dict(tree="black")
     at, names = np.arange(len(rows))[::-1], [r["case"] for r in rows]
     fig, (left, right) = plt.subplots(1, 2, figsize=(10.5, 4.4), gridspec_kw=dict(width_ratios=(1, 1.1)))
     top = max(max(r["cost_ratio"], r["both"]["high"]) for r in rows) * 1.15
@@ -368,6 +368,8 @@ def figures(rows, folder, command):
         y = [(i, r["peak"][w] / 1e6) for i, r in zip(at, rows) if w in r["peak"]]
         ax.plot([m for _, m in y], [i for i, _ in y], "D" if w == "tree" else "o", ms=6, color=color[w], alpha=0.85, label=name, ls="")
     ax.set(yticks=at, yticklabels=names, xscale="log", xlabel="peak memory of forward + backward, MB above weights and gradients")
+    ax.set_xticks([200, 500, 1000, 2000, 5000], ["200", "500", "1,000", "2,000", "5,000"], minor=False)
+    ax.minorticks_off()
     ax.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
     fig.tight_layout()
     save_figure(fig, folder / "trees_memory.png", "Most bytes of tensors alive at once in one forward and backward, above weights and gradients.", command)
