@@ -15,9 +15,10 @@ from .normalise import (canonical_json, canonical_key, drop_billing, explain, fo
                                  order_results, tools_key, without_reminders)
 
 # %% auto #0
-__all__ = ['READ', 'HARMLESS', 'ONLY', 'Sampling', 'Call', 'BadRequest', 'Limits', 'parse_body', 'parse_call', 'core_messages',
-           'too_long', 'Answer', 'Stream', 'TokenLogprob', 'call_prefix', 'count_tokens_answer', 'models_answer',
-           'render_answer', 'render_error', 'canonical_key', 'explain', 'tools_key', 'without_reminders']
+__all__ = ['READ', 'HARMLESS', 'ONLY', 'Sampling', 'Call', 'BadRequest', 'Limits', 'parse_body', 'parse_call', 'read_call',
+           'core_messages', 'too_long', 'Answer', 'Stream', 'TokenLogprob', 'call_prefix', 'count_tokens_answer',
+           'models_answer', 'render_answer', 'render_error', 'canonical_key', 'explain', 'tools_key',
+           'without_reminders']
 
 # %% ../../nbs/plane/02_dialects.ipynb #12c3bfb7
 _all_ = ['Answer', 'Stream', 'TokenLogprob', 'call_prefix', 'count_tokens_answer', 'models_answer', 'render_answer',
@@ -513,8 +514,12 @@ def parse_call(
     limits: Limits = Limits(),
 ) -> Call:
     "A request in canonical form. BadRequest, status 400, for whatever is wrong with it; nothing else for any JSON."
-    if dialect not in READ: raise ValueError(f'dialect {dialect!r}: one of {", ".join(READ)} expected')
     _check_body(body, limits)
+    return read_call(dialect, body, headers, counting, limits)
+
+def read_call(dialect: str, body: dict, headers: dict | None = None, counting: bool = False, limits: Limits = Limits()) -> Call:
+    "`parse_call` of a body that `parse_body` has checked already."
+    if dialect not in READ: raise ValueError(f'dialect {dialect!r}: one of {", ".join(READ)} expected')
     notes, meta = {}, _hints(body, headers or {})
     _check_fields(dialect, body, 'betas' in meta, notes)
     c = Call(dialect, _get(body, 'model', str), sampling=_sampling(dialect, body, limits, counting), metadata=meta,

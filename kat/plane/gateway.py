@@ -22,7 +22,7 @@ from .. import __version__
 from ..core.calls import CallParser, Decoder, call_format, open_call
 from ..core.io import dumps, need
 from .dialects import (Answer, BadRequest, Call, Limits, Stream, TokenLogprob, call_prefix, count_tokens_answer, models_answer,
-                                parse_body, parse_call, render_answer, render_error, too_long)
+                                parse_body, read_call, render_answer, render_error, too_long)
 from .engines import Completion, Request
 from .live import Pulse, live_page, session_view
 from .manager import Manager, Plan, Session, Turn, new_id, plan_text, show
@@ -95,7 +95,7 @@ class Writing:
         thinks = chat and _thinks(plan)
         self.parser = CallParser(call.callables, format if chat else None, thinks, call_prefix(call.dialect, self.id)) if chat else None
         opening = _opening(call, format, thinks)
-        self.given = tok.encode(opening, add_special_tokens=False) if opening else []  # ids that the answer begins with
+        self.opening = tok.encode(opening, add_special_tokens=False) if opening else []  # ids that the answer begins with
         if opening: self.parser.feed(opening)
 
     def token(self, token: int, logprob: float, entropy: float, version: int) -> None:
@@ -173,7 +173,7 @@ def answer_for(w: Writing, done: Completion, said: Said) -> Answer:
     lp = None
     if w.call.sampling.logprobs is not None:
         lp = [TokenLogprob(w.tokenizer.decode([i]), float(x)) for i, x in zip(done.ids, done.logprobs)]
-    return Answer(w.id, said.content, said.reasoning, said.calls, finish, len(w.plan.ids), len(w.given) + len(done.ids), stop=w.text.hit,
+    return Answer(w.id, said.content, said.reasoning, said.calls, finish, len(w.plan.ids), len(w.opening) + len(done.ids), stop=w.text.hit,
                   logprobs=lp, ids=done.ids.tolist(), malformed=said.malformed)
 
 # %% ../../nbs/plane/05_gateway.ipynb #fb91c8c9
@@ -282,13 +282,13 @@ def turn_of(w: Writing, done: Completion, said: Said) -> Turn:
     c, s = w.call, w.call.sampling
     info = dict(dialect=c.dialect, model=c.model) | {k: v for k, v in c.metadata.items() if k in ('client', 'parent_agent_id')}
     info |= {k: v for k, v in dict(normalised=c.notes, malformed=said.malformed).items() if v}
-    return w.plan.turn(done, message_of(c, said), w.given, id=w.id, info=info,
+    return w.plan.turn(done, message_of(c, said), w.opening, id=w.id, info=info,
                        sampling=dict(temperature=s.temperature, top_p=s.top_p, top_k=s.top_k, max_tokens=s.max_tokens))
 
 # %% ../../nbs/plane/05_gateway.ipynb #fc0716e3
 def engine_request(g: Gateway, w: Writing, lane: str | None) -> Request:
     "What the engine is asked. BadRequest where the prompt is too long, or the sampling not to be had."
-    ids, s = np.concatenate([w.plan.ids, np.array(w.given, np.int32)]), w.call.sampling
+    ids, s = np.concatenate([w.plan.ids, np.array(w.opening, np.int32)]), w.call.sampling
     if (room := g.max_len - len(ids)) < 1: raise too_long(w.call.dialect, len(ids), g.max_len)
     if 0 < s.temperature < 1e-4: raise BadRequest(f'temperature: {s.temperature}; 0 (greedy) or at least 0.0001', 'temperature')
     if s.logprobs: raise BadRequest(f'top_logprobs: {s.logprobs}; alternatives are not recorded, 0 is supported', 'top_logprobs')
@@ -460,7 +460,7 @@ async def serve_call(g: Gateway, dialect: str, counting: bool, request, out: Rep
     owner, key = who(request.headers, g.keys)
     async with _admitted(g, owner):
         body = parse_body(await read_body(g, request), g.limits)
-        call = parse_call(dialect, body, dict(request.headers), counting, g.limits)
+        call = read_call(dialect, body, dict(request.headers), counting, g.limits)
         s = await _named(g, request, call, key, owner)
         if counting: return await out.json(count_tokens_answer(len(make_plan(s, call).ids)))
         if s.finished: raise BadRequest(f'session {s.name!r}: it is finished; start another', status=409)

@@ -13,7 +13,7 @@ from importlib.resources import files
 
 import numpy as np
 
-from ..core.chat import GENERATED
+from ..core.chat import GENERATED, ids_of
 from ..core.types import Segment
 from .manager import Session, Turn
 from ..tree.draw import tree_labels
@@ -52,7 +52,7 @@ def _label(s: Segment) -> int:
 def _own(t: Turn) -> tuple[np.ndarray, np.ndarray]:
     "Ids and labels of a turn's own tokens."
     parts = [*t.prompt, *t.answer]
-    return (np.concatenate([np.zeros(0, np.int32), *(s.ids for s in parts)]),
+    return (ids_of(parts),
             np.repeat(np.array([_label(s) for s in parts], np.uint8), [len(s) for s in parts]))
 
 def _runs(label: np.ndarray) -> list[int]:

@@ -365,7 +365,7 @@ class Plan:
         "int32: the prompt, from the first token of the conversation."
         return ids_of([*(self.parent.segments if self.parent else ()), *self.prompt])
 
-    def turn(self, done: Completion, message: dict, given=(), **more) -> Turn: return _turn(self, done, message, given, more)
+    def turn(self, done: Completion, message: dict, opening=(), **more) -> Turn: return _turn(self, done, message, opening, more)
     def __enter__(self): _hold(self, 1); return self
     def __exit__(self, *exc): _hold(self, -1)
 
@@ -420,23 +420,23 @@ def _text_of(tokenizer, t: Turn) -> str:
     return ''.join(x.context[0]['content'] + said(x) for x in t.path)
 
 # %% ../../nbs/plane/03_manager.ipynb #95cba8a7
-def _turn(p: Plan, done: Completion, message: dict, given, more: dict) -> Turn:
-    "The turn that answers a plan; `given`: ids that the answer begins with; `more`: further fields of Turn."
+def _turn(p: Plan, done: Completion, message: dict, opening, more: dict) -> Turn:
+    "The turn that answers a plan; `opening`: ids that the answer begins with; `more`: further fields of Turn."
     s, number = p.session, p.parent.number + 1 if p.parent else 0
     entropy = None if done.entropy is None or np.isnan(done.entropy).any() else done.entropy  # an engine may not know
     answer = generation_segments(s.tokenizer, done.ids, number, done.logprobs, entropy, done.versions, done.trainable and done.finish != 'abort')
     if done.event: answer = [replace(x, event=done.event) for x in answer]
-    if len(given) and answer: answer = _begun(s.tokenizer, given, answer)
+    if len(opening) and answer: answer = _opened(s.tokenizer, opening, answer)
     s.clock += 1
     return Turn(**dict(id=new_id(), parent=p.parent, context=p.context, prompt=p.prompt, answer=answer, message=message,
                        finish=done.finish, drift=p.drift, reason=p.reason, notes=p.notes, agent=p.agent, mark=p.mark,
                        began=p.began, ended=s.clock) | more)
 
 # %% ../../nbs/plane/03_manager.ipynb #d1bb5241
-def _begun(tokenizer, given, answer: list[Segment]) -> list[Segment]:
-    "An answer after the ids `given`, which open a call; what closes that call is of its kind."
+def _opened(tokenizer, opening, answer: list[Segment]) -> list[Segment]:
+    "An answer after the ids `opening`, which open a call; what closes that call is of its kind."
     first, *rest = answer
-    head = generation_segments(tokenizer, given, first.turn, trainable=False)
+    head = generation_segments(tokenizer, opening, first.turn, trainable=False)
     return [*head, replace(first, kind=head[-1].kind), *rest]
 
 # %% ../../nbs/plane/03_manager.ipynb #238b7d13
