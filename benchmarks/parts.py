@@ -8,15 +8,19 @@ import tempfile
 import time
 from pathlib import Path
 
+import httpx
 import numpy as np
 import torch
-from transformers import Qwen3Config, Qwen3ForCausalLM
+from transformers import AutoTokenizer, Qwen3Config, Qwen3ForCausalLM
 
+from kat import rollouts
 from kat.compute.attention import use_kat_attention
 from kat.core.io import read_records, write_records
 from kat.core.types import Segment, Trajectory
 from kat.envs.micro import make_task, test_job
 from kat.envs.sandbox import WarmPool
+from kat.pipeline import ROOT
+from kat.stages import expert_data, world as world_of_sandboxes
 
 
 def show(what, unit, n, fn, reps=3):
@@ -64,7 +68,20 @@ def training(rows=16, length=256):
              lambda: m(input_ids=ids, labels=ids, use_cache=False).loss.backward())
 
 
+def turns(n=200):
+    "Processor time of scripted turns through the embedded gateway: handed over in the process, and by httpx's client"
+    tok, tasks = AutoTokenizer.from_pretrained(ROOT/'data/base'), [make_task('train', i) for i in range(n)]
+    local, httpx_client = rollouts.Local, lambda app: httpx.AsyncClient(transport=httpx.ASGITransport(app), timeout=None)
+    with world_of_sandboxes() as make_env:
+        for name, rollouts.Local in (('', local), ('Local', local), ('httpx', httpx_client)) * 3:  # the first fills the cache of test outcomes
+            start = time.process_time()
+            played = expert_data(tok, tasks, make_env, seed=1)
+            spent = 1e3*(time.process_time() - start)/sum(len(t.info['turns']) for t in played)
+            if name: print(f'a scripted turn through the gateway, {name:8} {spent:12.2f} ms of processor time', flush=True)
+    rollouts.Local = local
+
+
 if __name__ == '__main__':
     size = sum(p.numel() for p in model().parameters())/1e6
     print(f'torch {torch.__version__}, {torch.get_num_threads()} threads, {size:.1f} M parameters')
-    for part in (records, world, training): part()
+    for part in (records, world, turns, training): part()

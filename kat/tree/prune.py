@@ -232,11 +232,11 @@ def _reach(facts: TokenFacts, units: Units, alpha: float) -> np.ndarray:  # floa
     branch = facts.scored[t] & (nexts[tree.prev[t]] > 1)
     return visits ** (1 - alpha) * np.exp(alpha * _down(units.parent, np.where(branch, facts.logprob[t], 0.0)))
 
-def importance(facts: TokenFacts, units: Units, o: Pruning) -> np.ndarray:  # float64[U]
+def importance(facts: TokenFacts, units: Units, o: Pruning, keeper: np.ndarray | None = None) -> np.ndarray:  # float64[U]
     """I(n) = R(n) S(n) without the event factor; with policy 'density' S(n) = h(n); with 'gradient' the sum of |weight| (1 - p) over
-    all that is kept with the unit. *Own design.*"""
+    all that is kept with the unit (`keeper`: int64[N], from `kept_with`; None: found here). *Own design.*"""
     tree, U = facts.tree, len(units)
-    if o.policy == "gradient": return np.bincount(kept_with(facts, units, o.results, o.window), _signal(facts, o), U)
+    if o.policy == "gradient": return np.bincount(kept_with(facts, units, o.results, o.window) if keeper is None else keeper, _signal(facts, o), U)
     h = np.bincount(units.of, _signal(facts, o), U)
     if o.pool == "mean": h /= np.maximum(np.bincount(units.of, facts.scored, U), 1)
     reach = _reach(facts, units, o.alpha)
@@ -330,7 +330,7 @@ def _bundles(facts: TokenFacts, o: Pruning) -> Bundles:
     keeper = kept_with(facts, units, o.results, o.window)
     total = lambda x: np.bincount(keeper, x, len(units))
     score = None
-    if o.policy in SCORED: score = importance(facts, units, o) * np.where(total(facts.event) > 0, o.event_factor, 1.0)
+    if o.policy in SCORED: score = importance(facts, units, o, keeper) * np.where(total(facts.event) > 0, o.event_factor, 1.0)
     return Bundles(units, keeper, total(facts.cost), total(facts.mass) > 0, score)
 
 def _fit(facts: TokenFacts, s: Bundles, taken: list[int], budget: float) -> list[int]:
