@@ -1,4 +1,6 @@
 """Trees against plain sequences: the same log-probs and the same gradients, to rounding, on inputs that branch."""
+import copy
+
 import numpy as np
 import pytest
 import torch
@@ -84,18 +86,27 @@ def test_logprobs_are_the_flat_ones(kind, backend, seqs, size, temperature):
 @pytest.mark.parametrize("kind", ["qwen3", "gemma3", "qwen3moe"])
 @FEW
 @given(seqs=sequences(), size=PACKS)
+@example(seqs=[np.array([18, 14, 22, 2, 17, 17, 15, 21, 21, 2])], size=1)  # Gemma's own rounding is 6e-7 of the gradient here
 def test_stock_models_in_float32(kind, seqs, size):
-    "Nothing swapped: transformers as it is."
-    model = STOCK[kind]
+    "Nothing swapped, transformers as it is: the tree is as near to the gradient in float64 as plain sequences are."
+    single, double = STOCK[kind]
     tree, ws, total = weights_of(seqs, np.random.default_rng(0))
-    _, want = flat_run(model, seqs, [w.astype(np.float32) for w in ws], 1.0, 0.1)
-    _, have = tree_run(model, tree, total.float(), 1.0, 0.1, max_tokens=size)
-    norm = sum(g.double().norm() ** 2 for g in want.values()) ** 0.5
-    error = sum((want[n] - have[n]).double().norm() ** 2 for n in want) ** 0.5
-    assert error <= 1e-6 * norm + 1e-7
+    _, want = flat_run(double, seqs, ws, 1.0, 0.1)
+    _, flat = flat_run(single, seqs, [w.astype(np.float32) for w in ws], 1.0, 0.1)
+    _, have = tree_run(single, tree, total.float(), 1.0, 0.1, max_tokens=size)
+    norm = sum(g.norm() ** 2 for g in want.values()) ** 0.5
+    def off(got): return sum((want[n] - got[n].double()).norm() ** 2 for n in want) ** 0.5
+    assert off(have) <= 3 * off(flat) + 5e-7 * norm + 1e-7
 
 
-STOCK = {k: make(k, torch.float32, noise=0.02) for k in ("qwen3", "gemma3", "qwen3moe")}
+def single_and_double(kind):
+    model = make(kind, torch.float32, noise=0.02)
+    double = copy.deepcopy(model).double()
+    double.set_experts_implementation("eager")  # the library's grouped kernels know no float64
+    return model, double
+
+
+STOCK = {k: single_and_double(k) for k in ("qwen3", "gemma3", "qwen3moe")}
 
 
 @FEW
