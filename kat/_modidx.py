@@ -1095,6 +1095,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                    'kat.plane.engines._fill': ('plane/engines.html#_fill', 'kat/plane/engines.py'),
                                    'kat.plane.engines._forward': ('plane/engines.html#_forward', 'kat/plane/engines.py'),
                                    'kat.plane.engines._kat_cache': ('plane/engines.html#_kat_cache', 'kat/plane/engines.py'),
+                                   'kat.plane.engines._off': ('plane/engines.html#_off', 'kat/plane/engines.py'),
                                    'kat.plane.engines._record': ('plane/engines.html#_record', 'kat/plane/engines.py'),
                                    'kat.plane.engines._refuse': ('plane/engines.html#_refuse', 'kat/plane/engines.py'),
                                    'kat.plane.engines._settle': ('plane/engines.html#_settle', 'kat/plane/engines.py'),

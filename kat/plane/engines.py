@@ -466,17 +466,21 @@ def _forward(e, tokens, plan, keep):
 # %% ../../nbs/plane/01_engines.ipynb #12952dc0
 def check_model(e):
     "ValueError if packed rows through the engine's cache don't get the logits of the model's own forward."
-    rows, n = range(min(2, e.slots)), 16
-    t = lambda x: torch.as_tensor(np.array(x), device=e.device)
-    text = np.arange(n)*7919 % e.vocab
-    with torch.inference_mode():
-        e.model.set_attn_implementation('eager')
-        want = e.model(input_ids=t(text)[None], use_cache=False).logits[0, -1]
-        e.model.set_attn_implementation('kat_cache')
-        _forward(e, t(np.tile(text[:-1], len(rows))), plan_prefill([(r, 0, n-1) for r in rows], e.device), t([0]))
-        got = _forward(e, t([text[-1] for _ in rows]), plan_prefill([(r, n-1, n) for r in rows], e.device), t(rows))
-    if got.shape != (len(rows), len(want)) or (got-want).abs().mean() > .05*want.std():
+    off = [_off(e, np.arange(16)*k % e.vocab) for k in (7919, 7907, 7901, 7883, 7879)]
+    if not np.median(off) <= .05:
         raise ValueError(f"{type(e.model).__name__} computes attention in a way that this engine doesn't know")
+
+@torch.inference_mode()
+def _off(e, text):
+    "How far the logits after `text` are from the model's own, in units of their spread; infinite for another shape."
+    rows, n = range(min(2, e.slots)), len(text)
+    t = lambda x: torch.as_tensor(np.array(x), device=e.device)
+    e.model.set_attn_implementation('eager')
+    want = e.model(input_ids=t(text)[None], use_cache=False).logits[0, -1]
+    e.model.set_attn_implementation('kat_cache')
+    _forward(e, t(np.tile(text[:-1], len(rows))), plan_prefill([(r, 0, n-1) for r in rows], e.device), t([0]))
+    got = _forward(e, t([text[-1] for _ in rows]), plan_prefill([(r, n-1, n) for r in rows], e.device), t(rows))
+    return float((got-want).abs().mean()/want.std()) if got.shape == (len(rows), len(want)) else np.inf
 
 # %% ../../nbs/plane/01_engines.ipynb #1a986a2a
 LEAST = 16  # copy or wait for no fewer tokens than this
