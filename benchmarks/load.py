@@ -533,5 +533,7 @@ def _version(): return subprocess.run([PYTHON, '-c', 'from importlib.metadata im
 if __name__ == '__main__':
     role, rest = sys.argv[1:2], sys.argv[2:]
     if role == ['serve-upstream']: asyncio.run(serve_upstream(int(rest[0]), float(rest[1])))
-    elif role == ['serve-kat']: asyncio.run(serve_kat(int(rest[0]), rest[1], rest[2], int(rest[3])))
+    elif role == ['serve-kat']:
+        from kat.plane.gateway import run_server
+        run_server(serve_kat(int(rest[0]), rest[1], rest[2], int(rest[3])))
     else: main()

@@ -241,10 +241,10 @@ def serve(
     from kat.pipeline import ROOT
     if model is None and not (ROOT/'data'/'base').is_dir(): raise UserError('the shipped model is only in a clone of the repository: give --model FOLDER')
     if keys is None and host not in ('127.0.0.1', '::1', 'localhost'): raise UserError(f'--host {host}: others can reach it, so give --keys FILE')
-    import asyncio
+    from kat.plane.gateway import run_server
     if vllm_url and engine != 'vllm': raise UserError(f'--vllm-url {vllm_url}: only with --engine vllm')
     if vllm_url and slots: raise UserError(f'--slots {slots}: a server that runs already has its own number; leave it out')
-    with _stored(): asyncio.run(_serve(model or ROOT/'data'/'base', host, port, store, keys, max_len, slots or 32, engine, vllm_url))
+    with _stored(): run_server(_serve(model or ROOT/'data'/'base', host, port, store, keys, max_len, slots or 32, engine, vllm_url))
     print('stopped')
 
 # %% ../nbs/91_cli.ipynb #373f8880

@@ -27,7 +27,7 @@ from starlette.responses import JSONResponse, StreamingResponse
 from starlette.routing import Route
 
 from kat.core.chat import ids_of
-from kat.plane.gateway import Gateway, serve
+from kat.plane.gateway import Gateway, run_server, serve
 from kat.plane.loader import Loader
 from kat.plane.store import Store
 from kat.plane.vllm import EngineError, VLLMEngine
@@ -70,7 +70,7 @@ def gateway(port, engine_port, path):
             try: e = await VLLMEngine.connect(f'http://127.0.0.1:{engine_port}'); break
             except EngineError: await asyncio.sleep(.02)
         await serve(Gateway(e, tokenizer(), Store(path), 100_000), '127.0.0.1', port, lambda address: None)
-    asyncio.run(run())
+    run_server(run())
 
 
 def trainer(path, checkpoint, over):

@@ -189,7 +189,7 @@ def test_a_group_that_is_committed_later_has_a_later_cursor(url):
     "one finisher is between its insert and its commit while another one comes: nobody may see the second one's group first"
     with Opened(url) as one, Opened(url) as two:
         for name in 'ab': finished(one, name)
-        with one._writing() as conn:
+        with one.writing.begin() as conn:
             assert module._finish(one, conn, 'slow', ['a'], '')
             other = threading.Thread(target=two.finish, args=('quick', ['b']))
             other.start()

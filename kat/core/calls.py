@@ -33,7 +33,7 @@ def check_json(
         inner = []
         for c in level:
             if type(c) is dict:
-                for k in c: _whole(k)
+                for k in c: type(k) is str and k.isascii() or _whole(k)
             for v in c.values() if type(c) is dict else c:
                 if type(v) is str: v.isascii() or _whole(v)
                 elif type(v) in (dict, list): inner.append(v)
@@ -48,18 +48,20 @@ def _finite(x) -> None:
 def _whole(s: str) -> None:
     "ValueError for text that UTF-8 cannot hold."
     if type(s) is not str: raise ValueError(f'key {s!r:.40} is not a string')
-    if s.isascii(): return
     try: s.encode()
     except UnicodeEncodeError as e:
         raise ValueError(f'half of a surrogate pair at character {e.start} of {s[:20]!a}') from None
 
 # %% ../../nbs/core/04_calls.ipynb #c512e48a
+def _no(constant): raise ValueError(f'{constant} is not JSON')
+
+_STRICT = json.JSONDecoder(parse_constant=_no)
+
 def loads_strict(
     text: str | bytes,
 ):
     "JSON without the constants that Python adds to it. ValueError also where it is nested too deep to read."
-    def no(constant): raise ValueError(f'{constant} is not JSON')
-    try: return json.loads(text, parse_constant=no)
+    try: return _STRICT.decode(text if isinstance(text, str) else text.decode(json.detect_encoding(text), 'surrogatepass'))
     except (ValueError, RecursionError) as e: raise ValueError(f'not JSON ({e})') from None
 
 # %% ../../nbs/core/04_calls.ipynb #323f7641
@@ -396,7 +398,8 @@ class Decoder:
 
     def _take(self, final: bool) -> str:
         "Decoding starts one piece earlier than needed, for tokenizers whose first word loses its space."
-        decode = lambda ids: self.tok.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        if self.read == len(self.ids): return ''
+        decode = lambda ids: self.tok.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False) if ids else ''
         old, new = decode(self.ids[self.start:self.read]), decode(self.ids[self.start:])
         if not final and new.endswith('\ufffd'): return ''
         self.start, self.read = self.read, len(self.ids)

@@ -382,8 +382,7 @@ def _split_calls(tokenizer, ids: list[int]) -> list[tuple[int, int, str]]:
             out.append((i, j, 'tool_call'))
         else:
             j = next((k for k in range(i, n) if ids[k] == op), n)
-            space = not tokenizer.decode(ids[i:j], skip_special_tokens=True).strip()
-            if out and space: out[-1] = (out[-1][0], j, 'tool_call')
+            if out and not tokenizer.decode(ids[i:j], skip_special_tokens=True).strip(): out[-1] = (out[-1][0], j, 'tool_call')
             else: out.append((i, j, 'assistant'))
         i = j
     return out

@@ -124,11 +124,12 @@ _MISSING = object()
 
 def _get(d: dict, key: str, kind: type, where: str = '', default=_MISSING):
     "Field `key` of `d`, of `kind`; null is absent. BadRequest where it is absent and there is no default."
+    x = d.get(key)
+    if type(x) is kind: return x
     at = f'{where}.{key}' if where else key
-    if d.get(key) is None:
-        if default is _MISSING: _refuse(at, f'{_NAMES[kind]} is required')
-        return default
-    return _want(d[key], kind, at)
+    if x is not None: return _want(x, kind, at)
+    if default is _MISSING: _refuse(at, f'{_NAMES[kind]} is required')
+    return default
 
 # %% ../../nbs/plane/02_dialects.ipynb #befa9277
 def _number(d: dict, key: str, kind: type, low, high, default):

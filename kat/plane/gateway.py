@@ -7,7 +7,7 @@ __all__ = ['log', 'BUCKETS', 'who', 'session_name', 'StopText', 'Writing', 'Bell
            'answer_for', 'Metrics', 'Gateway', 'find_session', 'keep', 'turn_of', 'engine_request', 'Left',
            'Unavailable', 'answer', 'Reply', 'read_body', 'make_plan', 'serve_call', 'answered', 'list_sessions',
            'show_session', 'trajectories', 'reward', 'live', 'live_state', 'session_blocks', 'models', 'health',
-           'metrics', 'Endpoint', 'running', 'serve', 'how_to_connect', 'read_keys']
+           'metrics', 'Endpoint', 'running', 'serve', 'run_server', 'how_to_connect', 'read_keys']
 
 # %% ../../nbs/plane/05_gateway.ipynb #7a5a1db2
 import asyncio, gc, hashlib, json, logging, re, signal, socket, time, traceback
@@ -100,7 +100,10 @@ class Writing:
 
     def token(self, token: int, logprob: float, entropy: float, version: int) -> None:
         "The engine's next token."
-        for a, x in zip((self.ids, self.logprobs, self.entropy, self.versions), (token, logprob, entropy, version)): a.append(x)
+        self.ids.append(token)
+        self.logprobs.append(logprob)
+        self.entropy.append(entropy)
+        self.versions.append(version)
         if self.call.stream: self.bell.ring()
 
     def pieces(self, final: bool = False) -> list[dict]:
@@ -124,7 +127,9 @@ def _opening(call: Call, format: str | None, thinks: bool) -> str:
 
 def _thinks(p: Plan) -> bool:
     "Does the prompt end inside <think>?"
-    tail = p.session.tokenizer.decode(p.ids[-16:])
+    tok = p.session.tokenizer
+    if '<think>' not in str(tok.chat_template): return False
+    tail = tok.decode(p.ids[-16:])
     return tail.rfind('<think>') > tail.rfind('</think>')
 
 class Bell:
@@ -661,9 +666,15 @@ async def serve(
     for s in (signal.SIGINT, signal.SIGTERM): loop.add_signal_handler(s, stop.set)
     gc.collect()
     gc.freeze()  # libraries and model are no garbage: searching them stops all requests for a third of a second
+    gc.set_threshold(50_000)  # a request makes thousands of objects, hardly any of them in a cycle: searched each time, they cost a tenth
     async with running(g, host, port) as address:
         tell(address)
         await stop.wait()
+
+# %% ../../nbs/plane/05_gateway.ipynb #01e08c6c
+def run_server(work):  # a coroutine that awaits `serve`
+    "Run it to its end on an event loop of its own: uvloop's, where there is uvloop (everywhere but on Windows)."
+    with asyncio.Runner(loop_factory=need('uvicorn', 'serve').Config(None).get_loop_factory()) as runner: return runner.run(work)
 
 # %% ../../nbs/plane/05_gateway.ipynb #99e08a8a
 def how_to_connect(

@@ -31,10 +31,12 @@ class Pulse:
 
     def add(self, owner: str, written: int = 0, read: int = 0) -> None:
         "Count tokens now."
-        now, counts = int(self.clock()), self.counts.setdefault(owner, deque(maxlen=self.seconds + 1))
+        now, counts = int(self.clock()), self.counts.get(owner)
+        if counts is None: counts = self.counts[owner] = deque(maxlen=self.seconds + 1)
         if not counts or counts[-1][0] != now: counts.append([now, 0, 0])
-        counts[-1][1] += written
-        counts[-1][2] += read
+        last = counts[-1]
+        last[1] += written
+        last[2] += read
 
     def rates(self, owner: str) -> tuple[list[int], list[int]]:
         "Tokens written and prompt tokens read in each of the last full seconds, oldest first."

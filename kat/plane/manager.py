@@ -119,7 +119,7 @@ def changes(sent: list[dict], recorded: list[dict]) -> set[str]:
 
 def _same(a: dict, b: dict) -> bool:
     "Equal to the last letter; of calls, also in the order of their arguments and the types of their values."
-    return a == b and repr(a.get('tool_calls')) == repr(b.get('tool_calls'))
+    return a == b and (not (calls := a.get('tool_calls')) or repr(calls) == repr(b['tool_calls']))
 
 # %% ../../nbs/plane/03_manager.ipynb #538b91fa
 def _digest(*parts: str | bytes) -> str:
@@ -215,8 +215,8 @@ class Session:
 # %% ../../nbs/plane/03_manager.ipynb #de6c74ac
 def _key(s: Session, m: dict) -> str:
     "`canonical_key`, looked up where the message came back as it was recorded."
-    known = s.known.get(_place(m))
-    return known[1] if known and _same(known[0], m) else canonical_key(m)
+    known = s.known.get(_place(m))  # equal in its calls to the letter, then
+    return known[1] if known and known[0] == m else canonical_key(m)
 
 def _place(m: dict) -> tuple:
     "Where `known` has a message: cheap, and different for most."

@@ -178,14 +178,15 @@ class Store:
         self.batch, self.error, self.stats = batch, None, dict(commits=0, turns=0)
         if '://' not in str(url): Path(url).parent.mkdir(parents=True, exist_ok=True)
         self.engine, (self.sessions_t, self.turns_t, _), self.group_tables = connect(url), _tables(), _group_tables()
+        self.writing = self.engine.execution_options(writes=True)
+        new = need(f'sqlalchemy.dialects.{self.engine.dialect.name}', 'serve').insert
+        self.inserts = {t: new(t).on_conflict_do_nothing(index_elements=[key]) for t, key in ((self.sessions_t, 'uid'), (self.turns_t, 'id'))}
         try:
-            with self._writing() as conn: migrate(conn)
+            with self.writing.begin() as conn: migrate(conn)
         except need('sqlalchemy', 'serve').exc.DBAPIError as e: raise store_error(e) or e from None
         self._jobs = queue.SimpleQueue()
         self._thread = threading.Thread(target=_writer, args=(self,), name='kat-store', daemon=True)
         self._thread.start()
-
-    def _writing(self): return self.engine.execution_options(writes=True).begin()
 
     async def write(self, session: Session, turns: list[Turn]) -> None:
         "Make turns, and the session they belong to, durable; in order, parents first. StoreError."
@@ -274,7 +275,7 @@ def _commit(store: Store, batch: list, again: bool = True) -> None:
     "One transaction for a batch of jobs; every job is answered."
     error = wide = None
     try:
-        with store._writing() as conn: n = _apply(store, conn, [job for job, _ in batch])
+        with store.writing.begin() as conn: n = _apply(store, conn, [job for job, _ in batch])
         store.stats['commits'] += 1
         store.stats['turns'] += n
     except Exception as e:  # whatever it is, those who wait must hear it
@@ -291,10 +292,9 @@ def _commit(store: Store, batch: list, again: bool = True) -> None:
 def _apply(store: Store, conn, jobs: list[dict]) -> int:
     "Write jobs; the number of turns among them."
     sa, s, t = need('sqlalchemy', 'serve'), store.sessions_t, store.turns_t
-    insert = need(f'sqlalchemy.dialects.{conn.dialect.name}', 'serve').insert
     rows = lambda kind: [x for job in jobs for x in job.get(kind, ())]
-    for table, new, key in ((s, {x['uid']: x for x in rows('sessions')}, 'uid'), (t, {x['id']: x for x in rows('turns')}, 'id')):
-        if new: conn.execute(insert(table).on_conflict_do_nothing(index_elements=[key]), list(new.values()))
+    for table, new in ((s, {x['uid']: x for x in rows('sessions')}), (t, {x['id']: x for x in rows('turns')})):
+        if new: conn.execute(store.inserts[table], list(new.values()))
     for x in rows('updates'):
         conn.execute(sa.update(s).where(s.c.uid == x['uid']).values({k: x[k] for k in ('task', 'reward', 'finished', 'info')}))
     for uid, reward in rows('rewards'): conn.execute(sa.update(t).where(t.c.id == uid).values(reward=reward))
@@ -365,7 +365,7 @@ def export(
 def _blocking(store: Store, work, *args):
     "`work(store, conn, *args)` in a transaction of its own, here and now."
     try:
-        with store._writing() as conn: return work(store, conn, *args)
+        with store.writing.begin() as conn: return work(store, conn, *args)
     except need('sqlalchemy', 'serve').exc.DBAPIError as e: raise store_error(e) or e from None
 
 def _finish(store: Store, conn, key: str, names: list[str], owner: str) -> bool:
