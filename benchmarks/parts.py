@@ -8,7 +8,7 @@ import tempfile
 import time
 from pathlib import Path
 
-import httpx
+import httpx2
 import numpy as np
 import torch
 from transformers import AutoTokenizer, Qwen3Config, Qwen3ForCausalLM
@@ -69,11 +69,11 @@ def training(rows=16, length=256):
 
 
 def turns(n=200):
-    "Processor time of scripted turns through the embedded gateway: handed over in the process, and by httpx's client"
+    "Processor time of scripted turns through the embedded gateway: handed over in the process, and by httpx2's client"
     tok, tasks = AutoTokenizer.from_pretrained(ROOT/'data/base'), [make_task('train', i) for i in range(n)]
-    local, httpx_client = rollouts.Local, lambda app: httpx.AsyncClient(transport=httpx.ASGITransport(app), timeout=None)
+    local, httpx2_client = rollouts.Local, lambda app: httpx2.AsyncClient(transport=httpx2.ASGITransport(app), timeout=None)
     with world_of_sandboxes() as make_env:
-        for name, rollouts.Local in (('', local), ('Local', local), ('httpx', httpx_client)) * 3:  # the first fills the cache of test outcomes
+        for name, rollouts.Local in (('', local), ('Local', local), ('httpx2', httpx2_client)) * 3:  # the first fills the cache of test outcomes
             start = time.process_time()
             played = expert_data(tok, tasks, make_env, seed=1)
             spent = 1e3*(time.process_time() - start)/sum(len(t.info['turns']) for t in played)

@@ -15,7 +15,7 @@ __all__ = ['KEEP', 'Refused', 'ask', 'calls_of', 'replies', 'play']
 class Refused(RuntimeError):
     "The server did not answer; its status and words."
 
-async def ask(client,          # httpx.AsyncClient
+async def ask(client,          # httpx2.AsyncClient
               url: str,        # of the API, up to and with /v1
               body: dict,      # a Chat Completions request
              ) -> dict:        # the assistant's message
@@ -46,7 +46,7 @@ def replies(message: dict,     # the assistant's
 # %% ../nbs/70_agent.ipynb #5610ef4d
 KEEP = ('role', 'content', 'reasoning_content', 'tool_calls')  # of an answer, when it goes back as history
 
-async def play(client,             # httpx.AsyncClient
+async def play(client,             # httpx2.AsyncClient
                url: str,           # of the API, up to and with /v1
                env: Env,           # where calls run
                task: Task,         # to work on

@@ -248,7 +248,7 @@ class Response:
     def json(self): return loads(self.content)
 
 class Local:
-    "A client without a socket for an ASGI application in this process; `post` is that of `httpx.AsyncClient`, as far as the agent uses it."
+    "A client without a socket for an ASGI application in this process; `post` is that of `httpx2.AsyncClient`, as far as the agent uses it."
     def __init__(self, app): self.app = app
 
     async def post(self, url: str, json) -> Response:

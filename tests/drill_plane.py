@@ -19,7 +19,7 @@ import tempfile
 import time
 from pathlib import Path
 
-import httpx
+import httpx2
 import uvicorn
 from plane_world import tokenizer
 from starlette.applications import Starlette
@@ -93,7 +93,7 @@ def agents(port, path, diary, over, done):
     async def run():
         store, file = Store(path), open(diary, 'a', buffering=1)
         note = lambda **x: file.write(json.dumps(x) + '\n')
-        async with httpx.AsyncClient(base_url=f'http://127.0.0.1:{port}', timeout=PATIENCE) as client:
+        async with httpx2.AsyncClient(base_url=f'http://127.0.0.1:{port}', timeout=PATIENCE) as client:
             await asyncio.gather(*[agent(i, client, store, note, over, done) for i in range(AGENTS)])
         store.close()
     asyncio.run(run())
@@ -134,7 +134,7 @@ async def complete(client, session, messages, stream):
     "The id and the text of an answer; None where it was not completed."
     body, headers = body_of(session, messages, stream)
     try: r = await client.post('/v1/chat/completions', json=body, headers=headers)
-    except httpx.TransportError: return None
+    except httpx2.TransportError: return None
     if r.status_code == 503: return None  # the engine is away; whatever else is not 200 is a fault
     assert r.status_code == 200, (r.status_code, r.text)
     if not stream: return r.json()['id'].removeprefix('chatcmpl-'), r.json()['choices'][0]['message']['content']
@@ -147,7 +147,7 @@ async def complete(client, session, messages, stream):
 async def grade(client, session):
     "True; None where it was not answered."
     try: r = await client.post(f'/s/{session}/reward', json=dict(reward=1))
-    except httpx.TransportError: return None
+    except httpx2.TransportError: return None
     assert r.status_code == 200, (r.status_code, r.text)
     return True
 

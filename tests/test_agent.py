@@ -2,7 +2,7 @@
 import asyncio
 import json
 
-import httpx
+import httpx2
 import pytest
 from plane_world import say, tokenizer
 
@@ -23,9 +23,9 @@ class Echo(Env):
 
 def against(answer, **kw):
     "Play against a server that is a function: request -> (status, JSON)."
-    def server(request): return httpx.Response((r := answer(json.loads(request.content)))[0], json=r[1])
+    def server(request): return httpx2.Response((r := answer(json.loads(request.content)))[0], json=r[1])
     async def go():
-        async with httpx.AsyncClient(transport=httpx.MockTransport(server)) as client: return await play(client, 'http://x/v1', Echo(), 'hello', **kw)
+        async with httpx2.AsyncClient(transport=httpx2.MockTransport(server)) as client: return await play(client, 'http://x/v1', Echo(), 'hello', **kw)
     return asyncio.run(go())
 
 
@@ -73,7 +73,7 @@ def test_every_turn_is_recorded_clean_by_the_gateway(tmp_path):
     async def go():
         store = Store(tmp_path/'s.db')
         gateway = Gateway(engine, tok, store, 8000)
-        async with running(gateway) as address, httpx.AsyncClient() as client:
+        async with running(gateway) as address, httpx2.AsyncClient() as client:
             finish, messages = await play(client, f'{address}/s/one/v1', Echo(), 'hello', model='kat', max_tokens=60)
         store.close()
         return finish, messages, gateway.manager.get('', 'one')

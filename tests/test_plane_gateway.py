@@ -7,7 +7,7 @@ import random
 import signal
 from pathlib import Path
 
-import httpx
+import httpx2
 import numpy as np
 import pytest
 import torch
@@ -516,7 +516,7 @@ def test_metrics_are_prometheus_text():
 
 def test_over_a_real_socket_with_a_real_disconnect(tmp_path):
     async def go():
-        async with world(tmp_path, 'one two three') as w, running(w.g) as address, httpx.AsyncClient(base_url=address) as client:
+        async with world(tmp_path, 'one two three') as w, running(w.g) as address, httpx2.AsyncClient(base_url=address) as client:
             assert (await client.post('/s/s/v1/chat/completions', json=chat_body(USER))).json()['choices'][0]['message']['content'] == 'one two three'
             w.hold[1] = 6, asyncio.Event()
             async with client.stream('POST', '/s/s/v1/messages', json=messages_body(USER, stream=True)) as r:
@@ -535,10 +535,10 @@ def test_stopping_the_server_records_what_was_under_way(tmp_path):
     async def go():
         async with world(tmp_path, 'one two three') as w:
             w.hold[0] = 4, asyncio.Event()
-            async with running(w.g, grace=0) as address, httpx.AsyncClient(base_url=address) as client:
+            async with running(w.g, grace=0) as address, httpx2.AsyncClient(base_url=address) as client:
                 task = asyncio.ensure_future(client.post('/s/s/v1/chat/completions', json=chat_body(USER)))
                 await until(lambda: w.hold[0][1]._waiters)
-            with pytest.raises(httpx.HTTPError): await task
+            with pytest.raises(httpx2.HTTPError): await task
             await w.g.close()
             assert [(t.finish, t.n_answer) for t in w.store.load(w.tok, '', 's').turns.values()] == [('abort', 4)]
     run(go())
@@ -586,7 +586,7 @@ def test_kat_serve_and_kat_sessions(tmp_path, capsys, monkeypatch):
         task = asyncio.ensure_future(cli._serve(ROOT/'data'/'base', '127.0.0.1', 0, 'here.db', tmp_path/'keys.txt', 512, 4))
         while 'OPENAI_BASE_URL' not in out(): assert not task.done(), task; await asyncio.sleep(.02)
         address = out().split('OPENAI_BASE_URL=')[1].split()[0]
-        async with httpx.AsyncClient(headers=dict(authorization='Bearer ann-secret@s')) as c:
+        async with httpx2.AsyncClient(headers=dict(authorization='Bearer ann-secret@s')) as c:
             r = await c.post(f'{address}/chat/completions', json=chat_body(USER, max_tokens=8, temperature=0))
             assert r.status_code == 200 and r.json()['usage']['completion_tokens'] <= 8
             assert (await c.get(f'{address}/models', headers={'authorization': ''})).status_code == 401

@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 
-import httpx
+import httpx2
 import numpy as np
 import pytest
 import torch
@@ -56,7 +56,7 @@ def server(): return StandIn()
 def ask(server, f, **kw):
     "`f(engine)` on a connected engine"
     async def go():
-        e = await VLLMEngine.connect('http://vllm', transport=httpx.ASGITransport(server.app), **kw)
+        e = await VLLMEngine.connect('http://vllm', transport=httpx2.ASGITransport(server.app), **kw)
         try: return await f(e)
         finally: await e.close()
     return asyncio.run(go())
@@ -97,7 +97,7 @@ def test_no_server():
 
 def test_a_server_that_goes_away(server):
     async def gone(e):
-        async def broken(request): raise httpx.ReadError('reset')
+        async def broken(request): raise httpx2.ReadError('reset')
         e.client._transport.handle_async_request = broken
         with pytest.raises(EngineError, match='broke: ReadError'): await e.generate(Request([1], 2))
         with pytest.raises(EngineError, match='is the server running'): await e.pause()
@@ -201,7 +201,7 @@ def gone(pid):
 def test_the_server_ends_with_the_block(tmp_path):
     async def go():
         async with vllm_server(lambda port: [sys.executable, '-c', SERVER, str(port), str(tmp_path/'pid')], tmp_path/'log') as url:
-            async with httpx.AsyncClient() as c: assert (await c.get(url + '/health')).status_code == 200
+            async with httpx2.AsyncClient() as c: assert (await c.get(url + '/health')).status_code == 200
             return int((tmp_path/'pid').read_text())
     assert gone(asyncio.run(go())) and 'GET /health' in (tmp_path/'log').read_text()
 

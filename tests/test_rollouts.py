@@ -3,7 +3,7 @@ import asyncio
 import gc
 import weakref
 
-import httpx
+import httpx2
 import numpy as np
 import pytest
 import torch
@@ -213,7 +213,7 @@ def test_a_socket_makes_no_difference(tok, pool):
     async def over_tcp():
         eps = [Episode(t, MicroEnv(pool), hash((2, i)) % 2**31, f'2-{i}', Session(tok, f'2-{i}', task=t.id), lambda e: None) for i, t in enumerate(tasks)]
         g = Waves(script(tok), tok, 10**5, eps)
-        async with running(g) as g.address, httpx.AsyncClient() as client:
+        async with running(g) as g.address, httpx2.AsyncClient() as client:
             await asyncio.gather(*[_play(g, e, client, 14) for e in eps])
         return [await finished(e, g.policy.sampling) for e in eps]
     assert asyncio.run(over_tcp()) == rollout(script(tok), tok, tasks, lambda: MicroEnv(pool), seed=2, max_len=10**5)

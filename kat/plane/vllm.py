@@ -134,7 +134,7 @@ class VLLMEngine:
         folder: str|Path|None = None,  # its `--model`, made by `write_model`; None: weights can't be updated
         keep: bool = False,  # at a weight update, answers under way keep the keys and values of the old weights
         key: str|None = None,  # the server's --api-key
-        transport=None,  # httpx transport; None: the network
+        transport=None,  # httpx2 transport; None: the network
     ) -> 'VLLMEngine':
         "Ask the server what it is. EngineError if it isn't there or lacks what kat needs."
         return await _connect(cls, url, version, folder, keep, key, transport)
@@ -169,9 +169,9 @@ class VLLMEngine:
 # %% ../../nbs/plane/01b_vllm.ipynb #eca39ea2
 async def _call(client, method, path, **kw):
     "A request; what can go wrong with the connection is an EngineError."
-    httpx = need('httpx', 'serve')
+    httpx2 = need('httpx2', 'serve')
     try: return await client.request(method, path, **kw)
-    except httpx.TransportError as e:
+    except httpx2.TransportError as e:
         raise EngineError(f"vLLM at {client.base_url}: {type(e).__name__} {e}; is the server running?") from None
 
 async def _post(client, path, body, query):
@@ -188,10 +188,10 @@ def _json(text):
 
 # %% ../../nbs/plane/01b_vllm.ipynb #24f45b6d
 async def _connect(cls, url, version, folder, keep, key, transport):
-    httpx = need('httpx', 'serve')
-    client = httpx.AsyncClient(base_url=url, transport=transport, timeout=httpx.Timeout(None, connect=10),
+    httpx2 = need('httpx2', 'serve')
+    client = httpx2.AsyncClient(base_url=url, transport=transport, timeout=httpx2.Timeout(None, connect=10),
                                headers={'Authorization': f'Bearer {key}'} if key else {},
-                               limits=httpx.Limits(max_connections=None))
+                               limits=httpx2.Limits(max_connections=None))
     try:
         models = await _call(client, 'GET', '/v1/models')
         if models.status_code != 200: raise EngineError(f"vLLM /v1/models: {models.status_code} {_message(_json(models.text))}")
@@ -213,7 +213,7 @@ async def _generate(e, r, on_token):
     check_logprobs(r, e.mode)
     if len(ids) == e.max_len: return Completion(*np.zeros((3, 0), np.float32), 'length', e.version)
     body = dict(model=e.name, token_ids=ids.tolist(), sampling_params=sampling_params(r), stream=True)
-    answer, httpx = Answer(e.version), need('httpx', 'serve')
+    answer, httpx2 = Answer(e.version), need('httpx2', 'serve')
     try:
         async with e.client.stream('POST', '/inference/v1/generate', json=body) as response:
             if response.status_code != 200: _refused(response.status_code, _message(_json((await response.aread()).decode())))
@@ -221,7 +221,7 @@ async def _generate(e, r, on_token):
                 if not line.startswith('data: ') or line == 'data: [DONE]': continue
                 for token, lp in answer.take(_event(line[6:])):
                     if on_token: on_token(token, lp, float('nan'), e.version)
-    except httpx.TransportError as x: raise EngineError(f"vLLM: the connection broke: {type(x).__name__} {x}") from None
+    except httpx2.TransportError as x: raise EngineError(f"vLLM: the connection broke: {type(x).__name__} {x}") from None
     return answer.completion(lambda label: int(label) if label.isdigit() else e.first)
 
 def _event(text):
@@ -300,12 +300,12 @@ async def vllm_server(
 
 async def _answers(url: str, p, out) -> None:
     "Wait until the server is well."
-    httpx = need('httpx', 'serve')
-    async with httpx.AsyncClient() as client:
+    httpx2 = need('httpx2', 'serve')
+    async with httpx2.AsyncClient() as client:
         while p.returncode is None:
             try:
                 if (await client.get(f'{url}/health')).status_code == 200: return
-            except httpx.TransportError: pass
+            except httpx2.TransportError: pass
             await asyncio.sleep(.2)
     out.seek(0)
     raise EngineError('vLLM did not start:\n' + '\n'.join(out.read().decode(errors='replace').splitlines()[-15:]))
