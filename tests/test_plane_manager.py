@@ -1,4 +1,7 @@
 "Session trees: the walk against a search through everything, recorded ids never encoded again, rewards where they belong"
+import gc
+import weakref
+
 import numpy as np
 import pytest
 from hypothesis import given, settings, strategies as st
@@ -8,7 +11,7 @@ from kat.core.chat import encode_prompt, ids_of
 from kat.plane.dialects import canonical_key, explain
 from kat.plane.engines import Completion
 from kat.plane.manager import Manager, Session, Turn, _key, answer_ids, changes, plan_text, show, split, tool_mark
-from kat.plane.scenarios import TOOLS
+from kat.plane.scenarios import SCENARIOS, TOOLS, play
 
 
 def user(text): return dict(role='user', content=text)
@@ -249,6 +252,19 @@ def test_the_manager_lets_go_what_was_used_least_and_never_what_is_at_work():
     assert list(m.sessions) == [('', 'f'), ('', 'g')] and m.n_bytes == 8000
     for s, n in ((f, 10), (g, 5000)): reply(s.plan([user('q')]), '', ids=[1], tool_calls=calls('c', text='x' * n))
     assert g.n_bytes - f.n_bytes == 2 * 4990     # what is written in calls counts too, also as it is looked up
+
+
+def test_a_session_that_is_let_go_is_gone_at_once():
+    "Without the garbage collector, which `kat serve` has seldom run: memory under load depends on it."
+    tok = tokenizer()
+    gc.disable()
+    try:
+        for sc in SCENARIOS:
+            played = play(sc, tok)
+            kept = [weakref.ref(x) for s in played.sessions.values() for x in (s, *s.turns.values())]
+            del played
+            assert not any(x() for x in kept), sc.name
+    finally: gc.enable()
 
 
 def test_show_is_readable_and_narrow():

@@ -666,7 +666,7 @@ async def serve(
     for s in (signal.SIGINT, signal.SIGTERM): loop.add_signal_handler(s, stop.set)
     gc.collect()
     gc.freeze()  # libraries and model are no garbage: searching them stops all requests for a third of a second
-    gc.set_threshold(50_000)  # a request makes thousands of objects, hardly any of them in a cycle: searched each time, they cost a tenth
+    gc.set_threshold(20_000, 50, 100)  # sessions hold no cycles, so there is little to find, and looking cost a tenth
     async with running(g, host, port) as address:
         tell(address)
         await stop.wait()

@@ -250,19 +250,19 @@ def _walk(s: Session, q: Asked) -> tuple[Turn | None, int, list[str]]:
     "The last recorded turn on the request's path, its depth in runs, and what came back changed."
     node, notes = None, set()
     for i, ((context, answer), (asked, key)) in enumerate(zip(q.past, q.keys)):
-        kid, dropped = _kid(node or s, '' if node else q.mark, context, asked, key)
+        kid, dropped = _kid(s, node or s, '' if node else q.mark, context, asked, key)
         if kid is None: return node, i, sorted(notes)
         mine, theirs = (without_reminders(c)[0] if dropped else c for c in (context, kid.context))
         notes |= changes([*mine, answer], [*theirs, kid.message]) | ({'reminder dropped'} if dropped else set())
         node = kid
     return node, len(q.past), sorted(notes)
 
-def _kid(at: Turn | Session, mark: str, context: list[dict], asked: tuple, key: str) -> tuple[Turn | None, bool]:
+def _kid(s: Session, at: Turn | Session, mark: str, context: list[dict], asked: tuple, key: str) -> tuple[Turn | None, bool]:
     "The recorded turn that follows `at` with this context and answer, and whether the context came without reminders of it."
-    if (kid := at.kids.get((mark, asked), {}).get(key)) is not None or not at.bare: return kid, False
+    if (kid := at.kids.get((mark, asked), {}).get(key)) is not None or not at.bare: return s.turns.get(kid), False
     bare, left = without_reminders(context)
     for known in reversed(at.bare.get((mark, keys_of(bare)), {})):
-        kid = at.kids[mark, known].get(key)
+        kid = s.turns.get(at.kids[mark, known].get(key))
         if kid is not None and left < without_reminders(kid.context)[1]: return kid, True
     return None, False
 
@@ -326,7 +326,7 @@ def _source(s: Session, parent: Turn | None, q: Asked, i: int) -> tuple[Turn | N
     "The recorded turn that gave the answer of run `i`, and how many of its ids were kept (None: all)."
     asked, key = q.keys[i]
     if old := s.answers.get(key): return old, None
-    for t in (parent or s).kids.get(('' if parent else q.mark, asked), {}).values():
+    for t in map(s.turns.get, (parent or s).kids.get(('' if parent else q.mark, asked), {}).values()):
         if t.finish != 'client' and (n := _beginning(s.tokenizer, t, q.past[i][1]['content'])): return t, n
     return None, None
 
@@ -459,7 +459,7 @@ def _index(s: Session, t: Turn) -> None:
     at = t.parent or s
     at.prompts[t.mark, t.agent, asked] += 1
     if t.answer:
-        at.kids.setdefault((t.mark, asked), {})[key] = t
+        at.kids.setdefault((t.mark, asked), {})[key] = t.id  # an id, no turn: a session that is let go has no cycles for the collector
         bare, reminders = without_reminders(t.context)
         if reminders: at.bare.setdefault((t.mark, keys_of(bare)), {})[asked] = None
     if t.answer and t.finish != 'client': s.answers[key] = t
