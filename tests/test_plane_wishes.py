@@ -113,6 +113,48 @@ def test_a_demanded_call_that_is_broken_off(tmp_path, n):
     run(go())
 
 
+# --- one call at most
+
+ONE = dict(chat=dict(parallel_tool_calls=False), messages=dict(tool_choice=dict(type='auto', disable_parallel_tool_use=True)))
+
+
+@pytest.mark.parametrize('format', ['kat', 'hermes', 'qwen3_coder'])
+@pytest.mark.parametrize('dialect', ['chat', 'messages'])
+@pytest.mark.parametrize('stream', [False, True])
+def test_where_one_call_is_wanted_the_answer_ends_with_its_first(tmp_path, format, dialect, stream):
+    async def go():
+        async with World(tmp_path/'s.db', 'kat' if format == 'kat' else 'hermes') as w:
+            w.g.format = format
+            first, second = (write_call('view', dict(path=p, line=1), format) for p in 'ab')
+            w.engine.answer = lambda r: say(w.tok, f'Look.\n{first}{second}')
+            r = await w.ask('/s/s' + PATH[dialect], BODY[dialect](USER, TOOLS[0], stream=stream, **ONE[dialect]))
+            m = heard(dialect, r)
+            assert m['content'] == 'Look.' and [c['function']['arguments']['path'] for c in m['tool_calls']] == ['a']
+            t, = w.session().turns.values()
+            assert w.tok.decode(ids_of(t.answer)) == f'Look.\n{first}' and all(s.trainable for s in t.answer)
+            assert t.finish == 'stop' and any(x.startswith('parallel: ') for x in t.info['normalised'])
+
+            back = [*USER, m, dict(role='tool', tool_call_id=m['tool_calls'][0]['id'], content='x')]
+            for more, calls in ((ONE[dialect], 1), ({}, 2)):
+                r = await w.ask('/s/s' + PATH[dialect], BODY[dialect](back, TOOLS[0], **more))
+                assert len(heard(dialect, r)['tool_calls']) == calls and np.array_equal(w.engine.asked[-1].ids[:len(t.ids)], t.ids)
+            assert [x.reason for x in w.session().turns.values()] == ['start', 'append', 'retry']
+    try: run(go())
+    finally: tokenizer.cache_clear()
+
+
+def test_one_call_of_a_model_that_ends_its_answer_with_its_calls_is_refused(tmp_path):
+    async def go():
+        async with World(tmp_path/'s.db', 'hermes') as w:
+            w.g.format = 'llama3'
+            w.engine.answer = lambda r: say(w.tok, 'hi')
+            r = await w.ask(PATH['chat'], BODY['chat'](USER, TOOLS[0], **ONE['chat']))
+            assert (r['status'], r['json']['error']['param']) == (400, 'parallel_tool_calls') and not w.engine.asked
+            assert (await w.ask(PATH['chat'], BODY['chat'](USER, **ONE['chat'])))['status'] == 200   # without tools there is nothing to limit
+    try: run(go())
+    finally: tokenizer.cache_clear()
+
+
 # --- reminders
 
 def reminded(text, *notes): return dict(role='user', content=''.join(f'<system-reminder>\n{n}\n</system-reminder>\n' for n in notes) + text)

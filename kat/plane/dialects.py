@@ -50,6 +50,7 @@ class Call:
     n: int = 1                  # answers asked for: always one
     tool_choice: str = 'auto'   # 'none': calls in the answer stay text; 'required': it begins with a call
     tool: str = ''              # which, where one is required; '': any
+    parallel: bool = True       # may the answer make several calls? False: it ends with its first
     deferred: list[dict] = field(default_factory=list)  # schemas that may be called but are not in the prompt
     thinking: str = 'shown'     # to the agent; 'omitted': an empty block with a signature; 'off': not at all
     usage: bool = False         # a last chunk with the token counts (OpenAI streams)
@@ -142,7 +143,7 @@ def _number(d: dict, key: str, kind: type, low, high, default):
 # %% ../../nbs/plane/02_dialects.ipynb #60cae88e
 READ = dict(
     chat='model messages tools tool_choice stream stream_options max_tokens max_completion_tokens temperature top_p '
-         'top_k stop seed logprobs top_logprobs metadata prompt_cache_key',
+         'top_k stop seed logprobs top_logprobs metadata prompt_cache_key parallel_tool_calls',
     completions='model prompt stream stream_options max_tokens temperature top_p top_k stop seed logprobs metadata '
                 'prompt_cache_key',
     messages='model messages system tools tool_choice stream max_tokens temperature top_p top_k stop_sequences '
@@ -165,7 +166,6 @@ ONLY = dict(  # field: (values that ask for nothing, why others are refused)
     response_format=([{'type': 'text'}], _STRUCTURE), output_format=([], _STRUCTURE),
     modalities=([['text']], 'models write text'), audio=([], 'models write text'),
     functions=([[]], 'use tools'), function_call=([], 'use tools and tool_choice'),
-    parallel_tool_calls=([True], 'the model decides how many calls it makes'),
     web_search_options=([], 'there is no search here'),
     container=([], 'there is no code execution here'), mcp_servers=([[]], 'connect the agent to them'))
 
@@ -302,8 +302,6 @@ def _tool_choice(body: dict, names: list[str]) -> tuple[str, str]:
     "'auto', 'none' or 'required', and the tool that is required, if it is a certain one."
     c, tool = body.get('tool_choice'), ''
     if isinstance(c, dict):
-        if _get(c, 'disable_parallel_tool_use', bool, 'tool_choice', False):
-            _refuse('tool_choice.disable_parallel_tool_use', ONLY['parallel_tool_calls'][1])
         f, at = (_get(c, 'function', dict, 'tool_choice'), 'tool_choice.function') if c.get('type') == 'function' else (c, 'tool_choice')
         c = c.get('type')
         if c in ('function', 'tool'): c, tool = 'required', _get(f, 'name', str, at)
@@ -311,6 +309,12 @@ def _tool_choice(body: dict, names: list[str]) -> tuple[str, str]:
     if c not in ('any', 'required'): _refuse('tool_choice', f'{c!r:.60}; auto, none, any, required or one tool expected')
     if not names or tool and tool not in names: _refuse('tool_choice', f'{tool or c!r:.60}; tools: {", ".join(names)[:200] or "none"}')
     return 'required', tool
+
+def _parallel(dialect: str, body: dict) -> bool:
+    "May the answer make several calls?"
+    if dialect == 'chat': return _get(body, 'parallel_tool_calls', bool, '', True)
+    choice = body.get('tool_choice')
+    return not (isinstance(choice, dict) and _get(choice, 'disable_parallel_tool_use', bool, 'tool_choice', False))
 
 # %% ../../nbs/plane/02_dialects.ipynb #681acfde
 _NO_IMAGES = 'images, sound and files are not supported: the model reads text only'
@@ -540,6 +544,8 @@ def _fill(c: Call, body: dict, limits: Limits, notes: dict) -> None:
     c.tools, c.deferred = _tools(c.dialect, body, limits, notes)
     c.tool_choice, c.tool = _tool_choice(body, [t['function']['name'] for t in c.tools + c.deferred])
     if c.tool_choice == 'required': notes['choice'] = ''
+    c.parallel = _parallel(c.dialect, body)
+    if not c.parallel: notes['parallel'] = ''
     c.messages = _chat(body, notes) if c.dialect == 'chat' else _messages(body, c.tools + c.deferred, notes)
     if _is_subagent(body): c.metadata['subagent'] = True
 

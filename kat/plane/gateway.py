@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 
 from .. import __version__
-from ..core.calls import CallParser, Decoder, call_format, open_call
+from ..core.calls import FORMATS, CallParser, Decoder, call_format, open_call
 from ..core.io import dumps, need
 from .dialects import (Answer, BadRequest, Call, Limits, Stream, TokenLogprob, call_prefix, count_tokens_answer, models_answer,
                                 parse_body, read_call, render_answer, render_error, too_long)
@@ -298,7 +298,14 @@ def engine_request(g: Gateway, w: Writing, lane: str | None) -> Request:
     if 0 < s.temperature < 1e-4: raise BadRequest(f'temperature: {s.temperature}; 0 (greedy) or at least 0.0001', 'temperature')
     if s.logprobs: raise BadRequest(f'top_logprobs: {s.logprobs}; alternatives are not recorded, 0 is supported', 'top_logprobs')
     return Request(ids, min(s.max_tokens or room, room), s.temperature, s.top_p, s.top_k, g.stop,
-                   None if s.seed is None else s.seed % 2**63, lane, stop_strings=tuple(s.stop))
+                   None if s.seed is None else s.seed % 2**63, lane, stop_strings=(*s.stop, *_first_call_ends(g, w.call)))
+
+def _first_call_ends(g: Gateway, call: Call) -> tuple[str, ...]:
+    "What to stop at where only one call is wanted. BadRequest for a model whose calls end with its answer."
+    if call.parallel or not call.callables or g.format is None: return ()
+    if not (end := FORMATS[g.format].close):
+        raise BadRequest('parallel_tool_calls: this model writes its calls up to the end of its answer, so they cannot be limited to one', 'parallel_tool_calls')
+    return (end,)
 
 @asynccontextmanager
 async def _lane(g: Gateway, w: Writing):

@@ -25,6 +25,7 @@ REASONS = dict(
     redacted='encrypted thinking dropped; no engine of ours wrote it',
     deferred='tools marked as deferred left out of the prompt until a result refers to them',
     choice='a call is demanded: where the model knows calls, the opening of one is given to it, not sampled',
+    parallel='one call at most: the answer ends where the first one does',
     strict='strict schemas are not enforced; calls that cannot be read come back as text',
     unknown='fields that kat does not know, let pass',
 )  # what a note of each name means
