@@ -300,6 +300,7 @@ def engine_request(g: Gateway, w: Writing, lane: str | None) -> Request:
     return Request(ids, min(s.max_tokens or room, room), s.temperature, s.top_p, s.top_k, g.stop,
                    None if s.seed is None else s.seed % 2**63, lane, stop_strings=(*s.stop, *_first_call_ends(g, w.call)))
 
+# %% ../../nbs/plane/05_gateway.ipynb #5dbf4599
 def _first_call_ends(g: Gateway, call: Call) -> tuple[str, ...]:
     "What to stop at where only one call is wanted. BadRequest for a model whose calls end with its answer."
     if call.parallel or not call.callables or g.format is None: return ()
@@ -307,6 +308,7 @@ def _first_call_ends(g: Gateway, call: Call) -> tuple[str, ...]:
         raise BadRequest('parallel_tool_calls: this model writes its calls up to the end of its answer, so they cannot be limited to one', 'parallel_tool_calls')
     return (end,)
 
+# %% ../../nbs/plane/05_gateway.ipynb #7bc6aef9
 @asynccontextmanager
 async def _lane(g: Gateway, w: Writing):
     "The conversation's name at the engine, or None while it is taken."
