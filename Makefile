@@ -39,7 +39,7 @@ bench: install ## time the parts that the stages spend their minutes in, and tre
 	@for b in parts engine attention prune; do echo "== $$b"; $(PY) benchmarks/$$b.py || exit 1; done
 	@for b in memory trees; do echo "== $$b"; PYTHONPATH=.venv/bench $(PY) benchmarks/$$b.py --out data/runs/bench || exit 1; done
 
-load: litellm ## the gateway under load, LiteLLM's proxy beside it (twenty minutes; the machine should be idle)
+load: litellm ## the gateway under load, LiteLLM's proxy beside it (half an hour; the machine should be idle)
 	$(PY) benchmarks/load.py
 
 litellm: install ## an environment of its own for LiteLLM's proxy (.venv-litellm), for `make load`

@@ -1,4 +1,4 @@
-"""The gateway under load, LiteLLM's proxy beside it: `make load`, or `python benchmarks/load.py` (about twenty minutes on two idle cores)
+"""The gateway under load, LiteLLM's proxy beside it: `make load`, or `python benchmarks/load.py` (half an hour on two idle cores)
 
 One scripted upstream serves everybody and answers after a fixed delay: as an OpenAI endpoint to LiteLLM, with token ids in and out (vLLM's protocol) to our
 gateway. The server that is measured has a core of its own, client and upstream share another. Our gateway does all of its work: it checks the request, places
@@ -471,8 +471,8 @@ def main():
     parser.add_argument('--parts', default='arrivals,saturation,streams,memory')
     parser.add_argument('--systems', default='direct,kat,embedded,litellm')
     parser.add_argument('--sessions', type=int, default=512, help='at a time, in all parts but arrivals')
-    parser.add_argument('--repeat', type=int, default=4)
-    parser.add_argument('--seconds', type=float, default=12, help='of measurement in a repetition, after half of it to warm up')
+    parser.add_argument('--repeat', type=int, default=3)
+    parser.add_argument('--seconds', type=float, default=30, help='of measurement in a repetition, after half of it to warm up')
     parser.add_argument('--turns', type=int, default=100_000, help='of the memory part')
     parser.add_argument('--delay', type=float, default=.05, help='seconds that the upstream takes; none in the memory part')
     parser.add_argument('--quick', action='store_true')
