@@ -215,7 +215,7 @@ class Session:
 # %% ../../nbs/plane/03_manager.ipynb #de6c74ac
 def _key(s: Session, m: dict) -> str:
     "`canonical_key`, looked up where the message came back as it was recorded."
-    known = s.known.get(_place(m))  # equal in its calls to the letter, then
+    known = s.known.get(_place(m))  # found by the letters of its calls; the rest is compared
     return known[1] if known and known[0] == m else canonical_key(m)
 
 def _place(m: dict) -> tuple:
