@@ -185,12 +185,12 @@ class WireEngine:
     def __init__(self, port): self.port, self.free = port, []
 
     async def generate(self, request, on_token=None):
-        from kat.plane.vllm import Answer, sampling_params
+        from kat.plane.vllm import Chunks, sampling_params
         body = json.dumps(dict(model='scripted', token_ids=request.ids.tolist(), sampling_params=sampling_params(request), stream=True)).encode()
         wire = self.free.pop() if self.free else (await asyncio.get_running_loop().create_connection(Wire, '127.0.0.1', self.port))[1]
         _, events = await wire.ask(b'POST /inference/v1/generate HTTP/1.1\r\nhost: engine\r\ncontent-length: %d\r\n\r\n%b' % (len(body), body))
         self.free.append(wire)
-        out = Answer(self.version)
+        out = Chunks(self.version)
         for line in events.split(b'\n'):
             if not line.startswith(b'data: {'): continue
             for token, lp in out.take(json.loads(line[6:])): on_token(token, lp, float('nan'), self.version)

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['log', 'BUCKETS', 'who', 'session_name', 'StopText', 'Writing', 'Bell', 'Said', 'read_answer', 'message_of',
            'answer_for', 'Metrics', 'Gateway', 'find_session', 'keep', 'turn_of', 'engine_request', 'Left',
-           'Unavailable', 'answer', 'Reply', 'read_body', 'make_plan', 'serve_call', 'answered', 'list_sessions',
+           'Unavailable', 'answer', 'Response', 'read_body', 'make_plan', 'serve_call', 'answered', 'list_sessions',
            'show_session', 'trajectories', 'reward', 'live', 'live_state', 'session_blocks', 'models', 'health',
            'metrics', 'Endpoint', 'running', 'serve', 'run_server', 'how_to_connect', 'read_keys']
 
@@ -329,7 +329,7 @@ class Unavailable(Exception):
     "The engine can't answer now."
     status = 503
 
-async def answer(g: Gateway, w: Writing, receive, out: 'Reply') -> None:
+async def answer(g: Gateway, w: Writing, receive, out: 'Response') -> None:
     "Sample, record, send. Raises what went wrong."
     async with _lane(g, w) as lane:
         request = engine_request(g, w, lane)
@@ -372,7 +372,7 @@ def _log(e: BaseException) -> None:
     log.error('%s at %s', type(e).__name__, ' > '.join(where[-6:]))
 
 # %% ../../nbs/plane/05_gateway.ipynb #943a3a59
-async def _finish(g: Gateway, w: Writing, done: Completion, out: 'Reply') -> None:
+async def _finish(g: Gateway, w: Writing, done: Completion, out: 'Response') -> None:
     "Record a finished answer, then send it."
     said, rest = read_answer(w, done)
     await keep(g, w.plan, turn_of(w, done, said))
@@ -388,7 +388,7 @@ async def _abort(g: Gateway, w: Writing, work: asyncio.Future) -> None:
     await keep(g, w.plan, turn_of(w, done, said))
 
 # %% ../../nbs/plane/05_gateway.ipynb #0aea942c
-class Reply:
+class Response:
     "One HTTP response."
     def __init__(self, send, dialect: str): self.send, self.dialect, self.stream, self.status = send, dialect, None, None
 
@@ -469,7 +469,7 @@ def make_plan(s: Session, call: Call) -> Plan:
     except ValueError as e: raise BadRequest(f'messages: {e}', 'messages') from None
 
 # %% ../../nbs/plane/05_gateway.ipynb #fc50fab3
-async def serve_call(g: Gateway, dialect: str, counting: bool, request, out: Reply) -> None:
+async def serve_call(g: Gateway, dialect: str, counting: bool, request, out: Response) -> None:
     "Answer one request of an agent. Raises what went wrong."
     owner, key = who(request.headers, g.keys)
     async with _admitted(g, owner):
@@ -483,7 +483,7 @@ async def serve_call(g: Gateway, dialect: str, counting: bool, request, out: Rep
 # %% ../../nbs/plane/05_gateway.ipynb #4c4e66da
 async def answered(g: Gateway, dialect: str, route: str, request, send, work) -> None:
     "Run `work(out)`, turn what it raises into an answer, and count."
-    out, began = Reply(send, dialect), time.perf_counter()
+    out, began = Response(send, dialect), time.perf_counter()
     try: await work(out)
     except (BadRequest, StoreError, Unavailable) as e: await out.error(e, e.status, str(e))
     except Left: out.status = 499
@@ -495,13 +495,13 @@ async def answered(g: Gateway, dialect: str, route: str, request, send, work) ->
         g.metrics.took(time.perf_counter() - began)
 
 # %% ../../nbs/plane/05_gateway.ipynb #ce0a116e
-async def list_sessions(g: Gateway, request, out: Reply) -> None:
+async def list_sessions(g: Gateway, request, out: Response) -> None:
     "The sessions of the key's owner."
     owner, _ = who(request.headers, g.keys)
     rows = await asyncio.to_thread(g.store.sessions, owner=owner)
     await out.json(dict(sessions=[{k: v for k, v in r.items() if k not in ('uid', 'owner')} for r in rows]))
 
-async def show_session(g: Gateway, request, out: Reply) -> None:
+async def show_session(g: Gateway, request, out: Response) -> None:
     "One session: numbers, turns, and the tree as text."
     owner, _ = who(request.headers, g.keys)
     s = await _named(g, request, owner=owner, make=False)
@@ -510,7 +510,7 @@ async def show_session(g: Gateway, request, out: Reply) -> None:
     await out.json(dict(name=s.name, task=s.task, reward=s.reward, finished=s.finished, info=s.info, turns=turns, tree=show(s)))
 
 # %% ../../nbs/plane/05_gateway.ipynb #a1c23688
-async def trajectories(g: Gateway, request, out: Reply) -> None:
+async def trajectories(g: Gateway, request, out: Response) -> None:
     "The trajectories of a session, one JSON object a line."
     owner, _ = who(request.headers, g.keys)
     s = await _named(g, request, owner=owner, make=False)
@@ -518,7 +518,7 @@ async def trajectories(g: Gateway, request, out: Reply) -> None:
     await out.body(''.join(dumps(t.to_dict()) + '\n' for t in s.trajectories()).encode())
 
 # %% ../../nbs/plane/05_gateway.ipynb #57a698df
-async def reward(g: Gateway, request, out: Reply) -> None:
+async def reward(g: Gateway, request, out: Response) -> None:
     "Grade a session, or one turn of it: reward (a number or null), turn (id), finished (default: true), info (an object)."
     owner, _ = who(request.headers, g.keys)
     body = parse_body(await read_body(g, request), g.limits)
@@ -546,13 +546,13 @@ async def _set_reward(g: Gateway, s: Session, turn: Turn | None, value, finished
     finally: s.busy -= 1
 
 # %% ../../nbs/plane/05_gateway.ipynb #74dae79c
-async def live(g: Gateway, request, out: Reply) -> None:
+async def live(g: Gateway, request, out: Response) -> None:
     "The live page."
     page, headers = g.page
     await out.start(200, 'text/html; charset=utf-8', headers)
     await out.body(page)
 
-async def live_state(g: Gateway, request, out: Reply, most: int = 200) -> None:
+async def live_state(g: Gateway, request, out: Response, most: int = 200) -> None:
     "The owner's latest sessions and token rates, and what serves them."
     owner, _ = who(request.headers, g.keys)
     rows = await asyncio.to_thread(g.store.sessions, recent=most + 1, owner=owner)
@@ -564,7 +564,7 @@ async def live_state(g: Gateway, request, out: Reply, most: int = 200) -> None:
                         now=time.time(), written=written, read=read, more=len(rows) > most,
                         sessions=[{k: r[k] for k in shown} | dict(busy=busy(r['name'])) for r in rows[:most]]))
 
-async def session_blocks(g: Gateway, request, out: Reply) -> None:
+async def session_blocks(g: Gateway, request, out: Response) -> None:
     "One session's token tree; 304 where the client has it already."
     owner, _ = who(request.headers, g.keys)
     s = await _named(g, request, owner=owner, make=False)
@@ -577,7 +577,7 @@ async def session_blocks(g: Gateway, request, out: Reply) -> None:
     await out.json(view, headers=dict(etag=tag))
 
 # %% ../../nbs/plane/05_gateway.ipynb #c19bbd12
-async def models(g: Gateway, request, out: Reply) -> None:
+async def models(g: Gateway, request, out: Response) -> None:
     "The models, or one."
     who(request.headers, g.keys)
     all_ = models_answer([g.model])
@@ -586,12 +586,12 @@ async def models(g: Gateway, request, out: Reply) -> None:
     if name != g.model: raise BadRequest(f'model {name!r:.80}: there is only {g.model!r}', 'model', 404, 'model_not_found')
     await out.json(all_['data'][0])
 
-async def health(g: Gateway, request, out: Reply) -> None:
+async def health(g: Gateway, request, out: Response) -> None:
     "Is the store well? 503 or 507 otherwise."
     await g.store.check()
     await out.json(dict(status='ok', version=g.engine.version, active=sum(g.active.values())))
 
-async def metrics(g: Gateway, request, out: Reply) -> None:
+async def metrics(g: Gateway, request, out: Response) -> None:
     "Prometheus' text format."
     gauges = dict(active_requests=sum(g.active.values()), sessions_in_memory=len(g.manager.sessions), bytes_in_memory=g.manager.n_bytes,
                   weight_version=g.engine.version, store_commits=g.store.stats['commits'], store_turns=g.store.stats['turns'])
