@@ -1178,6 +1178,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                    'kat.plane.gateway.answered': ('plane/gateway.html#answered', 'kat/plane/gateway.py'),
                                    'kat.plane.gateway.engine_request': ('plane/gateway.html#engine_request', 'kat/plane/gateway.py'),
                                    'kat.plane.gateway.find_session': ('plane/gateway.html#find_session', 'kat/plane/gateway.py'),
+                                   'kat.plane.gateway.finish_group': ('plane/gateway.html#finish_group', 'kat/plane/gateway.py'),
                                    'kat.plane.gateway.health': ('plane/gateway.html#health', 'kat/plane/gateway.py'),
                                    'kat.plane.gateway.how_to_connect': ('plane/gateway.html#how_to_connect', 'kat/plane/gateway.py'),
                                    'kat.plane.gateway.keep': ('plane/gateway.html#keep', 'kat/plane/gateway.py'),

@@ -73,13 +73,13 @@ def gateway(port, engine_port, path):
     run_server(run())
 
 
-def trainer(path, checkpoint, over):
-    "Reads groups; what it has seen is its checkpoint, replaced at once."
+def trainer(path, checkpoint, end):
+    "Reads groups until the file `end` is there; what it has seen is its checkpoint, replaced at once."
     seen = json.loads(checkpoint.read_text()) if checkpoint.exists() else []
 
     def wait():
         time.sleep(.01)
-        return not over.is_set()
+        return not end.exists()  # no Event: whoever is killed while looking at one keeps its lock
     loader = Loader(Store(path), lambda: 0, start=len(seen), wait=wait)
     for group in loader:
         seen.append(dict(key=group.info['key'], turns=sorted(t.n_turns for t in group.trajectories)))
@@ -88,18 +88,17 @@ def trainer(path, checkpoint, over):
         new.rename(checkpoint)
 
 
-def agents(port, path, diary, over, done):
+def agents(port, diary, over, done):
     "All agents, and what they saw: a line for each answer, session and group."
     async def run():
-        store, file = Store(path), open(diary, 'a', buffering=1)
+        file = open(diary, 'a', buffering=1)
         note = lambda **x: file.write(json.dumps(x) + '\n')
         async with httpx2.AsyncClient(base_url=f'http://127.0.0.1:{port}', timeout=PATIENCE) as client:
-            await asyncio.gather(*[agent(i, client, store, note, over, done) for i in range(AGENTS)])
-        store.close()
+            await asyncio.gather(*[agent(i, client, note, over, done) for i in range(AGENTS)])
     asyncio.run(run())
 
 
-async def agent(i, client, store, note, over, done):
+async def agent(i, client, note, over, done):
     "Session after session; each pair of them is a group."
     n = 0
     while not over.is_set():
@@ -113,9 +112,9 @@ async def agent(i, client, store, note, over, done):
                 messages.append(dict(role='assistant', content=text))
                 ids.append(uid)
                 with done.get_lock(): done.value += 1
-            await insist(lambda: grade(client, name))
+            await insist(lambda: said(client, f'/s/{name}/reward', reward=1))
             note(kind='session', session=name, path=ids)
-        await asyncio.to_thread(store.finish, pair[0], pair)
+        await insist(lambda: said(client, '/groups', key=pair[0], sessions=pair))
         note(kind='group', key=pair[0])
         n += 2
 
@@ -144,9 +143,9 @@ async def complete(client, session, messages, stream):
     return events[0]['id'].removeprefix('chatcmpl-'), ''.join(c['delta'].get('content') or '' for e in events for c in e['choices'])
 
 
-async def grade(client, session):
+async def said(client, path, **body):
     "True; None where it was not answered."
-    try: r = await client.post(f'/s/{session}/reward', json=dict(reward=1))
+    try: r = await client.post(path, json=body)
     except httpx2.TransportError: return None
     assert r.status_code == 200, (r.status_code, r.text)
     return True
@@ -164,9 +163,9 @@ def free_ports(n):
 def drill(rounds, folder, seed=0, tell=lambda *a: None):
     "Kill `rounds` times; what was seen. AssertionError where anything is wrong."
     rng, path, diary, checkpoint = random.Random(seed), folder / 'store.db', folder / 'diary.jsonl', folder / 'checkpoint.json'
-    over, read, done = FORK.Event(), FORK.Event(), FORK.Value('l', 0)
+    over, done, end = FORK.Event(), FORK.Value('l', 0), folder / 'end'
     e, g = free_ports(2)
-    work = dict(engine=(engine, (e,)), gateway=(gateway, (g, e, path)), trainer=(trainer, (path, checkpoint, read)), agents=(agents, (g, path, diary, over, done)))
+    work = dict(engine=(engine, (e,)), gateway=(gateway, (g, e, path)), trainer=(trainer, (path, checkpoint, end)), agents=(agents, (g, diary, over, done)))
 
     def start(name):
         f, args = work[name]
@@ -198,7 +197,7 @@ def drill(rounds, folder, seed=0, tell=lambda *a: None):
         over.set()
         until(lambda: not running['agents'].is_alive(), 'agents at their end')
         assert running['agents'].exitcode == 0, 'the agents broke'
-        read.set()
+        end.touch()
         until(lambda: not running['trainer'].is_alive(), 'trainer at its end')
         assert running['trainer'].exitcode == 0, 'the trainer broke'
     finally:

@@ -494,6 +494,34 @@ def test_grading_finishes_a_session(tmp_path):
     run(go())
 
 
+def test_a_group_is_given_to_trainers_once_as_it_is_and_by_its_owner_only(tmp_path):
+    async def go():
+        async with world(tmp_path, **KEYS) as w:
+            ann, bob = ({'x-api-key': f'{k}-secret'} for k in ('ann', 'bob'))
+            finish = lambda who, **body: w.ask('/groups', body, who)
+            for name in 'ab': assert (await w.chat('x', name, ann | {'x-kat-task': 't'}))['status'] == 200
+            r = await finish(ann, key='k', sessions=['a', 'b'])
+            assert r['status'] == 400 and "session 'a' is not finished" in error_of(r)
+            for name, value in (('a', 1), ('b', 0)): await w.ask(f'/s/{name}/reward', dict(reward=value), ann)
+            r = await finish(bob, key='k', sessions=['a', 'b'])
+            assert r['status'] == 400 and "there is no session 'a'" in error_of(r)
+            for new in (True, False):                                # the second time is a client that heard no answer
+                assert (await finish(ann, key='k', sessions=['a', 'b']))['json'] == dict(key='k', new=new)
+            await w.chat('x', 'c', bob)
+            await w.ask('/s/c/reward', dict(reward=2), bob)
+            assert (await finish(bob, key='k', sessions=['c']))['json']['new']   # his key, not hers
+            r = await finish(ann, key='other', sessions=['a'])
+            assert r['status'] == 400 and 'is in another group' in error_of(r)
+            (_, one), (_, two) = w.store.finished_groups(0, 9)
+            assert [t.reward for t in one.trajectories] == [1.0, 0.0] and one.task == 't' and [t.reward for t in two.trajectories] == [2.0]
+            for bad, says in ((dict(key='', sessions=['a']), 'key'), (dict(key=1, sessions=['a']), 'key'), (dict(key='k', sessions=[]), 'sessions'),
+                              (dict(key='k', sessions=['a', 1]), 'sessions'), (dict(key='k', sessions=['\0']), 'sessions'), (dict(key='k', session=['a']), 'session: unknown field')):
+                r = await finish(ann, **bad)
+                assert r['status'] == 400 and says in error_of(r)
+            assert (await w.ask('/groups', dict(key='k', sessions=['a'])))['status'] == 401
+    run(go())
+
+
 def test_models_and_health(tmp_path):
     async def go():
         async with world(tmp_path, model='kat-dev') as w:

@@ -22,7 +22,7 @@ DEADLINE = 60  # seconds for 25 requests, which take some hundredths
 ODD = ['', 'user', 'assistant', 'tool', 'a' * 1000, '\u0000', '<|im_end|>', '<tool_call>', '</tool_call>', '<think>', '\ud800', '\u202e', '𝄞', '{', '[]', 'null',
        'x-anthropic-billing-header: a', '<system-reminder>', '__proto__', '../..', "'; DROP TABLE turns; --", '{{ 7*7 }}', '{% raise %}', '%s%n', '\r\n\r\nHTTP/1.1 200 OK',
        -1, 0, 1, 2**31, 2**63, 2**64, 10**400, .5, -0.0, 1e308, 5e-324, True, False, None]
-NAMES = ['role', 'content', 'type', 'text', 'tool_calls', 'tool_call_id', 'id', 'function', 'name', 'arguments', 'input', 'tool_use_id', 'is_error', 'reward', 'turn', 'x']
+NAMES = ['role', 'content', 'type', 'text', 'tool_calls', 'tool_call_id', 'id', 'function', 'name', 'arguments', 'input', 'tool_use_id', 'is_error', 'reward', 'turn', 'sessions', 'x']
 
 
 def values(rng, depth=0):
@@ -62,7 +62,8 @@ def seeds(owner):
             (PATH['messages'], 'messages', messages_body(ms, TOOLS[0], stream=True)), (PATH['messages'], 'messages', messages_body(ms[:2])),
             (PATH['messages'] + '/count_tokens', 'messages', count),
             (PATH['completions'], 'completions', dict(model='kat', prompt=f'a of-{owner}', stream=False, logprobs=0, max_tokens=4)),
-            ('reward', 'chat', dict(reward=1, turn=None, finished=False, info=dict(word=f'of-{owner}')))]
+            ('reward', 'chat', dict(reward=1, turn=None, finished=False, info=dict(word=f'of-{owner}'))),
+            ('/groups', 'chat', dict(key=f'of-{owner}', sessions=['a', 'b']))]
     return ours + [(PATH[d], d, f()) for d, f in plane_bodies.ALL if d != 'messages' or len(json.dumps(f())) < 2000]
 
 
@@ -107,7 +108,8 @@ def requests(rng, n):
         raw = json.dumps(mutated(rng, body, rng.choice([.005, .02, .1]))).encode()
         if i % 9 == 0: raw = broken(rng, raw)
         if i % 500 == 1: raw = b' ' * 60_000 + raw
-        path = f'/s/{session}/reward' if path == 'reward' else f'/s/{session}{path}' if rng.random() < .5 else path
+        if path == 'reward': path = f'/s/{session}/reward'
+        elif path != '/groups' and rng.random() < .5: path = f'/s/{session}{path}'
         names = ['x-kat-session', 'x-session-id', 'x-kat-task', 'anthropic-beta', 'x-claude-code-agent-id', 'content-length', 'content-type', 'user-agent']
         yield owner, path, dialect, raw, {rng.choice(names): rng.choice(['a', 'a/b', '\xff', '', 'x' * 300, '-1', '9' * 30, '\u0660'])} if i % 7 == 0 else {}
 

@@ -6,8 +6,8 @@
 __all__ = ['log', 'BUCKETS', 'who', 'session_name', 'StopText', 'Writing', 'Bell', 'Said', 'read_answer', 'message_of',
            'answer_for', 'Metrics', 'Gateway', 'find_session', 'keep', 'turn_of', 'engine_request', 'Left',
            'Unavailable', 'answer', 'Response', 'read_body', 'make_plan', 'serve_call', 'answered', 'list_sessions',
-           'show_session', 'trajectories', 'reward', 'live', 'live_state', 'session_blocks', 'models', 'health',
-           'metrics', 'Endpoint', 'running', 'serve', 'run_server', 'how_to_connect', 'read_keys']
+           'show_session', 'trajectories', 'reward', 'finish_group', 'live', 'live_state', 'session_blocks', 'models',
+           'health', 'metrics', 'Endpoint', 'running', 'serve', 'run_server', 'how_to_connect', 'read_keys']
 
 # %% ../../nbs/plane/05_gateway.ipynb #7a5a1db2
 import asyncio, gc, hashlib, json, logging, re, signal, socket, time, traceback
@@ -545,6 +545,20 @@ async def _set_reward(g: Gateway, s: Session, turn: Turn | None, value, finished
         raise
     finally: s.busy -= 1
 
+# %% ../../nbs/plane/05_gateway.ipynb #22f1dc71
+async def finish_group(g: Gateway, request, out: Response) -> None:
+    "Give finished sessions of one task to the trainers, as a group: key (the same again adds nothing) and sessions (their names)."
+    owner, _ = who(request.headers, g.keys)
+    body = parse_body(await read_body(g, request), g.limits)
+    if extra := set(body) - {'key', 'sessions'}: raise BadRequest(f'{min(extra)}: unknown field', min(extra))
+    key, names = body.get('key'), body.get('sessions')
+    if not (isinstance(key, str) and _NAME.fullmatch(key)): raise BadRequest('key: at most 256 printable ASCII characters without a space expected', 'key')
+    if not (isinstance(names, list) and 0 < len(names) <= 1024 and all(isinstance(x, str) and _NAME.fullmatch(x) for x in names)):
+        raise BadRequest('sessions: 1 to 1024 names expected', 'sessions')
+    try: new = await asyncio.to_thread(g.store.finish, f'{owner}:{key}' if owner else key, names, owner)
+    except ValueError as e: raise BadRequest(str(e), 'sessions') from None
+    await out.json(dict(key=key, new=new))
+
 # %% ../../nbs/plane/05_gateway.ipynb #74dae79c
 async def live(g: Gateway, request, out: Response) -> None:
     "The live page."
@@ -623,7 +637,7 @@ def _app(g: Gateway):
     own = [route('/health', 'health', health), route('/metrics', 'metrics', metrics), route('/sessions', 'sessions', list_sessions),
            route('/s/{session}', 'session', show_session), route('/s/{session}/reward', 'reward', reward, 'POST'),
            route('/s/{session}/trajectories', 'trajectories', trajectories), route('/live', 'live', live),
-           route('/live/state', 'live_state', live_state), route('/s/{session}/blocks', 'session_blocks', session_blocks)]
+           route('/groups', 'groups', finish_group, 'POST'), route('/live/state', 'live_state', live_state), route('/s/{session}/blocks', 'session_blocks', session_blocks)]
     return a.Starlette(routes=[*agent, *own, r.Mount('/s/{session}', routes=agent)],
                        exception_handlers={404: _http_error, 405: _http_error}, lifespan=_lifespan(g))
 
