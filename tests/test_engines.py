@@ -4,7 +4,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings, strategies as st
+from hypothesis import example, given, settings, strategies as st
 from transformers import (Gemma2Config, Gemma2ForCausalLM, Gemma3ForCausalLM, Gemma3TextConfig, GptOssConfig,
                           GptOssForCausalLM, Lfm2Config, Lfm2ForCausalLM, LlamaConfig, LlamaForCausalLM, MistralConfig,
                           MistralForCausalLM, Qwen3Config, Qwen3ForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM)
@@ -228,6 +228,7 @@ def test_truncate_keeps_what_it_should(w, k, top_p):
     assert on.sum() == 1 or top_p >= 1 or kept.sum() - smallest < top_p*total + 1e-5
 
 @given(st.lists(st.tuples(st.integers(0, 50), st.integers(1, 400)), min_size=1, max_size=12), st.integers(8, 200))
+@example([(0, 326), (0, 329), (0, 329)], 81)
 @settings(max_examples=100, deadline=None)
 def test_prefill_groups(rows, budget):
     todo = [(s, a, a + n) for s, (a, n) in enumerate(rows)]
@@ -236,7 +237,7 @@ def test_prefill_groups(rows, budget):
     for g in groups:
         widths = [b - a for _, a, b in g]
         assert len({s for s, _, _ in g}) == len(g) and len(g)*max(widths) <= budget
-        assert sum(widths) >= .8*len(g)*max(widths)
+        assert 5*sum(widths) >= 4*len(g)*max(widths)  # in whole numbers: .8*3*5 is more than 12
         for s, a, b in g:
             assert done[s] == a < b
             done[s] = b
