@@ -17,7 +17,8 @@ from .core.chat import ids_of, render
 from .core.types import GENERATED, Trajectory
 from .envs.base import Env, InfraError, Observation, Task, ToolCall
 from .plane.engines import Completion, Engine, Request
-from .plane.gateway import Gateway, Writing
+from .plane.gateway import Gateway
+from .plane.writing import Writing
 from .plane.manager import Manager, Session, show
 
 # %% auto #0

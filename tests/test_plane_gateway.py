@@ -19,11 +19,12 @@ from kat.core.calls import write_call
 from kat.core.io import read_records
 from kat.core.types import Trajectory
 from kat.plane.dialects import BadRequest, Limits
-from kat.plane.gateway import Gateway, Metrics, StopText, running, session_name
+from kat.plane.gateway import Gateway, Metrics, running, session_name
 from kat.plane.manager import Manager
 from kat.plane.scenarios import TOOLS
 from kat.plane.serving import HFAsyncEngine
 from kat.plane.store import Store
+from kat.plane.writing import StopText
 
 ROOT = Path(__file__).parents[1]
 USER = [dict(role='user', content='hello')]
