@@ -1144,6 +1144,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                    'kat.plane.gateway._app': ('plane/gateway.html#_app', 'kat/plane/gateway.py'),
                                    'kat.plane.gateway._calls': ('plane/gateway.html#_calls', 'kat/plane/gateway.py'),
                                    'kat.plane.gateway._count': ('plane/gateway.html#_count', 'kat/plane/gateway.py'),
+                                   'kat.plane.gateway._fields': ('plane/gateway.html#_fields', 'kat/plane/gateway.py'),
                                    'kat.plane.gateway._finish': ('plane/gateway.html#_finish', 'kat/plane/gateway.py'),
                                    'kat.plane.gateway._first_call_ends': ('plane/gateway.html#_first_call_ends', 'kat/plane/gateway.py'),
                                    'kat.plane.gateway._gone': ('plane/gateway.html#_gone', 'kat/plane/gateway.py'),

@@ -386,11 +386,16 @@ async def trajectories(g: Gateway, request, out: Response) -> None:
     await out.body(''.join(dumps(t.to_dict()) + '\n' for t in s.trajectories()).encode())
 
 # %% ../../nbs/plane/05_gateway.ipynb #57a698df
+async def _fields(g: Gateway, request, known: str) -> dict:
+    "The JSON object of a request. BadRequest for a field that is not `known`."
+    body = parse_body(await read_body(g, request), g.limits)
+    if extra := set(body) - {*known.split()}: raise BadRequest(f'{min(extra)}: unknown field', min(extra))
+    return body
+
 async def reward(g: Gateway, request, out: Response) -> None:
     "Grade a session, or one turn of it: reward (a number or null), turn (id), finished (default: true), info (an object)."
     owner, _ = who(request.headers, g.keys)
-    body = parse_body(await read_body(g, request), g.limits)
-    if extra := set(body) - {'reward', 'turn', 'finished', 'info'}: raise BadRequest(f'{min(extra)}: unknown field', min(extra))
+    body = await _fields(g, request, 'reward turn finished info')
     value, uid, finished, info = (body.get(k, d) for k, d in (('reward', None), ('turn', None), ('finished', True), ('info', {})))
     if isinstance(value, bool) or not isinstance(value, (int, float, type(None))): raise BadRequest('reward: a number or null expected', 'reward')
     if not isinstance(finished, bool): raise BadRequest('finished: true or false expected', 'finished')
@@ -417,8 +422,7 @@ async def _set_reward(g: Gateway, s: Session, turn: Turn | None, value, finished
 async def finish_group(g: Gateway, request, out: Response) -> None:
     "Give finished sessions of one task to the trainers, as a group: key (the same again adds nothing) and sessions (their names)."
     owner, _ = who(request.headers, g.keys)
-    body = parse_body(await read_body(g, request), g.limits)
-    if extra := set(body) - {'key', 'sessions'}: raise BadRequest(f'{min(extra)}: unknown field', min(extra))
+    body = await _fields(g, request, 'key sessions')
     key, names = body.get('key'), body.get('sessions')
     if not (isinstance(key, str) and _NAME.fullmatch(key)): raise BadRequest('key: at most 256 printable ASCII characters without a space expected', 'key')
     if not (isinstance(names, list) and 0 < len(names) <= 1024 and all(isinstance(x, str) and _NAME.fullmatch(x) for x in names)):
