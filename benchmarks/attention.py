@@ -14,7 +14,8 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention as sdpa
 
 from kat.compute.attention import causal_attention
-from kat.compute.tree_attention import Layout, dense_mask, tree_attention
+from kat.compute.layout import Layout, dense_mask
+from kat.compute.tree_attention import tree_attention
 from kat.tree.trie import TokenTree
 
 rng = np.random.default_rng(0)

@@ -15,9 +15,9 @@ import torch
 from transformers import Qwen3Config, Qwen3ForCausalLM, StoppingCriteria
 from transformers.utils import logging
 
-from kat.plane import engines
-from kat.plane.engines import HFEngine, Request
-from kat.plane.serving import HFAsyncEngine
+from kat.infer import engines as engines
+from kat.infer.engines import HFEngine, Request
+from kat.infer.serving import HFAsyncEngine
 
 V = 1536
 STOP = list(range(V//16))  # a random model takes each token about equally often: turns of 16 tokens on average

@@ -185,7 +185,7 @@ class WireEngine:
     def __init__(self, port): self.port, self.free = port, []
 
     async def generate(self, request, on_token=None):
-        from kat.plane.vllm import Chunks, sampling_params
+        from kat.infer.vllm import Chunks, sampling_params
         body = json.dumps(dict(model='scripted', token_ids=request.ids.tolist(), sampling_params=sampling_params(request), stream=True)).encode()
         wire = self.free.pop() if self.free else (await asyncio.get_running_loop().create_connection(Wire, '127.0.0.1', self.port))[1]
         _, events = await wire.ask(b'POST /inference/v1/generate HTTP/1.1\r\nhost: engine\r\ncontent-length: %d\r\n\r\n%b' % (len(body), body))
@@ -201,9 +201,9 @@ async def serve_kat(port, store, upstream, megabytes):
     "Our gateway; `upstream` is vllm=PORT, kat=PORT, or embedded=DELAY for a script in this process."
     from kat.plane.gateway import Gateway, serve
     from kat.plane.manager import Manager
-    from kat.plane.scripted import ScriptEngine
+    from kat.infer.scripted import ScriptEngine
     from kat.plane.store import Store
-    from kat.plane.vllm import VLLMEngine
+    from kat.infer.vllm import VLLMEngine
     tok = tokenizer()
     ids, count = script_ids(tok), iter(range(2**62))
     kind, _, where = upstream.partition('=')
@@ -452,7 +452,7 @@ def bars(ax, columns, title):
 def draw(result):
     import matplotlib.pyplot as plt
     import seaborn as sns
-    from kat.study.plots import save_figure
+    from kat.core.figures import save_figure
     sns.set_theme(style='whitegrid')
     fig, axes = plt.subplots(1, 2 + ('memory' in result), figsize=(8 + 4 * ('memory' in result), 3.6))
     bars(axes[0], {p: {n: r['rate'] for n, r in result[p].items() if n != 'direct'} for p in ('saturation', 'streams') if p in result}, f'requests/s, {result["sessions"]} sessions')

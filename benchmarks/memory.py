@@ -79,7 +79,7 @@ def comb(depth: int, seed: int = 0, vocab: int = 500) -> TokenTree:
 def figure(rows, path, folder):
     import matplotlib.pyplot as plt
     import seaborn as sns
-    from kat.study.plots import save_figure
+    from kat.core.figures import save_figure
     sns.set_theme(style="whitegrid")
     fig, ax = plt.subplots(figsize=(6, 3.4))
     x = [r[0] for r in rows]

@@ -9,10 +9,12 @@ import sys
 
 import torch
 
-from kat.rollouts import ModelPolicy, rollout
+from kat.recipe.rollouts import ModelPolicy, rollout
 from kat.learn.rft import Episode, Monitor, shadow
-from kat.plane.engines import HFEngine
-from kat.stages import expert_data, load_model, train_task, world
+from kat.infer.engines import HFEngine
+from kat.recipe.rollouts import expert_data
+from kat.learn.training import load_model
+from kat.envs.micro import train_task, world
 from kat.study.evaluate import wilson
 
 

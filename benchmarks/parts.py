@@ -13,14 +13,15 @@ import numpy as np
 import torch
 from transformers import AutoTokenizer, Qwen3Config, Qwen3ForCausalLM
 
-from kat import rollouts
+from kat.recipe import rollouts
 from kat.compute.attention import use_kat_attention
 from kat.core.io import read_records, write_records
 from kat.core.types import Segment, Trajectory
 from kat.envs.micro import make_task, test_job
 from kat.envs.sandbox import WarmPool
-from kat.pipeline import ROOT
-from kat.stages import expert_data, world as world_of_sandboxes
+from kat.recipe.pipeline import ROOT
+from kat.recipe.rollouts import expert_data
+from kat.envs.micro import world as world_of_sandboxes
 
 
 def show(what, unit, n, fn, reps=3):

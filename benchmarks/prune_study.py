@@ -26,19 +26,21 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from kat.agent import ModelPolicy, rollout
+from kat.recipe.agent import ModelPolicy, rollout
 from kat.compute.cost import token_flops
 from kat.compute.engine import TreeEngine
 from kat.compute.logprob import flat_logprobs
 from kat.core.chat import to_trajectories
-from kat.core.io import atomic, import_log, read_log, read_parquet, write_parquet
+from kat.core.io import atomic, read_log, read_parquet, write_parquet
+from kat.core.logs import import_log
 from kat.core.types import Group, Segment
 from kat.learn.advantage import group_advantages
 from kat.learn.objective import Objective
 from kat.learn.rl import Row, graded_rewards, make_row
-from kat.pipeline import ROOT, machine
-from kat.plane.engines import HFEngine
-from kat.stages import load_model, train_task, world
+from kat.recipe.pipeline import ROOT, machine
+from kat.infer.engines import HFEngine
+from kat.learn.training import load_model
+from kat.envs.micro import train_task, world
 from kat.tree.prune import CORRECTIONS, POLICIES, SCORED, Pruning, cut_units, gradient_fidelity, kept_with, token_facts
 from kat.tree.stats import model_shape
 from kat.tree.trie import TokenTree

@@ -2,7 +2,7 @@
 
 For each finished run of a preset, makes the run without the stage (unless it is there): RL straight from the same SFT model, with the same settings and as many updates
 as RFT and RL had together; about nine minutes each for `tiny` on one core. It goes to `--without DIR/NAME` (default: `norft` beside the first run).
-Writes `figures/rft.json`, which `nbs/learn/04_rft.ipynb` reads, draws `figures/rft.png`, and prints tables.
+Writes `figures/rft.json`, which `nbs/learn/06_rft.ipynb` reads, draws `figures/rft.png`, and prints tables.
 """
 import argparse
 import json
@@ -13,9 +13,10 @@ import numpy as np
 
 from kat.cluster.launch import read_parameters, run_notebook, set_parameters
 from kat.core.io import read_log, read_parquet
-from kat.pipeline import ROOT, read_json, write_json
+from kat.recipe.pipeline import ROOT, read_json, write_json
 from kat.study.evaluate import load_eval, wilson
-from kat.study.plots import moving_mean, save_figure, use_style
+from kat.study.plots import moving_mean
+from kat.core.figures import save_figure, use_style
 
 ARMS = {"with": "RFT, then RL", "without": "RL alone"}
 WINDOW, MARGIN = 8, 0.02   # updates in a moving mean; what counts as having reached a rate

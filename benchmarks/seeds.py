@@ -10,9 +10,9 @@ import matplotlib.pyplot as plt
 import seaborn as sns
 
 from kat.core.io import read_parquet
-from kat.pipeline import ROOT
+from kat.recipe.pipeline import ROOT
 from kat.study.evaluate import load_eval
-from kat.study.plots import save_figure
+from kat.core.figures import save_figure
 
 STAGES = ["base", "mid", "sft", "rft", "rl"]
 NAMES = ["Base", "Mid-training", "SFT", "RFT", "RL"]

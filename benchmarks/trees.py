@@ -35,15 +35,16 @@ from torch.func import functional_call
 from transformers import AttentionInterface, AttentionMaskInterface, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from kat.rollouts import ScriptPolicy, rollout
+from kat.recipe.rollouts import ScriptPolicy, rollout
 from kat.compute import attention, logprob, tree_attention
 from kat.compute.attention import use_kat_attention
 from kat.compute.engine import TreeEngine
 from kat.compute.forward import cast_weights
 from kat.compute.logprob import flat_logprobs, length_buckets, pad_rows, score_tokens
 from kat.envs.expert import Expert
-from kat.pipeline import ROOT
-from kat.stages import load_model, train_task, world
+from kat.recipe.pipeline import ROOT
+from kat.learn.training import load_model
+from kat.envs.micro import train_task, world
 from kat.tree.stats import flat_profile, log_calls, merge_calls, model_shape, tree_profile
 from kat.tree.trie import TokenTree
 
@@ -340,7 +341,7 @@ def report(rows):
 def figures(rows, folder, command):
     import matplotlib.pyplot as plt
     import seaborn as sns
-    from kat.study.plots import save_figure
+    from kat.core.figures import save_figure
     sns.set_theme(style="whitegrid")
     color = dict(zip(NAMES, sns.color_palette("colorblind", len(NAMES)))) | dict(tree="black")
     at, names = np.arange(len(rows))[::-1], [r["case"] for r in rows]

@@ -14,7 +14,7 @@ from weakref import WeakKeyDictionary
 
 import numpy as np
 
-from .io import Conversation
+from .logs import Conversation
 from .types import GENERATED, Segment, Trajectory, normalise
 
 # %% ../../nbs/core/03_chat.ipynb #57c0baf5

@@ -17,7 +17,8 @@ import numpy as np
 from rich.table import Table
 
 from ..core.chat import KAT_TEMPLATE, render
-from ..core.io import Conversation, import_log, read_records
+from ..core.logs import Conversation, import_log
+from ..core.io import read_records
 from ..core.types import GENERATED, Group, Segment, Trajectory
 from .trie import TokenTree
 

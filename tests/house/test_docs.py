@@ -1,0 +1,76 @@
+"The site's bridge and the check for outside requests"
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+sys.path.insert(0, str(ROOT/'docs'))
+import bridge  # noqa: E402
+import build  # noqa: E402
+import readme  # noqa: E402
+
+
+def site(*pages):
+    "A Site over (page, module, names shown, cells) without writing anything"
+    s = bridge.Site(Path('/nonexistent'), Path('/nonexistent'))
+    for page, module, names in pages:
+        for n in names: s.add(n, module, page)
+    return s
+
+
+def test_names_link_to_the_page_that_documents_them():
+    s = site(('core/01_types.ipynb', 'core.types', ['Segment', 'load']),
+             ('learn/07_rl.ipynb', 'learn.rl', ['rl_loss', 'load']))
+    here = 'learn/07_rl.ipynb'
+    assert s.linkify('a `Segment`', here) == 'a [`Segment`](../core/01_types.ipynb#segment)'
+    assert s.linkify('`Segment.ids`', here) == '[`Segment.ids`](../core/01_types.ipynb#segment)'
+    assert s.linkify('`rl_loss()`', here) == '[`rl_loss()`](#rl_loss)'
+    assert s.linkify('`learn.rl.load`', here) == '[`learn.rl.load`](#load)'
+    for same in ('`load`', '`nothing`', '[`Segment`](x)', '# `Segment`', '```\n`Segment`\n```', '    `Segment`'):
+        assert s.linkify(same, here) == same
+
+
+def test_links_are_moved_or_refused(tmp_path):
+    s = bridge.Site(Path('/nonexistent'), tmp_path)
+    assert s.markdown('[map](../index.ipynb#Map)', 'core/01_types.ipynb') == '[map](../index.ipynb#map)'
+    assert s.markdown('[terms](../LICENSE)', 'index.ipynb') == 'terms (`LICENSE`)'
+    assert s.markdown('[k](https://example.org) [a](#use)', 'index.ipynb') == '[k](https://example.org) [a](#use)'
+    assert s.markdown('[c](../CONTRIBUTING.md)', 'index.ipynb') == '[c](CONTRIBUTING.md)'
+    assert (tmp_path/'CONTRIBUTING.md').exists()
+    with pytest.raises(SystemExit, match='core/99_gone.ipynb, which does not exist'):
+        s.markdown('[x](core/99_gone.ipynb)', 'index.ipynb')
+
+
+def test_readme_links_are_seen_from_the_root():
+    md = readme.readme()
+    assert '](nbs/core/01_types.ipynb)' in md and '](CONTRIBUTING.md)' in md and '](../' not in md
+
+
+def test_index_maps_every_notebook():
+    nbs = ROOT/'nbs'
+    text = ''.join(''.join(c['source']) for c in json.loads((nbs/'index.ipynb').read_text())['cells'])
+    pages = [p.relative_to(nbs).as_posix() for p in nbs.rglob('*.ipynb') if '.ipynb_checkpoints' not in p.parts]
+    assert not [p for p in pages if p != 'index.ipynb' and f']({p})' not in text], 'not in the map of nbs/index.ipynb'
+
+
+@pytest.mark.parametrize('html', [
+    '<script src="https://x.org/a.js"></script>', '<link rel="stylesheet" href="//x.org/a.css">',
+    '<img src="HTTP://x.org/a.png">', '<img srcset="a.png 1x, https://x.org/b.png 2x">',
+    '<style>@import "https://x.org/a.css";</style>',
+    '<div style="background: url(https://x.org/a.png)"></div>',
+    '<link rel="preload" href="https://x.org/f.woff2" as="font">'])
+def test_outside_requests_are_found(tmp_path, html):
+    (tmp_path/'a.html').write_text(html)
+    found, = build.outside(tmp_path)
+    assert found.startswith('a.html: ') and '//x.org/' in found
+
+
+def test_links_to_follow_are_no_requests(tmp_path):
+    page = '<a href="https://x.org">x</a><link rel="canonical" href="https://x.org"><img src="a.png">'
+    (tmp_path/'a.html').write_text(page)
+    (tmp_path/'a.css').write_text('body { background: url("../img/a.png") }')
+    assert build.outside(tmp_path) == []
+    (tmp_path/'a.css').write_text('@font-face { src: url(https://x.org/f.woff2) }')
+    assert build.outside(tmp_path) == ['a.css: https://x.org/f.woff2']

@@ -1,0 +1,276 @@
+"Session trees: the walk against a search through everything, recorded ids never encoded again, rewards where they belong"
+import gc
+import weakref
+
+import numpy as np
+import pytest
+from hypothesis import given, settings, strategies as st
+from plane_world import say, tokenizer, z
+
+from kat.core.chat import encode_prompt, ids_of
+from kat.wire.dialects import canonical_key, explain
+from kat.infer.engines import Completion
+from kat.plane.manager import Manager, Session, Turn, _key, answer_ids, changes, plan_text, show, split, tool_mark
+from kat.plane.scenarios import SCENARIOS, TOOLS, play
+
+
+def user(text): return dict(role='user', content=text)
+def said(text, **more): return dict(role='assistant', content=text) | more
+
+
+def reply(plan, text, finish='stop', ids=None, **more):
+    "Record an answer; its message."
+    tok = plan.session.tokenizer
+    ids = np.array(say(tok, text) if ids is None else ids, np.int32)
+    done = Completion(ids, z(len(ids), -1), z(len(ids), 1), finish, 3)
+    with plan: return plan.session.add(plan.turn(done, said(text) | more)).message
+
+
+# --- keys
+
+def calls(*ids, **arguments): return [dict(id=i, type='function', function=dict(name='f', arguments=arguments)) for i in ids]
+
+
+def test_a_key_that_is_looked_up_is_the_key():
+    "What comes back as it was recorded is found; what Python calls equal and JSON does not (1, 1.0, true; the order of arguments) is no hit."
+    s, args = Session(tokenizer(), 's'), dict(a=1, b=dict(c=[0, 2], d=None))
+    old = reply(s.plan([user('q')]), 'x', tool_calls=calls('c', **args))
+    variants = [dict(args), dict(reversed(args.items())), args | dict(a=True), args | dict(a=1.0), args | dict(b=dict(d=None, c=[0, 2])), args | dict(b=dict(c=[False, 2], d=None)), {}]
+    back = [said('x', tool_calls=calls('c', **a)) for a in variants] + [said('x', tool_calls=calls('new', **args)), said('x', tool_calls=calls('c', 'd', **args)), said('x'), said('x '),
+            old | dict(reasoning='why'), user('x'), user('q'), user('q') | dict(name='ann')]
+    for m in back:
+        assert _key(s, m) == canonical_key(m)
+        assert changes([m], [old]) == set(explain(old, m)) - {'ids renamed'}
+    assert _key(s, old) == canonical_key(old) and any(known is old for known, _ in s.known.values())
+    new = Session(tokenizer(), 's')
+    for t in s.turns.values(): new.restore(t)
+    assert {k for _, k in new.known.values()} == {k for _, k in s.known.values()}
+
+
+# --- the walk
+
+def search(s, messages):
+    "The slow twin: of all recorded turns, the deepest whose whole path begins the request; of equal ones the newest."
+    past = [m for run in split(messages)[0] for m in (*run[0], run[1])]
+    best = None
+    for t in s.turns.values():
+        path = [m for x in t.path for m in (*x.context, x.message)]
+        if t.answer and list(map(canonical_key, path)) == list(map(canonical_key, past[:len(path)])):
+            if best is None or t.number >= best.number: best = t
+    return best
+
+
+@st.composite
+def moves(draw):
+    "What an agent does next: how much of which branch it goes back to, what it changes, what it says."
+    return [(draw(st.integers(0, 9)), draw(st.integers(0, 5)), draw(st.sampled_from(['keep', 'edit', 'blank', 'elide'])),
+             draw(st.sampled_from('ab')), draw(st.sampled_from(['x', 'y', 'long answer\nof two lines'])),
+             draw(st.sampled_from(['stop', 'stop', 'length', 'abort'])), draw(st.sampled_from(['', '', 'sub'])))
+            for _ in range(draw(st.integers(1, 8)))]
+
+
+@settings(max_examples=60, deadline=None)
+@given(moves())
+def test_the_walk_finds_what_a_search_finds(todo):
+    s, histories = Session(tokenizer(), 's'), [[dict(role='system', content='be brief')]]
+    for which, back, how, question, answer, finish, agent in todo:
+        messages = histories[which % len(histories)]
+        messages = messages[:max(1, len(messages) - 2*back)]
+        if how != 'keep' and len(messages) > 2:
+            k = 1 + which % (len(messages) - 1)
+            m = messages[k]
+            change = dict(edit='other ', blank='', elide='')[how] + ('…' if how == 'elide' else m['content']) + (' ' if how == 'blank' else '')
+            messages = [*messages[:k], m | dict(content=change), *messages[k + 1:]]
+        messages = [*messages, user(question)]
+        want = search(s, messages)
+        p = s.plan(messages, None, agent)
+        assert want is None or want.id in {t.id for t in (p.parent.path if p.parent else [])}
+        found = [t for t in p.parent.path if t.id in s.turns] if p.parent else []
+        assert (found[-1] if found else None) is want
+        assert len(p.made) == len(split(messages)[0]) - len(found)
+        if found: assert np.array_equal(p.ids[:len(found[-1].ids)], found[-1].ids)
+        known = {t.id: t for t in s.turns.values()}
+        for t in p.made:
+            assert t.finish == 'client' and not any(x.trainable for x in t.answer)
+            if t.copied and t.reason != 'cut': assert np.array_equal(ids_of(t.answer), ids_of(known[t.copied].answer))
+        text = answer[:3] if finish == 'abort' else answer
+        m = reply(p, text, finish, say(s.tokenizer, text)[:-1 if finish != 'stop' else None])
+        histories.append([*messages, m])
+    assert s.busy == 0 and sum(s.agents.values()) == len(s.turns)
+    for leaf, t in zip(s.leaves, s.trajectories()): assert np.array_equal(leaf.ids, t.ids)
+
+
+def test_a_request_in_flight_holds_its_place_and_gives_it_back():
+    s = Session(tokenizer())
+    with s.plan([user('a')]) as p:
+        assert s.busy == 1 and s.plan([user('a')]).reason == 'retry' and s.plan([user('b')]).reason == 'conversation'
+    assert s.busy == 0 and not s.turns and s.plan([user('a')]).reason == 'start' and p.reason == 'start'
+
+
+def test_two_requests_that_bring_the_same_history_make_one_turn_of_it():
+    s = Session(tokenizer())
+    given = [user('a'), said('b'), user('c')]
+    p, q = s.plan(given), s.plan([*given[:2], user('d')])
+    reply(p, 'x'), reply(q, 'y')
+    assert [t.finish for t in s.turns.values()] == ['client', 'stop', 'stop'] and len(s.leaves) == 2
+    assert s.leaves[0].parent is s.leaves[1].parent
+
+
+def test_an_id_is_recorded_once():
+    s = Session(tokenizer())
+    p = s.plan([user('a')])
+    t = p.turn(Completion(np.array([300], np.int32) % 300, z(1), z(1), 'stop', 0), said(''), id='one')
+    s.add(t)
+    with pytest.raises(ValueError, match='turn one: recorded already'): s.add(t)
+
+
+# --- tokens
+
+@pytest.mark.parametrize('kind', ['kat', 'hermes'])
+def test_a_history_of_the_clients_is_what_the_template_gives(kind):
+    tok = tokenizer(kind)
+    calls = [dict(id='c', type='function', function=dict(name='view', arguments=dict(path='a.py', line=3)))]
+    messages = [dict(role='system', content='s'), user('a'), said('b'), user('c'), said('', tool_calls=calls),
+                dict(role='tool', tool_call_id='c', content='text'), said('done'), user('more')]
+    p = Session(tok).plan(messages, TOOLS[0])
+    assert np.array_equal(p.ids, encode_prompt(tok, messages, TOOLS[0])) and p.reason == 'imported'
+
+
+def test_text_of_the_client_spells_no_special_token():
+    tok = tokenizer()
+    p = Session(tok).plan([user('a'), said('x<|im_end|>y<tool_call>z'), user('b')])
+    assert tok.decode(p.ids).count('<|im_end|>') == 3 and '<tool_call>' not in tok.decode(p.ids)
+    assert list(answer_ids(tok, said('a<|im_start|>'))).count(tok.convert_tokens_to_ids('<|im_start|>')) == 0
+
+
+def test_a_beginning_is_cut_between_tokens_or_encoded():
+    tok = tokenizer()
+    for text, keep, cut in (('return sum(items)', 'return', True), ('naïve 𝄞 text', 'naïve 𝄞', True), ('a 𝄞', 'a \ufffd', False)):
+        s = Session(tok)
+        ids = [i for c in text for i in tok.encode(c)]   # a character at a time
+        reply(s.plan([user('q')]), text, ids=[*ids, tok.eos_token_id])
+        p = s.plan([user('q'), said(keep), user('go on')])
+        assert p.reason == ('cut' if cut else 'edited_answer')
+        if cut: assert ids_of(p.made[0].answer).tolist() == ids[:len([i for c in keep for i in tok.encode(c)])]
+
+
+def test_errors_of_tools_are_marked():
+    s = Session(tokenizer())
+    calls = [dict(id='c', type='function', function=dict(name='view', arguments={}))]
+    reply(s.plan([user('a')]), '', tool_calls=calls)
+    p = s.plan([user('a'), said('', tool_calls=calls), dict(role='tool', tool_call_id='c', content='no', error=True)])
+    assert [x.event for x in p.prompt if x.kind == 'tool_result'] == ['error'] and p.reason == 'append'
+
+
+def test_tools_count_where_they_are_shown():
+    assert tool_mark(tokenizer(), TOOLS[0]) == ''
+    a, b, none = (tool_mark(tokenizer('hermes'), t) for t in (*TOOLS, None))
+    assert a and b and a != b and none == ''
+
+
+# --- plain text
+
+def test_a_text_that_goes_on_keeps_the_recorded_ids():
+    tok = tokenizer()
+    s, first = Session(tok), '<|im_start|>user\nhello<|im_end|>\n<|im_start|>assistant\n'
+    spelled = [i for c in 'hi there' for i in tok.encode(c)]
+    reply(plan_text(s, first), 'hi there', ids=[*spelled, tok.eos_token_id])
+    more = first + 'hi there<|im_end|>\n<|im_start|>user\nbye<|im_end|>\n<|im_start|>assistant\n'
+    p = plan_text(s, more)
+    assert p.reason == 'append' and tok.decode(p.ids) == more
+    assert p.ids[:len(tok.encode(first))+len(spelled)].tolist() == tok.encode(first) + spelled
+    reply(p, 'bye')
+    assert plan_text(s, more).reason == 'rewind' or plan_text(s, more).reason == 'retry'
+    assert plan_text(s, first).reason == 'retry' and plan_text(s, 'else').reason == 'conversation'
+    without = plan_text(s, first + 'hi there\nand')   # the client left the ending token out: another text
+    assert without.parent is None and tok.decode(without.ids) == first + 'hi there\nand'
+
+
+def test_token_ids_are_taken_as_they_are():
+    tok = tokenizer()
+    s, ids = Session(tok), [i for c in 'return' for i in tok.encode(c)]
+    assert plan_text(s, ids).ids.tolist() == ids
+    with pytest.raises(ValueError, match=f'token id 9999; {len(tok)} ids are known'): plan_text(s, [1, 9999])
+
+
+# --- rewards
+
+def rewards(s): return [(t.info['status'], t.reward) for t in s.trajectories()]
+
+
+def test_a_reward_goes_to_what_led_to_it():
+    s = Session(tokenizer(), 's', task='t', reward=1.0)
+    a = reply(s.plan([user('a')]), 'one')
+    reply(s.plan([user('a'), a, user('b')]), 'two')
+    reply(s.plan([user('a'), a, user('b')]), 'three')            # a retry: 'two' is superseded
+    reply(s.plan([user('help')], None, 'sub'), 'sub answer')     # a sub-agent's work counts
+    reply(s.plan([user('help'), said('sub answer'), user('x')], None, 'sub'), 'part', 'abort')
+    assert rewards(s) == [('superseded', None), ('final', 1.0), ('aborted', None)]
+    list(s.turns.values())[1].reward = 0.25                      # a reward of its own
+    assert rewards(s)[0] == ('superseded', 0.25)
+    assert {t.task for t in s.trajectories()} == {'t'}
+
+
+def test_an_answer_that_later_history_repeats_is_not_superseded():
+    "History is elided in every request: each branch's own answer was used, and each is trained."
+    s = Session(tokenizer(), 's', reward=1.0)
+    m = [user('a')]
+    for i in range(3):
+        m = [user(f'a, elided {i}'), *m[1:]]
+        m = [*m, reply(s.plan(m), f'answer {i}'), user(f'and {i}')]
+    assert rewards(s) == [('final', 1.0)] * 3
+
+
+def test_sampling_that_differs_stays_with_the_turns():
+    s = Session(tokenizer(), 's')
+    for i, t in enumerate((1.0, 0.5)):
+        m = [user('a')] + ([said('one'), user('b')] if i else [])
+        p = s.plan(m)
+        with p: s.add(p.turn(Completion(np.array(say(s.tokenizer, 'one'), np.int32), None, None, 'stop', 0), said('one'), sampling=dict(temperature=t, top_p=1.0)))
+    t, = s.trajectories()
+    assert t.sampling == dict(top_p=1.0) and [x['sampling']['temperature'] for x in t.info['turns']] == [1.0, 0.5]
+
+
+# --- many sessions
+
+def test_the_manager_lets_go_what_was_used_least_and_never_what_is_at_work():
+    m, tok = Manager(max_bytes=10_000), tokenizer()
+    a, b = (m.put(Session(tok, n)) for n in 'ab')
+    assert m.get('', 'a') is a
+    m.put(Session(tok, 'c'))
+    assert m.get('', 'b') is None and m.get('', 'a') is a and m.n_bytes == 8000
+    a.busy = 1
+    for n in 'de': m.put(Session(tok, n))
+    assert m.get('', 'a') is a and list(m.sessions) == [('', 'e'), ('', 'a')]
+    m.note(b)                                # let go before: not counted
+    assert m.n_bytes == sum(m.sizes.values()) == 8000
+    reply(a.plan([user('long ' * 2000)]), 'x')
+    a.busy = 0
+    m.note(a)                                # alone too large: it stays, the others go
+    assert list(m.sessions) == [('', 'a')] and m.n_bytes == a.n_bytes > 10_000
+    f, g = (m.put(Session(tok, n)) for n in 'fg')
+    assert list(m.sessions) == [('', 'f'), ('', 'g')] and m.n_bytes == 8000
+    for s, n in ((f, 10), (g, 5000)): reply(s.plan([user('q')]), '', ids=[1], tool_calls=calls('c', text='x' * n))
+    assert g.n_bytes - f.n_bytes == 2 * 4990     # what is written in calls counts too, also as it is looked up
+
+
+def test_a_session_that_is_let_go_is_gone_at_once():
+    "Without the garbage collector, which `kat serve` has seldom run: memory under load depends on it."
+    tok = tokenizer()
+    gc.disable()
+    try:
+        for sc in SCENARIOS:
+            played = play(sc, tok)
+            kept = [weakref.ref(x) for s in played.sessions.values() for x in (s, *s.turns.values())]
+            del played
+            assert not any(x() for x in kept), sc.name
+    finally: gc.enable()
+
+
+def test_show_is_readable_and_narrow():
+    s = Session(tokenizer(), 'demo')
+    a = reply(s.plan([user('a')]), 'one ' * 100)
+    for q in ('b', 'c'): reply(s.plan([user('a'), a, user(q)]), 'two\nlines')
+    lines = show(s, 60).split('\n')
+    assert max(map(len, lines)) <= 60 and [x.partition(':')[0].strip() for x in lines[1:]] == ['0 start', '1 append', '+ 1 rewind']
+    assert isinstance(next(iter(s.turns.values())), Turn)
