@@ -10,7 +10,7 @@ import sys
 import torch
 
 from kat.recipe.rollouts import ModelPolicy, rollout
-from kat.learn.rft import Episode, Monitor, shadow
+from kat.learn.rft import Attempt, Monitor, shadow
 from kat.infer.engines import HFEngine
 from kat.recipe.rollouts import expert_data
 from kat.learn.training import load_model
@@ -25,7 +25,7 @@ def main(run, n=64, k=4):
     tasks, monitors = [train_task(0, 5 * 10**5 + 10**4 + i) for i in range(n)], {}
     with world() as make_env:
         given = expert_data(tok, [t for t in tasks for _ in range(3)], make_env, 77)
-        truths = {t.id: [Episode.of(g) for g in given if g.task == t.id and g.reward == 1] for t in tasks}
+        truths = {t.id: [Attempt.of(g) for g in given if g.task == t.id and g.reward == 1] for t in tasks}
         tasks = [t for t in tasks if truths[t.id] for _ in range(k)]
         played = rollout(policy, tok, tasks, make_env, seed=5)
 

@@ -6,7 +6,7 @@
 __all__ = ['MB', 'RESULT_FD', 'PR_SET_PDEATHSIG', 'PR_SET_DUMPABLE', 'PR_SET_SECCOMP', 'PR_SET_CHILD_SUBREAPER',
            'PR_SET_NO_NEW_PRIVS', 'FILTER', 'TICK', 'REMOVE', 'COMMON', 'set_limits', 'set_limit', 'write_all', 'tell',
            'make_result', 'run_main', 'error_text', 'run_job', 'run_argv', 'prctl', 'take_fds', 'child', 'Program',
-           'set_filter', 'descendants', 'watch', 'kill_all', 'clean', 'one', 'warm', 'serve']
+           'set_filter', 'descendants', 'watch', 'kill_all', 'clean', 'one', 'warm', 'serve_jobs']
 
 # %% ../../nbs/envs/02_zygote.ipynb #c8b99758
 import ctypes
@@ -147,7 +147,7 @@ def child(lim: dict, work: str, fds: list):
     finally: os._exit(70)
 
 # %% ../../nbs/envs/02_zygote.ipynb #6d7a0906
-FILTER = b''  # the program for this process, if `serve` was given one
+FILTER = b''  # the program for this process, if `serve_jobs` was given one
 
 class Program(ctypes.Structure):
     "The kernel's `struct sock_fprog`."
@@ -261,7 +261,7 @@ def warm(base: str):
     gc.freeze()
 
 # %% ../../nbs/envs/02_zygote.ipynb #d9e0261f
-def serve(
+def serve_jobs(
     fd: int,  # of the socket
     base: str,  # directory that is the jobs' own
     quick: bool = True,  # warm up first

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['NOTHING', 'LEAST', 'Request', 'Completion', 'Engine', 'check_request', 'check_sessions', 'uniforms', 'pick',
-           'truncate', 'Plan', 'mask', 'address', 'KVCache', 'attend', 'Head', 'own_copy', 'copy_weights',
-           'StopStrings', 'Turn', 'SlotTable', 'common', 'Prefixes', 'prefill_groups', 'plan_prefill', 'Settings',
-           'sample', 'check_model', 'HFEngine']
+           'truncate', 'ForwardPlan', 'mask', 'address', 'KVCache', 'attend', 'Head', 'own_copy', 'copy_weights',
+           'StopStrings', 'Generation', 'SlotTable', 'common', 'Prefixes', 'prefill_groups', 'plan_prefill', 'Settings',
+           'sample', 'check_engine', 'HFEngine']
 
 # %% ../../nbs/infer/01_engines.ipynb #471cab35
 import copy
@@ -138,7 +138,7 @@ def truncate(
 
 # %% ../../nbs/infer/01_engines.ipynb #1620a61a
 @dataclass(eq=False)
-class Plan:
+class ForwardPlan:
     "Where the tokens of one packed forward belong."
     row: torch.Tensor  # long[tokens]: slot of each token
     pos: torch.Tensor  # long[tokens]: position of each token in its slot
@@ -154,7 +154,7 @@ class Plan:
 
 # %% ../../nbs/infer/01_engines.ipynb #a8b6228f
 def mask(
-    plan: Plan,
+    plan: ForwardPlan,
     window: int|None,  # sliding window: how many keys a token sees, itself included
     kv_heads: int,
     group: int,  # query heads to a key head
@@ -171,7 +171,7 @@ def mask(
 
 # %% ../../nbs/infer/01_engines.ipynb #b6ea6a90
 def address(
-    plan: Plan,
+    plan: ForwardPlan,
     kv_heads: int,
     capacity: int,  # positions in a buffer
 ) -> torch.Tensor:  # long[tokens*kv_heads]
@@ -220,7 +220,7 @@ def attend(
     q: torch.Tensor,  # [tokens, heads, head_dim]
     k: torch.Tensor,  # [slots, kv_heads, capacity, head_dim]
     v: torch.Tensor,  # [slots, kv_heads, capacity, head_dim]
-    plan: Plan,
+    plan: ForwardPlan,
     scale: float,  # of the scores
     window: int|None = None,  # sliding window in tokens
     softcap: float|None = None,  # scores are bent to c*tanh(score/c)
@@ -306,7 +306,7 @@ class StopStrings:
         return min([x for x in found if x[0] >= 0], default=(0, None))[1]
 
 # %% ../../nbs/infer/01_engines.ipynb #03f45251
-class Turn:
+class Generation:
     "A request on its way: history and sample so far are `n` tokens, of the first `have` the slot holds keys and values."
     def __init__(self, request: Request, history: np.ndarray, max_len: int, tokenizer=None):
         self.request, self.history, self.n, self.have = request, history, len(history), 0
@@ -413,7 +413,7 @@ def prefill_groups(
 def plan_prefill(
     group: list,  # (slot, start, stop)
     device,
-) -> Plan:
+) -> ForwardPlan:
     "The plan of one group, its tokens packed row after row; short rows are filled up with their own last token."
     n = np.array([b - a for _, a, b in group])
     first = np.cumsum(n) - n
@@ -421,13 +421,13 @@ def plan_prefill(
     row = np.repeat([s for s, _, _ in group], n)
     pos = np.concatenate([np.arange(a, b) for _, a, b in group])
     row, pos, rect, slots = (torch.as_tensor(x, device=device) for x in (row, pos, rect, [s for s, _, _ in group]))
-    return Plan(row, pos, slots, rect, max(b for _, _, b in group))
+    return ForwardPlan(row, pos, slots, rect, max(b for _, _, b in group))
 
 # %% ../../nbs/infer/01_engines.ipynb #e655d819
 class Settings:
     "How each row of a batch is sampled; that of a row without a turn doesn't matter."
     def __init__(self, turns, device):
-        "`turns`: the `Turn` of each row, or None."
+        "`turns`: the `Generation` of each row, or None."
         rs = [t.request if t else Request(NOTHING, 1) for t in turns]
         f = lambda x, dtype=torch.float32: torch.tensor(x, dtype=dtype, device=device)
         self.temperature, self.top_p = f([r.temperature or 1. for r in rs])[:, None], f([r.top_p for r in rs])
@@ -464,7 +464,7 @@ def _forward(e, tokens, plan, keep):
     return out.logits[0]
 
 # %% ../../nbs/infer/01_engines.ipynb #12952dc0
-def check_model(e):
+def check_engine(e):
     "ValueError if packed rows through the engine's cache don't get the logits of the model's own forward."
     off = [_off(e, np.arange(16)*k % e.vocab) for k in (7919, 7907, 7901, 7883, 7879)]
     if not np.median(off) <= .05:
@@ -543,7 +543,7 @@ def _close_ranks(e, turns):
     for a, b in zip(strays, holes): e.table.swap(a, b)
 
 # %% ../../nbs/infer/01_engines.ipynb #87e2896a
-def _decode(e) -> list[Turn]:  # the turns that got a token
+def _decode(e) -> list[Generation]:  # the turns that got a token
     "One more token for every turn that is ready."
     turns = [t for t in e.table.turn if t and t.n - t.have == 1]
     if not turns: return turns
@@ -554,7 +554,7 @@ def _decode(e) -> list[Turn]:  # the turns that got a token
     for t in turns: rows[t.slot] = t
     at = [t.n - 1 if t else e.cache.capacity - 1 for t in rows]
     every, on = torch.arange(n, device=e.device), lambda x: torch.as_tensor(np.array(x), device=e.device)
-    logits = _forward(e, on([t.last if t else 0 for t in rows]), Plan(every, on(at), slice(0, n), None, e.cache.capacity),
+    logits = _forward(e, on([t.last if t else 0 for t in rows]), ForwardPlan(every, on(at), slice(0, n), None, e.cache.capacity),
                       every)
     e.stats['decode_steps'] += 1
     e.stats['sampled_tokens'] += len(turns)
@@ -592,32 +592,32 @@ class HFEngine:
         self.tokenizer, self.waiting, self.rows, self.settings = tokenizer, deque(), [], None
         self._forget()
         self.stats = dict(prompt_tokens=0, prefilled_tokens=0, sampled_tokens=0, decode_steps=0)
-        check_model(self)
+        check_engine(self)
 
     def _forget(self):
         self.cache, self.table = KVCache(self.slots), SlotTable(self.slots)
         self.waiting.clear()
 
-    def submit(self, request: Request, i: int = 0) -> Turn:
+    def submit(self, request: Request, i: int = 0) -> Generation:
         "Check a request and let it wait for a slot; ValueError calls it number `i`."
         turn = self.prepare(request, i)
         self.enter(turn)
         return turn
 
-    def prepare(self, request: Request, i: int = 0) -> Turn:
+    def prepare(self, request: Request, i: int = 0) -> Generation:
         "Check a request; its turn isn't under way yet."
         ids = check_request(request, self.vocab, self.max_len, i)
         if request.stop_strings and self.tokenizer is None:
             _refuse(i, request, "stop_strings need a tokenizer: give one when making the engine")
-        return Turn(request, ids, self.max_len, self.tokenizer)
+        return Generation(request, ids, self.max_len, self.tokenizer)
 
-    def enter(self, turn: Turn) -> None:
+    def enter(self, turn: Generation) -> None:
         "Let a prepared turn wait for a slot."
         if turn.finish: return
         self.stats['prompt_tokens'] += turn.n
         self.waiting.append(turn)
 
-    def leave(self, turn: Turn) -> None:
+    def leave(self, turn: Generation) -> None:
         "Take a turn out, finished or not; what it has computed stays for the session's next one."
         if turn.slot is None:
             if turn in self.waiting: self.waiting.remove(turn)
@@ -629,7 +629,7 @@ class HFEngine:
     @property
     def busy(self) -> bool: return bool(self.waiting) or any(self.table.turn)
 
-    def step(self, patient: bool = True) -> list[Turn]:
+    def step(self, patient: bool = True) -> list[Generation]:
         """A token for every turn that is ready; returns these turns. Newcomers come in first: `patient`, the others wait
         until all of their text is computed, else for one forward at most. An interrupted step forgets everything."""
         try:

@@ -14,7 +14,7 @@ from typing import Protocol
 
 import torch
 
-from .engines import Completion, HFEngine, Request, Turn
+from .engines import Completion, HFEngine, Request, Generation
 
 # %% ../../nbs/infer/02_serving.ipynb #d2edf6b2
 class AsyncEngine(Protocol):
@@ -145,14 +145,14 @@ async def _ask(e, command, on_token=None):
     return await caller.done
 
 # %% ../../nbs/infer/02_serving.ipynb #ad73795f
-def _enter(e, turn: Turn, caller: Caller):
+def _enter(e, turn: Generation, caller: Caller):
     "A request comes in."
     if e.closed: return _tell([(caller, dict(error=EngineClosed("the engine is closed")))])
     if turn.finish: return _tell([(caller, dict(result=turn.completion(e.version)))])
     e.callers[turn] = caller
     e.engine.enter(turn)
 
-def _drop(e, turn: Turn):
+def _drop(e, turn: Generation):
     "A request is aborted."
     if e.callers.pop(turn, None): e.engine.leave(turn)
 

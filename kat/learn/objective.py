@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['LIMIT', 'UNITS', 'LOSSES', 'policy_gradient', 'ratio', 'ppo_clip', 'cispo', 'unit_clip', 'token_weights', 'k3',
-           'mismatch', 'importance', 'Kind', 'Objective', 'Tokens', 'FlatLoss', 'TreeLoss', 'merge_metrics']
+           'mismatch', 'importance_weights', 'Kind', 'Objective', 'Tokens', 'FlatLoss', 'TreeLoss', 'merge_metrics']
 
 # %% ../../nbs/learn/03_objective.ipynb #3ca3a86f
 from collections.abc import Sequence
@@ -125,7 +125,7 @@ def mismatch(
             "mismatch_k3": (d.expm1() - d).mean().item()}
 
 # %% ../../nbs/learn/03_objective.ipynb #e41f8f48
-def importance(
+def importance_weights(
     old: np.ndarray,                 # [n] trainer's log-probs with the weights that sampled
     engine: np.ndarray,              # [n] engine's log-probs
     tis: float | None = None,        # cap
@@ -313,7 +313,7 @@ def _gap(o, old, engine, sequence, turn):  # -> metrics, factor of each token
     if old is None: raise ValueError("engine log-probs are compared with old ones, which are missing")
     metrics = {"tokens": len(sequence)} | mismatch(torch.from_numpy(old), torch.from_numpy(engine))
     if not o.corrected: return metrics, 1.0
-    factor, touched = importance(old, engine, o.tis, o.mis, _units(o.correct or o.unit, sequence, turn))
+    factor, touched = importance_weights(old, engine, o.tis, o.mis, _units(o.correct or o.unit, sequence, turn))
     return metrics | {"tis_capped" if o.tis else "mis_masked": float(touched.mean()) if len(touched) else 0.0}, factor
 
 # %% ../../nbs/learn/03_objective.ipynb #191c421d

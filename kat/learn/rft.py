@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['WEIGHTS', 'PASS', 'FAIL', 'PROVENANCE', 'squeeze', 'normal_call', 'normal_turn', 'shared', 'Alignment', 'code_lines',
-           'patch_facts', 'overlap', 'Episode', 'turn_ids', 'parts', 'blend', 'discrepancy', 'reward', 'GroundTruth',
-           'save_ground_truths', 'load_ground_truths', 'group_advantages', 'with_logprobs', 'Monitor', 'shadow',
-           'savings']
+           'patch_facts', 'overlap', 'Attempt', 'turn_ids', 'parts', 'blend', 'discrepancy', 'rft_reward',
+           'GroundTruth', 'save_ground_truths', 'load_ground_truths', 'rft_advantages', 'with_logprobs', 'Monitor',
+           'shadow', 'savings']
 
 # %% ../../nbs/learn/06_rft.ipynb #3b4703b4
 import difflib, json, posixpath, re
@@ -133,8 +133,8 @@ def overlap(
 
 # %% ../../nbs/learn/06_rft.ipynb #788408b7
 @dataclass(frozen=True)
-class Episode:
-    "What a discrepancy looks at. Build it with `Episode.of`."
+class Attempt:
+    "What a discrepancy looks at. Build it with `Attempt.of`."
     turns: tuple       # multisets of normal calls
     tests: dict        # {name: passed}; empty when nothing was graded
     facts: tuple|None  # from `patch_facts`; None when no patch was recorded
@@ -145,7 +145,7 @@ class Episode:
     @classmethod
     def of(cls,
         source, # `Trajectory`, or the `info` of one: turns, tests, patch, files, finish
-    ) -> 'Episode':
+    ) -> 'Attempt':
         "Read a trajectory; ValueError names what is missing, and a trajectory that must be masked."
         info, task = getattr(source, 'info', source), getattr(source, 'task', '?')
         turns = info.get('turns')
@@ -174,8 +174,8 @@ PASS, FAIL = .1, .2                                # largest d of a passing roll
 
 
 def parts(
-    o:Episode, # rollout
-    g:Episode, # ground truth
+    o:Attempt, # rollout
+    g:Attempt, # ground truth
 ) -> dict: # outcome, actions, and patch where both recorded one; each in [0, 1]
     "The parts of the discrepancy, unweighted."
     names = o.tests.keys() | g.tests.keys()
@@ -197,8 +197,8 @@ def blend(parts:dict, weights:dict) -> float:
 
 # %% ../../nbs/learn/06_rft.ipynb #c0443b10
 def discrepancy(
-    o:Episode, # rollout
-    g:Episode, # ground truth
+    o:Attempt, # rollout
+    g:Attempt, # ground truth
     weights:dict=WEIGHTS, # of outcome, patch and actions
 ) -> float: # in [0, 1]; <= 0.1 if all tests pass, >= 0.2 if not
     "How far a rollout is from one ground truth. *own design*"
@@ -207,9 +207,9 @@ def discrepancy(
     return FAIL + (1 - FAIL) * blend(p, weights)
 
 # %% ../../nbs/learn/06_rft.ipynb #a1aded10
-def reward(
-    o:Episode, # rollout
-    ground_truths:list[Episode], # of the same task, all passing
+def rft_reward(
+    o:Attempt, # rollout
+    ground_truths:list[Attempt], # of the same task, all passing
     weights:dict=WEIGHTS, # of outcome, patch and actions
 ) -> float: # 1 − discrepancy from the nearest ground truth, in [0, 1]
     "Relative reward. ValueError when there is no ground truth, or one that does not pass its own tests."
@@ -241,7 +241,7 @@ class GroundTruth:
         self.episode
 
     @cached_property
-    def episode(self) -> Episode: return Episode.of(self.trajectory)
+    def episode(self) -> Attempt: return Attempt.of(self.trajectory)
 
 # %% ../../nbs/learn/06_rft.ipynb #1c5eaf52
 PROVENANCE = ('source', 'author', 'verified', 'style')
@@ -270,7 +270,7 @@ def load_ground_truths(
     return by
 
 # %% ../../nbs/learn/06_rft.ipynb #b8393433
-def group_advantages(
+def rft_advantages(
     rewards, # of the rollouts, in [0, 1]; nan: masked, advantage 0
     n_gt:int, # ground truths in the group, each with reward 1
     std:bool=True, # divide by the group's standard deviation, as GRPO does (False: Dr. GRPO)
@@ -304,7 +304,7 @@ def with_logprobs(model, trajectories: list[Trajectory], dtype=torch.bfloat16, e
 class Monitor:
     "Watches one rollout and says when it clearly deviates from every ground truth: stop it, or correct it. *own design*"
     def __init__(self,
-        ground_truths:list[Episode], # of the task; they may be shared between monitors
+        ground_truths:list[Attempt], # of the task; they may be shared between monitors
         threshold:float=.6, # running discrepancy above which a turn counts as deviating
         patience:int=2, # deviating turns in a row that stop the rollout
         weights:dict=WEIGHTS, # of patch and actions; the outcome is not known yet
@@ -346,7 +346,7 @@ class Monitor:
         return 'correct'
 
     def next_turn(self,
-        g:Episode, # ground truth
+        g:Attempt, # ground truth
     ) -> np.ndarray|None: # int32[n], ids of its first turn with readable calls that the rollout hasn't made; None: all are made
         "Where the ground truth would go on."
         made = Counter(self.made)
@@ -357,7 +357,7 @@ class Monitor:
 # %% ../../nbs/learn/06_rft.ipynb #5db0e1f2
 def shadow(
     rollouts:list, # finished trajectories, or their `info`
-    ground_truths:list[list[Episode]], # for each rollout those of its task
+    ground_truths:list[list[Attempt]], # for each rollout those of its task
     **settings, # of `Monitor`
 ) -> dict: # n, stopped, false_stops (they passed), turns and tokens saved, and their shares of the total
     "Exact savings and false stops of a monitor, on rollouts that were not stopped; infrastructure failures are left out."
@@ -366,7 +366,7 @@ def shadow(
     n = Counter(stopped=0, false_stops=0, turns_saved=0, tokens_saved=0)
     turns_total = tokens_total = 0
     for o, truths in pairs:
-        rec, e, m = getattr(o, 'info', o), Episode.of(o), Monitor(truths, **settings)
+        rec, e, m = getattr(o, 'info', o), Attempt.of(o), Monitor(truths, **settings)
         turns_total, tokens_total = turns_total + len(e.turns), tokens_total + e.tokens
         for t in rec['turns']:
             if m.observe(t) == 'stop' and m.turns < len(e.turns):

@@ -22,7 +22,7 @@ from ..compute.cost import token_flops
 from ..compute.engine import Edges, TreeEngine
 from ..core.io import read_records, write_records
 from ..core.types import Group, Trajectory
-from .advantage import REASONS, group_advantages, is_live, masked_rewards
+from .advantage import MASK_REASONS, group_advantages, is_live, masked_rewards
 from .objective import Objective, TreeLoss, merge_metrics
 from .training import (adapter_settings, has_adapter, latest_checkpoint, load_finished, load_weights, lr_factor, make_optimizer,
                                 merged, rng_state, save_checkpoint, save_finished, save_weights, set_rng_state, weights_checksum)
@@ -78,7 +78,7 @@ def batch_metrics(
     mean = lambda x: float(np.mean(x)) if len(x) else 0.0
     return {"reward": mean(graded), "solved": mean(graded >= 1), "groups": len(groups), "live_groups": int(live.sum()),
             "trajectories": len(rewards), "masked": len(rewards) - len(graded),
-            **{f"masked_{r}": sum(c[r] for c in reasons) for r in (*REASONS, "ungraded")}}
+            **{f"masked_{r}": sum(c[r] for c in reasons) for r in (*MASK_REASONS, "ungraded")}}
 
 # %% ../../nbs/learn/07_rl.ipynb #6cdb7ee7
 @dataclass(eq=False, repr=False)

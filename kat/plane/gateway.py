@@ -19,7 +19,7 @@ import numpy as np
 from .. import __version__
 from ..core.calls import FORMATS, call_format
 from ..core.io import dumps, need
-from ..wire.dialects import Answer, BadRequest, Call, Limits, Stream, count_tokens_answer, models_answer, parse_body, read_call, render_answer, render_error, too_long
+from ..wire.dialects import Answer, BadRequest, ApiCall, RequestLimits, Stream, count_tokens_answer, models_answer, parse_body, read_call, render_answer, render_error, too_long
 from ..infer.engines import Completion, Request
 from .live import Pulse, live_page, session_view
 from .manager import Manager, Plan, Session, Turn, plan_text, show
@@ -94,7 +94,7 @@ class Gateway:
         model: str = 'kat',        # name shown in /v1/models; any other is served too
         keys: dict[str, str] | None = None,  # owner by API key; None: no key is asked for
         stop: tuple | None = None,  # ids that end an answer; None: the tokenizer's eos
-        limits: Limits = Limits(),  # on one request
+        limits: RequestLimits = RequestLimits(),  # on one request
         concurrent: int = 1024,    # requests at a time; more get 429
         per_owner: int | None = None,  # of them of one owner; None: all
         manager: Manager | None = None,
@@ -168,7 +168,7 @@ def engine_request(g: Gateway, w: Writing, lane: str | None) -> Request:
                    None if s.seed is None else s.seed % 2**63, lane, stop_strings=(*s.stop, *_first_call_ends(g, w.call)))
 
 # %% ../../nbs/plane/07_gateway.ipynb #5dbf4599
-def _first_call_ends(g: Gateway, call: Call) -> tuple[str, ...]:
+def _first_call_ends(g: Gateway, call: ApiCall) -> tuple[str, ...]:
     "What to stop at where only one call is wanted. BadRequest for a model whose calls end with its answer."
     if call.parallel or not call.callables or g.format is None: return ()
     if not (end := FORMATS[g.format].close):
@@ -321,7 +321,7 @@ async def _admitted(g: Gateway, owner: str):
     finally: g.active[owner] -= 1
 
 # %% ../../nbs/plane/07_gateway.ipynb #bde3a917
-async def _named(g: Gateway, request, call: Call | None = None, key: str = '', owner: str = '', make: bool = True) -> Session:
+async def _named(g: Gateway, request, call: ApiCall | None = None, key: str = '', owner: str = '', make: bool = True) -> Session:
     "The session that a request names."
     h, hint = request.headers, call.metadata.get('session_id', '') if call else ''
     name = session_name(request.path_params.get('session', ''), h.get('x-kat-session', ''), key, hint)
@@ -329,7 +329,7 @@ async def _named(g: Gateway, request, call: Call | None = None, key: str = '', o
     if task and not _NAME.fullmatch(task): raise BadRequest(f'x-kat-task: {task!r:.80}; at most 256 printable ASCII characters without a space')
     return await find_session(g, owner, name, task, make)
 
-def make_plan(s: Session, call: Call) -> Plan:
+def make_plan(s: Session, call: ApiCall) -> Plan:
     "Where the call belongs. BadRequest for what the chat template refuses."
     agent = call.metadata.get('agent_id') or ('sub-agent' if call.metadata.get('subagent') else '')
     try: return plan_text(s, call.prompt, agent) if call.dialect == 'completions' else s.plan(call.messages, call.tools, agent)

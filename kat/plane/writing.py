@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from ..core.calls import CallParser, Decoder, open_call
-from ..wire.dialects import Answer, Call, TokenLogprob, call_prefix
+from ..wire.dialects import Answer, ApiCall, TokenLogprob, call_prefix
 from ..infer.engines import Completion
 from .manager import Plan, Turn, new_id
 
@@ -39,7 +39,7 @@ def _begun(text: str, s: str) -> int:
 class Writing:
     "One answer: its tokens, and what they say so far."
     def __init__(self,
-        call: Call,
+        call: ApiCall,
         plan: Plan,
         stop: tuple,         # token ids that end an answer
         format: str | None,  # how the model writes calls
@@ -77,7 +77,7 @@ class Writing:
         return Completion(*arrays, 'abort', self.versions[-1] if self.versions else -1, np.array(self.versions, np.int32))
 
 # %% ../../nbs/plane/05_writing.ipynb #a4f7fdfb
-def _opening(call: Call, format: str | None, thinks: bool) -> str:
+def _opening(call: ApiCall, format: str | None, thinks: bool) -> str:
     "What the answer must begin with: the beginning of a call that was demanded, after thinking that is cut short."
     if call.tool_choice != 'required' or format is None: return ''
     return ('\n</think>\n\n' if thinks else '') + open_call(format, call.tool)
@@ -122,7 +122,7 @@ def read_answer(w: Writing, done: Completion) -> tuple[Said, list[dict]]:
     text = w.tokenizer.decode(w.ids[:-1] if w.ids and w.ids[-1] in w.stop else w.ids)
     return Said(StopText(w.call.sampling.stop).feed(text, True)), rest
 
-def message_of(call: Call, said: Said) -> dict:
+def message_of(call: ApiCall, said: Said) -> dict:
     "The answer as a canonical message, as the client knows it."
     out = dict(role='assistant', content=said.content)
     if said.reasoning and call.thinking == 'shown': out['reasoning'] = said.reasoning

@@ -24,7 +24,7 @@ from ..envs.expert import Expert
 
 # %% auto #0
 __all__ = ['Episode', 'ended', 'recorded_turns', 'heed', 'Policy', 'ModelPolicy', 'ScriptPolicy', 'NoStore', 'Waves',
-           'segments_of', 'finished', 'check_replay', 'rollout', 'Response', 'Local', 'asyncio_run', 'expert_data',
+           'segments_of', 'finished', 'check_replay', 'rollout', 'LocalResponse', 'Local', 'asyncio_run', 'expert_data',
            'turn_facts']
 
 # %% ../../nbs/recipe/02_rollouts.ipynb #1e65ae79
@@ -242,7 +242,7 @@ def rollout(policy: Policy,                   # who acts
 
 # %% ../../nbs/recipe/02_rollouts.ipynb #5d0a8c12
 @dataclass
-class Response:
+class LocalResponse:
     "An HTTP response, as far as the agent reads it."
     status_code: int = 0
     content: bytes = b''
@@ -254,10 +254,10 @@ class Local:
     "A client without a socket for an ASGI application in this process; `post` is that of `httpx2.AsyncClient`, as far as the agent uses it."
     def __init__(self, app): self.app = app
 
-    async def post(self, url: str, json) -> Response:
+    async def post(self, url: str, json) -> LocalResponse:
         "Send `json`, wait for the whole answer."
         _, _, host, path = url.split('/', 3)
-        body, reply, over = dumps(json, ensure_ascii=False, allow_nan=False).encode(), Response(), asyncio.Event()
+        body, reply, over = dumps(json, ensure_ascii=False, allow_nan=False).encode(), LocalResponse(), asyncio.Event()
         headers = [(b'host', host.encode()), (b'content-type', b'application/json'), (b'content-length', b'%d' % len(body))]
         scope = dict(type='http', asgi=dict(version='3.0'), http_version='1.1', method='POST', scheme='http', path=f'/{path}', raw_path=f'/{path}'.encode(),
                      query_string=b'', root_path='', headers=headers, server=(host, 80), client=('local', 0))

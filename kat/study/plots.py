@@ -9,7 +9,7 @@ __all__ = ['STAGES', 'PANELS', 'stage_order', 'rate_marks', 'plot_stages', 'plot
 # %% ../../nbs/study/03_plots.ipynb #598f9b00
 import numpy as np
 from ..core.figures import use_style
-from .emergence import compare, pattern_table
+from .emergence import compare_models, pattern_table
 
 # %% ../../nbs/study/03_plots.ipynb #e720dbea
 STAGES = dict(base='Base', mid='Mid-training', sft='SFT', rft='RFT', rl='RL')   # known stages, in order
@@ -182,7 +182,7 @@ def plot_emergence(
 ):
     "Turns, parallel-turn rate, calls per turn in three views, and the patterns; paired bootstrap. Returns the figure."
     plt, sns = use_style()
-    rows, table = compare(before, after, turn_cap, seed=seed), pattern_table(before, after, seed=seed)
+    rows, table = compare_models(before, after, turn_cap, seed=seed), pattern_table(before, after, seed=seed)
     fig, axes = plt.subplots(2, 2, figsize=(7.4, 6.2))
     for ax, (metric, name) in zip(axes.flat, PANELS.items()):
         mine, scale = [r for r in rows if r['metric'] == metric], 100 if metric == 'parallel' else 1

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from ..core.io import need
-from .stats import LABELS, Call, merge_calls
+from .stats import LABELS, ModelCall, merge_calls
 from .trie import TokenTree
 
 # %% ../../nbs/tree/03_draw.ipynb #0e53ede3
@@ -144,7 +144,7 @@ def _legend(fig, blocks, label, pooled: int):
 
 # %% ../../nbs/tree/03_draw.ipynb #6aef7c8c
 def draw_calls(
-    calls: Sequence[Call],   # from `log_calls`
+    calls: Sequence[ModelCall],   # from `log_calls`
     title: str = "",
 ):                           # a matplotlib figure
     "Draw the tree of a log, its calls merged where they only append, striped by what the tokens are."

@@ -142,7 +142,7 @@ def _message_answer(call, a: Answer) -> dict:
 
 # %% ../../nbs/wire/02_answers.ipynb #59fac427
 def render_answer(
-    call,        # the `Call` answered
+    call,        # the `ApiCall` answered
     answer: Answer,
 ) -> dict:
     "A whole answer as the JSON of the call's dialect. ValueError for one that ended in an error."
@@ -159,7 +159,7 @@ def sse(data, event: str | None = None) -> bytes:
 class Stream:
     "The events of one answer, in the dialect of its call."
     def __init__(self,
-        call,                        # the `Call` answered
+        call,                        # the `ApiCall` answered
         id: str = '0',               # the answer's
         created: int | None = None,  # Unix seconds; None: now
     ):

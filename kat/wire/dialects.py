@@ -13,10 +13,10 @@ from .answers import Answer, Stream, TokenLogprob, call_prefix, count_tokens_ans
 from .normalise import canonical_json, canonical_key, drop_billing, explain, fold_reminders, merge_turns, note, order_results, tools_key, without_reminders
 
 # %% auto #0
-__all__ = ['READ', 'HARMLESS', 'ONLY', 'Sampling', 'Call', 'BadRequest', 'Limits', 'parse_body', 'parse_call', 'read_call',
-           'core_messages', 'too_long', 'Answer', 'Stream', 'TokenLogprob', 'call_prefix', 'count_tokens_answer',
-           'models_answer', 'render_answer', 'render_error', 'canonical_key', 'explain', 'tools_key',
-           'without_reminders']
+__all__ = ['READ', 'HARMLESS', 'ONLY', 'Sampling', 'ApiCall', 'BadRequest', 'RequestLimits', 'parse_body', 'parse_call',
+           'read_call', 'core_messages', 'too_long', 'Answer', 'Stream', 'TokenLogprob', 'call_prefix',
+           'count_tokens_answer', 'models_answer', 'render_answer', 'render_error', 'canonical_key', 'explain',
+           'tools_key', 'without_reminders']
 
 # %% ../../nbs/wire/03_dialects.ipynb #12c3bfb7
 _all_ = ['Answer', 'Stream', 'TokenLogprob', 'call_prefix', 'count_tokens_answer', 'models_answer', 'render_answer',
@@ -36,7 +36,7 @@ class Sampling:
 
 # %% ../../nbs/wire/03_dialects.ipynb #09a6bafc
 @dataclass
-class Call:
+class ApiCall:
     "One request in canonical form."
     dialect: str         # 'chat', 'completions' or 'messages'
     model: str           # name asked for
@@ -72,7 +72,7 @@ class BadRequest(ValueError):
 
 # %% ../../nbs/wire/03_dialects.ipynb #cd5923ba
 @dataclass(frozen=True)
-class Limits:
+class RequestLimits:
     "What one request may hold; a gateway may set its own."
     bytes: int = 32 * 2**20  # body
     depth: int = 100         # nesting of JSON
@@ -84,7 +84,7 @@ class Limits:
 # %% ../../nbs/wire/03_dialects.ipynb #8d95c459
 def parse_body(
     raw: bytes,                # of a request
-    limits: Limits = Limits(),
+    limits: RequestLimits = RequestLimits(),
 ) -> dict:
     "The JSON object. BadRequest 413 where it is too long, 400 where it is none."
     if len(raw) > limits.bytes: raise BadRequest(f'body: {len(raw)} bytes; at most {limits.bytes}', status=413)
@@ -94,7 +94,7 @@ def parse_body(
     return body
 
 # %% ../../nbs/wire/03_dialects.ipynb #93af0b7a
-def _check_body(body, limits: Limits) -> None:
+def _check_body(body, limits: RequestLimits) -> None:
     "BadRequest unless `body` is an object of strict JSON."
     if not isinstance(body, dict): raise BadRequest(f'body: an object expected, got {_name(body)}')
     try: check_json(body, limits.depth)
@@ -187,7 +187,7 @@ def _unknown(notes: dict, names) -> None:
     notes['unknown'] = ', '.join(sorted({*notes.get('unknown', '').split(', '), *names} - {''}))[:200]
 
 # %% ../../nbs/wire/03_dialects.ipynb #8814f0dc
-def _sampling(dialect: str, body: dict, limits: Limits, counting: bool) -> Sampling:
+def _sampling(dialect: str, body: dict, limits: RequestLimits, counting: bool) -> Sampling:
     "The sampling parameters of a body."
     s = Sampling(temperature=float(_number(body, 'temperature', float, 0, 2, 1)),
                  top_p=float(_number(body, 'top_p', float, 1e-6, 1, 1)),
@@ -201,7 +201,7 @@ def _sampling(dialect: str, body: dict, limits: Limits, counting: bool) -> Sampl
     return s
 
 # %% ../../nbs/wire/03_dialects.ipynb #f6b719f9
-def _stops(dialect: str, body: dict, limits: Limits) -> list[str]:
+def _stops(dialect: str, body: dict, limits: RequestLimits) -> list[str]:
     "Stop strings."
     key = 'stop_sequences' if dialect == 'messages' else 'stop'
     v = body.get(key)
@@ -212,7 +212,7 @@ def _stops(dialect: str, body: dict, limits: Limits) -> list[str]:
     return v
 
 # %% ../../nbs/wire/03_dialects.ipynb #62a2e750
-def _logprobs(dialect: str, body: dict, limits: Limits) -> int | None:
+def _logprobs(dialect: str, body: dict, limits: RequestLimits) -> int | None:
     "How many alternatives to each token, None where no log-probs are asked for."
     if dialect == 'completions': return _number(body, 'logprobs', int, 0, limits.top_logprobs, None)
     if dialect == 'messages': return None
@@ -275,7 +275,7 @@ def _check_schema(schema: dict, where: str) -> None:
     for i, k in enumerate(_get(schema, 'required', list, where, [])): _want(k, str, f'{where}.required[{i}]')
 
 # %% ../../nbs/wire/03_dialects.ipynb #13038c6f
-def _tools(dialect: str, body: dict, limits: Limits, notes: dict) -> tuple[list[dict], list[dict]]:
+def _tools(dialect: str, body: dict, limits: RequestLimits, notes: dict) -> tuple[list[dict], list[dict]]:
     "Tools for the prompt, and deferred ones."
     tools, now, later = _get(body, 'tools', list, '', []), [], []
     if len(tools) > limits.tools: _refuse('tools', f'{len(tools)}; at most {limits.tools}')
@@ -514,18 +514,18 @@ def parse_call(
     body: dict,        # decoded JSON
     headers: dict | None = None,  # of the request; names in any case
     counting: bool = False,       # is it for count_tokens, whose body needs no max_tokens?
-    limits: Limits = Limits(),
-) -> Call:
+    limits: RequestLimits = RequestLimits(),
+) -> ApiCall:
     "A request in canonical form. BadRequest, status 400, for whatever is wrong with it; nothing else for any JSON."
     _check_body(body, limits)
     return read_call(dialect, body, headers, counting, limits)
 
-def read_call(dialect: str, body: dict, headers: dict | None = None, counting: bool = False, limits: Limits = Limits()) -> Call:
+def read_call(dialect: str, body: dict, headers: dict | None = None, counting: bool = False, limits: RequestLimits = RequestLimits()) -> ApiCall:
     "`parse_call` of a body that `parse_body` has checked already."
     if dialect not in READ: raise ValueError(f'dialect {dialect!r}: one of {", ".join(READ)} expected')
     notes, meta = {}, _hints(body, headers or {})
     _check_fields(dialect, body, 'betas' in meta, notes)
-    c = Call(dialect, _get(body, 'model', str), sampling=_sampling(dialect, body, limits, counting), metadata=meta,
+    c = ApiCall(dialect, _get(body, 'model', str), sampling=_sampling(dialect, body, limits, counting), metadata=meta,
              stream=_get(body, 'stream', bool, '', False), thinking=_thinking(dialect, body))
     if dialect != 'messages':
         c.usage = _get(_get(body, 'stream_options', dict, '', {}), 'include_usage', bool, 'stream_options', False)
@@ -535,7 +535,7 @@ def read_call(dialect: str, body: dict, headers: dict | None = None, counting: b
     return c
 
 # %% ../../nbs/wire/03_dialects.ipynb #7ff14da4
-def _fill(c: Call, body: dict, limits: Limits, notes: dict) -> None:
+def _fill(c: ApiCall, body: dict, limits: RequestLimits, notes: dict) -> None:
     "Tools and messages of a chat."
     n = len(_get(body, 'messages', list))
     if not 0 < n <= limits.messages: _refuse('messages', f'{n}; 1 to {limits.messages} expected')
@@ -556,7 +556,7 @@ def _is_subagent(body: dict) -> bool:
 
 # %% ../../nbs/wire/03_dialects.ipynb #22233687
 def core_messages(
-    call: Call,   # of a chat dialect
+    call: ApiCall,   # of a chat dialect
 ) -> list[dict]:
     "The messages as `kat.core.chat.render` takes them."
     out = []

@@ -10,11 +10,11 @@ from collections import Counter
 from itertools import groupby
 
 # %% auto #0
-__all__ = ['REASONS', 'note', 'drop_billing', 'order_results', 'fold_reminders', 'merge_turns', 'canonical_json', 'mask_dates',
-           'canonical_form', 'arguments_of', 'canonical_key', 'tools_key', 'explain', 'without_reminders']
+__all__ = ['NORMALISATIONS', 'note', 'drop_billing', 'order_results', 'fold_reminders', 'merge_turns', 'canonical_json',
+           'mask_dates', 'canonical_form', 'arguments_of', 'canonical_key', 'tools_key', 'explain', 'without_reminders']
 
 # %% ../../nbs/wire/01_normalise.ipynb #6a0885ec
-REASONS = dict(
+NORMALISATIONS = dict(
     billing='a line at the top of the system prompt that changes with every request and is not for the model',
     reminders='system messages inside the list, as user text in their place; at the top they would change every prompt',
     results='tool results in the order of their calls, before other text of the same turn',
@@ -32,8 +32,8 @@ REASONS = dict(
 
 # %% ../../nbs/wire/01_normalise.ipynb #98e5b7b0
 def note(name: str, detail: str = '') -> str:
-    "A note for `Call.notes`: the rule's name, then why."
-    return f'{name}: {REASONS[name]}{f" ({detail})" if detail else ""}'
+    "A note for `ApiCall.notes`: the rule's name, then why."
+    return f'{name}: {NORMALISATIONS[name]}{f" ({detail})" if detail else ""}'
 
 # %% ../../nbs/wire/01_normalise.ipynb #b4aa308b
 _BILLING = re.compile(r'\A(?:x-anthropic-[\w-]+:[^\n]*(?:\n|\Z))+')

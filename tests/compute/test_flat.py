@@ -7,7 +7,7 @@ from torch.nn.functional import scaled_dot_product_attention as sdpa
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from kat.compute import logprob
-from kat.compute.attention import NAME, causal_attention, kat_attention, masked_attention, register
+from kat.compute.attention import FLAT_ATTENTION, causal_attention, kat_attention, masked_attention, register_attention
 from kat.compute.logprob import flat_logprobs, length_buckets, pad_rows
 
 FEW = settings(max_examples=15, deadline=None)
@@ -62,7 +62,7 @@ def test_whole_model_agrees(kw, how):
         args["attention_mask"] = real.long()
     if how == "packed": args["position_ids"] = torch.cat([torch.arange(90), torch.arange(50)]).expand(2, -1)
     logits, grads = [], []
-    for name in ("sdpa", register()):
+    for name in ("sdpa", register_attention()):
         model = make(name, **kw)
         out = model(ids, **args).logits[real]
         logits.append(out)
@@ -78,7 +78,7 @@ def test_generation_with_a_cache_agrees(kw):
     mask = torch.ones_like(ids)
     mask[1, :4] = 0
     said = [make(name, **kw).generate(ids, attention_mask=mask, max_new_tokens=20, do_sample=False, pad_token_id=0)
-            for name in ("sdpa", NAME)]
+            for name in ("sdpa", FLAT_ATTENTION)]
     assert torch.equal(*said)
 
 
@@ -134,7 +134,7 @@ def test_slices_of_the_vocabulary_change_nothing(monkeypatch):
 
 
 def test_rows_do_not_see_each_other_nor_padding():
-    model = make(NAME, dtype=torch.float32)
+    model = make(FLAT_ATTENTION, dtype=torch.float32)
     a, b, c = (np.random.default_rng(i).integers(0, 50, n) for i, n in enumerate((30, 20, 30)))
     def score(other): return flat_logprobs(model, pad_rows([other, b]), pad_rows([other < 0, b >= 0], False))[0]
     assert torch.equal(score(a), score(c))
@@ -142,7 +142,7 @@ def test_rows_do_not_see_each_other_nor_padding():
 
 
 def test_bfloat16_compute_keeps_float32_gradients():
-    model = make(NAME, dtype=torch.float32)
+    model = make(FLAT_ATTENTION, dtype=torch.float32)
     ids = torch.randint(0, 50, (4, 40), generator=torch.Generator().manual_seed(0))
     mask = torch.ones_like(ids, dtype=torch.bool)
     grads = []

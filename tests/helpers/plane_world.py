@@ -7,7 +7,7 @@ import numpy as np
 
 from kat.core.chat import train_tokenizer
 from kat.plane.gateway import Gateway
-from kat.plane.scenarios import TOOLS, answer_of, cut_off, messages_of, spelled
+from kat.plane.scenarios import SCENARIO_TOOLS, answer_of, cut_off, messages_of, spelled
 from kat.infer.scripted import ScriptEngine
 from kat.plane.store import Store
 
@@ -182,7 +182,7 @@ async def play_http(w: World, sc, dialect: str, stream: bool, tag: str) -> tuple
         name = f'{tag}-{step.session}'
         names.append(name)
         messages = messages_of(step, answers)
-        body = BODY[dialect](messages, TOOLS[step.tools - 1], stream=stream)
+        body = BODY[dialect](messages, SCENARIO_TOOLS[step.tools - 1], stream=stream)
         headers = {'x-claude-code-agent-id': step.agent} if step.agent else {}
         number, leave = len(w.engine.asked), None
         if step.finish == 'length': body['max_tokens'] = len(cut_off(ids, step))

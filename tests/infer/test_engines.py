@@ -9,7 +9,7 @@ from transformers import (Gemma2Config, Gemma2ForCausalLM, Gemma3ForCausalLM, Ge
                           GptOssForCausalLM, Lfm2Config, Lfm2ForCausalLM, LlamaConfig, LlamaForCausalLM, MistralConfig,
                           MistralForCausalLM, Qwen3Config, Qwen3ForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM)
 
-from kat.infer import engines as engines
+from kat.infer import engines
 from kat.infer.engines import HFEngine, Prefixes, Request, Settings, SlotTable, check_sessions, common, pick, prefill_groups, sample, truncate, uniforms
 
 V = 64

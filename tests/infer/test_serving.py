@@ -10,7 +10,7 @@ from tokenizers import Tokenizer, decoders, models
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from kat.compute.logprob import flat_logprobs
-from kat.infer import engines as engines
+from kat.infer import engines
 from kat.infer.engines import Completion, HFEngine, Request, StopStrings
 from kat.infer.partial import PartialRollout, Publisher
 from kat.infer.serving import EngineClosed, HFAsyncEngine

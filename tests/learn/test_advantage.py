@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings, strategies as st
 
 from kat.core.types import Segment, Trajectory
-from kat.learn.advantage import (REASONS, batch_std, dr_grpo, entropy_factors, gae, group_advantages, masked_rewards,
+from kat.learn.advantage import (MASK_REASONS, batch_std, dr_grpo, entropy_factors, gae, group_advantages, masked_rewards,
                                  pass_rate_factors, per_token)
 
 NAN = float("nan")
@@ -43,7 +43,7 @@ def test_overlong_is_the_trainers_own_limit():
 def test_unknown_reasons_are_errors():
     with pytest.raises(ValueError, match=r"task t1: info\['masked'\] is 'bored': one of truncated"): masked_rewards([episode(1.0, masked="bored")])
     with pytest.raises(ValueError, match="info.*is True"): masked_rewards([episode(1.0, masked=True)])
-    with pytest.raises(ValueError, match="masks: 'cap': one of"): masked_rewards([], [*REASONS, "cap"])
+    with pytest.raises(ValueError, match="masks: 'cap': one of"): masked_rewards([], [*MASK_REASONS, "cap"])
 
 
 def test_batch_std_by_hand():

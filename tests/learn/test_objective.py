@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings, strategies as st
 
 from kat.learn.advantage import dr_grpo, group_advantages, grpo, is_live, rloo
-from kat.learn.objective import (LIMIT, LOSSES, Objective, cispo, importance, k3, merge_metrics, mismatch, policy_gradient,
+from kat.learn.objective import (LIMIT, LOSSES, Objective, cispo, importance_weights, k3, merge_metrics, mismatch, policy_gradient,
                                  ppo_clip, token_weights, unit_clip)
 
 NAN = float("nan")
@@ -148,14 +148,14 @@ def test_k3_by_hand():
 
 def test_importance_by_hand():
     old, engine = np.log([0.4, 0.1, 0.3]), np.log([0.1, 0.4, 0.2])              # ratios 4, 1/4, 3/2
-    factor, touched = importance(old, engine, tis=2.0)
+    factor, touched = importance_weights(old, engine, tis=2.0)
     assert factor.tolist() == pytest.approx([2, 0.25, 1.5]) and touched.tolist() == [True, False, False]
-    factor, touched = importance(old, engine, mis=(0.5, 2.0))
+    factor, touched = importance_weights(old, engine, mis=(0.5, 2.0))
     assert factor.tolist() == pytest.approx([0, 0, 1.5]) and touched.tolist() == [True, True, False]
-    factor, touched = importance(old, engine, tis=2.0, unit=np.array([0, 0, 1]))   # products 1, 3/2
+    factor, touched = importance_weights(old, engine, tis=2.0, unit=np.array([0, 0, 1]))   # products 1, 3/2
     assert factor.tolist() == pytest.approx([1, 1, 1.5]) and not touched.any()
     for bad in ({}, dict(tis=2.0, mis=(0.5, 2.0))):
-        with pytest.raises(ValueError, match="exactly one"): importance(old, engine, **bad)
+        with pytest.raises(ValueError, match="exactly one"): importance_weights(old, engine, **bad)
 
 
 def test_weights_by_hand():

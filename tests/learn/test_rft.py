@@ -15,8 +15,8 @@ from kat.core.types import Segment, Trajectory
 from kat.envs.base import ToolCall
 from kat.envs.expert import Expert
 from kat.envs.micro import SYSTEM, MicroEnv, make_task
-from kat.learn.rft import (Alignment, Episode, GroundTruth, Monitor, discrepancy, group_advantages, load_ground_truths,
-                           normal_turn, parts, patch_facts, reward, save_ground_truths, savings, shadow, shared, squeeze)
+from kat.learn.rft import (Alignment, Attempt, GroundTruth, Monitor, discrepancy, rft_advantages, load_ground_truths,
+                           normal_turn, parts, patch_facts, rft_reward, save_ground_truths, savings, shadow, shared, squeeze)
 from kat.learn.rl import make_row
 from kat.recipe.pipeline import ROOT
 from kat.infer.engines import Completion, HFEngine
@@ -47,7 +47,7 @@ def infos(tests): return st.builds(info, turns, tests, patches)
 
 passing = st.just({'t': True, 'u': True})
 failing = st.sampled_from([{'t': True, 'u': False}, {'t': True}, {}, {'t': False}])
-truths = st.lists(infos(passing).map(Episode.of), min_size=1, max_size=3)
+truths = st.lists(infos(passing).map(Attempt.of), min_size=1, max_size=3)
 
 
 # the promises of the design
@@ -55,22 +55,22 @@ truths = st.lists(infos(passing).map(Episode.of), min_size=1, max_size=3)
 @few
 @given(truths)
 def test_zero_for_a_ground_truth(gs):
-    for g in gs: assert discrepancy(g, g) == 0 and reward(g, gs) == 1
+    for g in gs: assert discrepancy(g, g) == 0 and rft_reward(g, gs) == 1
 
 
 @few
 @given(infos(passing), infos(failing), truths)
 def test_passing_beats_failing_whatever_the_path(good, bad, gs):
-    good, bad = Episode.of(good), Episode.of(bad)
+    good, bad = Attempt.of(good), Attempt.of(bad)
     for g in gs: assert 0 <= discrepancy(good, g) <= .1 and .2 <= discrepancy(bad, g) <= 1
-    assert 0 <= reward(bad, gs) <= .8 < .9 <= reward(good, gs) <= 1
+    assert 0 <= rft_reward(bad, gs) <= .8 < .9 <= rft_reward(good, gs) <= 1
 
 
 @few
 @given(infos(passing | failing), truths)
 def test_a_stopped_rollout_has_the_worst_outcome(o, gs):
-    e = Episode.of(o | dict(finish='stopped'))
-    assert parts(e, gs[0])['outcome'] == 1 and reward(e, gs) <= .4 + 1e-12
+    e = Attempt.of(o | dict(finish='stopped'))
+    assert parts(e, gs[0])['outcome'] == 1 and rft_reward(e, gs) <= .4 + 1e-12
 
 
 @few
@@ -80,7 +80,7 @@ def test_order_inside_a_turn_and_of_keys_does_not_matter(o, gs, rnd):
     for t in other['turns']:
         rnd.shuffle(t['calls'])
         for c in t['calls']: c['arguments'] = dict(reversed(c['arguments'].items()))
-    for g in gs: assert discrepancy(Episode.of(other), g) == discrepancy(Episode.of(o), g)
+    for g in gs: assert discrepancy(Attempt.of(other), g) == discrepancy(Attempt.of(o), g)
 
 
 words = st.sampled_from(['return', 'x', 'y1', '12', 'not', '+', '==', '(', ')', "'", '.'])
@@ -115,13 +115,13 @@ def test_white_space_between_words_does_matter():
 @few
 @given(infos(passing), st.data())
 def test_monotone_when_needed_calls_are_missing(o, data):
-    g, before = Episode.of(o), 0.
+    g, before = Attempt.of(o), 0.
     turns = [dict(t, calls=list(t['calls'])) for t in o['turns'] if not t['errors']]
-    g = Episode.of(o | dict(turns=turns))
+    g = Attempt.of(o | dict(turns=turns))
     while any(t['calls'] for t in turns):
         t = data.draw(st.sampled_from([t for t in turns if t['calls']]))
         t['calls'].pop(data.draw(st.integers(0, len(t['calls']) - 1)))
-        now = discrepancy(Episode.of(o | dict(turns=turns)), g)
+        now = discrepancy(Attempt.of(o | dict(turns=turns)), g)
         assert now > before or now == pytest.approx(before)
         before = now
 
@@ -130,11 +130,11 @@ def test_monotone_when_needed_calls_are_missing(o, data):
 @given(infos(failing), truths)
 def test_more_passing_tests_and_more_ground_truths_never_hurt(o, gs):
     names = ['t', 'u', 'v', 'w']
-    g = Episode(gs[0].turns, dict.fromkeys(names, True), gs[0].facts, False)
-    d = [discrepancy(Episode.of(o | dict(tests={n: i < k for i, n in enumerate(names)})), g) for k in range(5)]
+    g = Attempt(gs[0].turns, dict.fromkeys(names, True), gs[0].facts, False)
+    d = [discrepancy(Attempt.of(o | dict(tests={n: i < k for i, n in enumerate(names)})), g) for k in range(5)]
     assert d == sorted(d, reverse=True)
-    e = Episode.of(o)
-    assert reward(e, gs) == max(reward(e, [g]) for g in gs)
+    e = Attempt.of(o)
+    assert rft_reward(e, gs) == max(rft_reward(e, [g]) for g in gs)
 
 
 # the parts, against slow and plain versions
@@ -166,13 +166,13 @@ def test_alignment_is_the_best_monotone_one(o, g):
 def test_parallel_and_sequential_reading_differ_only_in_actions():
     c = [dict(name='view', arguments=dict(path=p), ok=True) for p in FILES]
     par, seq = ([dict(calls=c)], [dict(calls=[x]) for x in c])
-    p = parts(Episode.of(info(seq, {'t': True}, {})), Episode.of(info(par, {'t': True}, {})))
+    p = parts(Attempt.of(info(seq, {'t': True}, {})), Attempt.of(info(par, {'t': True}, {})))
     assert p == dict(outcome=0, actions=.5, patch=0)
 
 
 def test_patch_ranks_failures():
-    def d(patch): return parts(Episode.of(info([], {}, patch)), g)['patch']
-    g = Episode.of(info([], {}, {'b.py': 'def g(x):\n    return x + 1\n'}))
+    def d(patch): return parts(Attempt.of(info([], {}, patch)), g)['patch']
+    g = Attempt.of(info([], {}, {'b.py': 'def g(x):\n    return x + 1\n'}))
     same, text, line = (d({path: new}) for path, new in (('./b.py', 'def g(x):\n    return x+1\n'),
                         ('b.py', 'def g(x):\n    return 7\n'), ('b.py', 'def g(y):\n    return x\n')))
     assert same == 0 < text < line < d({'a.py': FILES['a.py'] + 'z = 1\n'}) == d({}) == 1
@@ -182,16 +182,16 @@ def test_patch_ranks_failures():
 
 
 def test_no_patch_on_one_side_leaves_the_part_out():
-    assert 'patch' not in parts(Episode.of(info([], {}, {})), Episode.of(info([], {})))
+    assert 'patch' not in parts(Attempt.of(info([], {}, {})), Attempt.of(info([], {})))
 
 
 # faults
 
 def test_faults_are_named():
-    with pytest.raises(ValueError, match="task 'k9'.*turns"): Episode.of(Trajectory('k9', []))
-    o, bad = Episode.of(info([], {})), Episode.of(info([], {'t': False}))
-    with pytest.raises(ValueError, match='at least one ground truth'): reward(o, [])
-    with pytest.raises(ValueError, match='ground truth 0 does not pass'): reward(o, [bad])
+    with pytest.raises(ValueError, match="task 'k9'.*turns"): Attempt.of(Trajectory('k9', []))
+    o, bad = Attempt.of(info([], {})), Attempt.of(info([], {'t': False}))
+    with pytest.raises(ValueError, match='at least one ground truth'): rft_reward(o, [])
+    with pytest.raises(ValueError, match='ground truth 0 does not pass'): rft_reward(o, [bad])
     for kw in (dict(threshold=0.), dict(threshold=1.5), dict(patience=0)):
         with pytest.raises(ValueError, match='Monitor'): Monitor([o], **kw)
     with pytest.raises(ValueError, match='Monitor'): Monitor([])
@@ -199,7 +199,7 @@ def test_faults_are_named():
 
 def test_an_episode_survives_storage():
     t = Trajectory('t', [], 1., info=info([dict(calls=[], tokens=3, errors=0)], {'t': True}, [('a.py', 1, 'x')]))
-    assert Episode.of(Trajectory.from_dict(json.loads(json.dumps(t.to_dict())))) == Episode.of(t)
+    assert Attempt.of(Trajectory.from_dict(json.loads(json.dumps(t.to_dict())))) == Attempt.of(t)
 
 
 # advantages
@@ -207,17 +207,17 @@ def test_an_episode_survives_storage():
 @few
 @given(st.lists(st.floats(0, 1) | st.just(float('nan')), max_size=8), st.integers(1, 4), st.booleans())
 def test_advantages(rewards, n_gt, std):
-    a = group_advantages(rewards, n_gt, std)
+    a = rft_advantages(rewards, n_gt, std)
     assert len(a) == len(rewards) + n_gt and np.isfinite(a).all() and abs(a.sum()) < 1e-6
     assert (a[:len(rewards)][np.isnan(rewards)] == 0).all() if rewards else True
     assert (a[len(rewards):] >= 0).all()                           # nothing in the group is better than a ground truth
 
 
 def test_advantages_by_hand():
-    assert group_advantages([0., .5], 2, std=False) == pytest.approx([-.625, -.125, .375, .375])
+    assert rft_advantages([0., .5], 2, std=False) == pytest.approx([-.625, -.125, .375, .375])
     x = np.array([0, .5, 1, 1])
-    assert group_advantages([0., .5], 2) == pytest.approx((x - x.mean()) / x.std())
-    assert not group_advantages([1., 1.], 1).any()
+    assert rft_advantages([0., .5], 2) == pytest.approx((x - x.mean()) / x.std())
+    assert not rft_advantages([1., 1.], 1).any()
 
 
 # the monitor
@@ -226,7 +226,7 @@ def test_advantages_by_hand():
 @given(truths, st.data())
 def test_a_prefix_of_a_ground_truth_is_never_stopped(gs, data):
     i = data.draw(infos(passing))
-    m = Monitor([*gs, Episode.of(i)], threshold=.01, patience=1)
+    m = Monitor([*gs, Attempt.of(i)], threshold=.01, patience=1)
     assert [m.observe(t) for t in i['turns']] == ['go'] * len(i['turns']) and not any(m.running)
 
 
@@ -236,7 +236,7 @@ def test_running_discrepancy_is_that_of_the_prefix(o, gs):
     m = Monitor(gs)
     for k, t in enumerate(o['turns'], 1):
         m.observe(t)
-        prefix = Episode.of(info(o['turns'][:k], {}, finish='stopped'))
+        prefix = Attempt.of(info(o['turns'][:k], {}, finish='stopped'))
         assert m.running[-1] == pytest.approx(min(parts(prefix, g)['actions'] for g in gs))
     assert (m.turns, m.tokens) == (len(o['turns']), 5 * len(o['turns']))
 
@@ -247,19 +247,19 @@ def good(): return [one('view'), one('edit'), one('test')]
 
 
 def test_patience_and_recovery():
-    m = Monitor([Episode.of(info(good(), {'t': True}))], threshold=.55, patience=2)
+    m = Monitor([Attempt.of(info(good(), {'t': True}))], threshold=.55, patience=2)
     assert [m.observe(t) for t in lost(1) + good()[:1] + lost(4)] == ['go', 'go', 'go', 'go', 'stop', 'stop']
 
 
 def test_wrong_edits_count_when_the_driver_passes_them():
-    g = [Episode.of(info(good(), {'t': True}, {'b.py': 'def g(x):\n    return x + 1\n'}))]
+    g = [Attempt.of(info(good(), {'t': True}, {'b.py': 'def g(x):\n    return x + 1\n'}))]
     m = Monitor(g, threshold=.5, patience=1)
     assert m.observe(good()[0], {}, FILES) == 'go' and m.running == [0]
     assert m.observe(good()[1], {'a.py': 'pass\n'}, FILES) == 'stop'
 
 
 def test_savings_exact_and_estimated():
-    g = [Episode.of(info(good(), {'t': True}))]
+    g = [Attempt.of(info(good(), {'t': True}))]
     runs = [info(good(), {'t': True}), info(lost(6), {'t': False}), info(lost(5), {'t': True})]
     r = shadow(runs, [g] * 3, patience=2)
     assert (r['n'], r['stopped'], r['false_stops'], r['turns_saved'], r['tokens_saved']) == (3, 2, 1, 7, 49)
@@ -287,7 +287,7 @@ def test_reformatted_files_are_the_same_patch(o, gs, data):
         blank = lambda: data.draw(st.sampled_from(['', '\n', ' \n']))
         new = {f'./{p}': ''.join(blank() + (spread(s, data.draw) if s.strip() else s) + '\n' for s in t.splitlines()) + blank()
                for p, t in o['patch'].items()}
-        for g in gs: assert discrepancy(Episode.of(o | dict(patch=new)), g) == discrepancy(Episode.of(o), g)
+        for g in gs: assert discrepancy(Attempt.of(o | dict(patch=new)), g) == discrepancy(Attempt.of(o), g)
 
 
 def test_indentation_is_no_formatting_and_a_reformatted_line_is_not_touched():
@@ -304,8 +304,8 @@ weights = st.fixed_dictionaries(dict(outcome=st.floats(0, 5), patch=st.floats(0,
 @few
 @given(infos(passing), infos(failing), truths, weights)
 def test_the_outcome_dominates_under_any_weights(good, bad, gs, w):
-    assert all(discrepancy(Episode.of(good), g, w) <= .1 + 1e-12 and discrepancy(Episode.of(bad), g, w) >= .2 - 1e-12 for g in gs)
-    assert reward(Episode.of(good), gs, w) > reward(Episode.of(bad), gs, w)
+    assert all(discrepancy(Attempt.of(good), g, w) <= .1 + 1e-12 and discrepancy(Attempt.of(bad), g, w) >= .2 - 1e-12 for g in gs)
+    assert rft_reward(Attempt.of(good), gs, w) > rft_reward(Attempt.of(bad), gs, w)
     assert all(discrepancy(g, g, w) == 0 for g in gs)
 
 
@@ -314,9 +314,9 @@ def test_the_outcome_dominates_under_any_weights(good, bad, gs, w):
 def test_each_test_broken_raises_the_discrepancy(o, gs, passed, data):
     tests = dict(zip('tuvw', passed))
     broken = tests | {data.draw(st.sampled_from([k for k, ok in tests.items() if ok])): False}
-    before, after = (Episode.of(o | dict(tests=t)) for t in (tests, broken))
+    before, after = (Attempt.of(o | dict(tests=t)) for t in (tests, broken))
     for g in gs: assert discrepancy(after, g) > discrepancy(before, g)
-    assert reward(after, gs) < reward(before, gs)
+    assert rft_reward(after, gs) < rft_reward(before, gs)
 
 
 def worth(o, g):
@@ -333,7 +333,7 @@ def test_losing_a_needed_call_never_helps(o, gs, data):
     if not places: return
     i, j = data.draw(st.sampled_from(places))
     turns = [dict(t, calls=[c for k, c in enumerate(t['calls']) if (n, k) != (i, j)]) for n, t in enumerate(o['turns'])]
-    full, less = Episode.of(o), Episode.of(o | dict(turns=turns))
+    full, less = Attempt.of(o), Attempt.of(o | dict(turns=turns))
     for g in gs:
         if worth(less, g) < worth(full, g): assert discrepancy(less, g) >= discrepancy(full, g) - 1e-12
 
@@ -341,15 +341,15 @@ def test_losing_a_needed_call_never_helps(o, gs, data):
 @few
 @given(infos(passing), st.integers(0, 5), truths)
 def test_a_stopped_prefix_of_a_ground_truth_is_at_zero_in_its_actions(o, k, gs):
-    g, cut = Episode.of(o), Episode.of(o | dict(turns=o['turns'][:k], finish='stopped'))
+    g, cut = Attempt.of(o), Attempt.of(o | dict(turns=o['turns'][:k], finish='stopped'))
     assert parts(cut, g)['actions'] == 0 and parts(cut, g)['outcome'] == 1
-    for other in gs: assert parts(cut, other)['actions'] <= parts(Episode.of(o | dict(turns=o['turns'][:k])), other)['actions']
+    for other in gs: assert parts(cut, other)['actions'] <= parts(Attempt.of(o | dict(turns=o['turns'][:k])), other)['actions']
 
 
 def test_what_was_spliced_in_is_no_work_of_the_policy():
-    own, g = info(lost(2), {'t': True}), Episode.of(info(good(), {'t': True}))
+    own, g = info(lost(2), {'t': True}), Attempt.of(info(good(), {'t': True}))
     mixed = info([lost(1)[0], good()[0] | dict(corrected=True, tokens=0), lost(1)[0]], {'t': True})
-    assert Episode.of(mixed) == Episode.of(own) and discrepancy(Episode.of(mixed), g) > 0
+    assert Attempt.of(mixed) == Attempt.of(own) and discrepancy(Attempt.of(mixed), g) > 0
 
 
 # ground truths with provenance
@@ -366,7 +366,7 @@ def test_ground_truths_keep_their_provenance(tmp_path, name):
     assert save_ground_truths(tmp_path / name, [a, b]) == 2
     back = load_ground_truths(tmp_path / name)
     assert back == {'k1': [a, b]} and back['k1'][0].episode.ids == ((10, 2), (11, 2), (12, 2))
-    assert reward(back['k1'][1].episode, [g.episode for g in back['k1']]) == 1
+    assert rft_reward(back['k1'][1].episode, [g.episode for g in back['k1']]) == 1
 
 
 @pytest.mark.parametrize('change, message', [
@@ -392,8 +392,8 @@ def test_provenance_must_be_there(tmp_path):
 # corrections
 
 def test_the_nearest_ground_truth_goes_on_where_the_rollout_left_it():
-    near = Episode.of(trajectory([one('view'), one('edit'), one('submit')], {'t': True}))
-    far = Episode.of(trajectory([one('fly')] * 3, {'t': True}, [[90], [91], [92]]))
+    near = Attempt.of(trajectory([one('view'), one('edit'), one('submit')], {'t': True}))
+    far = Attempt.of(trajectory([one('fly')] * 3, {'t': True}, [[90], [91], [92]]))
     m = Monitor([far, near], threshold=.3, patience=2, corrections=2)
     said = [m.observe(t) for t in [one('view'), *lost(2)]]
     assert said == ['go', 'go', 'correct'] and m.correction.tolist() == [11, 2] and m.correction.dtype == np.int32
@@ -403,7 +403,7 @@ def test_the_nearest_ground_truth_goes_on_where_the_rollout_left_it():
 
 
 def test_a_ground_truth_with_nothing_left_to_show_cannot_correct():
-    m = Monitor([Episode.of(trajectory([one('view')], {'t': True}))], threshold=.3, patience=2, corrections=9)
+    m = Monitor([Attempt.of(trajectory([one('view')], {'t': True}))], threshold=.3, patience=2, corrections=9)
     assert [m.observe(t) for t in [one('view'), *lost(2)]] == ['go', 'go', 'stop']
 
 
@@ -422,11 +422,11 @@ def test_a_monitor_corrects_at_most_so_often_and_shows_what_was_not_done(o, gs, 
 
 
 def test_corrections_that_cannot_be():
-    bare = Episode.of(info(good(), {'t': True}))
+    bare = Attempt.of(info(good(), {'t': True}))
     with pytest.raises(ValueError, match='ground truth 0 has no token ids'): Monitor([bare], corrections=1)
     with pytest.raises(ValueError, match='corrections=-1'): Monitor([bare], corrections=-1)
     with pytest.raises(ValueError, match="can't be replayed"): shadow([info(good(), {'t': True})], [[bare]], corrections=1)
-    with pytest.raises(ValueError, match="'infra'"): Episode.of(info(good(), {}, finish='infra'))
+    with pytest.raises(ValueError, match="'infra'"): Attempt.of(info(good(), {}, finish='infra'))
     for w in (dict(outcome=1., patch=1.), dict(outcome=1., patch=-1., actions=0.)):
         with pytest.raises(ValueError, match='weights'): discrepancy(bare, bare, w)
 
@@ -467,7 +467,7 @@ def solved(tok, make_env):
 
 
 def watcher(truth, **kw):
-    m = Monitor([Episode.of(truth)], **kw)
+    m = Monitor([Attempt.of(truth)], **kw)
     def watch(e):
         said = m.observe(e.turns[-1])
         return m.correction if said == 'correct' else said

@@ -10,7 +10,7 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
-from test_learn_rl import groups, score, tiny, trainer
+from test_rl import groups, score, tiny, trainer
 from transformers import AutoModelForCausalLM
 
 from kat.core.types import Trajectory

@@ -18,10 +18,10 @@ from kat import cli
 from kat.core.calls import write_call
 from kat.core.io import read_records
 from kat.core.types import Trajectory
-from kat.wire.dialects import BadRequest, Limits
+from kat.wire.dialects import BadRequest, RequestLimits
 from kat.plane.gateway import Gateway, Metrics, running, session_name
 from kat.plane.manager import Manager
-from kat.plane.scenarios import TOOLS
+from kat.plane.scenarios import SCENARIO_TOOLS
 from kat.infer.serving import HFAsyncEngine
 from kat.plane.store import Store
 from kat.plane.writing import StopText
@@ -120,7 +120,7 @@ def shape(r, dialect):
 @pytest.mark.parametrize('dialect', ['chat', 'messages', 'completions'])
 def test_mistakes_come_back_in_the_dialects_shape(tmp_path, dialect):
     async def go():
-        async with world(tmp_path, limits=Limits(bytes=2000), max_len=200) as w:
+        async with world(tmp_path, limits=RequestLimits(bytes=2000), max_len=200) as w:
             path = PATH[dialect]
             good = dict(chat=chat_body(USER), messages=messages_body(USER), completions=dict(model='kat', prompt='a'))[dialect]
             long = json.loads(json.dumps(good).replace('hello', 'word ' * 100).replace('"a"', f'"{"word " * 100}"'))
@@ -293,7 +293,7 @@ def test_nothing_secret_is_logged(tmp_path, caplog):
         async with world(tmp_path, 'the answer is classified', **KEYS) as w:
             w.g.format = 'nonsense'    # a fault of the gateway itself
             for headers in ({'x-api-key': 'ann-secret'}, {'authorization': 'Bearer wrong-secret'}):
-                r = await w.ask(PATH['chat'], chat_body([dict(role='user', content='classified')], TOOLS[0]), headers)
+                r = await w.ask(PATH['chat'], chat_body([dict(role='user', content='classified')], SCENARIO_TOOLS[0]), headers)
                 assert r['status'] in (401, 500) and 'classified' not in r['body'].decode()
     with caplog.at_level(logging.DEBUG): run(go())
     ours = [r.getMessage() for r in caplog.records if r.name.startswith('kat')]
@@ -341,14 +341,14 @@ def test_calls_and_malformed_calls(tmp_path):
     good = write_call('view', dict(path='a.py', line=3), 'kat')
     async def go():
         async with world(tmp_path, f'look {good}<tool_call>nothing of the kind</tool_call>') as w:
-            r = await w.ask(f'/s/s{PATH["chat"]}', chat_body(USER, TOOLS[0]))
+            r = await w.ask(f'/s/s{PATH["chat"]}', chat_body(USER, SCENARIO_TOOLS[0]))
             m = heard('chat', r)
             assert [c['function'] for c in m['tool_calls']] == [dict(name='view', arguments=dict(path='a.py', line=3))]
             assert '<tool_call>nothing of the kind</tool_call>' in m['content'] and r['json']['choices'][0]['finish_reason'] == 'tool_calls'
             t, = w.session().turns.values()
             assert len(t.info['malformed']) == 1 and t.message == m
             assert np.array_equal(np.concatenate([s.ids for s in t.answer]), say(tok, f'look {good}<tool_call>nothing of the kind</tool_call>'))
-            r = await w.ask(f'/s/s{PATH["chat"]}', chat_body([*USER, m, dict(role='tool', tool_call_id=m['tool_calls'][0]['id'], content='x')], TOOLS[0]))
+            r = await w.ask(f'/s/s{PATH["chat"]}', chat_body([*USER, m, dict(role='tool', tool_call_id=m['tool_calls'][0]['id'], content='x')], SCENARIO_TOOLS[0]))
             assert [t.drift for t in w.session().turns.values()] == ['clean', 'clean']
             assert 'kat_malformed_calls_total 2' in (await w.ask('/metrics'))['body'].decode()
     run(go())
@@ -406,11 +406,11 @@ def test_completions_go_on_token_by_token(tmp_path):
 def test_count_tokens_is_what_the_prompt_will_have(tmp_path):
     async def go():
         async with world(tmp_path) as w:
-            body = messages_body([dict(role='system', content='s'), *USER], TOOLS[0])
+            body = messages_body([dict(role='system', content='s'), *USER], SCENARIO_TOOLS[0])
             n = (await w.ask('/s/s/v1/messages/count_tokens', {k: v for k, v in body.items() if k != 'max_tokens'}))['json']['input_tokens']
             r = await w.ask('/s/s/v1/messages', body)
             assert n == r['json']['usage']['input_tokens'] == len(w.engine.asked[0].ids) and len(w.session().turns) == 1
-            more = messages_body([dict(role='system', content='s'), *USER, heard('messages', r), *USER], TOOLS[0])
+            more = messages_body([dict(role='system', content='s'), *USER, heard('messages', r), *USER], SCENARIO_TOOLS[0])
             n = (await w.ask('/s/s/v1/messages/count_tokens', more))['json']['input_tokens']
             assert n == (await w.ask('/s/s/v1/messages', more))['json']['usage']['input_tokens'] and w.session().busy == 0
     run(go())

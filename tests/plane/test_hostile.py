@@ -10,9 +10,9 @@ import plane_bodies
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from plane_world import PATH, TOOLS, ask, chat_body, messages_body, say, tokenizer
+from plane_world import PATH, SCENARIO_TOOLS, ask, chat_body, messages_body, say, tokenizer
 
-from kat.wire.dialects import Limits
+from kat.wire.dialects import RequestLimits
 from kat.plane.gateway import Gateway
 from kat.infer.scripted import ScriptEngine
 from kat.plane.store import Store
@@ -57,9 +57,9 @@ def seeds(owner):
     calls = [dict(id='c', type='function', function=dict(name='view', arguments=dict(path='a')))]
     ms = [dict(role='system', content='s'), dict(role='user', content=f'words of-{owner}'), dict(role='assistant', content='t', tool_calls=calls),
           dict(role='tool', tool_call_id='c', content='r')]
-    count = {k: v for k, v in messages_body(ms, TOOLS[0]).items() if k != 'max_tokens'}
-    ours = [(PATH['chat'], 'chat', chat_body(ms, TOOLS[0], temperature=.5, stop=['x'], stream=False)), (PATH['chat'], 'chat', chat_body(ms[:2], stream=True)),
-            (PATH['messages'], 'messages', messages_body(ms, TOOLS[0], stream=True)), (PATH['messages'], 'messages', messages_body(ms[:2])),
+    count = {k: v for k, v in messages_body(ms, SCENARIO_TOOLS[0]).items() if k != 'max_tokens'}
+    ours = [(PATH['chat'], 'chat', chat_body(ms, SCENARIO_TOOLS[0], temperature=.5, stop=['x'], stream=False)), (PATH['chat'], 'chat', chat_body(ms[:2], stream=True)),
+            (PATH['messages'], 'messages', messages_body(ms, SCENARIO_TOOLS[0], stream=True)), (PATH['messages'], 'messages', messages_body(ms[:2])),
             (PATH['messages'] + '/count_tokens', 'messages', count),
             (PATH['completions'], 'completions', dict(model='kat', prompt=f'a of-{owner}', stream=False, logprobs=0, max_tokens=4)),
             ('reward', 'chat', dict(reward=1, turn=None, finished=False, info=dict(word=f'of-{owner}'))),
@@ -73,7 +73,7 @@ class Gate:
         self.tok = tokenizer()
         self.engine = ScriptEngine(lambda r: say(self.tok, next((f'of-{o}' for o in KEYS.values() if f'of-{o}' in self.tok.decode(r.ids)), 'well')), self.tok)
         self.store = Store(path)
-        self.g = Gateway(self.engine, self.tok, self.store, 4000, keys=KEYS, limits=Limits(bytes=50_000))
+        self.g = Gateway(self.engine, self.tok, self.store, 4000, keys=KEYS, limits=RequestLimits(bytes=50_000))
 
     async def __aenter__(self): return self
     async def __aexit__(self, *exc):

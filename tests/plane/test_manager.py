@@ -11,7 +11,7 @@ from kat.core.chat import encode_prompt, ids_of
 from kat.wire.dialects import canonical_key, explain
 from kat.infer.engines import Completion
 from kat.plane.manager import Manager, Session, Turn, _key, answer_ids, changes, plan_text, show, split, tool_mark
-from kat.plane.scenarios import SCENARIOS, TOOLS, play
+from kat.plane.scenarios import SCENARIOS, SCENARIO_TOOLS, play_scenario
 
 
 def user(text): return dict(role='user', content=text)
@@ -132,8 +132,8 @@ def test_a_history_of_the_clients_is_what_the_template_gives(kind):
     calls = [dict(id='c', type='function', function=dict(name='view', arguments=dict(path='a.py', line=3)))]
     messages = [dict(role='system', content='s'), user('a'), said('b'), user('c'), said('', tool_calls=calls),
                 dict(role='tool', tool_call_id='c', content='text'), said('done'), user('more')]
-    p = Session(tok).plan(messages, TOOLS[0])
-    assert np.array_equal(p.ids, encode_prompt(tok, messages, TOOLS[0])) and p.reason == 'imported'
+    p = Session(tok).plan(messages, SCENARIO_TOOLS[0])
+    assert np.array_equal(p.ids, encode_prompt(tok, messages, SCENARIO_TOOLS[0])) and p.reason == 'imported'
 
 
 def test_text_of_the_client_spells_no_special_token():
@@ -163,8 +163,8 @@ def test_errors_of_tools_are_marked():
 
 
 def test_tools_count_where_they_are_shown():
-    assert tool_mark(tokenizer(), TOOLS[0]) == ''
-    a, b, none = (tool_mark(tokenizer('hermes'), t) for t in (*TOOLS, None))
+    assert tool_mark(tokenizer(), SCENARIO_TOOLS[0]) == ''
+    a, b, none = (tool_mark(tokenizer('hermes'), t) for t in (*SCENARIO_TOOLS, None))
     assert a and b and a != b and none == ''
 
 
@@ -260,7 +260,7 @@ def test_a_session_that_is_let_go_is_gone_at_once():
     gc.disable()
     try:
         for sc in SCENARIOS:
-            played = play(sc, tok)
+            played = play_scenario(sc, tok)
             kept = [weakref.ref(x) for s in played.sessions.values() for x in (s, *s.turns.values())]
             del played
             assert not any(x() for x in kept), sc.name

@@ -7,7 +7,7 @@ from plane_world import World, play_http, tokenizer
 
 from kat.core.types import Trajectory
 from kat.plane.manager import CLEAN, Session
-from kat.plane.scenarios import SCENARIOS, Scenario, paths_of, play
+from kat.plane.scenarios import SCENARIOS, Scenario, paths_of, play_scenario
 from kat.plane.store import row_turn, turn_row
 
 SHOWN = {'other tools that the prompt does not show'}  # where it does: below
@@ -23,7 +23,7 @@ def test_there_are_enough(): assert len(SCENARIOS) >= 40 and len({x.name for x i
 
 @pytest.mark.parametrize('kind, sc', CASES, ids=[f'{k}-{x.name}' for k, x in CASES])
 def test_manager(kind, sc):
-    p, steps = play(sc, tokenizer(kind)), sc.read()
+    p, steps = play_scenario(sc, tokenizer(kind)), sc.read()
     assert [(p.turns[i].drift, p.turns[i].reason) for i in range(len(steps))] == [(x.drift, x.reason) for x in steps]
     assert paths_of(p.sessions.values(), {t.id: i for i, t in p.turns.items()}) == ' '.join(sorted(sc.paths.split()))
     for i, plan in enumerate(p.plans):

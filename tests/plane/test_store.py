@@ -13,10 +13,10 @@ from plane_world import full_store, say, tokenizer, z
 
 from kat.core.io import read_records
 from kat.core.types import groups_of
-from kat.plane import store
+from kat.plane import store as module
 from kat.infer.engines import Completion
 from kat.plane.manager import Session
-from kat.plane.scenarios import SCENARIOS, play
+from kat.plane.scenarios import SCENARIOS, play_scenario
 from kat.plane.store import Store, StoreError, export, pack, row_turn, store_error, turn_row, unpack
 
 import numpy as np
@@ -33,7 +33,7 @@ class Opened:
     def __exit__(self, *exc): self.store.close()
 
 
-def session_of(name): return next(iter(play(next(x for x in SCENARIOS if x.name == name), tokenizer()).sessions.values()))
+def session_of(name): return next(iter(play_scenario(next(x for x in SCENARIOS if x.name == name), tokenizer()).sessions.values()))
 
 
 def turn(s, text='x', **more):

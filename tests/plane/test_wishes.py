@@ -9,7 +9,7 @@ from plane_world import BODY, PATH, World, heard, say, tokenizer, until
 from kat.core.calls import FORMATS, open_call, parse_reply, write_call
 from kat.core.chat import ids_of
 from kat.wire.dialects import parse_call, without_reminders
-from kat.plane.scenarios import TOOLS
+from kat.plane.scenarios import SCENARIO_TOOLS
 
 USER = [dict(role='user', content='hello')]
 ARGS = dict(path='a b.py', line=3)
@@ -26,7 +26,7 @@ def test_an_opened_call_is_the_beginning_of_a_written_one(format):
     for name in ('', 'view'):
         for args in (ARGS, dict(path='', line=0)):
             whole, head = write_call('view', args, format), open_call(format, name)
-            assert whole.startswith(head) and parse_reply(whole, TOOLS[0], format).calls[0]['function'] == dict(name='view', arguments=args)
+            assert whole.startswith(head) and parse_reply(whole, SCENARIO_TOOLS[0], format).calls[0]['function'] == dict(name='view', arguments=args)
             tok = tokenizer()
             encode = lambda x: tok.encode(x, add_special_tokens=False)
             assert encode(head) + encode(whole[len(head):]) == encode(whole)   # the cut lies between tokens
@@ -46,7 +46,7 @@ def test_a_demanded_call_begins_as_one_and_only_what_was_sampled_trains(tmp_path
             rest = write_call('view', ARGS, format)[len(open_call(format, name)):]
             second = write_call('view', dict(path='b', line=4), format)
             w.engine.answer = lambda r: say(w.tok, rest + second)
-            body = BODY[dialect](USER, TOOLS[0], tool_choice=CHOICE[dialect][name], stream=stream)
+            body = BODY[dialect](USER, SCENARIO_TOOLS[0], tool_choice=CHOICE[dialect][name], stream=stream)
             r = await w.ask('/s/s' + PATH[dialect], body)
             assert r['status'] == 200, r
             m = heard(dialect, r)
@@ -63,7 +63,7 @@ def test_a_demanded_call_begins_as_one_and_only_what_was_sampled_trains(tmp_path
 
             back = [*USER, m, *(dict(role='tool', tool_call_id=c['id'], content='x') for c in m['tool_calls'])]
             w.engine.answer = lambda r: say(w.tok, 'done')
-            assert (await w.ask('/s/s' + PATH[dialect], BODY[dialect](back, TOOLS[0])))['status'] == 200
+            assert (await w.ask('/s/s' + PATH[dialect], BODY[dialect](back, SCENARIO_TOOLS[0])))['status'] == 200
             assert [x.drift for x in w.session().turns.values()] == ['clean', 'clean'] and np.array_equal(w.engine.asked[1].ids[:len(t.ids)], t.ids)
             got, = w.store.load(w.tok, '', 's').trajectories()
             assert int(got.mask.sum()) == len(say(w.tok, rest + second)) + len(say(w.tok, 'done')) and np.isfinite(got.logprobs[got.mask]).all()
@@ -75,7 +75,7 @@ def test_a_demand_that_is_not_met_is_marked(tmp_path):
     async def go():
         async with World(tmp_path/'s.db') as w:
             w.engine.answer = lambda r: say(w.tok, ' nothing of the kind')
-            ask = lambda name, **more: w.ask(f'/s/{name}' + PATH['chat'], BODY['chat'](USER, TOOLS[0], tool_choice='required', **more))
+            ask = lambda name, **more: w.ask(f'/s/{name}' + PATH['chat'], BODY['chat'](USER, SCENARIO_TOOLS[0], tool_choice='required', **more))
             r = await ask('a')
             assert heard('chat', r)['content'] == '<tool_call> nothing of the kind' and r['json']['choices'][0]['finish_reason'] == 'stop'
             assert next(iter(w.session('a').turns.values())).info['malformed'] == ['not closed']
@@ -84,7 +84,7 @@ def test_a_demand_that_is_not_met_is_marked(tmp_path):
             t, = w.session('b').turns.values()
             assert t.info['malformed'] == ['none, though one was demanded'] and t.answer[0].trainable
             assert 'kat_malformed_calls_total 2' in (await w.ask('/metrics'))['body'].decode()
-            r = await w.ask(PATH['chat'], BODY['chat'](USER, TOOLS[0], tool_choice=dict(type='function', function=dict(name='edit'))))
+            r = await w.ask(PATH['chat'], BODY['chat'](USER, SCENARIO_TOOLS[0], tool_choice=dict(type='function', function=dict(name='edit'))))
             assert r['status'] == 400 and r['json']['error']['message'] == "tool_choice: 'edit'; tools: view"
     run(go())
 
@@ -98,7 +98,7 @@ def test_a_demanded_call_that_is_broken_off(tmp_path, n):
             w.engine.generate = lambda r, hear: call(r, lambda token, lp, entropy, version: hear(token, lp, float('nan'), version))
             w.engine.answer = lambda r: say(w.tok, ' a b c d e f')
             w.hold[0] = n, asyncio.Event()
-            task = asyncio.ensure_future(w.ask('/s/s' + PATH['chat'], BODY['chat'](USER, TOOLS[0], tool_choice='required', stream=True), leave=gone))
+            task = asyncio.ensure_future(w.ask('/s/s' + PATH['chat'], BODY['chat'](USER, SCENARIO_TOOLS[0], tool_choice='required', stream=True), leave=gone))
             await until(lambda: w.engine.asked and w.hold[0][1]._waiters)
             gone.set()
             await task
@@ -108,7 +108,7 @@ def test_a_demanded_call_that_is_broken_off(tmp_path, n):
             assert not any(s.trainable for s in t.answer) and all(s.entropy is None for s in t.answer)
             assert w.store.load(w.tok, '', 's').trajectories() == w.session().trajectories() and w.g.pulse.counts[''][-1][1] <= n
             w.hold.clear()
-            await w.ask('/s/s' + PATH['chat'], BODY['chat'](USER, TOOLS[0], tool_choice='required'))
+            await w.ask('/s/s' + PATH['chat'], BODY['chat'](USER, SCENARIO_TOOLS[0], tool_choice='required'))
             assert [x.reason for x in w.session().turns.values()] == ['start', 'retry']
     run(go())
 
@@ -127,7 +127,7 @@ def test_where_one_call_is_wanted_the_answer_ends_with_its_first(tmp_path, forma
             w.g.format = format
             first, second = (write_call('view', dict(path=p, line=1), format) for p in 'ab')
             w.engine.answer = lambda r: say(w.tok, f'Look.\n{first}{second}')
-            r = await w.ask('/s/s' + PATH[dialect], BODY[dialect](USER, TOOLS[0], stream=stream, **ONE[dialect]))
+            r = await w.ask('/s/s' + PATH[dialect], BODY[dialect](USER, SCENARIO_TOOLS[0], stream=stream, **ONE[dialect]))
             m = heard(dialect, r)
             assert m['content'] == 'Look.' and [c['function']['arguments']['path'] for c in m['tool_calls']] == ['a']
             t, = w.session().turns.values()
@@ -136,7 +136,7 @@ def test_where_one_call_is_wanted_the_answer_ends_with_its_first(tmp_path, forma
 
             back = [*USER, m, dict(role='tool', tool_call_id=m['tool_calls'][0]['id'], content='x')]
             for more, calls in ((ONE[dialect], 1), ({}, 2)):
-                r = await w.ask('/s/s' + PATH[dialect], BODY[dialect](back, TOOLS[0], **more))
+                r = await w.ask('/s/s' + PATH[dialect], BODY[dialect](back, SCENARIO_TOOLS[0], **more))
                 assert len(heard(dialect, r)['tool_calls']) == calls and np.array_equal(w.engine.asked[-1].ids[:len(t.ids)], t.ids)
             assert [x.reason for x in w.session().turns.values()] == ['start', 'append', 'retry']
     try: run(go())
@@ -148,7 +148,7 @@ def test_one_call_of_a_model_that_ends_its_answer_with_its_calls_is_refused(tmp_
         async with World(tmp_path/'s.db', 'hermes') as w:
             w.g.format = 'llama3'
             w.engine.answer = lambda r: say(w.tok, 'hi')
-            r = await w.ask(PATH['chat'], BODY['chat'](USER, TOOLS[0], **ONE['chat']))
+            r = await w.ask(PATH['chat'], BODY['chat'](USER, SCENARIO_TOOLS[0], **ONE['chat']))
             assert (r['status'], r['json']['error']['param']) == (400, 'parallel_tool_calls') and not w.engine.asked
             assert (await w.ask(PATH['chat'], BODY['chat'](USER, **ONE['chat'])))['status'] == 200   # without tools there is nothing to limit
     try: run(go())

@@ -8,7 +8,7 @@ from hypothesis import given, settings, strategies as st
 
 from kat.core.io import MissingExtra
 from kat.core.types import Trajectory
-from kat.study.emergence import (bootstrap_weights, by_task, compare, entropy_split, measure, pattern, pattern_table,
+from kat.study.emergence import (bootstrap_weights, by_task, compare_models, entropy_split, measure, pattern, pattern_table,
                                  task_rows)
 from kat.study.evaluate import (METRICS, count_episode, eval_record, load_eval, markdown_table, pass_at_k, save_eval,
                                 solve_table, summary, wilson)
@@ -165,32 +165,32 @@ def test_a_replicate_is_a_resampled_data_set():
 
 def test_compare_is_paired_seeded_and_does_not_care_for_order():
     b, a = random_episodes(1), random_episodes(2)
-    rows = compare(b, a, n_boot=200)
-    assert rows == compare(b[::-1], a[::-1], n_boot=200) != compare(b, a, n_boot=200, seed=1)
-    assert all(r['change'] == r['change_lo'] == r['change_hi'] == 0 for r in compare(b, b, n_boot=50))
+    rows = compare_models(b, a, n_boot=200)
+    assert rows == compare_models(b[::-1], a[::-1], n_boot=200) != compare_models(b, a, n_boot=200, seed=1)
+    assert all(r['change'] == r['change_lo'] == r['change_hi'] == 0 for r in compare_models(b, b, n_boot=50))
     shifted = [episode(e.task, e.info['turns'] + [turn('test')], e.reward > 0) for e in b]
-    r = next(r for r in compare(b, shifted, n_boot=200) if r['metric'] == 'turns')
+    r = next(r for r in compare_models(b, shifted, n_boot=200) if r['metric'] == 'turns')
     assert r['change_lo'] == pytest.approx(1) and r['change_hi'] == pytest.approx(1)   # one turn more on every task
     assert r['before_hi'] - r['before_lo'] > .5
 
 
 def test_many_samples_of_one_task_do_not_outweigh_another():
     long, short = episode('a', [turn('view')] * 6), episode('b', [turn('view')] * 2)
-    rows = compare([long] * 5 + [short], [long, short], n_boot=10)
+    rows = compare_models([long] * 5 + [short], [long, short], n_boot=10)
     assert rows[1]['metric'] == 'turns' and rows[1]['before'] == rows[1]['after'] == 4
 
 
 def test_views():
     b = [episode('a', [turn('view')] * 6), episode('b', [turn('view')] * 2, False), episode('c', [turn('view')] * 2)]
     a = [episode('a', [turn('view')] * 4), episode('b', [turn('view')] * 2), episode('d'), episode('c', finish='infra')]
-    rows = {(r['view'], r['metric']): r for r in compare(b, a, turn_cap=4, n_boot=20)}
+    rows = {(r['view'], r['metric']): r for r in compare_models(b, a, turn_cap=4, n_boot=20)}
     assert rows['all tasks', 'turns']['n'] == 2                       # c was lost after, d was not played before
     both = rows['solved by both', 'turns']
     assert (both['n'], both['before'], both['after']) == (1, 6, 4) and both['relative'] == pytest.approx(-1 / 3)
     cut = rows['first 4 turns', 'turns']
     assert (cut['before'], cut['after']) == (3, 3)
     assert rows['first 4 turns', 'truncated']['before'] == .5 and rows['first 4 turns', 'rate']['before'] == 0
-    with pytest.raises(ValueError, match='no task'): compare(b[:1], a[1:2])
+    with pytest.raises(ValueError, match='no task'): compare_models(b[:1], a[1:2])
 
 
 def test_patterns_add_up_to_the_parallel_rate():

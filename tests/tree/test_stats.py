@@ -11,8 +11,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from kat.core.logs import import_log
 from kat.core.io import write_records
 from kat.core.types import Group, Segment, Trajectory
-from kat.tree.draw import draw_calls, draw_tree, node_columns, pooled_blocks, save_picture, tree_labels
-from kat.tree.stats import (FAMILIES, LABELS, Call, attention_pairs, compare, conversation_calls, flat_profile, log_calls,
+from kat.core.figures import save_picture
+from kat.tree.draw import draw_calls, draw_tree, node_columns, pooled_blocks, tree_labels
+from kat.tree.stats import (FAMILIES, LABELS, ModelCall, attention_pairs, compare_baselines, conversation_calls, flat_profile, log_calls,
                             merge_calls, model_shape, por, record_calls, tree_profile)
 from kat.tree.trie import TokenTree
 
@@ -31,7 +32,7 @@ def logs(tokenizer):
             for n in ('tau_bench_gpt4o_airline', 'swe_agent_marshmallow_1867', 'swe_smith_pandas_53652')}
 
 def calls_of(sequences, episode=lambda k: 0, task=lambda k: 't'):
-    return [Call(task(k), episode(k), np.array(s, np.int32), np.zeros(len(s), np.uint8)) for k, s in enumerate(sequences)]
+    return [ModelCall(task(k), episode(k), np.array(s, np.int32), np.zeros(len(s), np.uint8)) for k, s in enumerate(sequences)]
 
 
 @few
@@ -102,23 +103,23 @@ def test_merging_by_hand():
     a, b, c, d = calls_of([[1, 2], [1, 2, 3], [1, 9], [1, 9]])
     assert merge_calls([a, b, c, d]) == [b, d]                                # c is repeated by d
     assert merge_calls([b, a]) == [b, a]
-    other = Call('t', 1, b.ids, b.label)
+    other = ModelCall('t', 1, b.ids, b.label)
     assert merge_calls([a, other]) == [a, other]                              # not across episodes
     assert merge_calls([]) == []
 
 
 def test_compare_by_hand():
     calls = calls_of([[1, 2], [1, 2, 3], [1, 9], [1, 2]], lambda k: k // 2, lambda k: 'ab'[k // 3])
-    flat, merged, trees, whole = compare(calls, model_shape(AutoConfig.for_model('llama', **SMALL)))
+    flat, merged, trees, whole = compare_baselines(calls, model_shape(AutoConfig.for_model('llama', **SMALL)))
     assert [(w.sequences, w.tokens, w.pairs) for w in (flat, merged, trees, whole)] == [(4, 9, 15), (3, 7, 12), (2, 6, 11), (1, 4, 8)]
     assert por(flat, trees) == pytest.approx(1 / 3) and por(merged, whole) == pytest.approx(3 / 7)
     assert flat.forward > merged.forward > trees.forward > whole.forward
-    assert [w.forward for w in compare(calls)] == [None] * 4 and len(compare(calls[:3])) == 3
-    with pytest.raises(ValueError, match='no calls'): compare([])
+    assert [w.forward for w in compare_baselines(calls)] == [None] * 4 and len(compare_baselines(calls[:3])) == 3
+    with pytest.raises(ValueError, match='no calls'): compare_baselines([])
 
 
 def test_the_real_logs(logs):
-    counts = {n: [(w.sequences, w.tokens) for w in compare(c)] for n, c in logs.items()}
+    counts = {n: [(w.sequences, w.tokens) for w in compare_baselines(c)] for n, c in logs.items()}
     assert counts == dict(
         tau_bench_gpt4o_airline=[(43, 144143), (6, 24138), (5, 21658), (1, 11720)],
         swe_agent_marshmallow_1867=[(13, 24322), (8, 18591), (1, 12303)],
@@ -142,8 +143,8 @@ def test_any_chat_template(tokenizer, logs):
     calls_with = lambda part: list(conversation_calls(conversations, foreign(tokenizer, CHATML.replace('%s', part))))
     plain, dropped = calls_with(''), calls_with(THINKS)
     assert (len(merge_calls(plain)), len(merge_calls(dropped))) == (1, 8)
-    flat, merged, tree = compare(dropped)
-    assert flat.tokens == merged.tokens and tree.tokens < 1.5 * compare(plain)[-1].tokens
+    flat, merged, tree = compare_baselines(dropped)
+    assert flat.tokens == merged.tokens and tree.tokens < 1.5 * compare_baselines(plain)[-1].tokens
     for calls in (plain, dropped):
         last, messages = calls[-1], conversations[0].calls[-1]
         said = lambda name: tokenizer.decode(last.ids[last.label == LABELS.index(name)])

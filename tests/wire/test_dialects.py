@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 
 from kat.core.calls import CallParser, Decoder, parse_reply, write_call
 from kat.core.chat import train_tokenizer
-from kat.wire.dialects import Answer, BadRequest, Limits, Stream, TokenLogprob, call_prefix, canonical_key, core_messages, count_tokens_answer, explain, models_answer, parse_body, parse_call, render_answer, render_error, too_long, tools_key
-from kat.wire.normalise import REASONS, canonical_json, drop_billing, fold_reminders, mask_dates, merge_turns, order_results
+from kat.wire.dialects import Answer, BadRequest, RequestLimits, Stream, TokenLogprob, call_prefix, canonical_key, core_messages, count_tokens_answer, explain, models_answer, parse_body, parse_call, render_answer, render_error, too_long, tools_key
+from kat.wire.normalise import NORMALISATIONS, canonical_json, drop_billing, fold_reminders, mask_dates, merge_turns, order_results
 
 few = settings(max_examples=50, deadline=None)
 
@@ -366,7 +366,7 @@ def test_what_is_wrong_is_named(dialect, body, param, words):
 
 def test_unknown_fields_pass_under_a_beta_header_and_inside_messages_and_are_noted():
     c = parse_call('messages', msg(fallbacks=[1], zeta=0), bodies.BETAS)
-    assert c.notes == [f'unknown: {REASONS["unknown"]} (fallbacks, zeta)']
+    assert c.notes == [f'unknown: {NORMALISATIONS["unknown"]} (fallbacks, zeta)']
     c = parse_call(
         'chat', hi(messages=[dict(role='user', content='', mood='glad'), dict(role='user', content='', tone='x')])
     )
@@ -402,10 +402,10 @@ def test_bodies_must_be_strict_json_of_a_reasonable_size():
             parse_call('chat', parse_body(raw))
         assert e.value.status == 400
     with pytest.raises(BadRequest) as e:
-        parse_body(b'{}' + b' ' * 99, Limits(bytes=100))
+        parse_body(b'{}' + b' ' * 99, RequestLimits(bytes=100))
     assert e.value.status == 413
     assert parse_body(json.dumps(bodies.opencode()).encode()) == bodies.opencode()
-    for limits, words in ((Limits(messages=1), 'messages'), (Limits(tools=1), 'tools'), (Limits(depth=2), 'nested')):
+    for limits, words in ((RequestLimits(messages=1), 'messages'), (RequestLimits(tools=1), 'tools'), (RequestLimits(depth=2), 'nested')):
         with pytest.raises(BadRequest, match=words):
             parse_call('chat', bodies.opencode(), limits=limits)
 
