@@ -19,7 +19,8 @@ from kat.compute.tree_attention import tree_attention
 from kat.tree.trie import TokenTree
 
 rng = np.random.default_rng(0)
-def new(n): return rng.integers(0, 1000, n)
+def new(n):
+    return rng.integers(0, 1000, n)
 
 def prompt(length, answers, each):
     shared = new(length)
@@ -36,7 +37,8 @@ def comb(turns, tail, head=256):
 def micro(tasks, rollouts=300, turns=4):
     "each turn one of three actions and its answer; a system prompt for all"
     system, known = new(80), {}
-    def text(key): return known.setdefault(key, new(rng.integers(5, 30)))
+    def text(key):
+        return known.setdefault(key, new(rng.integers(5, 30)))
     def rollout(task):
         key = tuple(np.r_[task, rng.choice(3, turns, p=[.5, .3, .2])])
         return np.concatenate([system] + [text(key[:i+1]) for i in range(turns+1)])
@@ -79,7 +81,9 @@ class PerNode(torch.autograd.Function):
             at = slice(a, b)
             for lo, hi, causal in runs:
                 x, y, z = flash_back(grad[:, :, at], q[:, :, at], k[:, :, lo:hi], v[:, :, lo:hi], out[:, :, at], lse[:, :, at], 0.0, causal)
-                dq[:, :, at] += x; dk[:, :, lo:hi] += y; dv[:, :, lo:hi] += z
+                dq[:, :, at] += x
+                dk[:, :, lo:hi] += y
+                dv[:, :, lo:hi] += z
         return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), None
 
 def ways(tree, args):
@@ -88,7 +92,8 @@ def ways(tree, args):
     layout = Layout(tree.end, tree.position, 0)
     mask, parts = dense_mask(layout) if len(tree) <= 8192 else None, list(PerNode.parts(tree))
     paths = [torch.as_tensor(tree.path(s)) for s in range(tree.n_sequences)]
-    def flat(q, k, v): return [sdpa(*(x[:, :, p] for x in (q, k, v)), is_causal=True, enable_gqa=True) for p in paths]
+    def flat(q, k, v):
+        return [sdpa(*(x[:, :, p] for x in (q, k, v)), is_causal=True, enable_gqa=True) for p in paths]
     out = {'segments': lambda q, k, v: tree_attention(q, k, v, layout, D**-.5, backend='segments'),
            'per node': lambda q, k, v: PerNode.apply(q, k.repeat_interleave(group, 1), v.repeat_interleave(group, 1), parts),
            'reference': lambda q, k, v: tree_attention(q, k, v, layout, D**-.5, backend='reference'),
@@ -103,13 +108,17 @@ def clock(fn, q, k, v, up, reps):
     "seconds of forward, of forward + backward, and of the first forward + backward"
     def both():
         out = fn(q, k, v)
-        if not isinstance(out, list): torch.autograd.grad(out, (q, k, v), up)
-        else: torch.autograd.grad(out, (q, k, v), [up[:, :, :x.shape[2]] for x in out])
+        if not isinstance(out, list):
+            torch.autograd.grad(out, (q, k, v), up)
+        else:
+            torch.autograd.grad(out, (q, k, v), [up[:, :, :x.shape[2]] for x in out])
     def once(f):
-        start = time.process_time(); f()
+        start = time.process_time()
+        f()
         return time.process_time() - start
     first = once(both)
-    with torch.no_grad(): forward = min(once(lambda: fn(q, k, v)) for _ in range(reps))
+    with torch.no_grad():
+        forward = min(once(lambda: fn(q, k, v)) for _ in range(reps))
     return forward, first if reps == 1 else min(once(both) for _ in range(reps)), first
 
 def main():
@@ -137,6 +146,8 @@ def main():
             q, k, v = (x.requires_grad_() for x in (q, k, v))
             for way, fn in ways(tree, a).items():
                 rows.setdefault(way, []).append(clock(fn, q, k, v, up, 1 if way in DENSE else a.reps))
-        for way, times in rows.items(): print(f'    {way:32}' + ''.join(f'{x*1e3:10.0f}' for each in times for x in each), flush=True)
+        for way, times in rows.items():
+            print(f'    {way:32}' + ''.join(f'{x*1e3:10.0f}' for each in times for x in each), flush=True)
 
-if __name__ == '__main__': main()
+if __name__ == '__main__':
+    main()

@@ -31,7 +31,8 @@ def make_model(hidden, layers, heads, kv_heads, head_dim):
 
 class Kat:
     "The engine, a session for each row."
-    def __init__(self, model, dtype, rows): self.e = HFEngine(model, max_len=1024, slots=rows, dtype=dtype)
+    def __init__(self, model, dtype, rows):
+        self.e = HFEngine(model, max_len=1024, slots=rows, dtype=dtype)
 
     def turn(self, prompts, n, stop=()):
         "the new tokens of each row"
@@ -51,20 +52,23 @@ class Kat:
 
 class Clock(StoppingCriteria):
     "Notes the time of every step, and stops nothing."
-    def __init__(self): self.times = []
+    def __init__(self):
+        self.times = []
     def __call__(self, ids, scores, **kw):
         self.times.append(time.perf_counter())
         return torch.zeros(len(ids), dtype=torch.bool)
 
 class Transformers:
     "model.generate on one left-padded batch."
-    def __init__(self, model, dtype, rows): self.model = model.to(dtype)
+    def __init__(self, model, dtype, rows):
+        self.model = model.to(dtype)
 
     def turn(self, prompts, n, stop=(), **kw):
         "the new tokens of each row"
         width = max(map(len, prompts))
         ids, on = torch.zeros(2, len(prompts), width, dtype=torch.long)
-        for i, p in enumerate(prompts): ids[i, width-len(p):], on[i, width-len(p):] = torch.as_tensor(p), 1
+        for i, p in enumerate(prompts):
+            ids[i, width-len(p):], on[i, width-len(p):] = torch.as_tensor(p), 1
         out = self.model.generate(ids, attention_mask=on, do_sample=True, top_k=0, max_new_tokens=n, pad_token_id=0,
                                   eos_token_id=list(stop) or None, **kw)
         return [r[:np.isin(r, stop).argmax()+1] if np.isin(r, stop).any() else r for r in out[:, width:].numpy()]
@@ -101,8 +105,10 @@ def serving(model, dtype, groups, size, slots, turns=5):
             h, n = np.r_[h, c.ids, tools[i][k]], n + len(c.ids)
         return n
     async def free(e):
-        try: return sum(await asyncio.gather(*[agent(e, i, h) for i, h in enumerate(starts)])), e.engine.stats['decode_steps']
-        finally: await e.close()
+        try:
+            return sum(await asyncio.gather(*[agent(e, i, h) for i, h in enumerate(starts)])), e.engine.stats['decode_steps']
+        finally:
+            await e.close()
     def waves(e):
         h, n = starts, 0
         for k in range(turns):
@@ -131,7 +137,8 @@ def agreement(turns=64, n=64):
         ids = torch.tensor(np.array([np.r_[prompt, c.ids] for c in cs])).long()
         mask = torch.arange(ids.shape[1]).expand_as(ids) >= len(prompt)
         for theirs in (torch.float32, torch.bfloat16):
-            with torch.no_grad(): lp = flat_logprobs(model, ids, mask, dtype=theirs)[0].numpy()
+            with torch.no_grad():
+                lp = flat_logprobs(model, ids, mask, dtype=theirs)[0].numpy()
             d = lp - np.concatenate([c.logprobs for c in cs])
             print(f"engine {str(ours)[6:]:9} flat_logprobs {str(theirs)[6:]:9} {d.size} tokens: mean |d| {np.abs(d).mean():.1e}, "
                   f"99 % below {np.quantile(np.abs(d), .99):.1e}, max {np.abs(d).max():.1e}, k3 KL {(np.expm1(d) - d).mean():.1e}")
@@ -164,4 +171,5 @@ def main():
                 name = f"{way.__name__.lower()} {str(dtype)[6:]}"
                 print(f"{name:24}{rows:6}{s*1e3:16.1f}{rows/s:8.0f}{t:11.2f}{n/t:15.0f}{mb:9.0f}", flush=True)
 
-if __name__ == '__main__': main()
+if __name__ == '__main__':
+    main()

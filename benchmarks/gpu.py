@@ -61,7 +61,8 @@ def shown(seconds, unit=1.0):
     return f"{statistics.median(seconds) * unit:.3g} ({min(seconds) * unit:.3g} … {max(seconds) * unit:.3g})"
 
 
-def table(head): print("| " + " | ".join(head) + " |\n|" + "---|" * len(head))
+def table(head):
+    print("| " + " | ".join(head) + " |\n|" + "---|" * len(head))
 
 
 def inputs(tree, shape, device, dtype):  # q, k, v, gradient at the output
@@ -80,7 +81,8 @@ def agreement(shape, device, dtype, backends):
         return [t.float() for t in (out, *torch.autograd.grad(out, x, up.to(dtype)))]
     want, err = run("reference", torch.float32), lambda a, b: f"{((a - b).norm() / b.norm()).item():.1e}"
     table(["relative error", "output", "dq", "dk", "dv"])
-    for b in ["reference", *backends]: print(f"| {b}, {str(dtype).removeprefix('torch.')} | " + " | ".join(map(err, run(b, dtype), want)) + " |", flush=True)
+    for b in ["reference", *backends]:
+        print(f"| {b}, {str(dtype).removeprefix('torch.')} | " + " | ".join(map(err, run(b, dtype), want)) + " |", flush=True)
 
 
 def kernels(cases, shape, device, dtype, backends, repeat, peak):
@@ -96,10 +98,13 @@ def kernels(cases, shape, device, dtype, backends, repeat, peak):
             floor = 4 * heads * dim * int((tree.position + 1).sum()) / (peak * 1e12) * (3.5 if backward else 1)
 
             def attend(x, grad, f):
-                with torch.set_grad_enabled(backward): out = f(*x)
-                if backward: torch.autograd.grad(out, x, grad if grad is not None else torch.ones_like(out))
+                with torch.set_grad_enabled(backward):
+                    out = f(*x)
+                if backward:
+                    torch.autograd.grad(out, x, grad if grad is not None else torch.ones_like(out))
             def flat_run():
-                for x in flat: attend(x, None, lambda a, b, c: torch.nn.functional.scaled_dot_product_attention(a, b, c, is_causal=True, enable_gqa=True))
+                for x in flat:
+                    attend(x, None, lambda a, b, c: torch.nn.functional.scaled_dot_product_attention(a, b, c, is_causal=True, enable_gqa=True))
             times = [timed(lambda: attend(qkv, up, lambda *x: tree_attention(*x, layout, dim ** -0.5, backend=b)), device, repeat) for b in backends]
             cells = [shown(t, 1e3) + (f"; {floor / statistics.median(t):.0%}" if t else "") for t in times]
             print(f"| {name} | {tree.n_flat:,} → {len(tree):,} | {what} | " + " | ".join(cells) + f" | {shown(timed(flat_run, device, repeat), 1e3)} | {floor * 1e3:.3g} |", flush=True)
@@ -115,8 +120,10 @@ def calls(seqs, size):
     "Sequences to calls of at most `size` tokens, in order; a longer one alone."
     out = []
     for s in seqs:
-        if out and sum(map(len, out[-1])) + len(s) <= size: out[-1].append(s)
-        else: out.append([s])
+        if out and sum(map(len, out[-1])) + len(s) <= size:
+            out[-1].append(s)
+        else:
+            out.append([s])
     return out
 
 
@@ -128,13 +135,15 @@ def packed_run(model, flash, seqs, size, backward, n):
         states = model.model(input_ids=ids[None], position_ids=at, use_cache=False, **({} if flash else dict(pack_lengths=lengths))).last_hidden_state[0]
         source = torch.from_numpy(np.setdiff1d(np.arange(len(ids)), np.cumsum(lengths) - 1)).to(model.device)
         total = score_tokens(model, states[source], ids[source + 1], torch.ones(len(source), device=model.device))[0].sum() / n
-        if backward: (-total).backward()
+        if backward:
+            (-total).backward()
     model.gradient_checkpointing_disable()
 
 
 def models(cases, config, device, dtype, backends, repeat, max_tokens):
     torch.manual_seed(0)
-    with torch.device(device): model = Qwen3ForCausalLM(config).to(dtype)
+    with torch.device(device):
+        model = Qwen3ForCausalLM(config).to(dtype)
     model.train()  # checkpointing is off otherwise; there is no dropout
     sum(p.sum() for p in model.parameters()).backward()  # gradients exist from now on
     shape, flash = model_shape(config), device == "cuda" and is_flash_attn_2_available()
@@ -149,11 +158,15 @@ def models(cases, config, device, dtype, backends, repeat, max_tokens):
         for what, backward in (("forward", False), ("both", True)):
             def tree_run(b):
                 engine = TreeEngine(model, max_tokens, b)
-                if backward: engine.forward_backward(tree, lambda e: -(weight[e.index] * e.logprob).sum())
-                else: engine.logprobs(tree)
+                if backward:
+                    engine.forward_backward(tree, lambda e: -(weight[e.index] * e.logprob).sum())
+                else:
+                    engine.logprobs(tree)
             def measured(run):
-                if device == "cuda": torch.cuda.reset_peak_memory_stats()
-                with torch.set_grad_enabled(backward): t = timed(run, device, repeat)
+                if device == "cuda":
+                    torch.cuda.reset_peak_memory_stats()
+                with torch.set_grad_enabled(backward):
+                    t = timed(run, device, repeat)
                 return t, f"{shown(t)}; " + (f"{torch.cuda.max_memory_allocated() / 1e9:.1f}" if device == "cuda" else "–")
             model.set_attn_implementation("flash_attention_2" if flash else "bench_packed")
             base, cell = measured(lambda: packed_run(model, flash, seqs, max_tokens, backward, n))

@@ -74,14 +74,18 @@ def tokenizer():
 
 class Wire(asyncio.Protocol):
     "One connection; messages are (first line and headers, body) with their length told, or chunked."
-    def __init__(self): self.buf, self.waiter, self.transport = bytearray(), None, None
-    def connection_made(self, transport): self.transport = transport
+    def __init__(self):
+        self.buf, self.waiter, self.transport = bytearray(), None, None
+    def connection_made(self, transport):
+        self.transport = transport
     def connection_lost(self, exc):
-        if self.waiter and not self.waiter.done(): self.waiter.set_exception(ConnectionError(f'connection lost: {exc}'))
+        if self.waiter and not self.waiter.done():
+            self.waiter.set_exception(ConnectionError(f'connection lost: {exc}'))
 
     def data_received(self, data):
         self.buf += data
-        if (m := self.message()) is not None: self.on_message(*m)
+        if (m := self.message()) is not None:
+            self.on_message(*m)
 
     def message(self):
         "A whole message off the buffer, or None."
@@ -100,7 +104,8 @@ class Wire(asyncio.Protocol):
         del self.buf[:n]
         return head, body
 
-    def on_message(self, head, body): self.waiter.set_result((head, body))
+    def on_message(self, head, body):
+        self.waiter.set_result((head, body))
 
     async def ask(self, data):
         self.waiter = asyncio.get_running_loop().create_future()
@@ -130,15 +135,18 @@ class Upstream(Wire):
         stream = b'"stream": true' in body or b'"stream":true' in body
         kind = self.tokens if path.startswith(b'/inference') else self.chunks if stream else self.answer
         loop = asyncio.get_running_loop()
-        if Upstream.delay: loop.call_later(Upstream.delay, kind, Upstream.n % len(SCRIPT))
-        else: kind(Upstream.n % len(SCRIPT))
+        if Upstream.delay:
+            loop.call_later(Upstream.delay, kind, Upstream.n % len(SCRIPT))
+        else:
+            kind(Upstream.n % len(SCRIPT))
 
     def json(self, x):
         b = json.dumps(x).encode()
         self.send(b'HTTP/1.1 200 OK\r\ncontent-type: application/json\r\ncontent-length: %d\r\n\r\n%b' % (len(b), b))
 
     def send(self, data):
-        if not self.transport.is_closing(): self.transport.write(data)
+        if not self.transport.is_closing():
+            self.transport.write(data)
 
     def events(self, events):
         "Server-sent events, each a chunk of its own."
@@ -182,7 +190,8 @@ async def serve_upstream(port, delay):
 class WireEngine:
     "An engine over HTTP by bare connections, kept for the next request."
     version = 0
-    def __init__(self, port): self.port, self.free = port, []
+    def __init__(self, port):
+        self.port, self.free = port, []
 
     async def generate(self, request, on_token=None):
         from kat.infer.vllm import Chunks, sampling_params
@@ -193,7 +202,8 @@ class WireEngine:
         out = Chunks(self.version)
         for line in events.split(b'\n'):
             if not line.startswith(b'data: {'): continue
-            for token, lp in out.take(json.loads(line[6:])): on_token(token, lp, float('nan'), self.version)
+            for token, lp in out.take(json.loads(line[6:])):
+                on_token(token, lp, float('nan'), self.version)
         return out.completion(int)
 
 
@@ -207,12 +217,17 @@ async def serve_kat(port, store, upstream, megabytes):
     tok = tokenizer()
     ids, count = script_ids(tok), iter(range(2**62))
     kind, _, where = upstream.partition('=')
-    if kind == 'vllm': engine = await VLLMEngine.connect(f'http://127.0.0.1:{where}')
-    elif kind == 'kat': engine = WireEngine(int(where))
-    else: engine = ScriptEngine(lambda r: ids[next(count) % len(ids)], tok, delay=float(where))
+    if kind == 'vllm':
+        engine = await VLLMEngine.connect(f'http://127.0.0.1:{where}')
+    elif kind == 'kat':
+        engine = WireEngine(int(where))
+    else:
+        engine = ScriptEngine(lambda r: ids[next(count) % len(ids)], tok, delay=float(where))
     kept = Store(store)
-    try: await serve(Gateway(engine, tok, kept, 2**20, keys={KEY: 'load'}, manager=Manager(megabytes * 2**20)), '127.0.0.1', port, print)
-    finally: kept.close()
+    try:
+        await serve(Gateway(engine, tok, kept, 2**20, keys={KEY: 'load'}, manager=Manager(megabytes * 2**20)), '127.0.0.1', port, print)
+    finally:
+        kept.close()
 
 
 # --- the agents
@@ -221,7 +236,8 @@ class Agent:
     "One session after another, a turn at a time, its history as bytes that grow."
     numbers = iter(range(2**62))
 
-    def __init__(self, port, stream, tag): self.port, self.stream, self.tag, self.wire, self.turn = port, stream, tag, None, TURNS
+    def __init__(self, port, stream, tag):
+        self.port, self.stream, self.tag, self.wire, self.turn = port, stream, tag, None, TURNS
 
     def request(self):
         "The bytes of the next request."
@@ -237,17 +253,20 @@ class Agent:
 
     async def step(self):
         "Ask, and take the answer into the history. RuntimeError for anything but an answer with its call."
-        if self.wire is None: _, self.wire = await asyncio.get_running_loop().create_connection(Wire, '127.0.0.1', self.port)
+        if self.wire is None:
+            _, self.wire = await asyncio.get_running_loop().create_connection(Wire, '127.0.0.1', self.port)
         head, body = await self.wire.ask(self.request())
         if not head.startswith(b'http/1.1 200'): raise RuntimeError(f'{head[:40]!r} {body[:300]!r}')
         m = _from_events(body) if self.stream else json.loads(body)['choices'][0]['message']
         if not m.get('tool_calls'): raise RuntimeError(f'an answer without its call: {body[:300]!r}')
         result = dict(role='tool', tool_call_id=m['tool_calls'][0]['id'], content=RESULTS[(self.number + 7 * self.turn) % len(RESULTS)])
-        for x in (dict(role='assistant', content=m['content'], tool_calls=m['tool_calls']), result): self.parts += [b', ', json.dumps(x).encode()]
+        for x in (dict(role='assistant', content=m['content'], tool_calls=m['tool_calls']), result):
+            self.parts += [b', ', json.dumps(x).encode()]
         self.turn += 1
 
     def close(self):
-        if self.wire: self.wire.transport.close()
+        if self.wire:
+            self.wire.transport.close()
 
 
 def _from_events(data):
@@ -273,18 +292,26 @@ def process(cmd, port, core, log, **env):
     try:
         for _ in range(1200):
             if p.poll() is not None: break
-            try: socket.create_connection(('127.0.0.1', port), 1).close(); break
-            except OSError: time.sleep(.1)
-        if p.poll() is not None: sys.exit(f'{Path(cmd[0]).name} {cmd[1]} ended with {p.returncode}: {Path(log).read_text()[-2000:]}')
+            try:
+                socket.create_connection(('127.0.0.1', port), 1).close()
+                break
+            except OSError:
+                time.sleep(.1)
+        if p.poll() is not None:
+            sys.exit(f'{Path(cmd[0]).name} {cmd[1]} ended with {p.returncode}: {Path(log).read_text()[-2000:]}')
         yield p
     finally:
         p.send_signal(signal.SIGTERM)
-        try: p.wait(20)
-        except subprocess.TimeoutExpired: p.kill(); p.wait()
+        try:
+            p.wait(20)
+        except subprocess.TimeoutExpired:
+            p.kill()
+            p.wait()
 
 
 def free_port():
-    with socket.create_server(('127.0.0.1', 0)) as s: return s.getsockname()[1]
+    with socket.create_server(('127.0.0.1', 0)) as s:
+        return s.getsockname()[1]
 
 
 def cpu_seconds(pid):
@@ -293,7 +320,8 @@ def cpu_seconds(pid):
     return (int(parts[11]) + int(parts[12])) / os.sysconf('SC_CLK_TCK')
 
 
-def megabytes(pid): return int(Path(f'/proc/{pid}/statm').read_text().split()[1]) * os.sysconf('SC_PAGE_SIZE') / 2**20
+def megabytes(pid):
+    return int(Path(f'/proc/{pid}/statm').read_text().split()[1]) * os.sysconf('SC_PAGE_SIZE') / 2**20
 
 
 LITELLM = """model_list:
@@ -327,14 +355,19 @@ class Servers:
 
 class Tally:
     "Latencies in seconds, and the server's CPU seconds, over one repetition."
-    def __init__(self, pid): self.pid, self.taken, self.on, self.cpu = pid, [], False, 0
-    def start(self): self.on, self.began, self.cpu0 = True, time.perf_counter(), cpu_seconds(self.pid)
-    def stop(self): self.on, self.seconds, self.cpu = False, time.perf_counter() - self.began, cpu_seconds(self.pid) - self.cpu0
+    def __init__(self, pid):
+        self.pid, self.taken, self.on, self.cpu = pid, [], False, 0
+    def start(self):
+        self.on, self.began, self.cpu0 = True, time.perf_counter(), cpu_seconds(self.pid)
+    def stop(self):
+        self.on, self.seconds, self.cpu = False, time.perf_counter() - self.began, cpu_seconds(self.pid) - self.cpu0
     def add(self, seconds):
-        if self.on: self.taken.append(seconds)
+        if self.on:
+            self.taken.append(seconds)
 
     def row(self):
-        if not (xs := sorted(self.taken)): sys.exit(f'no answer within {self.seconds:.0f} s: too busy a machine, or give more --seconds')
+        if not (xs := sorted(self.taken)):
+            sys.exit(f'no answer within {self.seconds:.0f} s: too busy a machine, or give more --seconds')
         at = lambda q: 1000 * xs[min(len(xs) - 1, int(q * len(xs)))]
         return dict(requests=len(xs), rate=len(xs) / self.seconds, p50=at(.5), p99=at(.99), cpu_ms=1000 * self.cpu / len(xs), megabytes=megabytes(self.pid))
 
@@ -352,7 +385,8 @@ async def saturate(servers, name, seconds, agents=512, stream=False):
 
     tasks = [asyncio.create_task(work(a)) for a in team]
     await _clock(tally, over, tasks, seconds)
-    for a in team: a.close()
+    for a in team:
+        a.close()
     return tally.row()
 
 
@@ -373,7 +407,8 @@ async def arrive(servers, name, seconds, agents=64, rate=200):
     "Requests come at random times, `rate` a second on average, each to an agent that waits for none."
     tally, over, tag = Tally(servers.pid[name]), asyncio.Event(), f'{name}{next(Agent.numbers)}'
     team, rng, idle = [Agent(servers.port[name], False, tag) for _ in range(agents)], random.Random(0), asyncio.Queue()
-    for a in team: idle.put_nowait(a)
+    for a in team:
+        idle.put_nowait(a)
 
     async def one(due):
         a = await idle.get()
@@ -389,7 +424,8 @@ async def arrive(servers, name, seconds, agents=64, rate=200):
             tasks.append(asyncio.create_task(one(due)))
         await asyncio.gather(*tasks)
     await _clock(tally, over, [asyncio.create_task(source())], seconds)
-    for a in team: a.close()
+    for a in team:
+        a.close()
     return tally.row()
 
 
@@ -401,16 +437,19 @@ async def remember(servers, turns, agents=512):
     async def work(a):
         for i in left:
             await a.step()
-            if i % (turns // 100) == 0: seen.append((i, megabytes(pid)))
+            if i % (turns // 100) == 0:
+                seen.append((i, megabytes(pid)))
     await asyncio.gather(*map(work, team))
-    for a in team: a.close()
+    for a in team:
+        a.close()
     seconds = time.perf_counter() - began
     return dict(turns=turns, seconds=seconds, rate=turns / seconds, cpu_ms=1000 * (cpu_seconds(pid) - cpu) / turns, megabytes=sorted(seen))
 
 
 # --- the report
 
-def interval(rows, key): return dict(mid=statistics.median(r[key] for r in rows), low=min(r[key] for r in rows), high=max(r[key] for r in rows))
+def interval(rows, key):
+    return dict(mid=statistics.median(r[key] for r in rows), low=min(r[key] for r in rows), high=max(r[key] for r in rows))
 
 
 def summary(runs):
@@ -419,7 +458,8 @@ def summary(runs):
     for name, rows in runs.items():
         out[name] = {k: interval(rows, k) for k in ('rate', 'p50', 'p99', 'cpu_ms', 'megabytes')}
         for k in ('p50', 'p99'):
-            if 'direct' in runs: out[name][f'over_{k}'] = interval([dict(x=r[k] - d[k]) for r, d in zip(rows, runs['direct'])], 'x')
+            if 'direct' in runs:
+                out[name][f'over_{k}'] = interval([dict(x=r[k] - d[k]) for r, d in zip(rows, runs['direct'])], 'x')
     return out
 
 
@@ -446,7 +486,8 @@ def bars(ax, columns, title):
         at, xs = [i + .4 * (j - .5) for i, n in enumerate(systems) if n in by], [by[n] for n in systems if n in by]
         ax.bar(at, [x['mid'] for x in xs], .38, yerr=[[x['mid'] - x['low'] for x in xs], [x['high'] - x['mid'] for x in xs]], capsize=3, label=label)
     ax.set(xticks=range(len(systems)), xticklabels=systems, title=title)
-    if columns: ax.legend(fontsize=8)
+    if columns:
+        ax.legend(fontsize=8)
 
 
 def draw(result):
@@ -478,20 +519,24 @@ def main():
     parser.add_argument('--quick', action='store_true')
     args = parser.parse_args()
     parts, systems = args.parts.split(','), args.systems.split(',')
-    if bad := [*set(parts) - {'arrivals', 'saturation', 'streams', 'memory'}, *set(systems) - {*SYSTEMS, 'vllm'}]: parser.error(f'{bad[0]}: no such part or system')
+    if bad := [*set(parts) - {'arrivals', 'saturation', 'streams', 'memory'}, *set(systems) - {*SYSTEMS, 'vllm'}]:
+        parser.error(f'{bad[0]}: no such part or system')
     if 'litellm' in systems and not PYTHON.exists():
         print('LiteLLM is left out: run make litellm')
         systems.remove('litellm')
-    if args.quick: args.repeat, args.seconds, args.turns, args.sessions = 1, 4, 400, 16
+    if args.quick:
+        args.repeat, args.seconds, args.turns, args.sessions = 1, 4, 400, 16
     cores = sorted(os.sched_getaffinity(0))
     result = _kept(dict(machine=f'{_cpu()}, {len(cores)} cores, Python {platform.python_version()}', sessions=args.sessions, delay=args.delay,
                         litellm=_version() if PYTHON.exists() else None))
     how = dict(command='python ' + ' '.join(sys.argv), load=os.getloadavg()[0], repetitions=args.repeat, seconds=args.seconds)
-    if len(cores) > 1: os.sched_setaffinity(0, {cores[1]})
+    if len(cores) > 1:
+        os.sched_setaffinity(0, {cores[1]})
     home = ROOT / 'data/runs'
     home.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=home) as tmp:
-        for part in parts: result[part], result['how'][part] = run_part(part, args, systems, Path(tmp), cores), how
+        for part in parts:
+            result[part], result['how'][part] = run_part(part, args, systems, Path(tmp), cores), how
     if args.quick: return
     FILE.write_text(json.dumps(result, indent=1) + '\n')
     draw(result)
@@ -518,22 +563,28 @@ def run_part(part, args, systems, tmp, cores):
                     streams=lambda n: saturate(servers, n, args.seconds, args.sessions, True))[part]
         runs = {n: [] for n in names}
         for _ in range(args.repeat):
-            for n in names: runs[n].append(asyncio.run(work(n)))
+            for n in names:
+                runs[n].append(asyncio.run(work(n)))
     out = summary(runs)
     print(table(part, out), flush=True)
     for ours in ('kat', 'embedded'):
-        if part != 'arrivals' and ours in out and 'litellm' in out: print(f'{ours}: {out[ours]["rate"]["mid"] / out["litellm"]["rate"]["mid"]:.1f} times the requests/s of LiteLLM')
+        if part != 'arrivals' and ours in out and 'litellm' in out:
+            print(f'{ours}: {out[ours]["rate"]["mid"] / out["litellm"]["rate"]["mid"]:.1f} times the requests/s of LiteLLM')
     return out
 
 
-def _cpu(): return next((x.partition(': ')[2] for x in Path('/proc/cpuinfo').read_text().splitlines() if x.startswith('model name')), platform.machine())
-def _version(): return subprocess.run([PYTHON, '-c', 'from importlib.metadata import version; print(version("litellm"))'], capture_output=True, text=True, check=True).stdout.strip()
+def _cpu():
+    return next((x.partition(': ')[2] for x in Path('/proc/cpuinfo').read_text().splitlines() if x.startswith('model name')), platform.machine())
+def _version():
+    return subprocess.run([PYTHON, '-c', 'from importlib.metadata import version; print(version("litellm"))'], capture_output=True, text=True, check=True).stdout.strip()
 
 
 if __name__ == '__main__':
     role, rest = sys.argv[1:2], sys.argv[2:]
-    if role == ['serve-upstream']: asyncio.run(serve_upstream(int(rest[0]), float(rest[1])))
+    if role == ['serve-upstream']:
+        asyncio.run(serve_upstream(int(rest[0]), float(rest[1])))
     elif role == ['serve-kat']:
         from kat.plane.gateway import run_server
         run_server(serve_kat(int(rest[0]), rest[1], rest[2], int(rest[3])))
-    else: main()
+    else:
+        main()

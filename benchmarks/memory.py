@@ -27,7 +27,8 @@ class PeakMemory(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
         for t in tree_leaves(out):
-            if isinstance(t, torch.Tensor): self._see(t.untyped_storage(), tree_leaves((args, kwargs)))
+            if isinstance(t, torch.Tensor):
+                self._see(t.untyped_storage(), tree_leaves((args, kwargs)))
         return out
 
     def _see(self, storage, inputs):
@@ -58,7 +59,8 @@ def paths_tree(path: int, paths: float, seed: int = 0, vocab: int = 500) -> Toke
 
 def peak_of(model, tree, max_tokens, recompute=True) -> int:
     model.zero_grad(set_to_none=False)
-    with PeakMemory() as m: TreeEngine(model, max_tokens=max_tokens, recompute=recompute).forward_backward(tree, lambda e: -e.logprob.sum())
+    with PeakMemory() as m:
+        TreeEngine(model, max_tokens=max_tokens, recompute=recompute).forward_backward(tree, lambda e: -e.logprob.sum())
     return m.peak
 
 

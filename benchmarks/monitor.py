@@ -30,7 +30,8 @@ def main(run, n=64, k=4):
         played = rollout(policy, tok, tasks, make_env, seed=5)
 
         def watch(e):
-            if e.name not in monitors: monitors[e.name] = Monitor(truths[e.task.id], .4, 2, corrections=2)
+            if e.name not in monitors:
+                monitors[e.name] = Monitor(truths[e.task.id], .4, 2, corrections=2)
             said = monitors[e.name].observe(e.turns[-1])
             return monitors[e.name].correction if said == 'correct' else said
         corrected = rollout(policy, tok, tasks, make_env, seed=5, watch=watch)
@@ -50,4 +51,5 @@ def main(run, n=64, k=4):
           f'of all {passed(corrected)} and {passed(played)}')
 
 
-if __name__ == '__main__': main(sys.argv[1], *map(int, sys.argv[2:]))
+if __name__ == '__main__':
+    main(sys.argv[1], *map(int, sys.argv[2:]))

@@ -28,7 +28,10 @@ def show(what, unit, n, fn, reps=3):
     "Print the rate of `n` units in one call of `fn`, after one call to warm up"
     fn()
     spent = []
-    for _ in range(reps): start = time.perf_counter(); fn(); spent.append(time.perf_counter() - start)
+    for _ in range(reps):
+        start = time.perf_counter()
+        fn()
+        spent.append(time.perf_counter() - start)
     print(f'{what:44} {n/statistics.median(spent):12,.0f} {unit}/s', flush=True)
 
 
@@ -64,7 +67,8 @@ def training(rows=16, length=256):
     ids = torch.randint(0, 2048, (rows, length))
     for name in ('sdpa', 'kat'):
         m = model()
-        if name == 'kat': use_kat_attention(m)
+        if name == 'kat':
+            use_kat_attention(m)
         show(f'forward and backward {rows} x {length}, {name} attention', 'tokens', rows*length,
              lambda: m(input_ids=ids, labels=ids, use_cache=False).loss.backward())
 
@@ -78,11 +82,13 @@ def turns(n=200):
             start = time.process_time()
             played = expert_data(tok, tasks, make_env, seed=1)
             spent = 1e3*(time.process_time() - start)/sum(len(t.info['turns']) for t in played)
-            if name: print(f'a scripted turn through the gateway, {name:8} {spent:12.2f} ms of processor time', flush=True)
+            if name:
+                print(f'a scripted turn through the gateway, {name:8} {spent:12.2f} ms of processor time', flush=True)
     rollouts.Local = local
 
 
 if __name__ == '__main__':
     size = sum(p.numel() for p in model().parameters())/1e6
     print(f'torch {torch.__version__}, {torch.get_num_threads()} threads, {size:.1f} M parameters')
-    for part in (records, world, turns, training): part()
+    for part in (records, world, turns, training):
+        part()

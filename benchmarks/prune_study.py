@@ -60,7 +60,8 @@ def batch_of(run, batch, tasks=16, rollouts=8):
         with world() as make_env:
             played = rollout(ModelPolicy(engine, tok.eos_token_id), tok, [t for t in todo for _ in range(rollouts)], make_env, seed=batch, max_turns=14)
         engine.close()
-        for t in played: t.info["masked"] = {"length": "truncated", "infra": "infrastructure"}.get(t.info["finish"])
+        for t in played:
+            t.info["masked"] = {"length": "truncated", "infra": "infrastructure"}.get(t.info["finish"])
         write_parquet(path, played)
     played = list(read_parquet(path))
     return [Group(played[i].task, played[i:i + rollouts]) for i in range(0, len(played), rollouts)]
@@ -159,7 +160,8 @@ def gradients(name, model, rows, objective):
         G, first, spent = atom_gradients(model, facts, weight)
         distance = checked(model, facts, loss, G.sum(0))
         print(f"{name}: {len(rows)} rows, {len(facts.tree)} tokens, {facts.scored.sum()} trained, {len(first)} atoms, {spent:.0f} CPU s; trainer's own gradient differs by {distance:.1e}", flush=True)
-        with atomic(path) as tmp, open(tmp, "wb") as f: np.savez_compressed(f, G=isometric(G).astype(np.float32), first=first, distance=distance)
+        with atomic(path) as tmp, open(tmp, "wb") as f:
+            np.savez_compressed(f, G=isometric(G).astype(np.float32), first=first, distance=distance)
     saved = np.load(path)
     return facts, squares, weight, saved["G"].astype(float), saved["first"], float(saved["distance"])
 
@@ -173,7 +175,8 @@ def log_rows(tok):
             parts = [s for s in t.segments if len(s.ids) > 1][:9]
             parts = [Segment(s.ids[:40 if s.trainable else 64 if s.kind == "system" else 32], s.kind, s.turn, s.trainable, event=s.event) for s in parts]
             row = Row(replace(t, segments=parts), np.concatenate([np.full(len(s), s.trainable) for s in parts]), 1.0, 1.0)
-            if row.mask.any(): rows.append(row)
+            if row.mask.any():
+                rows.append(row)
     return rows
 
 
@@ -193,7 +196,8 @@ def compared(facts, squares, G, first):
         rows = gradient_fidelity(facts, gradient, [how], **options)
         names = ("cost", "cosine", "norm_ratio", "error", "bias") if how.correction == "horvitz_thompson" or how.policy == "random" else ("cost", "cosine", "norm_ratio", "error")
         out.setdefault(label, {})[how.correction] = {k: [None if np.isnan(r[k]) else round(r[k], 5) for r in rows] for k in names}
-    for label, how in ways(): add(label, facts, how)
+    for label, how in ways():
+        add(label, facts, how)
     sure, size = np.full(len(facts.tree), -50.0), np.zeros(len(facts.tree))
     add("(1 − p), squared", replace(facts, weight=None), Pruning())
     add("|A|, squared", replace(facts, logprob=sure), Pruning())
@@ -214,7 +218,8 @@ def facts_about(facts, G):
 
 def save(name, command, **values):
     path = ROOT / "figures" / name
-    with atomic(path) as tmp: Path(tmp).write_text(json.dumps(dict(command=command, machine={k: v for k, v in machine().items() if k in ("cpu", "cores", "torch", "transformers")}, **values), ensure_ascii=False) + "\n")
+    with atomic(path) as tmp:
+        Path(tmp).write_text(json.dumps(dict(command=command, machine={k: v for k, v in machine().items() if k in ("cpu", "cores", "torch", "transformers")}, **values), ensure_ascii=False) + "\n")
     print(f"wrote {path.relative_to(ROOT)}")
 
 
@@ -254,7 +259,8 @@ def learn(run, share, policy, n_eval):
     if not (here / "30_rft").exists():
         for s in ("base", "mid", "sft", "rft"):
             (here / "eval").mkdir(parents=True, exist_ok=True)
-            for f in (run / "eval").glob(f"{s}.*"): shutil.copy(f, here / "eval")
+            for f in (run / "eval").glob(f"{s}.*"):
+                shutil.copy(f, here / "eval")
         shutil.copy(run / "config.json", here)
         shutil.copytree(run / "30_rft/model", here / "30_rft.tmp/model")
         (here / "30_rft.tmp").rename(here / "30_rft")
@@ -294,13 +300,18 @@ def main():
     p.add_argument("--n-eval", type=int, default=256, help="with --learn: held-out tasks at the end")
     args = p.parse_args()
     torch.set_num_threads(1)
-    if args.smollm2: smollm2(args.smollm2)
-    elif not args.runs: p.error("give runs, or --smollm2 FOLDER")
-    elif not args.learn: tiny(args.runs)
+    if args.smollm2:
+        smollm2(args.smollm2)
+    elif not args.runs:
+        p.error("give runs, or --smollm2 FOLDER")
+    elif not args.learn:
+        tiny(args.runs)
     else:
         for share in args.learn:
-            for run in args.runs: learn(run, share, args.policy, args.n_eval)
+            for run in args.runs:
+                learn(run, share, args.policy, args.n_eval)
         collect(args.runs, args.n_eval)
 
 
-if __name__ == "__main__": main()
+if __name__ == "__main__":
+    main()

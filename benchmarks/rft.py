@@ -28,9 +28,11 @@ def make_without(run, folder):
     if (folder / "eval/rl.json").exists(): return
     config = read_json(run / "config.json", "it is no run of the pipeline")
     values = config["stages"]["40_rl"] | {"steps": config["stages"]["30_rft"]["steps"] + config["stages"]["40_rl"]["steps"], "run_dir": str(folder.resolve())}
-    for d in ("30_rft", "eval"): (folder / d).mkdir(parents=True, exist_ok=True)
+    for d in ("30_rft", "eval"):
+        (folder / d).mkdir(parents=True, exist_ok=True)
     shutil.copytree(run / "20_sft/model", folder / "30_rft/model", dirs_exist_ok=True)   # where the RL stage looks for its start
-    for f in (f for s in ("base", "mid", "sft") for f in (run / "eval").glob(f"{s}.*")): shutil.copy(f, folder / "eval")
+    for f in (f for s in ("base", "mid", "sft") for f in (run / "eval").glob(f"{s}.*")):
+        shutil.copy(f, folder / "eval")
     shutil.copy(run / "eval/sft.json", folder / "eval/rft.json")
     shutil.copy(run / "config.json", folder)
     notebook = ROOT / "nbs/runs/40_rl.ipynb"
@@ -98,7 +100,8 @@ def compare(run, other):
             "held": held, "gains": gains, "monitor": json.loads((run / "30_rft/monitor.json").read_text())}
 
 
-def half_width(x): return T.get(len(x), 1.96) * x.std(0, ddof=1) / len(x) ** 0.5
+def half_width(x):
+    return T.get(len(x), 1.96) * x.std(0, ddof=1) / len(x) ** 0.5
 
 
 def over_seeds(x):
@@ -131,7 +134,8 @@ def draw(seeds, command):
         y = np.array([moving_mean(np.array(s["curves"][k]["solved"]), WINDOW) for s in seeds])
         x = np.arange(1, y.shape[1] + 1), np.mean([s["curves"][k]["tokens"] for s in seeds], 0)
         for ax, at in zip(axes, x):
-            for one in y: ax.plot(at, one, color=color, lw=0.6, alpha=0.5)
+            for one in y:
+                ax.plot(at, one, color=color, lw=0.6, alpha=0.5)
             ax.plot(at, y.mean(0), color=color, lw=2, label=ARMS[k])
             if len(y) > 1:
                 ax.fill_between(at, y.mean(0) - half_width(y), np.minimum(1, y.mean(0) + half_width(y)), color=color, alpha=0.15, lw=0)
@@ -168,7 +172,8 @@ if __name__ == "__main__":
     parser.add_argument("--without", type=Path, help="folder of the runs without RFT")
     args = parser.parse_args()
     where = args.without or args.runs[0].parent / "norft"
-    for r in args.runs: make_without(r, where / r.name)
+    for r in args.runs:
+        make_without(r, where / r.name)
     seeds = [compare(r, where / r.name) for r in args.runs]
     whole = summary(seeds)
     write_json(ROOT / "figures/rft.json", {"command": "make rft", "window": WINDOW, "margin": MARGIN, "seeds": seeds, "all": whole})

@@ -21,7 +21,8 @@ NAMES = ["Base", "Mid-training", "SFT", "RFT", "RL"]
 def weakest(run, stage):
     "The family with the lowest solve rate, sampled: name, rate."
     by = defaultdict(list)
-    for t in read_parquet(run / "eval" / f"{stage}.parquet"): by[t.info["family"]].append(t.reward == 1)
+    for t in read_parquet(run / "eval" / f"{stage}.parquet"):
+        by[t.info["family"]].append(t.reward == 1)
     return min(((sum(x) / len(x), f, len(x)) for f, x in by.items()))
 
 
@@ -51,5 +52,6 @@ def main(runs):
 
 
 if __name__ == "__main__":
-    if len(sys.argv) < 2: sys.exit(__doc__)
+    if len(sys.argv) < 2:
+        sys.exit(__doc__)
     main([Path(a) for a in sys.argv[1:]])

@@ -66,7 +66,8 @@ def shared(rng, k, length, por):
 def shortened(tree, factor):
     "The sequences of a tree whose every node is cut to its first tokens."
     keep = np.zeros(len(tree), bool)
-    for a, b in zip(tree.node_bounds(), tree.node_bounds()[1:]): keep[a:a + max(1, round(factor * (b - a)))] = True
+    for a, b in zip(tree.node_bounds(), tree.node_bounds()[1:]):
+        keep[a:a + max(1, round(factor * (b - a)))] = True
     return [tree.ids[p[keep[p]]] for p in map(tree.path, range(tree.n_sequences))]
 
 
@@ -113,7 +114,8 @@ def cases():
 def make(kind):  # model, compute dtype of the backbone
     from trl.trainer.utils import add_fused_lm_head
     torch.manual_seed(0)
-    if kind == "base": model, dtype = load_model(ROOT / "data/base")[0], torch.bfloat16
+    if kind == "base":
+        model, dtype = load_model(ROOT / "data/base")[0], torch.bfloat16
     else:
         model, dtype = LlamaForCausalLM(LlamaConfig(vocab_size=49152, hidden_size=576, intermediate_size=1536, num_hidden_layers=30, num_attention_heads=9, num_key_value_heads=3,
                                                     head_dim=64, max_position_embeddings=8192, tie_word_embeddings=True)), None
@@ -123,11 +125,13 @@ def make(kind):  # model, compute dtype of the backbone
 
 # ways: (model, sequences, dtype, backward, n) -> sum of log-probs / n
 def done(total, backward):
-    if backward: (-total).backward()
+    if backward:
+        (-total).backward()
     return float(total.detach())
 
 
-def padded(seqs): return pad_rows([np.asarray(s, np.int64) for s in seqs]), pad_rows([np.ones(len(s), bool) for s in seqs], False)
+def padded(seqs):
+    return pad_rows([np.asarray(s, np.int64) for s in seqs]), pad_rows([np.ones(len(s), bool) for s in seqs], False)
 
 
 def run_flat(model, seqs, dtype, backward, n, batches):
@@ -214,7 +218,9 @@ def run_prefix(model, seqs, dtype, backward, n):
     states = model.model(input_ids=ids[None], position_ids=at[None], use_cache=False, prefix_grouper=grouper).last_hidden_state
     head, _, tail, _ = grouper.split_output(states)
     parts, weight = [head[0, :p - 1]], [np.full(p - 1, len(seqs))]
-    for k, s in enumerate(suffixes): parts += [head[0, p - 1:p], tail[k, :len(s) - 1]]; weight.append(np.ones(len(s)))
+    for k, s in enumerate(suffixes):
+        parts += [head[0, p - 1:p], tail[k, :len(s) - 1]]
+        weight.append(np.ones(len(s)))
     targets = torch.cat([ids[1:p], *(torch.from_numpy(s.astype(np.int64)) for s in suffixes)])
     logps = score_tokens(model, torch.cat(parts), targets, torch.ones(len(targets)))[0]
     return done((logps * torch.from_numpy(np.concatenate(weight)).float()).sum() / n, backward)
@@ -231,11 +237,16 @@ def run_tree(model, seqs, dtype, backward, n, size=CALL):
 def ways(kind, tree, seqs):
     out = dict(packed=run_packed, one=run_one, rows=run_rows, trl=run_trl, trl_tree=run_trl_tree, prefix=run_prefix, tree=run_tree)
     one_level = kind == "smollm2" and len(seqs) > 1 and 1 < (tree.count == len(seqs)).sum() < min(map(len, seqs)) and tree.n_nodes == len(seqs) + 1
-    try: import prefix_grouper  # noqa: F401
-    except ImportError: one_level = False
-    if not one_level: del out["prefix"]
-    for w in ("rows",) if kind == "smollm2" else ("packed", "one"): del out[w]
-    if len(seqs) > 500: del out["trl"], out["trl_tree"]  # minutes a call, and gigabytes
+    try:
+        import prefix_grouper  # noqa: F401
+    except ImportError:
+        one_level = False
+    if not one_level:
+        del out["prefix"]
+    for w in ("rows",) if kind == "smollm2" else ("packed", "one"):
+        del out[w]
+    if len(seqs) > 500:
+        del out["trl"], out["trl_tree"]  # minutes a call, and gigabytes
     return out
 
 
@@ -255,7 +266,8 @@ def peaks(runs, model, seqs, dtype):  # name -> bytes; all ways must agree
     for way, run in runs.items():
         model.zero_grad(set_to_none=False)
         gc.collect()
-        with PeakMemory() as m: mean = run(model, seqs, dtype, True, n)
+        with PeakMemory() as m:
+            mean = run(model, seqs, dtype, True, n)
         out[way] = m.peak
         seen[way] = mean, float(sum(p.grad.double().square().sum() for p in model.parameters()).sqrt())
     ref, rtol = next(iter(seen.values())), 1e-3 if dtype is None else 5e-2
@@ -277,7 +289,8 @@ def measure(name, kind, model, dtype, seqs, whole, repeat):
     order = [w for w in runs if w != "one"]
     for r in range(repeat):
         for way in order[r % len(order):] + order[:r % len(order)]:
-            for what in ("forward", "both"): row["seconds"][what].setdefault(way, []).append(once(runs[way], model, seqs, dtype, what == "both"))
+            for what in ("forward", "both"):
+                row["seconds"][what].setdefault(way, []).append(once(runs[way], model, seqs, dtype, what == "both"))
     for what, s in row["seconds"].items():
         base = "packed" if "packed" in s else "rows"
         ups = [a / b for a, b in zip(s[base], s["tree"])]
@@ -330,7 +343,8 @@ def memory_table(rows):
     return markdown(["case", *NAMES.values()], [[r["case"], *(f"{r['peak'][w] / 1e6:,.0f}" if w in r["peak"] else "–" for w in NAMES)] for r in rows])
 
 
-def markdown(head, body): return "\n".join("| " + " | ".join(x) + " |" for x in [head, ["---"] * len(head), *body])
+def markdown(head, body):
+    return "\n".join("| " + " | ".join(x) + " |" for x in [head, ["---"] * len(head), *body])
 
 
 def report(rows):
@@ -388,13 +402,15 @@ if __name__ == "__main__":
         AttentionInterface.register(f"bench_{name}", layer)
         AttentionMaskInterface.register(f"bench_{name}", lambda **kwargs: None)
     kept, models, start = {}, {}, time.process_time()
-    if args.only and args.out and (args.out / "trees.json").exists(): kept = {r["case"]: r for r in json.loads((args.out / "trees.json").read_text())}
+    if args.only and args.out and (args.out / "trees.json").exists():
+        kept = {r["case"]: r for r in json.loads((args.out / "trees.json").read_text())}
     todo = cases()
     if args.parts:
         model, dtype = make("base")
         sum(p.sum() for p in model.parameters()).backward()
         table = parts(model, dtype, todo["micro world, RL batch, 16 × 8"][1]()[0], args.repeat)
-        if args.out: args.out.mkdir(parents=True, exist_ok=True), (args.out / "trees_parts.md").write_text(table)
+        if args.out:
+            args.out.mkdir(parents=True, exist_ok=True), (args.out / "trees_parts.md").write_text(table)
         raise SystemExit(print(table))
     for name, (kind, sequences) in todo.items():
         if args.only and args.only not in name: continue

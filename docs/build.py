@@ -17,14 +17,17 @@ _OUTSIDE = re.compile(r'\s*(https?:)?//', re.I)
 
 class Loads(HTMLParser):
     "What a browser fetches when it shows the page: not the links that a reader may follow"
-    def __init__(self): super().__init__(); self.found = []
+    def __init__(self):
+        super().__init__()
+        self.found = []
     def handle_starttag(self, tag, attrs):
         a = dict(attrs)
         if tag == 'link' and a.get('rel') in ('canonical', 'next', 'prev', 'author', 'license'): return
         urls = [a.get(_LOADS.get(tag, ''), ''), *(a.get('srcset') or '').split(',')]
         self.found += [u for u in urls if u and _OUTSIDE.match(u)] + css_loads(a.get('style') or '')
     def handle_data(self, data):
-        if self.lasttag == 'style': self.found += css_loads(data)
+        if self.lasttag == 'style':
+            self.found += css_loads(data)
 
 
 def css_loads(css):
@@ -37,9 +40,14 @@ def outside(html):
     "`page: address` for everything below `html` that a page would fetch from another host"
     bad = []
     for f in sorted(html.rglob('*')):
-        if f.suffix == '.html': p = Loads(); p.feed(f.read_text()); found = p.found
-        elif f.suffix == '.css': found = css_loads(f.read_text())
-        else: continue
+        if f.suffix == '.html':
+            p = Loads()
+            p.feed(f.read_text())
+            found = p.found
+        elif f.suffix == '.css':
+            found = css_loads(f.read_text())
+        else:
+            continue
         bad += [f'{f.relative_to(html)}: {u}' for u in found]
     return bad
 
@@ -50,9 +58,12 @@ def main():
     site.write()
     shutil.rmtree(OUT/'html', ignore_errors=True)
     sphinx = [sys.executable, '-m', 'sphinx', '-E', '-q', '-W', '--keep-going', '-c', 'docs']
-    if subprocess.call([*sphinx, OUT/'src', OUT/'html']): sys.exit('the site has warnings (above)')
-    if bad := outside(OUT/'html'): sys.exit('the site would fetch from other hosts:\n' + '\n'.join(bad))
+    if subprocess.call([*sphinx, OUT/'src', OUT/'html']):
+        sys.exit('the site has warnings (above)')
+    if bad := outside(OUT/'html'):
+        sys.exit('the site would fetch from other hosts:\n' + '\n'.join(bad))
     print(f'{len(site.nbs)} pages: {(OUT/"html"/"index.html").as_uri()}')
 
 
-if __name__ == '__main__': main()
+if __name__ == '__main__':
+    main()

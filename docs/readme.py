@@ -19,5 +19,7 @@ def readme():
 
 if __name__ == '__main__':
     path, new = Path(ROOT/'README.md'), readme()
-    if '--check' not in sys.argv: path.write_text(new)
-    elif path.read_text() != new: sys.exit('README.md is not what nbs/index.ipynb gives: run python docs/readme.py')
+    if '--check' not in sys.argv:
+        path.write_text(new)
+    elif path.read_text() != new:
+        sys.exit('README.md is not what nbs/index.ipynb gives: run python docs/readme.py')

@@ -135,8 +135,10 @@ Tokenizer = Annotated[Path, typer.Option(help='Folder of a tokenizer with a chat
 def _mendable():
     "A ValueError inside is about the user's files."
     from kat.core.io import UserError
-    try: yield
-    except ValueError as e: raise UserError(str(e)) from e
+    try:
+        yield
+    except ValueError as e:
+        raise UserError(str(e)) from e
 
 # %% ../nbs/cli.ipynb #7ree0a03
 def _calls(file: Path, tokenizer: Path|None):
@@ -190,8 +192,10 @@ def _shape(model: Path|None, folder: Path|None):
     from kat.tree.stats import model_shape
     if model: return model_shape(model), model, ''
     if not folder or not (folder/'config.json').is_file(): return None, None, 'give a model with --model CONFIG'
-    try: return model_shape(folder), folder, ''
-    except ValueError as e: return None, None, str(e)
+    try:
+        return model_shape(folder), folder, ''
+    except ValueError as e:
+        return None, None, str(e)
 
 
 @tree.command()
@@ -246,7 +250,8 @@ def serve_(
     from kat.plane.gateway import run_server
     if vllm_url and engine != 'vllm': raise UserError(f'--vllm-url {vllm_url}: only with --engine vllm')
     if vllm_url and slots: raise UserError(f'--slots {slots}: a server that runs already has its own number; leave it out')
-    with _stored(): run_server(_serve(model or ROOT/'data'/'base', host, port, store, keys, max_len, slots or 32, engine, vllm_url))
+    with _stored():
+        run_server(_serve(model or ROOT/'data'/'base', host, port, store, keys, max_len, slots or 32, engine, vllm_url))
     print('stopped')
 
 # %% ../nbs/cli.ipynb #373f8880
@@ -259,10 +264,12 @@ async def _serve(model: Path, host: str, port: int, store: str, keys: Path|None,
     try:
         async with _hf(model, max_len, slots) if engine == 'hf' else _vllm(model, max_len, slots, vllm_url) as (computes, tokenizer, most):
             gateway = Gateway(computes, tokenizer, kept, most, model=model.resolve().name, keys=known)
-            def tell(address): print(f'{_near(model)}, {most} tokens of context, at {address}; sessions in {store}',
-                                     how_to_connect(address, 'KEY' if keys else 'kat'), f'Live page:       {address}/live', sep='\n', flush=True)
+            def tell(address):
+                print(f'{_near(model)}, {most} tokens of context, at {address}; sessions in {store}',
+                      how_to_connect(address, 'KEY' if keys else 'kat'), f'Live page:       {address}/live', sep='\n', flush=True)
             await serve(gateway, host, port, tell)
-    finally: kept.close()
+    finally:
+        kept.close()
 
 
 @contextmanager
@@ -271,8 +278,10 @@ def _stored():
     from kat.core.io import UserError
     from kat.plane.store import StoreError
     with _mendable():
-        try: yield
-        except StoreError as e: raise UserError(str(e)) from e
+        try:
+            yield
+        except StoreError as e:
+            raise UserError(str(e)) from e
 
 # %% ../nbs/cli.ipynb #e4280f48
 @asynccontextmanager
@@ -283,8 +292,10 @@ async def _hf(model: Path, max_len: int|None, slots: int):
     net, tokenizer = load_model(model)
     most = max_len or net.config.max_position_embeddings
     engine = HFAsyncEngine(net, most, slots, tokenizer=tokenizer)
-    try: yield engine, tokenizer, most
-    finally: await engine.close()
+    try:
+        yield engine, tokenizer, most
+    finally:
+        await engine.close()
 
 
 @asynccontextmanager
@@ -300,8 +311,10 @@ async def _vllm(model: Path, max_len: int|None, slots: int, url: str|None):
             try:
                 if max_len and max_len > engine.max_len: raise UserError(f'--max-len {max_len}: the vLLM server has {engine.max_len} tokens of context')
                 yield engine, tokenizer, max_len or engine.max_len
-            finally: await engine.close()
-    except EngineError as e: raise UserError(str(e)) from e
+            finally:
+                await engine.close()
+    except EngineError as e:
+        raise UserError(str(e)) from e
 
 
 def _own_vllm(model: Path, max_len: int|None, slots: int):
@@ -331,8 +344,10 @@ def _open(store: str):
     from kat.plane.store import Store
     with _stored():
         kept = Store(store)
-        try: yield kept
-        finally: kept.close()
+        try:
+            yield kept
+        finally:
+            kept.close()
 
 # %% ../nbs/cli.ipynb #08b2b6a0
 @sessions.command('list')
@@ -341,7 +356,8 @@ def list_(store: StorePath = 'kat-sessions.db', task: TaskOption = None, debug: 
 
     Example: `kat sessions list`
     """
-    with _open(store) as kept: rows = kept.sessions(**({} if task is None else dict(task=task)))
+    with _open(store) as kept:
+        rows = kept.sessions(**({} if task is None else dict(task=task)))
     names, numbers = ('name', 'owner', 'task'), ('turns', 'tokens', 'clean', 'realigned', 'forked', 'reward')
     cells = [[str('–' if r[k] is None else r[k]) for k in (*names, *numbers)] for r in rows]
     _columns([['session', *names[1:], *numbers], *cells], len(names))
@@ -350,7 +366,8 @@ def list_(store: StorePath = 'kat-sessions.db', task: TaskOption = None, debug: 
 def _columns(rows: list[list[str]], n: int):
     "Print rows in columns as wide as they need, all but the first `n` to the right: whole also in a pipe."
     wide = [max(map(len, x)) for x in zip(*rows)]
-    for r in rows: print('  '.join(x.ljust(w) if i < n else x.rjust(w) for i, (x, w) in enumerate(zip(r, wide))).rstrip())
+    for r in rows:
+        print('  '.join(x.ljust(w) if i < n else x.rjust(w) for i, (x, w) in enumerate(zip(r, wide))).rstrip())
 
 # %% ../nbs/cli.ipynb #1b2b0bdd
 @sessions.command('show')
@@ -386,7 +403,8 @@ def export_(
     """
     from kat.plane.store import export
     where = ({} if task is None else dict(task=task)) | (dict(finished=True) if finished else {})
-    with _open(store) as kept: n = export(kept, out, **where)
+    with _open(store) as kept:
+        n = export(kept, out, **where)
     print(f'{_near(out)}: groups {n}')
 
 # %% ../nbs/cli.ipynb #c7c50529
@@ -395,13 +413,17 @@ def main(
 ):
     "The command `kat`: runs `args` and exits."
     args = sys.argv[1:] if args is None else args
-    try: code = app(args or ['--help'], prog_name='kat', standalone_mode=False)
-    except (KeyboardInterrupt, typer.Abort): code = 130
+    try:
+        code = app(args or ['--help'], prog_name='kat', standalone_mode=False)
+    except (KeyboardInterrupt, typer.Abort):
+        code = 130
     except Exception as e:
         kernel = getattr(e, 'trace', getattr(e.__cause__, 'trace', ''))  # of a notebook's own failure
-        if '--debug' in args: print(kernel or traceback.format_exc(), file=sys.stderr)
+        if '--debug' in args:
+            print(kernel or traceback.format_exc(), file=sys.stderr)
         code = _explain(e)
-    if code == 130: _say('stopped; the same command goes on from here', code)
+    if code == 130:
+        _say('stopped; the same command goes on from here', code)
     sys.exit(code or 0)
 
 

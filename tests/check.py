@@ -17,7 +17,9 @@ PY = sys.executable
 STEPS = {}
 
 
-def step(fn): STEPS[fn.__name__] = fn; return fn
+def step(fn):
+    STEPS[fn.__name__] = fn
+    return fn
 
 
 def run(*cmd, cwd=ROOT, **env):
@@ -33,8 +35,11 @@ def copy(tmp, *names):
     skip = shutil.ignore_patterns('__pycache__', '.ipynb_checkpoints')
     for n in names:
         src = ROOT/n
-        if src.is_dir(): shutil.copytree(src, tmp/n, ignore=skip)
-        elif src.exists(): (tmp/n).parent.mkdir(parents=True, exist_ok=True); shutil.copy(src, tmp/n)
+        if src.is_dir():
+            shutil.copytree(src, tmp/n, ignore=skip)
+        elif src.exists():
+            (tmp/n).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(src, tmp/n)
 
 
 def same(want, have, remedy):
@@ -97,7 +102,8 @@ def site(tmp):
 
 
 def main(names):
-    if unknown := set(names) - set(STEPS): sys.exit(f'no step {sorted(unknown)}; there are {", ".join(STEPS)}')
+    if unknown := set(names) - set(STEPS):
+        sys.exit(f'no step {sorted(unknown)}; there are {", ".join(STEPS)}')
     os.environ |= dict(HF_HUB_OFFLINE='1', TRANSFORMERS_OFFLINE='1', PYTHONDONTWRITEBYTECODE='1')
     rows = []
     for name, fn in STEPS.items():
@@ -105,12 +111,16 @@ def main(names):
         print(f'\n== {name}: {fn.__doc__}', flush=True)
         start, verdict = time.time(), 'ok'
         with tempfile.TemporaryDirectory(prefix=f'kat-{name}-') as tmp:
-            try: fn(Path(tmp))
-            except SystemExit as e: verdict = 'FAILED'; print(e)
+            try:
+                fn(Path(tmp))
+            except SystemExit as e:
+                verdict = 'FAILED'
+                print(e)
         rows.append((name, verdict, time.time() - start))
         print(f'-- {name}: {verdict}, {rows[-1][2]:.0f} s', flush=True)
     print('\n' + '\n'.join(f'{n:12}{v:8}{s:6.0f} s' for n, v, s in rows))
     sys.exit(any(v != 'ok' for _, v, _ in rows))
 
 
-if __name__ == '__main__': main(sys.argv[1:])
+if __name__ == '__main__':
+    main(sys.argv[1:])

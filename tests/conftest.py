@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 
-if not torch.cuda.is_available(): os.environ.setdefault("TRITON_INTERPRET", "1")
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
 @pytest.fixture(scope='session')
@@ -21,15 +22,20 @@ def postgres(tmp_path_factory):
     pytest.importorskip('psycopg', reason="psycopg isn't installed: pip install 'psycopg[binary]'")
     found = sorted(Path('/usr/lib/postgresql').glob('*/bin/initdb'), key=lambda p: int(p.parts[-3])) if Path('/usr/lib/postgresql').exists() else []
     found = found or ([Path(x)] if (x := shutil.which('initdb')) else [])
-    if not found: pytest.skip('no PostgreSQL on this machine (initdb)')
+    if not found:
+        pytest.skip('no PostgreSQL on this machine (initdb)')
     root, who = os.geteuid() == 0, {}
     data = Path('/tmp')/f'kat-postgres-{os.getpid()}'
     data.mkdir(mode=0o700)
     if root:  # the server refuses to run as root
-        try: shutil.chown(data, 'postgres')
-        except LookupError: shutil.rmtree(data); pytest.skip('PostgreSQL will not run as root, and there is no user postgres')
+        try:
+            shutil.chown(data, 'postgres')
+        except LookupError:
+            shutil.rmtree(data)
+            pytest.skip('PostgreSQL will not run as root, and there is no user postgres')
         who = dict(user='postgres', group='postgres')
-    with socket.create_server(('127.0.0.1', 0)) as s: port = s.getsockname()[1]
+    with socket.create_server(('127.0.0.1', 0)) as s:
+        port = s.getsockname()[1]
     quiet = dict(stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, cwd='/')
     server = None
     try:
@@ -37,11 +43,16 @@ def postgres(tmp_path_factory):
         server = subprocess.Popen([found[-1].with_name('postgres'), '-D', data/'db', '-p', str(port), '-k', data, '-h', '127.0.0.1', '-c', 'fsync=off'], **quiet, **who)
         import psycopg
         for _ in range(100):
-            try: psycopg.connect(host='127.0.0.1', port=port, user='kat', dbname='postgres').close(); break
-            except psycopg.OperationalError: time.sleep(.1)
+            try:
+                psycopg.connect(host='127.0.0.1', port=port, user='kat', dbname='postgres').close()
+                break
+            except psycopg.OperationalError:
+                time.sleep(.1)
         yield f'postgresql://kat@127.0.0.1:{port}/postgres'
     finally:
-        if server: server.send_signal(signal.SIGQUIT); server.wait()
+        if server:
+            server.send_signal(signal.SIGQUIT)
+            server.wait()
         shutil.rmtree(data)
 
 
@@ -51,5 +62,6 @@ def url(request, tmp_path):
     if request.param == 'sqlite': return str(tmp_path/'store.db')
     base, name = request.getfixturevalue('postgres'), f'd{time.monotonic_ns()}'
     import psycopg
-    with psycopg.connect(base, autocommit=True) as c: c.execute(f'CREATE DATABASE {name}')
+    with psycopg.connect(base, autocommit=True) as c:
+        c.execute(f'CREATE DATABASE {name}')
     return base.rpartition('/')[0] + '/' + name

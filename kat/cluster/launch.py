@@ -77,9 +77,12 @@ def read_notebook(
     path: str|Path, # an .ipynb file
 ) -> dict:          # its JSON
     "A notebook's JSON; `UserError` when it is missing or no notebook."
-    try: nb = json.loads(Path(path).read_text(encoding='utf-8'))
-    except FileNotFoundError: raise UserError(f'no notebook {path}') from None
-    except (OSError, ValueError) as e: raise UserError(f'{path} is not a notebook: {one_line(e)}') from None
+    try:
+        nb = json.loads(Path(path).read_text(encoding='utf-8'))
+    except FileNotFoundError:
+        raise UserError(f'no notebook {path}') from None
+    except (OSError, ValueError) as e:
+        raise UserError(f'{path} is not a notebook: {one_line(e)}') from None
     if not isinstance(nb, dict) or 'cells' not in nb: raise UserError(f'{path} is not a notebook: it has no cells')
     return nb
 
@@ -98,15 +101,18 @@ def read_parameters(
     "What the cell tagged `parameters` declares, in its order; `UserError` for a value that isn't a literal."
     cells = read_notebook(notebook)['cells']
     source = next((''.join(c['source']) for c in cells if 'parameters' in c['metadata'].get('tags', ())), '')
-    try: body = ast.parse(source).body
-    except SyntaxError as e: raise UserError(f'{notebook}: the parameters cell is no Python: {one_line(e)}') from None
+    try:
+        body = ast.parse(source).body
+    except SyntaxError as e:
+        raise UserError(f'{notebook}: the parameters cell is no Python: {one_line(e)}') from None
     notes = {t.start[0]: t.string.lstrip('# ') for t in tokenize.generate_tokens(io.StringIO(source).readline)
              if t.type == tokenize.COMMENT}
     found = {}
     for s in body:
         if (d := _declared(s)) is None: continue
         name, kind, value = d
-        try: default = ast.literal_eval(value)
+        try:
+            default = ast.literal_eval(value)
         except ValueError:
             raise UserError(f'{notebook}: parameter {name} = {ast.unparse(value)} is derived; compute it in a later '
                             'cell, where the values given by the user are known') from None
@@ -141,8 +147,10 @@ def parse_value(
     "`text` read as a value of `type_`: text itself for `str`, else JSON or a Python literal."
     if fits(text, type_) and not (fits(None, type_) and text in ('None', 'null')): return text
     for read in (json.loads, ast.literal_eval, float):
-        try: value = read(text)
-        except (ValueError, SyntaxError, TypeError, RecursionError, MemoryError): continue
+        try:
+            value = read(text)
+        except (ValueError, SyntaxError, TypeError, RecursionError, MemoryError):
+            continue
         if fits(value, type_): return float(value) if type_ == 'float' else value
     raise ValueError(text)
 
@@ -178,7 +186,8 @@ def set_parameters(
     for key, text in map(split_pair, pairs):
         if key not in declared: raise unknown('parameter', key, list(declared), f' of {where}')
         p = declared[key]
-        try: values[key] = parse_value(text, p.type)
+        try:
+            values[key] = parse_value(text, p.type)
         except ValueError:
             raise UserError(f'-p {key}={text}: {key} of {where} is of type {p.type} (default {p.default!r})') from None
     return values
@@ -202,13 +211,16 @@ def _die_with(parent: int): # process id
     "In a new child, before it becomes the kernel: be killed when `parent` ends (Linux)."
     if sys.platform == 'linux':
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
-        if os.getppid() != parent: os._exit(1)      # it ended before we asked
+        if os.getppid() != parent:
+            os._exit(1)      # it ended before we asked
 
 
 def _peak_mb(pid: int) -> float|None: # None where /proc is missing
     "Largest resident memory that a living process has had, in MiB."
-    try: status = Path(f'/proc/{pid}/status').read_text()
-    except OSError: return None
+    try:
+        status = Path(f'/proc/{pid}/status').read_text()
+    except OSError:
+        return None
     return round(int(status.split('VmHWM:')[1].split()[0])/1024, 1)
 
 # %% ../../nbs/cluster/01_launch.ipynb #dc1f70cd
@@ -257,9 +269,11 @@ def _execute(notebook: Path, running: Path, parameters: dict, hold: tuple):
     with tempfile.TemporaryFile('w+') as noise:  # what the kernel process itself says, outside of the notebook
         start = dict(cwd=str(notebook.parent), env=env, stdout=noise, stderr=noise, pass_fds=tuple(hold),
                      preexec_fn=lambda: _die_with(parent))
-        try: return pm.execute_notebook(_braced(notebook), _braced(running), parameters, engine_name='kat', start=start,
-                                        kernel_name='python3', language='python', progress_bar=False)
-        except pm.PapermillExecutionError as e: return e.ename, e.evalue, e.exec_count, '\n'.join(e.traceback)
+        try:
+            return pm.execute_notebook(_braced(notebook), _braced(running), parameters, engine_name='kat', start=start,
+                                       kernel_name='python3', language='python', progress_bar=False)
+        except pm.PapermillExecutionError as e:
+            return e.ename, e.evalue, e.exec_count, '\n'.join(e.traceback)
         except DeadKernelError:
             noise.seek(0)
             why = next((one_line(l) for l in noise if 'Fatal' in l), 'killed, as when memory runs out')

@@ -124,8 +124,10 @@ def kat_attention(
     if extra: raise ValueError(f"{FLAT_ATTENTION} attention does not know {', '.join(extra)}: use attn_implementation='sdpa'")
     query, key = query.to(value.dtype), key.to(value.dtype)  # autocast leaves rotated queries and keys in float32
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
-    if attention_mask is None: out = causal_attention(query, key, value, scaling)
-    else: out = masked_attention(query, key, value, attention_mask, scaling)
+    if attention_mask is None:
+        out = causal_attention(query, key, value, scaling)
+    else:
+        out = masked_attention(query, key, value, attention_mask, scaling)
     return out.transpose(1, 2).contiguous(), None
 
 # %% ../../nbs/compute/01_attention.ipynb #d0461926
@@ -140,5 +142,6 @@ register_attention()
 # %% ../../nbs/compute/01_attention.ipynb #9bc59c90
 def use_kat_attention(model: PreTrainedModel) -> PreTrainedModel:  # the same model
     "Let `model` attend with this page's functions when it lives on a CPU; on other devices it is left as it is."
-    if model.device.type == "cpu": model.set_attn_implementation(FLAT_ATTENTION)
+    if model.device.type == "cpu":
+        model.set_attn_implementation(FLAT_ATTENTION)
     return model

@@ -39,7 +39,8 @@ class PackCost:
     activations: int     # bytes kept between its forward and backward, about
 
     @property
-    def flops(self) -> float: return self.linear + self.attention
+    def flops(self) -> float:
+        return self.linear + self.attention
 
 def pack_cost(
     shape: ModelShape,
@@ -135,7 +136,8 @@ def _non_negative(a, b):  # least squares over subsets of columns: there are onl
         on = [i for i in range(a.shape[1]) if mask >> i & 1]
         x = np.zeros(a.shape[1])
         x[on] = np.linalg.lstsq(a[:, on] / scale[on], b, rcond=None)[0] / scale[on]
-        if (x >= 0).all(): best = min(best, (float(((a @ x - b) ** 2).sum()), x), key=lambda p: p[0])
+        if (x >= 0).all():
+            best = min(best, (float(((a @ x - b) ** 2).sum()), x), key=lambda p: p[0])
     return best[1]
 
 # %% ../../nbs/compute/09_cost.ipynb #ce09b362
@@ -147,7 +149,8 @@ def predicted_speedup(
 ) -> float:                         # above 1: the tree is faster than its sequences, merged and packed
     "How much faster a tree's forward and backward are than those of its sequences, packed in calls of the same size. Warns below 1."
     costs, flat = tree_costs(shape, tree, max_tokens), flat_cost(shape, np.diff(tree.offsets))
-    if time is None: ratio = flat.flops / sum(c.flops for c in costs)
+    if time is None:
+        ratio = flat.flops / sum(c.flops for c in costs)
     else:
         calls = 1 if max_tokens is None else -(-flat.tokens // max_tokens)
         ratio = time.seconds([PackCost(0, flat.linear / calls, flat.attention / calls, 0, 0)] * calls) / time.seconds(costs)

@@ -26,7 +26,8 @@ class Edges:
     logprob: torch.Tensor  # [e] nats, differentiable
     entropy: torch.Tensor  # [e] nats, differentiable
     squares: torch.Tensor  # [e] sum of squared probabilities, differentiable
-    def __len__(self) -> int: return len(self.index)
+    def __len__(self) -> int:
+        return len(self.index)
 
 # %% ../../nbs/compute/08_engine.ipynb #ae2b129c
 @dataclass(eq=False)
@@ -59,7 +60,8 @@ def _send_back(stack: list[_Open], sizes: list[int], leaves: dict) -> None:
         for j, leaf in enumerate(pair):
             if leaf.grad is None: continue
             for o, part in zip(stack, leaf.grad.split(sizes, 2)):
-                if layer not in o.grads: o.grads[layer] = [torch.zeros_like(x, dtype=torch.promote_types(x.dtype, torch.float32)) for x in o.kv[layer]]
+                if layer not in o.grads:
+                    o.grads[layer] = [torch.zeros_like(x, dtype=torch.promote_types(x.dtype, torch.float32)) for x in o.kv[layer]]
                 o.grads[layer][j][:, :, :part.shape[2]] += part
 
 # %% ../../nbs/compute/08_engine.ipynb #2da5831f
@@ -84,7 +86,8 @@ class TreeEngine:
         self.causal = causal_model(self.model)
         check_model(self.causal), check_head(self.causal)
         if not 0 <= self.router_coef < float("inf"): raise ValueError(f"router_coef {self.router_coef}: a finite number from 0 expected")
-        if self.router_coef: find_routers(self.causal)
+        if self.router_coef:
+            find_routers(self.causal)
 
     def forward_backward(self,
         tree: TokenTree,
@@ -96,7 +99,8 @@ class TreeEngine:
         check_tree(self.causal, tree)
         wanted = check_score(tree, score)
         if whole_paths: return self._two_passes(tree, loss, wanted)
-        with attends_to_trees(self.causal), torch.enable_grad(): return _Walk(self, tree, loss, wanted).run()
+        with attends_to_trees(self.causal), torch.enable_grad():
+            return _Walk(self, tree, loss, wanted).run()
 
     def logprobs(self,
         tree: TokenTree,
@@ -125,7 +129,8 @@ class _Walk:
             if len(self.packs) > 1:  # who was chosen must be known of the whole tree first
                 first = _Walk(self.e, self.tree, None, np.zeros(len(self.tree), bool), backward=False)
                 first.router = self.router
-                with torch.no_grad(): first.walk()
+                with torch.no_grad():
+                    first.walk()
                 self.router.counting = False
             return self.walk()
 
@@ -134,17 +139,21 @@ class _Walk:
             self.leave(pack.start)
             waits = len(pack.open) > 0
             if waits and self.again:
-                with torch.no_grad(): self.stack.append(_Open(pack, self.forward(pack, self.stack, False)[1]))
+                with torch.no_grad():
+                    self.stack.append(_Open(pack, self.forward(pack, self.stack, False)[1]))
                 continue
             hidden, kept, leaves, sizes = self.forward(pack, self.stack, self.back)
             value = self.value(pack, hidden)
-            if waits: self.stack.append(_Open(pack, {n: [x.detach() for x in kv] for n, kv in kept.items()}, graph=(value, kept, leaves)))
-            elif self.back: self.backward(value, {}, {}, leaves, self.stack, sizes)
+            if waits:
+                self.stack.append(_Open(pack, {n: [x.detach() for x in kv] for n, kv in kept.items()}, graph=(value, kept, leaves)))
+            elif self.back:
+                self.backward(value, {}, {}, leaves, self.stack, sizes)
         self.leave(len(self.tree))
         return torch.as_tensor(self.total)
 
     def leave(self, start):  # what isn't on the path to `start` any more goes backward
-        while self.stack and self.tree.end[self.stack[-1].pack.open[0]] <= start: self.close(self.stack.pop(), self.stack)
+        while self.stack and self.tree.end[self.stack[-1].pack.open[0]] <= start:
+            self.close(self.stack.pop(), self.stack)
         if not self.again: return
         sizes = _on_path(self.stack, self.tree, start)
         left = [len(o.pack.open) - r for o, r in zip(self.stack, sizes)]
@@ -157,9 +166,11 @@ class _Walk:
     def forward(self, pack, below, grad):  # entries below the pack -> states, kept keys and values, boundary leaves, their owners' sizes
         sizes = _on_path(below, self.tree, pack.start)
         leaves = _leaves(below, sizes, grad)
-        if self.router: self.router.logits.clear()
+        if self.router:
+            self.router.logits.clear()
         out = run_pack(self.e.causal, self.tree, pack, leaves, self.e.backend, self.weights)
-        if self.router: self.router.see(pack)
+        if self.router:
+            self.router.see(pack)
         return *out, leaves, sizes
 
     def value(self, pack, hidden):  # the pack's loss, or None without edges and routers
@@ -185,13 +196,15 @@ class _Walk:
         if self.again:
             hidden, kept, leaves, sizes = self.forward(entry.pack, below, True)
             value = self.value(entry.pack, hidden)
-        else: (value, kept, leaves), sizes = entry.graph, _on_path(below, self.tree, entry.pack.start)
+        else:
+            (value, kept, leaves), sizes = entry.graph, _on_path(below, self.tree, entry.pack.start)
         self.backward(value, kept, entry.grads, leaves, below, sizes)
 
     def backward(self, value, kept, grads, leaves, below, sizes):  # one call for all layers
         pairs = [(value, None)] + [(k, g.to(k.dtype)) for n, sums in grads.items() for k, g in zip(kept[n], sums)]
         pairs = [(t, g) for t, g in pairs if t is not None and t.requires_grad]
-        if pairs: torch.autograd.backward(*zip(*pairs))
+        if pairs:
+            torch.autograd.backward(*zip(*pairs))
         _send_back(below, sizes, leaves)
 
 def _check_scalar(value) -> None:
@@ -210,7 +223,8 @@ def _concatenate(parts: list[Edges], weight, dtype) -> Edges:
 def _two_passes(self, tree, loss, wanted):
     edges = self.logprobs(tree, wanted)
     names = ("logprob", "entropy", "squares")
-    for n in names: getattr(edges, n).requires_grad_()
+    for n in names:
+        getattr(edges, n).requires_grad_()
     value = loss(edges)
     _check_scalar(value)
     grads = torch.autograd.grad(value, [getattr(edges, n) for n in names], allow_unused=True)

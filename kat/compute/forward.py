@@ -61,7 +61,8 @@ def tree_attention_layer(module, query, key, value, attention_mask, scaling=None
     if kat_pack is None: raise ValueError(f"the model's attention is {TREE_ATTENTION!r}, which works on packs only: model.set_attn_implementation('sdpa') for ordinary batches")
     layer, (query, key) = module.layer_idx, (x.to(value.dtype) for x in (query, key))
     kat_pack.kept.setdefault(layer, [x.index_select(2, kat_pack.keep) for x in (key, value)])  # checkpointing runs a layer twice: the first counts
-    if layer in kat_pack.past: key, value = (torch.cat([a, b], 2) for a, b in zip(kat_pack.past[layer], (key, value)))
+    if layer in kat_pack.past:
+        key, value = (torch.cat([a, b], 2) for a, b in zip(kat_pack.past[layer], (key, value)))
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     out = tree_attention(query, key, value, kat_pack.layout, scaling, sliding_window, kat_pack.backend)
     return out.transpose(1, 2).contiguous(), None
@@ -74,10 +75,14 @@ AttentionMaskInterface.register(TREE_ATTENTION, lambda **kwargs: None)  # visibi
 def attends_to_trees(model: PreTrainedModel):
     "The model's attention is ours inside, and what it was before outside."
     before = model.config._attn_implementation
-    if before == TREE_ATTENTION: yield; return
+    if before == TREE_ATTENTION:
+        yield
+        return
     model.set_attn_implementation(TREE_ATTENTION)
-    try: yield
-    finally: model.set_attn_implementation(before)
+    try:
+        yield
+    finally:
+        model.set_attn_implementation(before)
 
 # %% ../../nbs/compute/05_forward.ipynb #c4c5aa39
 def pack_layout(

@@ -28,7 +28,8 @@ class Layout:
         make,          # called without arguments if it isn't there yet
     ):
         "What a backend prepared for this layout, made at most once."
-        if key not in self._cache: self._cache[key] = make()
+        if key not in self._cache:
+            self._cache[key] = make()
         return self._cache[key]
 
 # %% ../../nbs/compute/02_layout.ipynb #a4e4a48f

@@ -33,8 +33,10 @@ def length_buckets(
                          "raise batch_tokens or cut the sequence")
     batches: list[list[int]] = []
     for i in order:
-        if batches and lengths[batches[-1][0]] * (len(batches[-1]) + 1) <= budget: batches[-1].append(i)
-        else: batches.append([i])
+        if batches and lengths[batches[-1][0]] * (len(batches[-1]) + 1) <= budget:
+            batches[-1].append(i)
+        else:
+            batches.append([i])
     return batches
 
 # %% ../../nbs/compute/06_logprob.ipynb #9cc23acb
@@ -44,7 +46,8 @@ def pad_rows(
 ) -> torch.Tensor:               # [len(rows), longest], dtype of the first row
     "Stack rows of different length, padded on the right."
     out = np.full((len(rows), max(map(len, rows))), fill, rows[0].dtype)
-    for i, row in enumerate(rows): out[i, :len(row)] = row
+    for i, row in enumerate(rows):
+        out[i, :len(row)] = row
     return torch.from_numpy(out)
 
 # %% ../../nbs/compute/06_logprob.ipynb #2b396bb9
@@ -76,7 +79,8 @@ def _slices(hidden, targets, temperature, rows):  # row ranges and their inputs
 
 def _logps(h, w, bias, tau):  # [n, V] log-probs in the dtype of w; scaling the states is cheaper than scaling logits
     logits = F.linear(h.to(w.dtype) / tau, w)
-    if bias is not None: logits += bias.to(w.dtype) / tau
+    if bias is not None:
+        logits += bias.to(w.dtype) / tau
     return torch.log_softmax(logits, -1)
 
 # %% ../../nbs/compute/06_logprob.ipynb #e6fa472b
@@ -90,8 +94,10 @@ class _Score(torch.autograd.Function):
         for part, h, y, tau in _slices(hidden, targets, temperature.to(w.dtype), ctx.rows):
             logps = _logps(h, w, bias, tau)
             p = logps.exp()
-            for o, x in zip(out, (logps.gather(-1, y[:, None])[:, 0], -(p * logps).sum(-1), (p * p).sum(-1))): o[part] = x
-            if keep: kept.append(p)
+            for o, x in zip(out, (logps.gather(-1, y[:, None])[:, 0], -(p * logps).sum(-1), (p * p).sum(-1))):
+                o[part] = x
+            if keep:
+                kept.append(p)
         ctx.save_for_backward(hidden, weight, bias, targets, temperature, *out[1:], *kept)
         ctx.set_materialize_grads(False)
         return tuple(out)
@@ -107,17 +113,24 @@ class _Score(torch.autograd.Function):
             p = kept[i] if kept else _logps(h, w, bias, tau).exp()
             g = [None if x is None else x[part, None] for x in grads]
             d = _at_logits(p, y, *g, entropy[part, None], squares[part, None]) / tau
-            if dh is not None: dh[part] = (d @ w).to(dh.dtype)
-            if dw is not None: dw.addmm_(d.T, h.to(w.dtype))
-            if db is not None: db += d.sum(0)
+            if dh is not None:
+                dh[part] = (d @ w).to(dh.dtype)
+            if dw is not None:
+                dw.addmm_(d.T, h.to(w.dtype))
+            if db is not None:
+                db += d.sum(0)
         return dh, None if dw is None else dw.to(weight.dtype), None if db is None else db.to(bias.dtype), None, None
 
 # %% ../../nbs/compute/06_logprob.ipynb #acddc6cd
 def _at_logits(p, y, g_logp, g_entropy, g_squares, entropy, squares):  # gradient at the logits [n, V]
-    if g_logp is None: d = torch.zeros_like(p)
-    else: d = (p * -g_logp).scatter_add_(-1, y[:, None], g_logp.to(p.dtype))
-    if g_entropy is not None: d -= g_entropy * (torch.special.xlogy(p, p) + p * entropy)
-    if g_squares is not None: d += 2 * g_squares * p * (p - squares)
+    if g_logp is None:
+        d = torch.zeros_like(p)
+    else:
+        d = (p * -g_logp).scatter_add_(-1, y[:, None], g_logp.to(p.dtype))
+    if g_entropy is not None:
+        d -= g_entropy * (torch.special.xlogy(p, p) + p * entropy)
+    if g_squares is not None:
+        d += 2 * g_squares * p * (p - squares)
     return d
 
 # %% ../../nbs/compute/06_logprob.ipynb #019b0421
@@ -216,7 +229,8 @@ def tree_logprobs(
         for pack in partition(tree, max_tokens):
             stack = [(i, kv) for i, kv in stack if tree.end[i[0]] > pack.start]
             hidden, kept = run_pack(model, tree, pack, _join(stack, tree.end, pack.start), backend, weights)
-            if len(pack.open): stack.append((pack.open, kept))
+            if len(pack.open):
+                stack.append((pack.open, kept))
             where.append(pack_edges(tree, pack, wanted))
             out.append(score_edges(model, tree, pack.start, hidden, where[-1], temperature))
     at = torch.as_tensor(np.concatenate(where), device=hidden.device)

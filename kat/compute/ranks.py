@@ -55,17 +55,20 @@ def rank_gradients(
     _empty_pack(model)
     for p in model.parameters():
         if not p.requires_grad or isinstance(p, DTensor): continue
-        if p.grad is None: p.grad = torch.zeros_like(p)
+        if p.grad is None:
+            p.grad = torch.zeros_like(p)
         dist.all_reduce(p.grad, group=group)
     total = total.to(model.device)
     dist.all_reduce(total, group=group)
     return total
 
 def _communicate(sharded, on):
-    for m in sharded: m.set_requires_gradient_sync(on, recurse=False), m.set_reshard_after_backward(on, recurse=False)
+    for m in sharded:
+        m.set_requires_gradient_sync(on, recurse=False), m.set_reshard_after_backward(on, recurse=False)
 
 def _empty_pack(model):  # every layer's backward runs, with gradient zero
     tree = TokenTree.from_sequences([[0]])
     with attends_to_trees(model), torch.enable_grad():
         hidden, _ = run_pack(model, tree, partition(tree)[0], {})
-        if hidden.requires_grad: (hidden.sum() * 0).backward()
+        if hidden.requires_grad:
+            (hidden.sum() * 0).backward()

@@ -44,9 +44,11 @@ class RouterBalance:
         "Inside, the routers' logits [n, E] of each forward are kept; clear `logits` before the next."
         keep = lambda module, args, out: self.logits.append(out[self.index] if isinstance(out, tuple) else out)
         hooks = [m.register_forward_hook(keep) for m in self.routers]
-        try: yield
+        try:
+            yield
         finally:
-            for h in hooks: h.remove()
+            for h in hooks:
+                h.remove()
 
     def see(self, pack: Pack) -> None:
         "Count what was chosen in the forward just made, until `counting` is False."

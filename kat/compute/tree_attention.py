@@ -34,14 +34,16 @@ EDGE = 8     # what one more key of a block costs (to gather it, to add its grad
 def _starts(layout, most, whole) -> np.ndarray:  # where a block may begin, and n; whole: not inside nodes longer than `most`
     nodes = np.append(np.flatnonzero(np.diff(layout.end[layout.m:], prepend=-1)), layout.n)
     steps = np.arange(0, layout.n, STEP)
-    if whole: steps = steps[np.diff(nodes)[np.searchsorted(nodes, steps, side="right") - 1] <= most]
+    if whole:
+        steps = steps[np.diff(nodes)[np.searchsorted(nodes, steps, side="right") - 1] <= most]
     return np.union1d(nodes, steps)
 
 def _cuts(layout, window, most, whole) -> tuple[np.ndarray, int]:  # where blocks of at most `most` queries begin, and n; rows x keys of all
     end, m, at = layout.end, layout.m, _starts(layout, most, whole)
     closed = np.cumsum(np.bincount(end, minlength=m + layout.n + 1))
     path = m + at - closed[m + at]  # keys before `at` that are open there
-    if window is not None: path = np.minimum(path, window)
+    if window is not None:
+        path = np.minimum(path, window)
     first = np.minimum(np.searchsorted(at, at - most), np.arange(len(at)) - 1)
     best, back = np.zeros(len(at)), np.zeros(len(at), np.int64)
     for i in range(1, len(at)):
@@ -50,7 +52,8 @@ def _cuts(layout, window, most, whole) -> tuple[np.ndarray, int]:  # where block
         back[i] = first[i] + (j := int(cost.argmin()))
         best[i] = cost[j]
     cuts = [len(at) - 1]
-    while cuts[-1]: cuts.append(int(back[cuts[-1]]))
+    while cuts[-1]:
+        cuts.append(int(back[cuts[-1]]))
     cuts = cuts[::-1]
     rows = np.diff(at[cuts])
     return at[cuts], int((rows * (path[cuts[:-1]] + rows)).sum())
@@ -70,8 +73,10 @@ class _Tile:  # some keys of one block
         return x[:, self.keys] if isinstance(self.keys, slice) else x.index_select(1, self.keys)
 
     def give(self, x, part, dim=1):  # add part to what stands under these keys in x, along dim
-        if isinstance(self.keys, slice): x.narrow(dim, self.keys.start, self.width).add_(part)
-        else: x.index_add_(dim, self.keys, part.to(x.dtype))
+        if isinstance(self.keys, slice):
+            x.narrow(dim, self.keys.start, self.width).add_(part)
+        else:
+            x.index_add_(dim, self.keys, part.to(x.dtype))
 
 def _tile(keys, whole, causal=False, bias=None) -> _Tile:
     run = np.array_equal(keys, np.arange(keys[0], keys[0] + len(keys)))
@@ -95,7 +100,8 @@ def _block(layout, window, a, b, split) -> tuple[int, int, list[_Tile]]:  # quer
 def _bias(layout, window, keys, A, B) -> torch.Tensor:  # float32 [B-A, len(keys)]
     r = np.arange(A, B)[:, None]
     seen = (keys <= r) & (r < layout.end[keys])
-    if window is not None: seen &= layout.position[A:B, None] - layout.position[keys] < window
+    if window is not None:
+        seen &= layout.position[A:B, None] - layout.position[keys] < window
     return torch.zeros(seen.shape).masked_fill_(torch.from_numpy(~seen), HIDDEN)
 
 # %% ../../nbs/compute/04_tree_attention.ipynb #4f1a8cd1
@@ -108,7 +114,8 @@ def _heads(x, H) -> torch.Tensor:  # [K, n*G, D] -> [1, H, n, D], each token's h
     return x.unflatten(1, (-1, H // len(x))).permute(1, 0, 2, 3).reshape(1, -1, H, x.shape[2]).transpose(1, 2)
 
 @functools.lru_cache(64)
-def _triangle(rows) -> torch.Tensor: return torch.full((rows, rows), HIDDEN).triu(1)
+def _triangle(rows) -> torch.Tensor:
+    return torch.full((rows, rows), HIDDEN).triu(1)
 
 # %% ../../nbs/compute/04_tree_attention.ipynb #ec656281
 def _short_forward(q, k, v, blocks, scaling, keep):  # q [K, n*G, D], k, v [K, m+n, D] -> output like q, probabilities if kept
@@ -122,7 +129,8 @@ def _short_forward(q, k, v, blocks, scaling, keep):  # q [K, n*G, D], k, v [K, m
         s.unflatten(1, (b - a, G))[..., t.whole:].add_((_triangle(b - a) if t.causal else t.bias)[:, None])
         p = torch.softmax(s, -1, out=torch.empty_like(s) if keep and q.dtype == wide else p).to(q.dtype)
         out[:, rows] = torch.bmm(p, t.take(v))
-        if keep: kept.append(p)
+        if keep:
+            kept.append(p)
     return out, kept
 
 # %% ../../nbs/compute/04_tree_attention.ipynb #0f54ed74
@@ -154,7 +162,8 @@ def _groups(width, rows) -> list[tuple[np.ndarray, int]]:  # keys of each block 
     for j in range(1, len(wide) + 1):
         cost = best[:j] + CALL + (rows + EDGE) * wide[j - 1] * (upto[j] - upto[:j])
         back[j], best[j] = cost.argmin(), cost.min()
-    while cuts[-1]: cuts.append(int(back[cuts[-1]]))
+    while cuts[-1]:
+        cuts.append(int(back[cuts[-1]]))
     order = np.argsort(filled, kind="stable")
     parts = [(order[upto[a]:upto[b]], int(wide[b - 1])) for b, a in zip(cuts, cuts[1:])]
     return [(x, w) for blocks, w in parts for x in np.array_split(blocks, -(-len(blocks) // max(1, GROUP // (rows * w))))]
@@ -184,10 +193,12 @@ class _Group:  # b blocks that are computed together
     def make(cls, layout, window, rows, blocks, width, keys):  # keys: of all blocks
         start, last = layout.m + blocks[:, None] * rows, layout.m + layout.n - 1
         table, there = np.repeat(start, width, 1), np.zeros((len(blocks), width), bool)
-        for i, b in enumerate(blocks): table[i, :len(keys[b])], there[i, :len(keys[b])] = keys[b], True
+        for i, b in enumerate(blocks):
+            table[i, :len(keys[b])], there[i, :len(keys[b])] = keys[b], True
         r, j = (start + np.arange(rows))[:, :, None], table[:, None]
         seen = there[:, None] & (j <= r) & (r < layout.end[j])
-        if window is not None: seen &= layout.position[np.minimum(r, last)] - layout.position[j] < window
+        if window is not None:
+            seen &= layout.position[np.minimum(r, last)] - layout.position[j] < window
         first = int(np.append(seen.all((0, 1)), False).argmin())
         bias = torch.zeros(seen[..., first:].shape).masked_fill_(torch.from_numpy(~seen[..., first:]), HIDDEN)
         return cls(torch.from_numpy(blocks), torch.from_numpy(table), first, bias[:, None, :, None])
@@ -224,7 +235,8 @@ def _even_forward(q, k, v, groups, scaling, keep):  # q [blocks, K, rows*G, D], 
         s.view(len(g.blocks), K, rows, -1, w)[..., g.first:].add_(g.bias)
         p = torch.softmax(s, -1).to(q.dtype)
         out.index_copy_(0, g.blocks, torch.bmm(p, values).view(len(g.blocks), K, -1, D))
-        if keep: kept.append(p)
+        if keep:
+            kept.append(p)
     return out, kept
 
 # %% ../../nbs/compute/04_tree_attention.ipynb #daf1e0dc
@@ -256,9 +268,11 @@ def _inputs(q, k, v, t, scaling, G):  # q [K, rows*G, D], k, v [K, m+n, D] -> th
     mask = None if t.bias is None else t.bias.to(torch.promote_types(q.dtype, torch.float32)).repeat_interleave(G, 0)[None, None]
     return q.unsqueeze(1), k, v, dict(attn_mask=mask, scale=scaling)
 
-def _apart(x, G): return x.unflatten(1, (-1, G)).transpose(1, 2)  # [K, rows*G, …] -> [K, G, rows, …]
+def _apart(x, G):
+    return x.unflatten(1, (-1, G)).transpose(1, 2)  # [K, rows*G, …] -> [K, G, rows, …]
 
-def _together(x): return x.transpose(1, 2).flatten(1, 2)  # and back; [K, 1, rows*G, …] -> [K, rows*G, …]
+def _together(x):
+    return x.transpose(1, 2).flatten(1, 2)  # and back; [K, 1, rows*G, …] -> [K, rows*G, …]
 
 # %% ../../nbs/compute/04_tree_attention.ipynb #08f22091
 def _long_forward(q, k, v, blocks, scaling):  # shapes as in `_short_forward` -> output, log-sum-exp [K, n*G]
@@ -294,7 +308,8 @@ def _plan(layout, window, narrow) -> tuple[str, list]:  # narrow: 16 bits? -> 's
     cuts, pairs = _cuts(layout, window, SHORT_ROWS, False)
     way = "long" if pairs > SHORT * layout.n else "even" if narrow and len(cuts) - 1 > MANY else "short"
     if way == "even": return way, _even_plan(layout, window)
-    if way == "long": cuts, _ = _cuts(layout, window, LONG_ROWS, window is None)
+    if way == "long":
+        cuts, _ = _cuts(layout, window, LONG_ROWS, window is None)
     return way, [_block(layout, window, int(a), int(b), way == "long") for a, b in zip(cuts, cuts[1:])]
 
 # %% ../../nbs/compute/04_tree_attention.ipynb #4d0a4a41
@@ -309,7 +324,8 @@ class _Segments(torch.autograd.Function):
             rows = _rows(q, K), k[0].contiguous(), v[0].contiguous(), plan, scaling
             out, more = _short_forward(*rows, keep) if way == "short" else _long_forward(*rows)
             out = _heads(out, H)
-        if keep: ctx.save_for_backward(q, k, v, *((out, more) if way == "long" else more))
+        if keep:
+            ctx.save_for_backward(q, k, v, *((out, more) if way == "long" else more))
         ctx.rest = way, plan, scaling
         return out
 
@@ -317,12 +333,15 @@ class _Segments(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
         (q, k, v, *more), (way, plan, scaling) = ctx.saved_tensors, ctx.rest
-        with torch.autocast("cpu", enabled=False): dq, dk, dv = _gradients(q, k, v, more, way, plan, scaling, grad)
+        with torch.autocast("cpu", enabled=False):
+            dq, dk, dv = _gradients(q, k, v, more, way, plan, scaling, grad)
         return dq.to(q.dtype), dk.reshape(k.shape).to(k.dtype), dv.reshape(v.shape).to(v.dtype), None, None, None
 
-def _height(plan): return plan[0].bias.shape[2]
+def _height(plan):
+    return plan[0].bias.shape[2]
 
-def _as_blocks(q, k, v, plan): return _to_blocks(q, k.shape[1], _height(plan)), k[0].flatten(0, 1), v[0].flatten(0, 1)
+def _as_blocks(q, k, v, plan):
+    return _to_blocks(q, k.shape[1], _height(plan)), k[0].flatten(0, 1), v[0].flatten(0, 1)
 
 def _gradients(q, k, v, more, way, plan, scaling, grad):  # of q [1, H, n, D], and of k and v as they are numbered
     (_, H, n, _), K = q.shape, k.shape[1]
@@ -330,8 +349,10 @@ def _gradients(q, k, v, more, way, plan, scaling, grad):  # of q [1, H, n, D], a
         dq, *rest = _even_backward(*_as_blocks(q, k, v, plan), plan, scaling, more, _to_blocks(grad, K, _height(plan)))
         return _from_blocks(dq, H, n, _height(plan)), *rest
     rows, grad = (_rows(q, K), k[0].contiguous(), v[0].contiguous()), _rows(grad, K)
-    if way == "short": dq, *rest = _short_backward(*rows, plan, scaling, more, grad)
-    else: dq, *rest = _long_backward(*rows, _rows(more[0], K), more[1], plan, scaling, grad)
+    if way == "short":
+        dq, *rest = _short_backward(*rows, plan, scaling, more, grad)
+    else:
+        dq, *rest = _long_backward(*rows, _rows(more[0], K), more[1], plan, scaling, grad)
     return _heads(dq, H), *rest
 
 # %% ../../nbs/compute/04_tree_attention.ipynb #ae0887a5
@@ -369,7 +390,8 @@ def _flex(q, k, v, layout, scaling, window):
     on_cpu = q.device.type == "cpu"
     if on_cpu and torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)):
         raise ValueError("flex attention has no backward on the CPU: take backend='segments', or torch.no_grad()")
-    if on_cpu: q, k, v = q.detach(), k.detach(), v.detach()  # it refuses tensors that want gradients even then
+    if on_cpu:
+        q, k, v = q.detach(), k.detach(), v.detach()  # it refuses tensors that want gradients even then
     mask = layout.cached(("flex", window, q.device), lambda: _flex_mask(layout, window, q.device))
     attend = flex_attention if on_cpu else _compiled_flex()
     return attend(q, k, v, block_mask=mask, scale=scaling, enable_gqa=q.shape[1] != k.shape[1])
@@ -379,7 +401,8 @@ BACKENDS = {"reference": _reference, "segments": _segments, "flex": _flex, "trit
 
 # %% ../../nbs/compute/04_tree_attention.ipynb #3ac4d0f5
 @functools.cache
-def _say(name, reason): logging.getLogger(__name__).info("tree attention: %s (%s)", name, reason)
+def _say(name, reason):
+    logging.getLogger(__name__).info("tree attention: %s (%s)", name, reason)
 
 def choose_backend(
     q: torch.Tensor,     # [1, H, n, D]
@@ -388,11 +411,14 @@ def choose_backend(
 ) -> tuple[str, str]:    # name in `BACKENDS`, and the reason
     "What 'auto' takes, by device and shape. Every distinct reason is logged once, at level INFO."
     device, dtype = q.device.type, str(q.dtype).removeprefix("torch.")
-    if device == "cpu": name, reason = "segments", "the fastest on a CPU for every tree measured"
-    elif layout.n <= 16: name, reason = "reference", f"{device}, at most 16 new tokens: not worth a kernel"
+    if device == "cpu":
+        name, reason = "segments", "the fastest on a CPU for every tree measured"
+    elif layout.n <= 16:
+        name, reason = "reference", f"{device}, at most 16 new tokens: not worth a kernel"
     elif device == "cuda" and dtype in ("float16", "bfloat16", "float32"):
         name, reason = "flex", "cuda: FlexAttention; the triton kernels are taken only by name until they have run on a GPU"
-    else: name, reason = "reference", f"no kernel for {dtype} on {device}: dense mask"
+    else:
+        name, reason = "reference", f"no kernel for {dtype} on {device}: dense mask"
     _say(name, reason)
     return name, reason
 
@@ -419,6 +445,8 @@ def tree_attention(
     """Attention over a pack of a prefix tree, differentiable in q, k and v, boundary included. ValueError for shapes that don't
     fit, for an unknown backend, and for one that can't do what is asked on this device."""
     _check(q, k, v, layout, window)
-    if backend == "auto": backend, _ = choose_backend(q, layout, window)
+    if backend == "auto":
+        backend, _ = choose_backend(q, layout, window)
     if backend not in BACKENDS: raise ValueError(f"tree attention: backend {backend!r}: one of auto, {', '.join(BACKENDS)} expected")
-    with torch.autocast(q.device.type, enabled=False): return BACKENDS[backend](q, k, v, layout, scaling, window)
+    with torch.autocast(q.device.type, enabled=False):
+        return BACKENDS[backend](q, k, v, layout, scaling, window)

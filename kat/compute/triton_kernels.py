@@ -41,7 +41,8 @@ def _forward_step(acc, total, top, q, r, block, K, V, END, POSITION, size, last,
     there = (j[:, None] < size) & (d[None, :] < D)
     k = tl.load(K + j[:, None] * kn + d[None, :], mask=there, other=0.0)
     s = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale
-    if MASKED: s = tl.where(_seen(r[:, None], j[None, :], END, POSITION, size, last, window, WINDOWED), s, float("-inf"))
+    if MASKED:
+        s = tl.where(_seen(r[:, None], j[None, :], END, POSITION, size, last, window, WINDOWED), s, float("-inf"))
     higher = tl.maximum(top, tl.max(s, 1))
     safe = tl.where(higher == float("-inf"), 0.0, higher)
     p, shrink = tl.exp2(s - safe[:, None]), tl.exp2(top - safe)
@@ -80,7 +81,8 @@ def _query_step(dq, q, do, lse, delta, r, block, K, V, END, POSITION, size, last
     k = tl.load(K + j[:, None] * kn + d[None, :], mask=there, other=0.0)
     v = tl.load(V + j[:, None] * vn + d[None, :], mask=there, other=0.0)
     p = tl.exp2(tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale - lse[:, None])
-    if MASKED: p = tl.where(_seen(r[:, None], j[None, :], END, POSITION, size, last, window, WINDOWED), p, 0.0)
+    if MASKED:
+        p = tl.where(_seen(r[:, None], j[None, :], END, POSITION, size, last, window, WINDOWED), p, 0.0)
     ds = p * (tl.dot(do, tl.trans(v), input_precision=PRECISION) - delta[:, None])
     return dq + tl.dot(ds.to(k.dtype), k, input_precision=PRECISION)
 
@@ -115,7 +117,8 @@ def _key_step(dk, dv, k, v, j, block, Q, DO, LSE, DELTA, END, POSITION, n, size,
     do = tl.load(DO + i[:, None] * on + d[None, :], mask=there, other=0.0)
     lse, delta = tl.load(LSE + i, mask=i < n, other=0.0), tl.load(DELTA + i, mask=i < n, other=0.0)
     p = tl.exp2(tl.dot(k, tl.trans(q), input_precision=PRECISION) * scale - lse[None, :])
-    if MASKED: p = tl.where(_seen((m + i)[None, :], j[:, None], END, POSITION, size, m + n, window, WINDOWED), p, 0.0)
+    if MASKED:
+        p = tl.where(_seen((m + i)[None, :], j[:, None], END, POSITION, size, m + n, window, WINDOWED), p, 0.0)
     dv = dv + tl.dot(p.to(do.dtype), do, input_precision=PRECISION)
     ds = p * (tl.dot(v, tl.trans(do), input_precision=PRECISION) - delta[None, :])
     return dk + tl.dot(ds.to(q.dtype), q, input_precision=PRECISION), dv
@@ -150,7 +153,8 @@ def load_kernels():
     global tl
     triton = need("triton", extra="triton")
     tl = need("triton.language", extra="triton")
-    for name in _KERNELS: globals()[name] = triton.jit(globals()[name])
+    for name in _KERNELS:
+        globals()[name] = triton.jit(globals()[name])
 
 # %% ../../nbs/compute/03_triton_kernels.ipynb #48196c38
 TABLE = {  # (padded head size at most, bytes): forward, backward; each (BM, BN, warps, stages)
@@ -170,7 +174,8 @@ def _prepared(layout, window, device, BM, BN):  # int32 tensors: end, position, 
     ends = [torch.as_tensor(x, dtype=torch.int32, device=device) for x in (layout.end, layout.position)]
     return ends, _lists(some, whole, device), _lists(some.T, whole.T, device)
 
-def _strides(*tensors): return [s for x in tensors for s in x.stride()[1:3]]  # of heads and rows
+def _strides(*tensors):
+    return [s for x in tensors for s in x.stride()[1:3]]  # of heads and rows
 
 def _precision(dtype):  # float32 products: exact unless torch itself is allowed TF32
     return "tf32" if dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest" else "ieee"

@@ -33,11 +33,15 @@ def check_json(
         inner = []
         for c in level:
             if type(c) is dict:
-                for k in c: type(k) is str and k.isascii() or _whole(k)
+                for k in c:
+                    type(k) is str and k.isascii() or _whole(k)
             for v in c.values() if type(c) is dict else c:
-                if type(v) is str: v.isascii() or _whole(v)
-                elif type(v) in (dict, list): inner.append(v)
-                elif type(v) is not bool and v is not None: _finite(v)
+                if type(v) is str:
+                    v.isascii() or _whole(v)
+                elif type(v) in (dict, list):
+                    inner.append(v)
+                elif type(v) is not bool and v is not None:
+                    _finite(v)
         level, d = inner, d + 1
 
 def _finite(x) -> None:
@@ -48,12 +52,14 @@ def _finite(x) -> None:
 def _whole(s: str) -> None:
     "ValueError for text that UTF-8 cannot hold."
     if type(s) is not str: raise ValueError(f'key {s!r:.40} is not a string')
-    try: s.encode()
+    try:
+        s.encode()
     except UnicodeEncodeError as e:
         raise ValueError(f'half of a surrogate pair at character {e.start} of {s[:20]!a}') from None
 
 # %% ../../nbs/core/04_calls.ipynb #c512e48a
-def _no(constant): raise ValueError(f'{constant} is not JSON')
+def _no(constant):
+    raise ValueError(f'{constant} is not JSON')
 
 _STRICT = json.JSONDecoder(parse_constant=_no)
 
@@ -61,8 +67,10 @@ def loads_strict(
     text: str | bytes,
 ):
     "JSON without the constants that Python adds to it. ValueError also where it is nested too deep to read."
-    try: return _STRICT.decode(text if isinstance(text, str) else text.decode(json.detect_encoding(text), 'surrogatepass'))
-    except (ValueError, RecursionError) as e: raise ValueError(f'not JSON ({e})') from None
+    try:
+        return _STRICT.decode(text if isinstance(text, str) else text.decode(json.detect_encoding(text), 'surrogatepass'))
+    except (ValueError, RecursionError) as e:
+        raise ValueError(f'not JSON ({e})') from None
 
 # %% ../../nbs/core/04_calls.ipynb #323f7641
 def _json_call(d) -> tuple[str, dict]:
@@ -70,8 +78,10 @@ def _json_call(d) -> tuple[str, dict]:
     if not isinstance(d, dict) or not isinstance(d.get('name'), str) or not d['name']:
         raise ValueError('an object with a "name" expected')
     args = d.get('arguments', d.get('parameters'))
-    if isinstance(args, str): args = loads_strict(args or '{}')
-    if args is None: args = {}
+    if isinstance(args, str):
+        args = loads_strict(args or '{}')
+    if args is None:
+        args = {}
     if not isinstance(args, dict): raise ValueError(f'{d["name"]}: arguments must be an object')
     return d['name'], args
 
@@ -85,8 +95,10 @@ def _llama_body(body: str, tools: list[dict]) -> list[tuple[str, dict]]:
     "Calls up to the end of the message."
     out, rest = [], body.strip()
     while rest:
-        try: d, end = json.JSONDecoder().raw_decode(rest)
-        except (ValueError, RecursionError) as e: raise ValueError(f'not JSON ({e})') from None
+        try:
+            d, end = json.JSONDecoder().raw_decode(rest)
+        except (ValueError, RecursionError) as e:
+            raise ValueError(f'not JSON ({e})') from None
         out.append(_json_call(d))
         rest = rest[end:].lstrip(' \n;')
     return out
@@ -120,9 +132,12 @@ _KINDS = {bool: ('boolean',), int: ('integer', 'number'), float: ('number',), st
 def _value_of(text: str, schema: dict | None):
     "A parameter by its schema: JSON of a declared type, otherwise the text as it is."
     kinds = _kinds(schema)
-    try: v = _PYTHON[text.strip()] if text.strip() in _PYTHON else loads_strict(text)
-    except ValueError: return text
-    if isinstance(v, float) and v.is_integer() and 'integer' in kinds: v = int(v)
+    try:
+        v = _PYTHON[text.strip()] if text.strip() in _PYTHON else loads_strict(text)
+    except ValueError:
+        return text
+    if isinstance(v, float) and v.is_integer() and 'integer' in kinds:
+        v = int(v)
     return v if kinds & set(_KINDS[type(v)]) else text
 
 # %% ../../nbs/core/04_calls.ipynb #a7c38a99
@@ -131,7 +146,8 @@ def _kinds(schema) -> set[str]:
     if not isinstance(schema, dict): return set()
     t, some = schema.get('type'), [schema.get(k) for k in ('anyOf', 'oneOf')]
     out = {x for x in (t if isinstance(t, list) else [t]) if isinstance(x, str)}
-    if schema.get('nullable'): out.add('null')
+    if schema.get('nullable'):
+        out.add('null')
     return out.union(*(_kinds(s) for choices in some if isinstance(choices, list) for s in choices))
 
 # %% ../../nbs/core/04_calls.ipynb #f8778814
@@ -247,7 +263,8 @@ class CallParser:
 
     def _run(self, text: str, final: bool) -> list[dict]:
         self.buf, self.out = self.buf + text, []
-        while _STATES[self.state](self, final): pass
+        while _STATES[self.state](self, final):
+            pass
         return self.out
 
 # %% ../../nbs/core/04_calls.ipynb #669803cd
@@ -261,18 +278,24 @@ def in_thinking(
 def _give(p: CallParser, kind: str, value) -> None:
     "Append a piece to the output and to the reply."
     if not value: return
-    if kind == 'text' and p.joint and p.given['text']: value = '\n' + value
-    if kind == 'text': p.joint = False
-    if p.out and kind in p.out[-1]: p.out[-1][kind] = p.out[-1][kind] + value
-    else: p.out.append({kind: value})
+    if kind == 'text' and p.joint and p.given['text']:
+        value = '\n' + value
+    if kind == 'text':
+        p.joint = False
+    if p.out and kind in p.out[-1]:
+        p.out[-1][kind] = p.out[-1][kind] + value
+    else:
+        p.out.append({kind: value})
     p.given[kind] += value if kind == 'calls' else [value]
 
 # %% ../../nbs/core/04_calls.ipynb #d4b954a6
 def _show(p: CallParser, kind: str, n: int, strip: bool) -> None:
     "Give out the first `n` characters of the buffer, without white space at the end where `strip`."
     s, p.buf = p.buf[:n], p.buf[n:]
-    if p.trim: s = s.lstrip(_SPACE)
-    if s: p.trim = False
+    if p.trim:
+        s = s.lstrip(_SPACE)
+    if s:
+        p.trim = False
     _give(p, kind, s.rstrip(_SPACE) if strip else s)
 
 # %% ../../nbs/core/04_calls.ipynb #7e736b74
@@ -280,11 +303,13 @@ def _start(p: CallParser, final: bool) -> bool:
     "White space, <think>, or something else."
     s = p.buf.lstrip(_SPACE)
     if not final and '<think>'.startswith(s): return False
-    if s.startswith('<think>'): p.buf, p.state, p.trim = s[7:], 'think', True
+    if s.startswith('<think>'):
+        p.buf, p.state, p.trim = s[7:], 'think', True
     elif p.format and not p.format.close and s.startswith('{'):
         p.space = '' if p.trim else p.buf[:len(p.buf) - len(s)]
         p.buf, p.opened, p.state, p.at = s, '', 'call', 0
-    else: p.state = 'text' if p.format else 'raw'
+    else:
+        p.state = 'text' if p.format else 'raw'
     return True
 
 # %% ../../nbs/core/04_calls.ipynb #c9bcc6e0
@@ -351,7 +376,8 @@ def _end_call(p: CallParser, at: int, close: str) -> bool:
         n, p.trim, p.joint = len(p.given['calls']), True, True
         _give(p, 'calls', [dict(id=f'{p.prefix}{n + i}', type='function', function=dict(name=k, arguments=a))
                            for i, (k, a) in enumerate(found)])
-    else: _as_text(p, body + close)
+    else:
+        _as_text(p, body + close)
     return bool(p.buf)
 
 # %% ../../nbs/core/04_calls.ipynb #e5e0d06c

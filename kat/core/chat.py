@@ -117,8 +117,10 @@ def parse_calls(
     for i, p in enumerate(parts[1:]):
         body, closed, after = p.partition('</tool_call>')
         content.append(after)
-        try: calls.append(_parse(body if closed else None, specs, i))
-        except ValueError as e: errors.append(f'call {i + 1}: {e}')
+        try:
+            calls.append(_parse(body if closed else None, specs, i))
+        except ValueError as e:
+            errors.append(f'call {i + 1}: {e}')
     return ''.join(content), calls, errors
 
 # %% ../../nbs/core/03_chat.ipynb #f7791c3d
@@ -143,11 +145,14 @@ def _parse(body: str | None, specs: dict, i: int) -> dict:
 def _take(rest: str, p: dict, last: bool, name: str):
     "One value off the front of `rest`: the value, whether more follows, and what follows."
     kind = p.get('type', 'string')
-    if isinstance(kind, list): kind = next((k for k in kind if k != 'null'), 'string')
+    if isinstance(kind, list):
+        kind = next((k for k in kind if k != 'null'), 'string')
     if last and kind == 'string': return rest, False, ''
     if not last and (rest[:1] == '"' or kind in ('array', 'object')):
-        try: v, end = json.JSONDecoder().raw_decode(rest)
-        except (ValueError, RecursionError): raise ValueError(f'{name} is not JSON: {rest[:40]!r}') from None
+        try:
+            v, end = json.JSONDecoder().raw_decode(rest)
+        except (ValueError, RecursionError):
+            raise ValueError(f'{name} is not JSON: {rest[:40]!r}') from None
         if rest[end:end + 1] not in ('', ' '): raise ValueError(f'{name}: a space expected after {rest[:end]!r}')
         return _typed(v, kind, name), end < len(rest), rest[end + 1:]
     word, more, rest = (rest, '', '') if last else rest.partition(' ')
@@ -162,7 +167,8 @@ _NAMES = dict(integer='a whole number', number='a number', boolean='true or fals
 def _convert(word: str, kind: str, name: str):
     "A word as a value of `kind`."
     if kind == 'string': return word
-    try: v = json.loads(word)
+    try:
+        v = json.loads(word)
     except (ValueError, RecursionError):
         raise ValueError(f'{name} must be {_NAMES.get(kind, kind)}, got {word[:40]!r}') from None
     return _typed(v, kind, name)
@@ -181,7 +187,8 @@ class _Codec:
         from tokenizers import Tokenizer
         plain = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
         plain.encode_special_tokens = True  # text that spells a special token stays text
-        plain.no_truncation(); plain.no_padding()
+        plain.no_truncation()
+        plain.no_padding()
         self.special = {t: tokenizer.convert_tokens_to_ids(t) for t in SPECIAL}
         self.end = self.special['<|im_end|>']
         encode = lambda s: tuple(plain.encode(s, add_special_tokens=False).ids) if s else ()
@@ -207,13 +214,16 @@ def _codec(tokenizer) -> _Codec | None:
 # %% ../../nbs/core/03_chat.ipynb #326af3a6
 class _Builder:
     "Collects segments and counts turns."
-    def __init__(self): self.segs, self.turn = [], -1
+    def __init__(self):
+        self.segs, self.turn = [], -1
 
     def add(self, ids, kind: str, turn: int, trainable: bool = False, new: bool = True, event: str | None = None):
         "Append a run; with `new` False it joins an untrained segment before it."
         if not ids: return
-        if not new and self.segs and not self.segs[-1][3]: self.segs[-1][0].extend(ids)
-        else: self.segs.append((list(ids), kind, turn, trainable, event))
+        if not new and self.segs and not self.segs[-1][3]:
+            self.segs[-1][0].extend(ids)
+        else:
+            self.segs.append((list(ids), kind, turn, trainable, event))
 
     def segments(self) -> list[Segment]:
         "The collected segments."
@@ -239,8 +249,10 @@ def _kat_render(c: _Codec, messages: list[dict], gen: bool, b: _Builder, pending
             ids = [*c.ids(*pending, '<|im_start|>'), *c.text(f'{role}\n{text}'), *c.ids('<|im_end|>', '\n')]
             b.add(ids, role, b.turn + 1, event=m.get('event'))
         pending = ()
-    if gen: b.add(c.ids(*pending, '<|im_start|>', 'assistant\n'), 'assistant', b.turn + 1, new=False)
-    elif pending: b.add(c.ids(*pending), 'assistant', b.turn)
+    if gen:
+        b.add(c.ids(*pending, '<|im_start|>', 'assistant\n'), 'assistant', b.turn + 1, new=False)
+    elif pending:
+        b.add(c.ids(*pending), 'assistant', b.turn)
     return b
 
 # %% ../../nbs/core/03_chat.ipynb #5b097bd3
@@ -252,7 +264,8 @@ def _kat_answer(c: _Codec, m: dict, b: _Builder) -> None:
     runs = [(list(c.text(m['content'])), 'assistant')] if m['content'] or not calls else []
     runs += [([*c.ids('<tool_call>'), *c.text(s), *c.ids('</tool_call>')], 'tool_call') for s in calls]
     runs[-1][0].append(c.end)
-    for ids, kind in runs: b.add(ids, kind, b.turn, True)
+    for ids, kind in runs:
+        b.add(ids, kind, b.turn, True)
 
 # %% ../../nbs/core/03_chat.ipynb #8100e651
 def render(
@@ -265,8 +278,10 @@ def render(
 
     ValueError names what is wrong with a message, or with the template where it cannot be masked exactly."""
     messages = normalise(messages)
-    if c := _codec(tokenizer): b = _kat_render(c, _ordered(messages, tools), add_generation_prompt, _Builder())
-    else: b = _hf_render(tokenizer, _defuse(tokenizer, messages), tools, add_generation_prompt)
+    if c := _codec(tokenizer):
+        b = _kat_render(c, _ordered(messages, tools), add_generation_prompt, _Builder())
+    else:
+        b = _hf_render(tokenizer, _defuse(tokenizer, messages), tools, add_generation_prompt)
     return b.segments()
 
 # %% ../../nbs/core/03_chat.ipynb #103003d4
@@ -298,8 +313,10 @@ def _defuse(tokenizer, messages: list[dict]) -> list[dict]:
 def _text(tokenizer, messages: list[dict], tools, gen: bool = False) -> str | None:
     "The dialogue as text; None where the template refuses it (a part of a dialogue need not be one)."
     from jinja2 import TemplateError
-    try: return tokenizer.apply_chat_template(messages, tools=tools, tokenize=False, add_generation_prompt=gen)
-    except (TemplateError, ValueError): return None
+    try:
+        return tokenizer.apply_chat_template(messages, tools=tools, tokenize=False, add_generation_prompt=gen)
+    except (TemplateError, ValueError):
+        return None
 
 # %% ../../nbs/core/03_chat.ipynb #837c53c0
 def _hf_render(tokenizer, messages: list[dict], tools, gen: bool) -> _Builder:
@@ -310,12 +327,14 @@ def _hf_render(tokenizer, messages: list[dict], tools, gen: bool) -> _Builder:
     ids, starts = enc['input_ids'], np.array([a for a, _ in enc['offset_mapping']] + [len(full)])
     answers = [i for i, m in enumerate(messages) if m['role'] == 'assistant']
     runs = _marked(tokenizer, messages, tools, gen, len(answers)) if answers else []
-    if runs is None: runs = [_difference(tokenizer, messages, tools, i, full, ids, starts) for i in answers]
+    if runs is None:
+        runs = [_difference(tokenizer, messages, tools, i, full, ids, starts) for i in answers]
     b, at, done = _Builder(), 0, 0
     for i, (start, end) in zip(answers, runs):
         _context(tokenizer, b, messages, tools, (done, i), full, ids, starts, (at, start))
         b.turn += 1
-        for x, y, kind in _split_calls(tokenizer, ids[start:end]): b.add(ids[start + x:start + y], kind, b.turn, True)
+        for x, y, kind in _split_calls(tokenizer, ids[start:end]):
+            b.add(ids[start + x:start + y], kind, b.turn, True)
         at, done = end, i + 1
     _context(tokenizer, b, messages, tools, (done, len(messages)), full, ids, starts, (at, len(ids)))
     return b
@@ -367,7 +386,8 @@ def _context(tokenizer, b: _Builder, messages, tools, span, full: str, ids, star
         events = [x.get('event', 'tool' if tool else None) for x in messages[i:k + 1] if x['role'] == m['role']]
         b.add(ids[at:cut if more else end], 'tool_result' if tool else m['role'], b.turn + (not tool),
               event='error' if 'error' in events else events[-1])
-        if more: at, i = cut, k + 1
+        if more:
+            at, i = cut, k + 1
 
 # %% ../../nbs/core/03_chat.ipynb #0658b400
 def _split_calls(tokenizer, ids: list[int]) -> list[tuple[int, int, str]]:
@@ -382,8 +402,10 @@ def _split_calls(tokenizer, ids: list[int]) -> list[tuple[int, int, str]]:
             out.append((i, j, 'tool_call'))
         else:
             j = next((k for k in range(i, n) if ids[k] == op), n)
-            if out and not tokenizer.decode(ids[i:j], skip_special_tokens=True).strip(): out[-1] = (out[-1][0], j, 'tool_call')
-            else: out.append((i, j, 'assistant'))
+            if out and not tokenizer.decode(ids[i:j], skip_special_tokens=True).strip():
+                out[-1] = (out[-1][0], j, 'tool_call')
+            else:
+                out.append((i, j, 'assistant'))
         i = j
     return out
 
@@ -404,7 +426,8 @@ def generation_segments(
 ) -> list[Segment]:        # text and tool calls, in order
     "A recorded generation as segments. Nothing is decoded and encoded again."
     ids = np.asarray(ids, np.int32)
-    if isinstance(version, (int, np.integer)): version = np.full(len(ids), version, np.int32)
+    if isinstance(version, (int, np.integer)):
+        version = np.full(len(ids), version, np.int32)
     part = lambda a, x, y: None if a is None else np.asarray(a)[x:y]
     return [Segment(ids[x:y], kind, turn, trainable, part(logprobs, x, y), part(entropy, x, y), part(version, x, y))
             for x, y, kind in _split_calls(tokenizer, ids.tolist())]
@@ -427,7 +450,8 @@ def extend_segments(
         closed = len(ids) and int(ids[-1]) == c.end
         return _kat_render(c, messages, True, b, ('\n',) if closed else ('<|im_end|>', '\n')).segments()
     end, b = _hf_extension(tokenizer, _defuse(tokenizer, messages), tools, turn)
-    if not (len(ids) and int(ids[-1]) == end): b.segs[0][0].insert(0, end)
+    if not (len(ids) and int(ids[-1]) == end):
+        b.segs[0][0].insert(0, end)
     return b.segments()
 
 # %% ../../nbs/core/03_chat.ipynb #3bf1065f
@@ -439,7 +463,8 @@ def _hf_extension(tokenizer, messages: list[dict], tools, turn: int) -> tuple[in
              for i, m in enumerate(messages) if m['role'] == 'tool']
     for base in ([ask, answer], [ask, answer | dict(tool_calls=calls)]):
         if (full := _text(tokenizer, base + messages, tools, True)) is not None: break
-    else: raise ValueError('chat template: it refuses tool results or a user message after an answer')
+    else:
+        raise ValueError('chat template: it refuses tool results or a user message after an answer')
     enc = tokenizer(full, add_special_tokens=False, return_offsets_mapping=True)
     ids, starts = enc['input_ids'], np.array([a for a, _ in enc['offset_mapping']] + [len(full)])
     special = set(tokenizer.all_special_ids) | {k for k, t in tokenizer.added_tokens_decoder.items() if t.special}
@@ -474,8 +499,10 @@ def to_trajectories(
     runs = []
     for i, c in enumerate(conv.calls):
         past = runs[-1][-1][1] if runs else None
-        if merge and past and c[:len(past)] == past: runs[-1].append((i, c))
-        else: runs.append([(i, c)])
+        if merge and past and c[:len(past)] == past:
+            runs[-1].append((i, c))
+        else:
+            runs.append([(i, c)])
     out = []
     for run in runs:
         answers = {sum(m['role'] == 'assistant' for m in c) - 1 for _, c in run}  # their turns

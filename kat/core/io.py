@@ -25,7 +25,8 @@ def need(
     extra: str,   # the extra of kat-rl that brings it
 ):                # the module
     "Import `module` or raise MissingExtra naming `extra`. An error inside an installed module is not hidden."
-    try: return importlib.import_module(module)
+    try:
+        return importlib.import_module(module)
     except ModuleNotFoundError as e:
         top = module.partition('.')[0]
         if e.name is None or e.name.partition('.')[0] != top: raise
@@ -55,15 +56,18 @@ def atomic(
         yield tmp
         _fsync(tmp)
         os.replace(tmp, path)
-    finally: tmp.unlink(missing_ok=True)
+    finally:
+        tmp.unlink(missing_ok=True)
     _fsync(path.parent)
 
 # %% ../../nbs/core/02_io.ipynb #72db385d
 def _fsync(path) -> None:
     "Flush a file or folder to the disk."
     fd = os.open(path, os.O_RDONLY)
-    try: os.fsync(fd)
-    finally: os.close(fd)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
 
 # %% ../../nbs/core/02_io.ipynb #fce2455f
 def dumps(x) -> str:
@@ -73,12 +77,17 @@ def dumps(x) -> str:
 # %% ../../nbs/core/02_io.ipynb #d86cb074
 def _dumps(x) -> str:
     "`dumps` of plain values: marked only where there is something to mark."
-    try: s = json.dumps(x, ensure_ascii=False, allow_nan=False)
-    except ValueError: s = json.dumps(_mark(x), ensure_ascii=False, allow_nan=False)
+    try:
+        s = json.dumps(x, ensure_ascii=False, allow_nan=False)
+    except ValueError:
+        s = json.dumps(_mark(x), ensure_ascii=False, allow_nan=False)
     else:
-        if '"$float"' in s: _mark(x)
-    try: s.encode()
-    except UnicodeEncodeError: s = json.dumps(_mark(x), allow_nan=False)  # half a surrogate pair: as an escape
+        if '"$float"' in s:
+            _mark(x)
+    try:
+        s.encode()
+    except UnicodeEncodeError:
+        s = json.dumps(_mark(x), allow_nan=False)  # half a surrogate pair: as an escape
     return s
 
 # %% ../../nbs/core/02_io.ipynb #70591b51
@@ -93,7 +102,8 @@ def _mark(x):
 # %% ../../nbs/core/02_io.ipynb #45c04eb8
 def loads(s: str | bytes):
     "Strict JSON, with {\"$float\": ...} as a float. ValueError with the reason."
-    if isinstance(s, bytes): s = s.decode()
+    if isinstance(s, bytes):
+        s = s.decode()
     return json.loads(s, object_hook=_unmark, parse_constant=_constant)
 
 # %% ../../nbs/core/02_io.ipynb #e0dcc4db
@@ -114,23 +124,28 @@ def write_jsonl(
     "Write records, one JSON object a line. Atomic."
     n = 0
     with atomic(path) as tmp, open(tmp, 'w', encoding='utf-8', newline='\n') as f:
-        for n, r in enumerate(records, 1): f.write(_dumps(r.to_dict()) + '\n')
+        for n, r in enumerate(records, 1):
+            f.write(_dumps(r.to_dict()) + '\n')
     return n
 
 # %% ../../nbs/core/02_io.ipynb #d3304af0
 def read_jsonl(path) -> Iterator[Trajectory | Group]:
     "Records of a JSONL file, one at a time. ValueError '<file>:<line>: <reason>' at a damaged line."
     for where, d in json_lines(path):
-        try: yield _record(d)
-        except ValueError as e: raise ValueError(f'{where}: {e}') from None
+        try:
+            yield _record(d)
+        except ValueError as e:
+            raise ValueError(f'{where}: {e}') from None
 
 # %% ../../nbs/core/02_io.ipynb #225169ed
 def json_lines(path) -> Iterator[tuple[str, dict]]:
     "('<file>:<line>', object) of each line."
     with open(path, 'rb') as f:
         for i, line in enumerate(f, 1):
-            try: d = loads(line)
-            except ValueError as e: raise ValueError(f'{path}:{i}: {_reason(e, line)}{_cut(line)}') from None
+            try:
+                d = loads(line)
+            except ValueError as e:
+                raise ValueError(f'{path}:{i}: {_reason(e, line)}{_cut(line)}') from None
             if not isinstance(d, dict): raise ValueError(f'{path}:{i}: an object expected, got {type(d).__name__}')
             yield f'{path}:{i}', d
 
@@ -171,9 +186,12 @@ def _row(x) -> dict:
     "A record as a row: arrays stay arrays, free-form fields become JSON text."
     d = {f.name: getattr(x, f.name) for f in fields(x)}
     for k in _JSON:
-        if k in d: d[k] = _dumps(d[k])
-    if isinstance(x, Group): d |= dict(schema=GROUP_SCHEMA, trajectories=[_row(t) for t in x.trajectories])
-    if isinstance(x, Trajectory): d |= dict(schema=SCHEMA, segments=[_row(s) for s in x.segments])
+        if k in d:
+            d[k] = _dumps(d[k])
+    if isinstance(x, Group):
+        d |= dict(schema=GROUP_SCHEMA, trajectories=[_row(t) for t in x.trajectories])
+    if isinstance(x, Trajectory):
+        d |= dict(schema=SCHEMA, segments=[_row(s) for s in x.segments])
     return d
 
 # %% ../../nbs/core/02_io.ipynb #b97b8473
@@ -204,7 +222,8 @@ def _batches(first, it: Iterator, cls, batch: int) -> Iterator[list[dict]]:
             yield rows
             rows = []
         rows.append(_row(r))
-    if rows: yield rows
+    if rows:
+        yield rows
 
 # %% ../../nbs/core/02_io.ipynb #e4432c53
 def _values(a) -> list:
@@ -226,9 +245,11 @@ def _unrow(d: dict) -> dict:
     "A row as the dictionary that `from_dict` takes."
     d = {k: v for k, v in d.items() if v is not None or k == 'reward'}
     for k in _JSON:
-        if k in d: d[k] = loads(d[k])
+        if k in d:
+            d[k] = loads(d[k])
     for k in ('segments', 'trajectories'):
-        if k in d: d[k] = [_unrow(x) for x in d[k]]
+        if k in d:
+            d[k] = [_unrow(x) for x in d[k]]
     return d | d.pop('extra', {})
 
 # %% ../../nbs/core/02_io.ipynb #5444a80a
@@ -243,8 +264,10 @@ def read_parquet(
         with pq.ParquetFile(path) as f:
             for b in f.iter_batches(batch_size=batch):
                 for d in _values(b.to_struct_array()):
-                    try: r = _record(_unrow(d))
-                    except ValueError as e: raise ValueError(f'row {n}: {e}') from None
+                    try:
+                        r = _record(_unrow(d))
+                    except ValueError as e:
+                        raise ValueError(f'row {n}: {e}') from None
                     yield r
                     n += 1
     except (pa.ArrowException, OSError, ValueError) as e:
@@ -277,7 +300,8 @@ def append_jsonl(path, record: dict) -> None:
         if f.seek(0, os.SEEK_END):
             f.seek(-1, os.SEEK_END)
             if f.read(1) != b'\n': raise ValueError(f'{path}: torn last line; read_log(path, repair=True) cuts it off')
-        while line: line = line[f.write(line):]
+        while line:
+            line = line[f.write(line):]
         os.fsync(f.fileno())
 
 # %% ../../nbs/core/02_io.ipynb #6f415b28
@@ -300,5 +324,7 @@ def read_log(
 # %% ../../nbs/core/02_io.ipynb #cd1f293f
 def _log_line(path, i: int, line: bytes) -> dict:
     "One line of a log."
-    try: return loads(line)
-    except ValueError as e: raise ValueError(f'{path}:{i}: {_reason(e, line)}') from None
+    try:
+        return loads(line)
+    except ValueError as e:
+        raise ValueError(f'{path}:{i}: {_reason(e, line)}') from None

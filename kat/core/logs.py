@@ -74,7 +74,8 @@ def _swe_answers(steps: list[dict], said: Iterator[dict]) -> Iterator[tuple[dict
         if m and (m.get('content') == s.get('response') or m.get('thought', 0) == s.get('thought', 1)):
             yield s, m
             m = next(said, None)
-        else: yield s, dict(role='assistant', content=s.get('response') or '')
+        else:
+            yield s, dict(role='assistant', content=s.get('response') or '')
 
 # %% ../../nbs/core/05_logs.ipynb #867f56b8
 def _swe_message(m: dict) -> dict:
@@ -86,8 +87,10 @@ def _swe_message(m: dict) -> dict:
 def _swe_task(d: dict, where: str) -> str:
     "The instance's id: from the replay configuration, else the environment's name, else the file's."
     cfg = d.get('replay_config')
-    try: cfg = loads(cfg) if isinstance(cfg, str) else cfg or {}
-    except ValueError: cfg = {}
+    try:
+        cfg = loads(cfg) if isinstance(cfg, str) else cfg or {}
+    except ValueError:
+        cfg = {}
     task = (cfg.get('problem_statement') or {}).get('id') or d.get('environment')
     return task if isinstance(task, str) and task != 'main' else Path(where.rpartition(':')[0] or where).stem
 
@@ -123,7 +126,8 @@ def _claude_code(lines: list[tuple[str, dict]]) -> Iterator[Conversation]:
         m = d.get('message')
         if d.get('type') not in ('user', 'assistant') or not isinstance(m, dict) or d.get('isApiErrorMessage'):
             skipped[str(d.get('type'))] += 1
-            if d.get('uuid'): by[d['uuid']] = d | dict(message=None)
+            if d.get('uuid'):
+                by[d['uuid']] = d | dict(message=None)
             continue
         if not d.get('uuid'): raise ValueError(f'{where}: a {d["type"]} line without uuid')
         by[d['uuid']] = d
@@ -138,7 +142,8 @@ def _claude_chain(task: str, ds: list[dict], by: dict, skipped: dict) -> Convers
     results = {b['tool_use_id']: _claude_result(b) for d in ds for b in _blocks(d) if b.get('type') == 'tool_result'}
     replies = {}
     for d in ds:
-        if d['type'] == 'assistant': replies.setdefault(_reply_id(d), []).append(d)
+        if d['type'] == 'assistant':
+            replies.setdefault(_reply_id(d), []).append(d)
     calls = [normalise(_claude_path(r[-1], by, replies, results)) for r in replies.values()]
     skipped = skipped | {'thinking': sum(b.get('type') == 'thinking' for d in ds for b in _blocks(d))}
     lost = sum(d.get('parentUuid') is not None and d['parentUuid'] not in by for d in ds)
@@ -156,7 +161,8 @@ def _claude_path(d: dict, by: dict, replies: dict, results: dict) -> list[dict]:
         m = d['message']
         if m and d['type'] == 'user':
             text = _claude_text([b for b in _blocks(d) if b.get('type') != 'tool_result'])
-            if text: out.insert(0, dict(role='user', content=text))
+            if text:
+                out.insert(0, dict(role='user', content=text))
         elif m and (key := _reply_id(d)) not in done:
             done.add(key)
             reply = _claude_reply(replies[key])
@@ -200,18 +206,23 @@ def _claude_reply(lines: list[dict]) -> dict:
 # %% ../../nbs/core/05_logs.ipynb #5d19aff6
 def _objects(path) -> Iterator[tuple[str, dict]]:
     "The objects of a JSON file (one, or a list of them) or of a JSONL file, each with where it stands."
-    with open(path, 'rb') as f: first = f.readline()
-    try: lines = isinstance(loads(first), dict)
-    except ValueError: lines = False
+    with open(path, 'rb') as f:
+        first = f.readline()
+    try:
+        lines = isinstance(loads(first), dict)
+    except ValueError:
+        lines = False
     if lines:
         yield from json_lines(path)
         return
     data = Path(path).read_bytes()
     if not data.strip(): raise ValueError(f'{path}: empty')
-    try: d = loads(data)
+    try:
+        d = loads(data)
     except json.JSONDecodeError as e:
         raise ValueError(f'{path}:{e.lineno}: not JSON at column {e.colno}: {e.msg}') from None
-    except ValueError as e: raise ValueError(f'{path}: {e}') from None
+    except ValueError as e:
+        raise ValueError(f'{path}: {e}') from None
     for i, x in enumerate(d if isinstance(d, list) else [d]):
         if not isinstance(x, dict): raise ValueError(f'{path}[{i}]: an object expected, got {type(x).__name__}')
         yield f'{path}[{i}]', x
@@ -248,6 +259,7 @@ def import_log(
         return
     if kind not in one: raise ValueError(f'kind {kind!r}: one of {", ".join([*one, "claude-code"])} expected')
     for where, d in _objects(path):
-        try: yield from one[kind](d, where)
+        try:
+            yield from one[kind](d, where)
         except (ValueError, KeyError, TypeError, AttributeError) as e:
             raise ValueError(f'{where}: {f"field {e} is missing" if isinstance(e, KeyError) else e}') from None

@@ -40,10 +40,12 @@ def _floats(
     low: float, high: float,  # allowed range of the values that are there
 ) -> np.ndarray:      # float32[n]
     "`x` as float32[n] within the range; ValueError names `what` and the first bad value."
-    with np.errstate(over='ignore'): a = np.asarray(x, dtype=np.float32)
+    with np.errstate(over='ignore'):
+        a = np.asarray(x, dtype=np.float32)
     if a.shape != (n,): raise ValueError(f'{what}: {n} values expected (one per id), got shape {a.shape}')
     bad = ~((a >= low) & (a <= high))
-    if not trainable: bad &= ~np.isnan(a)
+    if not trainable:
+        bad &= ~np.isnan(a)
     if bad.any():
         i = int(bad.argmax())
         why = 'missing on a trainable token' if np.isnan(a[i]) else f'outside {low}..{high}'
@@ -111,13 +113,18 @@ class Segment:
             raise ValueError(f'segment event: {self.event!r}; a string or None expected')
         _check_extra(self)
 
-    def __len__(self): return len(self.ids)
-    def __eq__(self, other): return _eq(self, other)
-    def __repr__(self): return _segment_repr(self)
-    def to_dict(self) -> dict: return _segment_dict(self)
+    def __len__(self):
+        return len(self.ids)
+    def __eq__(self, other):
+        return _eq(self, other)
+    def __repr__(self):
+        return _segment_repr(self)
+    def to_dict(self) -> dict:
+        return _segment_dict(self)
 
     @classmethod
-    def from_dict(cls, d: dict) -> 'Segment': return _from(cls, d)
+    def from_dict(cls, d: dict) -> 'Segment':
+        return _from(cls, d)
 
 # %% ../../nbs/core/01_types.ipynb #47821ffe
 def _count(x, what: str) -> int:
@@ -148,7 +155,8 @@ def _eq(a, b) -> bool:
         x, y = getattr(a, f.name), getattr(b, f.name)
         if isinstance(x, np.ndarray) or isinstance(y, np.ndarray):
             if not _same(x, y): return False
-        elif x is not y and x != y: return False
+        elif x is not y and x != y:
+            return False
     return True
 
 # %% ../../nbs/core/01_types.ipynb #a635a47c
@@ -167,10 +175,14 @@ def _segment_repr(s: Segment) -> str:
 def _segment_dict(s: Segment) -> dict:
     "Plain JSON values; absent optional fields are left out."
     d = dict(ids=s.ids.tolist(), kind=s.kind, turn=s.turn, trainable=s.trainable)
-    if s.logprobs is not None: d['logprobs'] = _json_floats(s.logprobs)
-    if s.entropy is not None: d['entropy'] = _json_floats(s.entropy)
-    if s.version is not None: d['version'] = s.version.tolist()
-    if s.event is not None: d['event'] = s.event
+    if s.logprobs is not None:
+        d['logprobs'] = _json_floats(s.logprobs)
+    if s.entropy is not None:
+        d['entropy'] = _json_floats(s.entropy)
+    if s.version is not None:
+        d['version'] = s.version.tolist()
+    if s.event is not None:
+        d['event'] = s.event
     return d | s.extra
 
 # %% ../../nbs/core/01_types.ipynb #0cbd25cf
@@ -178,7 +190,8 @@ def _from(cls, d: dict, schema: str | None = None, **parts):
     "Build `cls` from `d`; `parts` replace fields already converted, unknown ones go to `extra`."
     name = cls.__name__.lower()
     if not isinstance(d, dict): raise ValueError(f'{name}: an object expected, got {type(d).__name__}')
-    if schema: check_schema(d, schema)
+    if schema:
+        check_schema(d, schema)
     known = {f.name for f in fields(cls)} - {'extra'}
     kw = {k: v for k, v in d.items() if k in known} | parts
     extra = {k: v for k, v in d.items() if k not in known and k != 'schema'}
@@ -223,31 +236,44 @@ class Trajectory:
         for i, (a, b) in enumerate(zip(self.segments, self.segments[1:])):
             if b.turn < a.turn: raise ValueError(f'trajectory segments[{i + 1}]: turn {b.turn} after turn {a.turn}')
         self.reward = _reward(self.reward)
-        for f in ('sampling', 'info'): setattr(self, f, _dict(getattr(self, f), f'trajectory {f}'))
+        for f in ('sampling', 'info'):
+            setattr(self, f, _dict(getattr(self, f), f'trajectory {f}'))
         _check_extra(self)
 
     @property
-    def ids(self) -> np.ndarray: return _cat(self, lambda s: s.ids, np.int32)
+    def ids(self) -> np.ndarray:
+        return _cat(self, lambda s: s.ids, np.int32)
     @property
-    def mask(self) -> np.ndarray: return _cat(self, lambda s: np.full(len(s), s.trainable), bool)
+    def mask(self) -> np.ndarray:
+        return _cat(self, lambda s: np.full(len(s), s.trainable), bool)
     @property
-    def turn(self) -> np.ndarray: return _cat(self, lambda s: np.full(len(s), s.turn), np.int32)
+    def turn(self) -> np.ndarray:
+        return _cat(self, lambda s: np.full(len(s), s.turn), np.int32)
     @property
-    def logprobs(self) -> np.ndarray: return _cat(self, lambda s: _or(s.logprobs, s, np.nan), np.float32)
+    def logprobs(self) -> np.ndarray:
+        return _cat(self, lambda s: _or(s.logprobs, s, np.nan), np.float32)
     @property
-    def entropy(self) -> np.ndarray: return _cat(self, lambda s: _or(s.entropy, s, np.nan), np.float32)
+    def entropy(self) -> np.ndarray:
+        return _cat(self, lambda s: _or(s.entropy, s, np.nan), np.float32)
     @property
-    def version(self) -> np.ndarray: return _cat(self, lambda s: _or(s.version, s, -1), np.int32)
+    def version(self) -> np.ndarray:
+        return _cat(self, lambda s: _or(s.version, s, -1), np.int32)
     @property
-    def n_turns(self) -> int: return len({s.turn for s in self.segments if s.kind in GENERATED})
+    def n_turns(self) -> int:
+        return len({s.turn for s in self.segments if s.kind in GENERATED})
 
-    def __len__(self): return sum(map(len, self.segments))
-    def __eq__(self, other): return _eq(self, other)
-    def __repr__(self): return _trajectory_repr(self)
-    def to_dict(self) -> dict: return _trajectory_dict(self)
+    def __len__(self):
+        return sum(map(len, self.segments))
+    def __eq__(self, other):
+        return _eq(self, other)
+    def __repr__(self):
+        return _trajectory_repr(self)
+    def to_dict(self) -> dict:
+        return _trajectory_dict(self)
 
     @classmethod
-    def from_dict(cls, d: dict) -> 'Trajectory': return _trajectory_from(cls, d)
+    def from_dict(cls, d: dict) -> 'Trajectory':
+        return _trajectory_from(cls, d)
 
 # %% ../../nbs/core/01_types.ipynb #6d2e83a3
 def _cat(t: 'Trajectory', f, dtype) -> np.ndarray:
@@ -300,8 +326,10 @@ def _trajectory_from(cls, d: dict) -> Trajectory:
     "Check the schema, build the segments, name the one that is wrong."
     segs = []
     for i, s in enumerate(_items(d, 'segments')):
-        try: segs.append(Segment.from_dict(s))
-        except ValueError as e: raise ValueError(f'segments[{i}]: {e}') from None
+        try:
+            segs.append(Segment.from_dict(s))
+        except ValueError as e:
+            raise ValueError(f'segments[{i}]: {e}') from None
     return _from(cls, d, SCHEMA, segments=segs)
 
 # %% ../../nbs/core/01_types.ipynb #e00c320b
@@ -332,7 +360,8 @@ def _message(m: dict, where: str) -> dict:
         if role != 'assistant': raise ValueError(f'{where}: tool_calls in a {role} message')
         out['tool_calls'] = [_call(c, f'{where}.tool_calls[{i}]') for i, c in enumerate(m['tool_calls'])]
     for k in ('tool_call_id', 'name', 'event', 'reasoning_content'):  # the last one for templates of thinking models
-        if isinstance(m.get(k), str): out[k] = m[k]
+        if isinstance(m.get(k), str):
+            out[k] = m[k]
     return out
 
 # %% ../../nbs/core/01_types.ipynb #cc70ac37
@@ -350,10 +379,13 @@ def _call(c: dict, where: str) -> dict:
     f = c.get('function') if isinstance(c, dict) else None
     if not isinstance(f, dict) or not isinstance(f.get('name'), str): raise ValueError(f'{where}: no function.name')
     args = f.get('arguments')
-    if args is None: args = {}
+    if args is None:
+        args = {}
     if isinstance(args, str):
-        try: args = json.loads(args or '{}')
-        except ValueError as e: raise ValueError(f'{where}: arguments are not JSON ({e})') from None
+        try:
+            args = json.loads(args or '{}')
+        except ValueError as e:
+            raise ValueError(f'{where}: arguments are not JSON ({e})') from None
     if not isinstance(args, dict): raise ValueError(f'{where}: arguments must be an object, got {str(args)[:60]!r}')
     out = dict(type='function', function=dict(name=f['name'], arguments=args))
     return dict(id=c['id'], **out) if isinstance(c.get('id'), str) else out
@@ -379,14 +411,20 @@ class Group:
     def rewards(self) -> np.ndarray:  # float32[k], NaN where not graded
         return np.array([np.nan if t.reward is None else t.reward for t in self.trajectories], np.float32)
 
-    def __len__(self): return len(self.trajectories)
-    def __iter__(self): return iter(self.trajectories)
-    def __eq__(self, other): return _eq(self, other)
-    def __repr__(self): return _group_repr(self)
-    def to_dict(self) -> dict: return _group_dict(self)
+    def __len__(self):
+        return len(self.trajectories)
+    def __iter__(self):
+        return iter(self.trajectories)
+    def __eq__(self, other):
+        return _eq(self, other)
+    def __repr__(self):
+        return _group_repr(self)
+    def to_dict(self) -> dict:
+        return _group_dict(self)
 
     @classmethod
-    def from_dict(cls, d: dict) -> 'Group': return _group_from(cls, d)
+    def from_dict(cls, d: dict) -> 'Group':
+        return _group_from(cls, d)
 
 # %% ../../nbs/core/01_types.ipynb #a00a7b20
 def _group_repr(g: Group) -> str:
@@ -405,13 +443,16 @@ def _group_from(cls, d: dict) -> Group:
     "Check the schema, build the trajectories, name the one that is wrong."
     ts = []
     for i, t in enumerate(_items(d, 'trajectories')):
-        try: ts.append(Trajectory.from_dict(t))
-        except ValueError as e: raise ValueError(f'trajectories[{i}]: {e}') from None
+        try:
+            ts.append(Trajectory.from_dict(t))
+        except ValueError as e:
+            raise ValueError(f'trajectories[{i}]: {e}') from None
     return _from(cls, d, GROUP_SCHEMA, trajectories=ts)
 
 # %% ../../nbs/core/01_types.ipynb #fc2dbc68
 def groups_of(trajectories: list[Trajectory]) -> list[Group]:
     "Trajectories gathered by task, in order of first appearance."
     by = {}
-    for t in trajectories: by.setdefault(t.task, []).append(t)
+    for t in trajectories:
+        by.setdefault(t.task, []).append(t)
     return [Group(k, v) for k, v in by.items()]

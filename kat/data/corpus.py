@@ -27,7 +27,8 @@ def source_files(packages=PACKAGES,        # importable packages; their .py file
         spec = importlib.util.find_spec(name)
         if spec is None or not spec.submodule_search_locations: raise ValueError(f"package {name!r} is not installed")
         for f in sorted(Path(spec.submodule_search_locations[0]).rglob('*.py')):
-            if 'tests' not in f.parts: texts.append(f.read_text(encoding='utf-8', errors='replace')[:max_chars])
+            if 'tests' not in f.parts:
+                texts.append(f.read_text(encoding='utf-8', errors='replace')[:max_chars])
     return [t for t in texts if len(t) > 200]
 
 # %% ../../nbs/data/01_corpus.ipynb #7b9314e9
@@ -38,7 +39,9 @@ def identifiers(texts: list[str]) -> list[str]:
 # %% ../../nbs/data/01_corpus.ipynb #9bab04fd
 def _line(rng, words) -> str:
     "One line of code-like text."
-    w = lambda: rng.choice(words); n = lambda: str(rng.randint(0, 99)); v = lambda: rng.choice('abcnmkxyzw')
+    w = lambda: rng.choice(words)
+    n = lambda: str(rng.randint(0, 99))
+    v = lambda: rng.choice('abcnmkxyzw')
     return rng.choice([
         lambda: f"def {w()}({v()}, {v()}):", lambda: f"    return {v()} {rng.choice('+-*')} {v()}", lambda: f"    return {w()}({v()}) + {n()}",
         lambda: f"{w().upper()} = {n()}", lambda: f"from {w()} import {w()}", lambda: f"    {w()} = {w()}({v()}, {n()})",
@@ -55,11 +58,15 @@ def view_line(lines: list[str], word: str) -> str:
 
 def drill_lines(rng, words):
     "A file with line numbers: which text, which number, the line with a word exchanged, the neighbour."
-    n = rng.randint(3, 12); lines = [_line(rng, words) for _ in range(n)]
+    n = rng.randint(3, 12)
+    lines = [_line(rng, words) for _ in range(n)]
     doc = [("<|im_start|>tool\n<tool_response>" + '\n'.join(f"{i} {l}" for i, l in enumerate(lines, 1)) + "</tool_response><|im_end|>\n", False)]
     for _ in range(rng.randint(4, 8)):
-        i = rng.randrange(n); l = lines[i]; toks = re.findall(r'\w+', l)
-        w = rng.choice(toks); new = rng.choice(words) if not w.isdigit() else str(rng.randint(0, 99))
+        i = rng.randrange(n)
+        l = lines[i]
+        toks = re.findall(r'\w+', l)
+        w = rng.choice(toks)
+        new = rng.choice(words) if not w.isdigit() else str(rng.randint(0, 99))
         doc += rng.choice([
             lambda: _ask(f"line {i + 1}", l), lambda: _ask(f"number of {l.strip()}", str(lines.index(l) + 1)),
             lambda: _ask(f"line {i + 1} with {new} for {w}", re.sub(rf'\b{w}\b', new, l)), lambda: _ask(f"line {i + 1} and {new}", f"{l} {new}"),
@@ -68,7 +75,9 @@ def drill_lines(rng, words):
 
 def drill_files(rng, words):
     "Lines found in several files: which file, which number, which name."
-    n = rng.randint(3, 9); files = rng.sample(words, 4); names = rng.sample(words, n)
+    n = rng.randint(3, 9)
+    files = rng.sample(words, 4)
+    names = rng.sample(words, n)
     rows = [(rng.choice(files), rng.randint(1, 12), name, rng.choice(['def {}(x):', '    return {}(a)', 'from m import {}', '{} = 3'])) for name in names]
     doc = [("<|im_start|>tool\n<tool_response>" + '\n'.join(f"{f}.py:{i} {p.format(w)}" for f, i, w, p in rows) + "</tool_response><|im_end|>\n", False)]
     for _ in range(rng.randint(4, 8)):
@@ -78,7 +87,9 @@ def drill_files(rng, words):
 
 def drill_pairs(rng, words):
     "Names and values: look up, both ways."
-    n = rng.randint(3, 10); keys = rng.sample(words, n); vals = [rng.choice([str(rng.randint(0, 99)), rng.choice(words)]) for _ in keys]
+    n = rng.randint(3, 10)
+    keys = rng.sample(words, n)
+    vals = [rng.choice([str(rng.randint(0, 99)), rng.choice(words)]) for _ in keys]
     doc = [("<|im_start|>tool\n<tool_response>" + '\n'.join(f"{k} = {v}" for k, v in zip(keys, vals)) + "</tool_response><|im_end|>\n", False)]
     for _ in range(rng.randint(4, 10)):
         k, v = rng.choice(list(zip(keys, vals)))
@@ -101,12 +112,15 @@ def base_documents(seed: int,                # the stream is a pure function of 
                    code_share: float = 0.25, # share of documents that are source text
                   ):                         # yields documents: lists of (text, learn)
     "An endless stream of documents for pretraining."
-    rng = random.Random(seed); words = identifiers(texts)
+    rng = random.Random(seed)
+    words = identifiers(texts)
     while True:
         if rng.random() < code_share:
-            t = rng.choice(texts); i = rng.randrange(max(1, len(t) - 1200))
+            t = rng.choice(texts)
+            i = rng.randrange(max(1, len(t) - 1200))
             yield [(t[i:i + 1200], True)]
-        else: yield rng.choice(DRILLS)(rng, words)
+        else:
+            yield rng.choice(DRILLS)(rng, words)
 
 # %% ../../nbs/data/01_corpus.ipynb #0ee1e6f4
 def turns(*pairs: tuple[str, str]) -> list[tuple[str, bool]]:
@@ -117,7 +131,9 @@ def reasoning(rng: random.Random) -> list[tuple[str, bool]]:
     "Sums, differences, products and comparisons of small numbers, and which operator makes an equation true."
     out = []
     for _ in range(6):
-        a, b = rng.randint(0, 12), rng.randint(0, 12); op = rng.choice('+-*'); c = eval(f'{a} {op} {b}')
+        a, b = rng.randint(0, 12), rng.randint(0, 12)
+        op = rng.choice('+-*')
+        c = eval(f'{a} {op} {b}')
         out.append(rng.choice([(f'{a} {op} {b}', str(c)), (f'{a} ? {b} = {c}', next(o for o in '+-*' if eval(f'{a}{o}{b}') == c)),
                                (f'{a} < {b}', str(a < b)), (f'{a} >= {b}', str(a >= b)), (f'f({a}, {b}) = {a} {op} {b}', f'f({a}, {b}) is {c}')]))
     return turns(*out)
@@ -147,8 +163,10 @@ def instruction(rng: random.Random, words: list[str]) -> list[tuple[str, bool]]:
     out = []
     for _ in range(3):
         ask, make, check = INSTRUCTIONS[rng.choice(list(INSTRUCTIONS))]
-        ws = rng.sample(words, rng.randint(2, 5)); a = make(ws)
-        if check(a, ws): out.append((ask.format(' '.join(ws)), a))
+        ws = rng.sample(words, rng.randint(2, 5))
+        a = make(ws)
+        if check(a, ws):
+            out.append((ask.format(' '.join(ws)), a))
     return turns(*out)
 
 # %% ../../nbs/data/01_corpus.ipynb #fb0f3ef8
@@ -164,7 +182,8 @@ def dialogue(messages: list[dict], max_chars: int = 900) -> list[tuple[str, bool
     doc, n = [], 0
     for m in messages:
         if m['role'] not in ('user', 'assistant') or not m.get('content'): continue
-        text = str(m['content'])[:300]; n += len(text)
+        text = str(m['content'])[:300]
+        n += len(text)
         doc += [(f"<|im_start|>{m['role']}\n", False), (text + '<|im_end|>', m['role'] == 'assistant'), ('\n', False)]
         if n > max_chars: break
     return doc
@@ -178,14 +197,21 @@ class Walker:
 
     def act(self, text):
         from kat.envs.base import ToolCall
-        r = self.rng; self.left -= 1
+        r = self.rng
+        self.left -= 1
         if self.left < 0: return [ToolCall('submit', {}, 'c')]
-        if self.again: path, self.again = self.again, None; return [ToolCall('view', {'path': path}, 'c')]
-        path = r.choice(sorted(self.files)); lines = self.files[path].splitlines(); n = r.randrange(len(lines))
+        if self.again:
+            path, self.again = self.again, None
+            return [ToolCall('view', {'path': path}, 'c')]
+        path = r.choice(sorted(self.files))
+        lines = self.files[path].splitlines()
+        n = r.randrange(len(lines))
         word = r.choice(re.findall(r'[A-Za-z_]{2,}', self.files[path]) or ['?'])
         other = r.choice(self.files[r.choice(sorted(self.files))].splitlines())
         pick = r.choice(['list', 'view', 'view', 'search', 'search', 'edit', 'edit', 'test'])
-        if pick == 'edit': lines[n] = other; self.files[path], self.again = '\n'.join(lines) + '\n', path
+        if pick == 'edit':
+            lines[n] = other
+            self.files[path], self.again = '\n'.join(lines) + '\n', path
         return [ToolCall(pick, {'view': {'path': path}, 'search': {'word': word}, 'edit': {'path': path, 'line': n + 1, 'text': other}}.get(pick, {}), 'c')]
 
 # %% ../../nbs/data/01_corpus.ipynb #d20a1734
@@ -193,17 +219,23 @@ def encode(tokenizer, doc: list[tuple[str, bool]], max_len: int = 512) -> tuple[
     "Ids and loss mask of a document, cut to `max_len`."
     ids, mask = [], []
     for text, learn in doc:
-        piece = tokenizer.encode(text, add_special_tokens=False); ids += piece; mask += [learn] * len(piece)
+        piece = tokenizer.encode(text, add_special_tokens=False)
+        ids += piece
+        mask += [learn] * len(piece)
     return ids[:max_len], mask[:max_len]
 
 # %% ../../nbs/data/01_corpus.ipynb #a23923dd
 def save_pairs(path, pairs: list) -> None:
     "Training pairs (ids, mask) in one compressed file, written atomically."
     ids, mask = (np.concatenate([np.asarray(p[i]) for p in pairs]) for i in (0, 1))
-    with atomic(path) as tmp, open(tmp, "wb") as f: np.savez_compressed(f, ids=ids.astype(np.int32), mask=mask.astype(bool), ends=np.cumsum([len(p[0]) for p in pairs]))
+    with atomic(path) as tmp, open(tmp, "wb") as f:
+        np.savez_compressed(f, ids=ids.astype(np.int32), mask=mask.astype(bool), ends=np.cumsum([len(p[0]) for p in pairs]))
 
 def load_pairs(path) -> list:
     "What `save_pairs` wrote. UserError names a damaged file."
-    try: d = np.load(path); ids, mask, ends = d['ids'], d['mask'], d['ends']
-    except Exception as e: raise UserError(f'{path}: damaged ({e}); delete it and run 00_data again') from e
+    try:
+        d = np.load(path)
+        ids, mask, ends = d['ids'], d['mask'], d['ends']
+    except Exception as e:
+        raise UserError(f'{path}: damaged ({e}); delete it and run 00_data again') from e
     return list(zip(np.split(ids, ends[:-1]), np.split(mask, ends[:-1])))

@@ -80,7 +80,8 @@ def tool(
         if kind not in _TYPES:
             raise ValueError(f'tool {name!r}, parameter {k!r}: type {t!r}, use one of {", ".join(_TYPES)}')
         props[k] = dict(type=kind)
-        if kind == t: needed.append(k)
+        if kind == t:
+            needed.append(k)
     schema = dict(type='object', properties=props, required=needed)
     return dict(type='function', function=dict(name=name, description=description, parameters=schema))
 
@@ -125,8 +126,10 @@ class Env:
     async def close(self):
         "Give back what the episode held; safe to call twice."
 
-    async def __aenter__(self): return self
-    async def __aexit__(self, *exc): await self.close()
+    async def __aenter__(self):
+        return self
+    async def __aexit__(self, *exc):
+        await self.close()
 
 # %% ../../nbs/envs/01_base.ipynb #83222c53
 ENVS = {}  # name -> class

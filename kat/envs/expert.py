@@ -31,22 +31,31 @@ def draw_style(rng: random.Random) -> Style:
 # %% ../../nbs/envs/05_expert.ipynb #3be052d8
 def plan(task: Task, style: Style, rng: random.Random):
     "Calls of one expert: yields (name, arguments, free), `free` if the next call needn't see the result; is sent the result text."
-    d = task.data; path, line, right = d['edits'][0]
-    if style.looks != 'search': yield 'list', {}, style.looks == 'both'
+    d = task.data
+    path, line, right = d['edits'][0]
+    if style.looks != 'search':
+        yield 'list', {}, style.looks == 'both'
     seen, viewed = '', set()
     for i, word in enumerate(d['look']):
         seen = yield 'search', {'word': word}, i + 1 == len(d['look']) and path in d['issue']
         if i + 1 < len(d['look']):   # the symptom's file, to see what it calls
             where = seen.split(':')[0]
-            if where in d['files']: viewed.add(where); yield 'view', {'path': where}, False
+            if where in d['files']:
+                viewed.add(where)
+                yield 'view', {'path': where}, False
     for p in d['reads']:
-        if path == 'answer.txt' or rng.random() < 0.5: yield 'view', {'path': p}, path != 'answer.txt'
-    if rng.random() < style.reread: yield 'view', {'path': rng.choice(sorted(set(d['files']) - {'tests.py'}))}, True
-    if path not in viewed | {'answer.txt'} and not (path == 'config.py' and rng.random() < 0.5): yield 'view', {'path': path}, False
+        if path == 'answer.txt' or rng.random() < 0.5:
+            yield 'view', {'path': p}, path != 'answer.txt'
+    if rng.random() < style.reread:
+        yield 'view', {'path': rng.choice(sorted(set(d['files']) - {'tests.py'}))}, True
+    if path not in viewed | {'answer.txt'} and not (path == 'config.py' and rng.random() < 0.5):
+        yield 'view', {'path': path}, False
     guess = bool(d['tries']) and rng.random() < style.guess
     now = d['files'][path].splitlines()
     for text in d['tries'] if guess else [right]:
-        if rng.random() < style.slip: n = rng.randint(1, len(now)); yield 'edit', {'path': path, 'line': n, 'text': now[n - 1]}, False
+        if rng.random() < style.slip:
+            n = rng.randint(1, len(now))
+            yield 'edit', {'path': path, 'line': n, 'text': now[n - 1]}, False
         yield 'edit', {'path': path, 'line': line, 'text': text}, True
         now[line - 1] = text
         for p, n, t in d['edits'][1:]:
@@ -68,5 +77,6 @@ class Expert:
         calls = []
         while True:
             name, args, free = self.steps.send(None if calls else text)
-            self.n += 1; calls.append(ToolCall(name, args, f'c{self.n}'))
+            self.n += 1
+            calls.append(ToolCall(name, args, f'c{self.n}'))
             if not (free and self.rng.random() < self.style.merge): return calls

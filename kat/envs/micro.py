@@ -31,8 +31,12 @@ CMPS = ['<', '<=', '>', '>=']
 @dataclass
 class Fn:
     "One function of a module: `def name(args):` / `    return expr`."
-    module: str; name: str; args: list[str]; expr: str
-    def lines(self) -> list[str]: return [f"def {self.name}({', '.join(self.args)}):", f"    return {self.expr}"]
+    module: str
+    name: str
+    args: list[str]
+    expr: str
+    def lines(self) -> list[str]:
+        return [f"def {self.name}({', '.join(self.args)}):", f"    return {self.expr}"]
 
 @dataclass
 class Repo:
@@ -42,7 +46,8 @@ class Repo:
     other: dict[str, str] = field(default_factory=dict)           # path -> text of config.py, notes.md ...
     def files(self) -> dict[str, str]:
         out = {}
-        for f in self.fns: out.setdefault(f.module + '.py', list(self.imports.get(f.module, []))).extend(f.lines())
+        for f in self.fns:
+            out.setdefault(f.module + '.py', list(self.imports.get(f.module, []))).extend(f.lines())
         return {**{p: '\n'.join(ls) + '\n' for p, ls in out.items()}, **self.other}
 
 # %% ../../nbs/envs/04_micro.ipynb #2a32fe75
@@ -76,7 +81,8 @@ def _namespace(files: dict[str, str]) -> dict:
         if name not in done:
             ns = done[name] = {}
             for line in files[name + '.py'].splitlines():
-                if m := re.match(r'from (\w+) import (\w+)', line): ns[m[2]] = load(m[1])[m[2]]
+                if m := re.match(r'from (\w+) import (\w+)', line):
+                    ns[m[2]] = load(m[1])[m[2]]
             exec('\n'.join(l for l in files[name + '.py'].splitlines() if not l.startswith('from ')), ns)
         return done[name]
     return {p[:-3]: load(p[:-3]) for p in files if p.endswith('.py')}
@@ -99,8 +105,11 @@ def _calls(rng, ns: dict, fn: Fn, n: int, wrong: list[dict] = ()) -> list[tuple[
 @dataclass
 class Draft:
     "What a family returns; `edits` are (path, line number from 1, right text), `tries` all believable texts for edits[0], in order."
-    files: dict[str, str]; edits: list[tuple[str, int, str]]; issue: str
-    visible: tuple[list[str], list[str]]; hidden: tuple[list[str], list[str]]   # (import lines, checks)
+    files: dict[str, str]
+    edits: list[tuple[str, int, str]]
+    issue: str
+    visible: tuple[list[str], list[str]]
+    hidden: tuple[list[str], list[str]]   # (import lines, checks)
     look: list[str] = field(default_factory=list)      # names worth searching for, in order
     tries: list[str] = field(default_factory=list)     # empty where the statement settles the edit
     reads: list[str] = field(default_factory=list)     # other files the answer is read from
@@ -109,13 +118,16 @@ FAMILIES: dict[str, tuple] = {}   # name -> (kind, weight, function)
 
 def family(kind: str, weight: int):
     "Register a family under one of the eight task kinds; `weight` is its share in a mixture."
-    def deco(f): FAMILIES[f.__name__[1:]] = (kind, weight, f); return f
+    def deco(f):
+        FAMILIES[f.__name__[1:]] = (kind, weight, f)
+        return f
     return deco
 
 # %% ../../nbs/envs/04_micro.ipynb #25cc07b3
 def with_line(text: str, n: int, new: str) -> str:
     "`text` with line `n` (from 1) replaced."
-    ls = text.splitlines(); ls[n - 1] = new
+    ls = text.splitlines()
+    ls[n - 1] = new
     return '\n'.join(ls) + '\n'
 
 class _Again(Exception):
@@ -148,7 +160,10 @@ def _says(rng, call, want, got, shown) -> str:
 def _value_bug(rng, repo, fn, level, right, texts):
     "A task whose symptom is a wrong value of `fn` (or, at level 3, of a caller of it in another module)."
     show = _caller(rng, repo, fn) if level == 3 else fn
-    files = repo.files(); path = fn.module + '.py'; n = line_of(files[path], right); variants = [t for t in texts if t != right]
+    files = repo.files()
+    path = fn.module + '.py'
+    n = line_of(files[path], right)
+    variants = [t for t in texts if t != right]
     spaces = {v: _namespace({**files, path: with_line(files[path], n, v)}) for v in variants}
     buggy = rng.choice(variants)
     ns = _namespace(files)
@@ -174,12 +189,17 @@ def _operator(rng, repo, level):
 def _compare(rng, repo, level):
     "One comparison is wrong; the statement shows the wrong answer only."
     fn = rng.choice(repo.fns)
-    fn.args = rng.sample(VARS, 2); op = rng.choice(CMPS)
+    fn.args = rng.sample(VARS, 2)
+    op = rng.choice(CMPS)
     fn.expr = f"{fn.args[0]} {op} {fn.args[1]}"
-    files = repo.files(); path = fn.module + '.py'; right = f"    return {fn.expr}"; n = line_of(files[path], right)
+    files = repo.files()
+    path = fn.module + '.py'
+    right = f"    return {fn.expr}"
+    n = line_of(files[path], right)
     texts = {o: f"    return {fn.args[0]} {o} {fn.args[1]}" for o in CMPS}
     bad = rng.choice([o for o in CMPS if o != op])
-    x, z = rng.sample(range(2, 9), 2); pairs, more = ([(v, v), (v, v + 1), (v + 1, v)] for v in (x, z))
+    x, z = rng.sample(range(2, 9), 2)
+    pairs, more = ([(v, v), (v, v + 1), (v + 1, v)] for v in (x, z))
     val = lambda o, p: eval(f"{p[0]} {o} {p[1]}")
     told = next(p for p in pairs if val(op, p) != val(bad, p))
     case = lambda p: (f"{fn.name}({p[0]}, {p[1]})", val(op, p))
@@ -196,9 +216,12 @@ def _swap(rng, repo, level):
     fn = rng.choice([f for f in repo.fns if len(f.args) == 2])
     fn.expr = f"{fn.args[0]} - {fn.args[1]}"
     show = _caller(rng, repo, fn)
-    tail = show.expr.split(' + ')[1]; x, y = show.args
+    tail = show.expr.split(' + ')[1]
+    x, y = show.args
     right, buggy = f"    return {fn.name}({x}, {y}) + {tail}", f"    return {fn.name}({y}, {x}) + {tail}"
-    files = repo.files(); path = show.module + '.py'; n = line_of(files[path], right)
+    files = repo.files()
+    path = show.module + '.py'
+    n = line_of(files[path], right)
     bad = {**files, path: with_line(files[path], n, buggy)}
     cases = _calls(rng, _namespace(files), show, 4, [_namespace(bad)])
     got = eval(cases[0][0], dict(_namespace(bad)[show.module]))
@@ -208,7 +231,8 @@ def _swap(rng, repo, level):
 
 # %% ../../nbs/envs/04_micro.ipynb #eb4d523c
 def _raises(rng, repo, fn, show, path, right, buggy, error, level, look):
-    files = repo.files(); n = line_of(files[path], right)
+    files = repo.files()
+    n = line_of(files[path], right)
     cases = _calls(rng, _namespace(files), show, 4)
     imp, checks = [f"from {show.module} import {show.name}"], [f"assert {c} == {w}" for c, w in cases]
     at = f" in {show.module}.py" if level == 1 else ''
@@ -219,15 +243,18 @@ def _raises(rng, repo, fn, show, path, right, buggy, error, level, look):
 @family('bug_fixing', 8)
 def _name(rng, repo, level):
     "A caller uses a helper's name misspelt; the helper is imported under its right name."
-    fn = rng.choice(repo.fns); show = _caller(rng, repo, fn)
-    right = f"    return {show.expr}"; typo = fn.name[:-1]
+    fn = rng.choice(repo.fns)
+    show = _caller(rng, repo, fn)
+    right = f"    return {show.expr}"
+    typo = fn.name[:-1]
     buggy = right.replace(fn.name + '(', typo + '(')
     return _raises(rng, repo, fn, show, show.module + '.py', right, buggy, 'NameError', level, [show.name])
 
 @family('bug_fixing', 6)
 def _import(rng, repo, level):
     "A function is imported from a module that does not define it."
-    fn = rng.choice(repo.fns); show = _caller(rng, repo, fn)
+    fn = rng.choice(repo.fns)
+    show = _caller(rng, repo, fn)
     right = f"from {fn.module} import {fn.name}"
     lost = rng.choice([f for f in FILES if f not in {x.module for x in repo.fns}])
     return _raises(rng, repo, fn, show, show.module + '.py', right, f"from {lost} import {fn.name}", 'ImportError', level,
@@ -235,18 +262,24 @@ def _import(rng, repo, level):
 
 # %% ../../nbs/envs/04_micro.ipynb #f2d7cd11
 def _config(rng, repo):
-    names = rng.sample(CONSTS, 3); vals = {k: rng.randint(2, 19) for k in names}
+    names = rng.sample(CONSTS, 3)
+    vals = {k: rng.randint(2, 19) for k in names}
     repo.other['config.py'] = ''.join(f"{k} = {v}\n" for k, v in vals.items())
     return names, vals
 
 @family('bug_fixing', 8)
 def _constant(rng, repo, level):
     "A constant in config.py is wrong; the right value stands in notes.md."
-    names, vals = _config(rng, repo); key = rng.choice(names)
-    fn = rng.choice(repo.fns); fn.args = fn.args[:1]; fn.expr = f"{fn.args[0]} + {key}"
+    names, vals = _config(rng, repo)
+    key = rng.choice(names)
+    fn = rng.choice(repo.fns)
+    fn.args = fn.args[:1]
+    fn.expr = f"{fn.args[0]} + {key}"
     repo.imports[fn.module] = [f"from config import {key}"]
     repo.other['notes.md'] = ''.join(f"{k} must be {vals[k]}\n" for k in rng.sample(names, 3))
-    files = repo.files(); right = f"{key} = {vals[key]}"; n = line_of(files['config.py'], right)
+    files = repo.files()
+    right = f"{key} = {vals[key]}"
+    n = line_of(files['config.py'], right)
     bad_v = rng.choice([v for v in range(2, 20) if v != vals[key]])
     bad = {**files, 'config.py': with_line(files['config.py'], n, f"{key} = {bad_v}")}
     cases = _calls(rng, _namespace({k: v for k, v in files.items() if k.endswith('.py')}), fn, 4)
@@ -259,8 +292,11 @@ def _constant(rng, repo, level):
 @family('configuration_deployment', 6)
 def _setting(rng, repo, level):
     "Set a value in config.py."
-    names, vals = _config(rng, repo); key = rng.choice(names); new = rng.choice([v for v in range(2, 20) if v != vals[key]])
-    files = repo.files(); n = line_of(files['config.py'], f"{key} = {vals[key]}")
+    names, vals = _config(rng, repo)
+    key = rng.choice(names)
+    new = rng.choice([v for v in range(2, 20) if v != vals[key]])
+    files = repo.files()
+    n = line_of(files['config.py'], f"{key} = {vals[key]}")
     at = ' in config.py' if level == 1 else ''
     issue = rng.choice([f"set {key} to {new}{at}", f"{key} must be {new}{at}", f"deploy with {key} = {new}{at}"])
     keep = [k for k in names if k != key]
@@ -280,14 +316,17 @@ def _spec(rng, files, fn, path, right, old, issue, level):
 @family('feature_implementation', 8)
 def _stub(rng, repo, level):
     "A function is a stub; the statement says what it should return."
-    fn = rng.choice([f for f in repo.fns if len(f.args) == 2]); a, op, b = fn.expr.split()
+    fn = rng.choice([f for f in repo.fns if len(f.args) == 2])
+    a, op, b = fn.expr.split()
     issue = rng.choice([f"implement {fn.name}: {a} {OPS[op]} {b}", f"{fn.name} should return {a} {OPS[op]} {b}"])
     return _spec(rng, repo.files(), fn, fn.module + '.py', f"    return {fn.expr}", '    pass', issue, level)
 
 @family('feature_enhancement', 8)
 def _extend(rng, repo, level):
     "A function should also add or subtract something."
-    fn = rng.choice(repo.fns); old = f"    return {fn.expr}"; op, k = rng.choice(['+', '-']), rng.randint(2, 9)
+    fn = rng.choice(repo.fns)
+    old = f"    return {fn.expr}"
+    op, k = rng.choice(['+', '-']), rng.randint(2, 9)
     fn.expr += f" {op} {k}"
     issue = rng.choice([f"{fn.name} must also {'add' if op == '+' else 'take off'} {k}", f"let {fn.name} return {k} {'more' if op == '+' else 'less'}"])
     return _spec(rng, repo.files(), fn, fn.module + '.py', f"    return {fn.expr}", old, issue, level)
@@ -296,17 +335,23 @@ def _extend(rng, repo, level):
 @family('refactoring', 6)
 def _rename(rng, repo, level):
     "Rename a function; a caller in another module uses it as `module.name`."
-    fn = rng.choice(repo.fns); show = _caller(rng, repo, fn)
+    fn = rng.choice(repo.fns)
+    show = _caller(rng, repo, fn)
     repo.imports[show.module] = [f"import {fn.module}"]
-    tail = show.expr.split(' + ')[1]; args = ', '.join(fn.args)
+    tail = show.expr.split(' + ')[1]
+    args = ', '.join(fn.args)
     new = rng.choice([f for f in FUNCS if f not in {x.name for x in repo.fns}])
     use = lambda name: f"{fn.module}.{name}({args}) + {tail}"
-    old_name = fn.name; show.expr = use(old_name); files = repo.files(); p, q = fn.module + '.py', show.module + '.py'
+    old_name = fn.name
+    show.expr = use(old_name)
+    files = repo.files()
+    p, q = fn.module + '.py', show.module + '.py'
     n, m = line_of(files[p], fn.lines()[0]), line_of(files[q], f"    return {show.expr}")
     d = f"def {new}({args}):"
     good = {**files, p: with_line(files[p], n, d), q: with_line(files[q], m, f"    return {use(new)}")}
     flat = {**good, q: good[q].replace(f"import {fn.module}", f"from {fn.module} import {new}").replace(f"{fn.module}.{new}", new)}
-    ns = _namespace(flat); fn.name = new
+    ns = _namespace(flat)
+    fn.name = new
     cases = _calls(rng, ns, show, 3) + _calls(rng, ns, fn, 2)
     checks = [f"assert {c} == {w}" for c, w in cases]
     imp = [f"from {fn.module} import {new}", f"from {show.module} import {show.name}"]
@@ -317,15 +362,23 @@ def _rename(rng, repo, level):
 @family('performance_optimization', 6)
 def _slow(rng, repo, level):
     "A function calls a loop where a closed form exists beside it; tests count executed lines."
-    base = rng.choice(['sum', 'odds', 'evens']); fast = {'sum': 'n * (n + 1) // 2', 'odds': 'n * n', 'evens': 'n * (n + 1)'}[base]
+    base = rng.choice(['sum', 'odds', 'evens'])
+    fast = {'sum': 'n * (n + 1) // 2', 'odds': 'n * n', 'evens': 'n * (n + 1)'}[base]
     term = {'sum': 'i', 'odds': '2 * i - 1', 'evens': '2 * i'}[base]
     repo.other['fast.py'] = f"def slow_{base}(n):\n    t = 0\n    for i in range(1, n + 1):\n        t += {term}\n    return t\ndef fast_{base}(n):\n    return {fast}\n"
-    fn = rng.choice(repo.fns); v = rng.choice(VARS); fn.args = [v]; k = rng.randint(2, 9)
+    fn = rng.choice(repo.fns)
+    v = rng.choice(VARS)
+    fn.args = [v]
+    k = rng.randint(2, 9)
     repo.imports[fn.module] = ["from fast import *"]
-    fn.expr = f"fast_{base}({v}) + {k}"; files = repo.files(); path = fn.module + '.py'
-    right = f"    return {fn.expr}"; n = line_of(files[path], right)
+    fn.expr = f"fast_{base}({v}) + {k}"
+    files = repo.files()
+    path = fn.module + '.py'
+    right = f"    return {fn.expr}"
+    n = line_of(files[path], right)
     f = {'sum': lambda z: z * (z + 1) // 2, 'odds': lambda z: z * z, 'evens': lambda z: z * (z + 1)}[base]
-    imp = [f"from {fn.module} import {fn.name}"]; x, y = rng.randint(3, 9), rng.randint(40, 90)
+    imp = [f"from {fn.module} import {fn.name}"]
+    x, y = rng.randint(3, 9), rng.randint(40, 90)
     at = f" in {path}" if level == 1 else ''
     return Draft({**files, path: with_line(files[path], n, right.replace('fast_', 'slow_'))}, [(path, n, right)],
                  rng.choice([f"{fn.name}{at} is too slow", f"make {fn.name}{at} fast"]), (imp, [f"assert {fn.name}({x}) == {f(x) + k}", f"assert steps({fn.name}, 50) < 9"]),
@@ -335,9 +388,12 @@ def _slow(rng, repo, level):
 @family('test_generation', 6)
 def _write_test(rng, repo, level):
     "Add an assertion to a test file; it must pass here and fail on a broken copy of the module."
-    fn = rng.choice([f for f in repo.fns if len(f.args) == 2]); path, t = fn.module + '.py', f"check_{fn.module}.py"
+    fn = rng.choice([f for f in repo.fns if len(f.args) == 2])
+    path, t = fn.module + '.py', f"check_{fn.module}.py"
     repo.other[t] = f"from {fn.module} import {fn.name}\nassert True\n"
-    files = repo.files(); a, op, b = fn.expr.split(); n = line_of(files[path], f"    return {fn.expr}")
+    files = repo.files()
+    a, op, b = fn.expr.split()
+    n = line_of(files[path], f"    return {fn.expr}")
     broken = [with_line(files[path], n, f"    return {a} {o} {b}") for o in OPS if o != op]
     (call, want), = _calls(rng, _namespace({path: files[path]}), fn, 1, [_namespace({path: w}) for w in broken])
     at = f" in {t}" if level == 1 else ''
@@ -349,7 +405,8 @@ def _write_test(rng, repo, level):
 def _where(rng, repo, level):
     "Which file defines a function? The answer goes into answer.txt."
     fn = rng.choice(repo.fns)
-    if level > 1: _caller(rng, repo, fn)
+    if level > 1:
+        _caller(rng, repo, fn)
     repo.other['answer.txt'] = '?\n'
     issue = rng.choice([f"which file defines {fn.name}? write it to answer.txt", f"where is {fn.name} defined? see answer.txt"])
     return Draft(repo.files(), [('answer.txt', 1, f"{fn.module}.py")], issue, ([], ["assert text('answer.txt') != '?'"]),
@@ -358,7 +415,8 @@ def _where(rng, repo, level):
 @family('code_understanding', 4)
 def _who(rng, repo, level):
     "Which function calls another? The answer goes into answer.txt."
-    fn = rng.choice(repo.fns); show = _caller(rng, repo, fn)
+    fn = rng.choice(repo.fns)
+    show = _caller(rng, repo, fn)
     repo.other['answer.txt'] = '?\n'
     issue = rng.choice([f"which function calls {fn.name}? write it to answer.txt", f"who calls {fn.name}? see answer.txt"])
     return Draft(repo.files(), [('answer.txt', 1, show.name)], issue, ([], ["assert text('answer.txt') != '?'"]),
@@ -386,8 +444,10 @@ def make_task(split: str,                 # 'train' or 'heldout'
         kind, _, make = FAMILIES[fam]
         repo = make_repo(rng, 2 + (lev == 3) * rng.choice([0, 1, 2]))
         if not any(len(f.args) == 2 for f in repo.fns): continue
-        try: d = make(rng, repo, lev)
-        except _Again: continue
+        try:
+            d = make(rng, repo, lev)
+        except _Again:
+            continue
         if (_digest(d.files, d.issue) % 8 == 0) != (split == 'heldout'): continue
         files = {**d.files, 'tests.py': _test_file(*d.visible)}
         return Task(f"micro/{split}/{i}" + (f"/{family}" if family else '') + (f"/{level}" if level else ''), 'micro', kind,
@@ -471,7 +531,8 @@ def verdicts(res, tests: dict[str, str]) -> dict[str, str]:
 def fixed(task: Task) -> dict[str, str]:
     "The workspace after the right edits."
     files = dict(task.data['files'])
-    for path, n, line in task.data['edits']: files[path] = with_line(files[path], n, line)
+    for path, n, line in task.data['edits']:
+        files[path] = with_line(files[path], n, line)
     return files
 
 def verify(tasks: list[Task],   # tasks to check
@@ -486,7 +547,8 @@ def verify(tasks: list[Task],   # tasks to check
     for t, before, after in zip(tasks, res[::2], res[1::2]):
         b, a = before.value or {}, after.value or {}
         fails = lambda p: any(v != 'ok' for k, v in b.items() if k.startswith(p))
-        if not (fails('tests.py') and fails('hidden.py') and a and all(v == 'ok' for v in a.values())): bad.append(t.id)
+        if not (fails('tests.py') and fails('hidden.py') and a and all(v == 'ok' for v in a.values())):
+            bad.append(t.id)
     return bad
 
 # %% ../../nbs/envs/04_micro.ipynb #9a208856
@@ -550,9 +612,11 @@ class MicroEnv(Env):
         key = hashlib.sha256(json.dumps([sorted(files.items()), hidden]).encode()).digest()
         if key not in self.cache:
             res = await self.pool.arun(test_job(files, {'tests.py': visible} | hidden))   # one job serves a test and the grade after it
-            if res.status == 'ok': self.cache[key] = verdicts(res, {})
-            else: self.cache[key] = {k: v for t in ({'tests.py': visible}, hidden)         # apart, so that neither fails for the other
-                                     for k, v in verdicts(await self.pool.arun(test_job(files, t)), t).items()}
+            if res.status == 'ok':
+                self.cache[key] = verdicts(res, {})
+            else:
+                self.cache[key] = {k: v for t in ({'tests.py': visible}, hidden)         # apart, so that neither fails for the other
+                                   for k, v in verdicts(await self.pool.arun(test_job(files, t)), t).items()}
         return self.cache[key]
 
     async def grade(self) -> Grade:
@@ -563,15 +627,18 @@ class MicroEnv(Env):
         patch = {p: t for p, t in self.files.items() if t != d['files'][p]}
         return Grade(float(bool(tests) and all(tests.values())), tests, {'patch': patch})
 
-    async def close(self): self.files = {}
+    async def close(self):
+        self.files = {}
 
 # %% ../../nbs/envs/04_micro.ipynb #4b378afb
 @contextmanager
 def world(workers: int = 2):  # -> a function that makes environments
     "Sandboxes and a shared cache of test outcomes; yields the factory of environments."
     pool, cache = MeteredPool(workers=workers, trust='generated'), {}
-    try: yield lambda: MicroEnv(pool, cache)
-    finally: pool.close()
+    try:
+        yield lambda: MicroEnv(pool, cache)
+    finally:
+        pool.close()
 
 def heldout(n: int) -> list[Task]:
     "The first `n` held-out tasks: the same for every stage, seed and run."

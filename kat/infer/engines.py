@@ -50,17 +50,22 @@ class Completion:
     event: str|None = None  # what its segments are marked with, where it wasn't sampled but given (then the arrays of floats may be None)
 
     def __post_init__(self):
-        if self.versions is None: self.versions = np.full(len(self.ids), self.version, np.int32)
+        if self.versions is None:
+            self.versions = np.full(len(self.ids), self.version, np.int32)
 
 # %% ../../nbs/infer/01_engines.ipynb #f14603f5
 class Engine(Protocol):
     "The door that the rest of kat knows; what is behind it may be this process or a server."
     version: int  # of the weights in use
 
-    def generate(self, requests: list[Request]) -> list[Completion]: "Sample all `requests`; answers in their order."
-    def update_weights(self, weights, version: int) -> None: "Take new weights: a model or a state dict."
-    def release(self, session: str) -> None: "Forget a conversation."
-    def close(self) -> None: "Free everything."
+    def generate(self, requests: list[Request]) -> list[Completion]:
+        "Sample all `requests`; answers in their order."
+    def update_weights(self, weights, version: int) -> None:
+        "Take new weights: a model or a state dict."
+    def release(self, session: str) -> None:
+        "Forget a conversation."
+    def close(self) -> None:
+        "Free everything."
 
 # %% ../../nbs/infer/01_engines.ipynb #cba4e5cd
 def _refuse(i, r, msg):
@@ -74,26 +79,37 @@ def check_request(
 ) -> np.ndarray:  # its ids as int64
     "Validate a request; ValueError names it and the field."
     ids = np.asarray(r.ids)
-    if ids.ndim != 1 or not len(ids): _refuse(i, r, f"ids must be a non-empty list of ids, got shape {ids.shape}")
-    if ids.dtype.kind not in 'iu': _refuse(i, r, f"ids must be whole numbers, got {ids.dtype}")
-    if len(ids) > max_len: _refuse(i, r, f"ids has {len(ids)} tokens, max_len is {max_len}: shorten the history")
+    if ids.ndim != 1 or not len(ids):
+        _refuse(i, r, f"ids must be a non-empty list of ids, got shape {ids.shape}")
+    if ids.dtype.kind not in 'iu':
+        _refuse(i, r, f"ids must be whole numbers, got {ids.dtype}")
+    if len(ids) > max_len:
+        _refuse(i, r, f"ids has {len(ids)} tokens, max_len is {max_len}: shorten the history")
     bad = ids[(ids < 0) | (ids >= vocab)]
-    if len(bad): _refuse(i, r, f"ids holds {bad[0]}, the vocabulary has ids 0 to {vocab-1}")
-    if r.max_tokens < 1: _refuse(i, r, f"max_tokens must be at least 1, got {r.max_tokens}")
-    if not 0 <= r.min_tokens <= r.max_tokens: _refuse(i, r, f"min_tokens must be from 0 to max_tokens, got {r.min_tokens}")
+    if len(bad):
+        _refuse(i, r, f"ids holds {bad[0]}, the vocabulary has ids 0 to {vocab-1}")
+    if r.max_tokens < 1:
+        _refuse(i, r, f"max_tokens must be at least 1, got {r.max_tokens}")
+    if not 0 <= r.min_tokens <= r.max_tokens:
+        _refuse(i, r, f"min_tokens must be from 0 to max_tokens, got {r.min_tokens}")
     _check_sampling(i, r)
-    if r.min_tokens and len({*r.stop}) >= vocab: _refuse(i, r, "min_tokens can't be sampled: every token of the vocabulary is in stop")
+    if r.min_tokens and len({*r.stop}) >= vocab:
+        _refuse(i, r, "min_tokens can't be sampled: every token of the vocabulary is in stop")
     return ids.astype(np.int64)
 
 def _check_sampling(i, r):
     if r.temperature != 0 and not 1e-4 <= r.temperature < np.inf:
         _refuse(i, r, f"temperature must be 0 (greedy) or at least 0.0001, got {r.temperature}")
-    if not 0 < r.top_p <= 1: _refuse(i, r, f"top_p must be above 0 and at most 1, got {r.top_p}")
-    if r.top_k < 0: _refuse(i, r, f"top_k must be 0 (off) or positive, got {r.top_k}")
-    if isinstance(r.stop, int): _refuse(i, r, f"stop must be a list of token ids, got {r.stop}")
+    if not 0 < r.top_p <= 1:
+        _refuse(i, r, f"top_p must be above 0 and at most 1, got {r.top_p}")
+    if r.top_k < 0:
+        _refuse(i, r, f"top_k must be 0 (off) or positive, got {r.top_k}")
+    if isinstance(r.stop, int):
+        _refuse(i, r, f"stop must be a list of token ids, got {r.stop}")
     if isinstance(r.stop_strings, str) or not all(isinstance(s, str) and s for s in r.stop_strings):
         _refuse(i, r, f"stop_strings must be a list of texts, none of them empty, got {r.stop_strings!r}")
-    if r.seed is not None and r.seed < 0: _refuse(i, r, f"seed must not be negative, got {r.seed}")
+    if r.seed is not None and r.seed < 0:
+        _refuse(i, r, f"seed must not be negative, got {r.seed}")
 
 # %% ../../nbs/infer/01_engines.ipynb #5af5e499
 def check_sessions(requests: list[Request]) -> None:
@@ -149,7 +165,8 @@ class ForwardPlan:
 
     def once(self, f, *args):
         "`f(self, *args)`, computed for the first layer that asks."
-        if (f, *args) not in self.made: self.made[f, *args] = f(self, *args)
+        if (f, *args) not in self.made:
+            self.made[f, *args] = f(self, *args)
         return self.made[f, *args]
 
 # %% ../../nbs/infer/01_engines.ipynb #a8b6228f
@@ -164,7 +181,8 @@ def mask(
     own = (plan.pos[:, None] if plan.rect is None else plan.pos[plan.rect])[..., None]
     key = torch.arange(plan.length, device=own.device)
     hidden = key > own
-    if window: hidden |= key <= own - window
+    if window:
+        hidden |= key <= own - window
     m = torch.zeros(hidden.shape, dtype=dtype, device=own.device).masked_fill_(hidden, -torch.inf)
     m = m[:, None, :, None].expand(-1, kv_heads, -1, 1 if plan.rect is None else group, -1)
     return m.reshape(len(own)*kv_heads, -1, plan.length)
@@ -208,12 +226,14 @@ class KVCache:
     def copy(self, a, b, n):
         "Copy the first `n` positions of slots `a` to slots `b`."
         for bufs in self.layers.values():
-            for x in bufs: x[b, :, :n] = x[a, :, :n]
+            for x in bufs:
+                x[b, :, :n] = x[a, :, :n]
 
     def swap(self, a, b):
         "Exchange slots `a` with slots `b`."
         for bufs in self.layers.values():
-            for x in bufs: x[a], x[b] = x[b], x[a]
+            for x in bufs:
+                x[a], x[b] = x[b], x[a]
 
 # %% ../../nbs/infer/01_engines.ipynb #4533c9fc
 def attend(
@@ -232,8 +252,10 @@ def attend(
     x = q if plan.rect is None else q[plan.rect]
     x = x.reshape(-1, w, h, g, q.shape[-1]).transpose(1, 2).reshape(len(k), w*g, -1)
     m = plan.once(mask, window, h, g, q.dtype)
-    if softcap: s = torch.tanh(torch.bmm(x, k.mT)*(scale/softcap))*softcap + m
-    else: s = torch.baddbmm(m, x, k.mT, alpha=scale)
+    if softcap:
+        s = torch.tanh(torch.bmm(x, k.mT)*(scale/softcap))*softcap + m
+    else:
+        s = torch.baddbmm(m, x, k.mT, alpha=scale)
     o = torch.bmm(s.softmax(-1), v).view(-1, h, w, g, v.shape[-1]).transpose(1, 2).reshape(-1, h*g, v.shape[-1])
     return o if plan.rect is None else torch.empty_like(o[:len(q)]).index_copy_(0, plan.rect.flatten(), o)
 
@@ -257,7 +279,8 @@ class Head(torch.nn.Module):
         self.weight, self.bias = (None if p is None else torch.nn.Parameter(p.detach().to(dtype, copy=True), False)
                                   for p in (linear.weight, linear.bias))
 
-    def forward(self, x): return torch.nn.functional.linear(x.to(self.weight.dtype), self.weight, self.bias)
+    def forward(self, x):
+        return torch.nn.functional.linear(x.to(self.weight.dtype), self.weight, self.bias)
 
 # %% ../../nbs/infer/01_engines.ipynb #ed492fe0
 def own_copy(
@@ -269,7 +292,8 @@ def own_copy(
     m.set_output_embeddings(Head(m.get_output_embeddings()))
     keep = set(m.get_output_embeddings().parameters())
     for p in m.parameters():
-        if dtype and p.is_floating_point() and p not in keep: p.data = p.data.to(dtype)
+        if dtype and p.is_floating_point() and p not in keep:
+            p.data = p.data.to(dtype)
     m.set_attn_implementation('kat_cache')
     return m
 
@@ -281,14 +305,16 @@ def copy_weights(
     "Copy parameters and buffers into `target`; ValueError names what is missing, unknown or of another shape."
     src = dict(weights.state_dict() if isinstance(weights, torch.nn.Module) else weights)
     dst = target.state_dict()
-    for tied, source in (target.all_tied_weights_keys or {}).items(): src.setdefault(tied, src.get(source))
+    for tied, source in (target.all_tied_weights_keys or {}).items():
+        src.setdefault(tied, src.get(source))
     src = {k: v for k, v in src.items() if v is not None}
     wrong = [f"{k} is missing" for k in dst.keys() - src.keys()] + [f"{k} is unknown" for k in src.keys() - dst.keys()]
     wrong += [f"{k} has shape {tuple(src[k].shape)}, not {tuple(dst[k].shape)}" for k in dst.keys() & src.keys()
               if src[k].shape != dst[k].shape]
     if wrong: raise ValueError(f"weights do not fit this engine's model: {'; '.join(sorted(wrong)[:3])}"
                                + (f" and {len(wrong)-3} more" if len(wrong) > 3 else ''))
-    for k, v in dst.items(): v.copy_(src[k])
+    for k, v in dst.items():
+        v.copy_(src[k])
 
 # %% ../../nbs/infer/01_engines.ipynb #bb193e5d
 class StopStrings:
@@ -318,7 +344,8 @@ class Generation:
         self.slot, self.stale, self.stopped_by, self.finish = None, False, None, None if self.room else 'length'
 
     @property
-    def ids(self) -> np.ndarray: return np.concatenate([self.history, np.array(self.new, np.int64)])
+    def ids(self) -> np.ndarray:
+        return np.concatenate([self.history, np.array(self.new, np.int64)])
 
     def take(self, token: int, logprob: float, entropy: float, version: int):
         "Record a sampled token; sets `finish` if it is the last."
@@ -327,10 +354,14 @@ class Generation:
         self.entropy.append(entropy)
         self.versions.append(version)
         self.n, self.last = self.n + 1, token
-        if token in self.stop: self.stopped_by = token
-        elif self.watch: self.stopped_by = self.watch.push(token, len(self.new) > self.request.min_tokens)
-        if self.stopped_by is not None: self.finish = 'stop'
-        elif len(self.new) == self.room: self.finish = 'length'
+        if token in self.stop:
+            self.stopped_by = token
+        elif self.watch:
+            self.stopped_by = self.watch.push(token, len(self.new) > self.request.min_tokens)
+        if self.stopped_by is not None:
+            self.finish = 'stop'
+        elif len(self.new) == self.room:
+            self.finish = 'length'
 
     def completion(self, version: int) -> Completion:
         return Completion(np.array(self.new, np.int32), np.array(self.logprobs, np.float32), np.array(self.entropy, np.float32),
@@ -363,9 +394,11 @@ class SlotTable:
 
     def swap(self, a, b):
         "Exchange slots `a` and `b`."
-        for x in (self.ids, self.session, self.used, self.turn): x[a], x[b] = x[b], x[a]
+        for x in (self.ids, self.session, self.used, self.turn):
+            x[a], x[b] = x[b], x[a]
         for i in (a, b):
-            if self.turn[i]: self.turn[i].slot = i
+            if self.turn[i]:
+                self.turn[i].slot = i
 
 # %% ../../nbs/infer/01_engines.ipynb #611d3805
 def common(
@@ -379,11 +412,14 @@ def common(
 
 class Prefixes:
     "Sequences of ids in sorted order, each with its owner."
-    def __init__(self, rows=()): self.rows = sorted(map(self._key, *zip(*rows))) if rows else []
+    def __init__(self, rows=()):
+        self.rows = sorted(map(self._key, *zip(*rows))) if rows else []
 
-    def _key(self, ids, owner): return ids.astype('>i8').tobytes(), owner
+    def _key(self, ids, owner):
+        return ids.astype('>i8').tobytes(), owner
 
-    def add(self, ids: np.ndarray, owner: int): insort(self.rows, self._key(ids, owner))
+    def add(self, ids: np.ndarray, owner: int):
+        insort(self.rows, self._key(ids, owner))
 
     def best(self, ids: np.ndarray) -> tuple[int, int]:  # (length, owner), (0, -1) if nobody shares anything
         "The longest prefix that somebody shares with `ids`."
@@ -449,9 +485,11 @@ def sample(
     if banned:
         at = tuple(torch.tensor(banned, device=x.device).T)
         allowed, q = x.index_put(at, x.new_tensor(-torch.inf)), p.index_put(at, p.new_tensor(0.))
-    if s.cut: q = truncate(q, s.top_k, s.top_p)
+    if s.cut:
+        q = truncate(q, s.top_k, s.top_p)
     tok = pick(q, u)
-    if s.greedy is not None: tok = torch.where(s.greedy, allowed.argmax(-1), tok)
+    if s.greedy is not None:
+        tok = torch.where(s.greedy, allowed.argmax(-1), tok)
     lp, entropy = x.gather(-1, tok[:, None])[:, 0] - total.log(), total.log() - (p*x).sum(-1)/total
     return tok.cpu().numpy(), *torch.stack([lp, entropy]).float().cpu().numpy()
 
@@ -494,16 +532,21 @@ def _admit(e):
         ids = turn.ids
         n, donor = held.best(ids)
         if min(coming.best(ids)[0], turn.n - 1) >= n + LEAST: continue
-        if turn.name in table.session and table.turn[table.session.index(turn.name)]: turn.name = object()
+        if turn.name in table.session and table.turn[table.session.index(turn.name)]:
+            turn.name = object()
         if (k := table.claim(turn.name)) is None: break
         e.waiting.remove(turn)
         turn.slot, turn.have = k, min(common(table.ids[k], ids), turn.n - 1)
-        if min(n, turn.n - 1) >= turn.have + LEAST: turn.have = min(n, turn.n - 1)
-        else: donor = k
+        if min(n, turn.n - 1) >= turn.have + LEAST:
+            turn.have = min(n, turn.n - 1)
+        else:
+            donor = k
         table.turn[k] = turn
-        if turn.n - turn.have > 1: coming.add(ids, k)
+        if turn.n - turn.have > 1:
+            coming.add(ids, k)
         new.append((donor, k, turn.have))
-    if new: _settle(e, new)
+    if new:
+        _settle(e, new)
 
 def _settle(e, new):
     "Make room for `new`, (donor, slot, tokens) each, and copy; a donor is read before anybody writes."
@@ -515,7 +558,8 @@ def _settle(e, new):
     if copies:
         a, b, n = zip(*copies)
         e.cache.copy(list(a), list(b), max(n))
-    for _, k, n in new: table.ids[k] = table.turn[k].ids[:n]
+    for _, k, n in new:
+        table.ids[k] = table.turn[k].ids[:n]
 
 # %% ../../nbs/infer/01_engines.ipynb #00338be0
 def _fill(e) -> bool:  # was there anything to do?
@@ -540,18 +584,21 @@ def _close_ranks(e, turns):
     if not strays: return
     holes = [k for k in range(n) if k not in mine]
     e.cache.swap(strays, holes)
-    for a, b in zip(strays, holes): e.table.swap(a, b)
+    for a, b in zip(strays, holes):
+        e.table.swap(a, b)
 
 # %% ../../nbs/infer/01_engines.ipynb #87e2896a
 def _decode(e) -> list[Generation]:  # the turns that got a token
     "One more token for every turn that is ready."
     turns = [t for t in e.table.turn if t and t.n - t.have == 1]
     if not turns: return turns
-    if len(turns) <= .75*(1 + max(t.slot for t in turns)): _close_ranks(e, turns)
+    if len(turns) <= .75*(1 + max(t.slot for t in turns)):
+        _close_ranks(e, turns)
     n = 1 + max(t.slot for t in turns)
     e.cache.fit(max(t.n for t in turns))
     rows = [None]*n
-    for t in turns: rows[t.slot] = t
+    for t in turns:
+        rows[t.slot] = t
     at = [t.n - 1 if t else e.cache.capacity - 1 for t in rows]
     every, on = torch.arange(n, device=e.device), lambda x: torch.as_tensor(np.array(x), device=e.device)
     logits = _forward(e, on([t.last if t else 0 for t in rows]), ForwardPlan(every, on(at), slice(0, n), None, e.cache.capacity),
@@ -564,7 +611,8 @@ def _decode(e) -> list[Generation]:  # the turns that got a token
 
 def _record(e, turns, rows, logits):
     "Sample a token for each turn in its row; turns that end leave their slots."
-    if rows != e.rows: e.rows, e.settings = rows, Settings(rows, e.device)
+    if rows != e.rows:
+        e.rows, e.settings = rows, Settings(rows, e.device)
     banned = [(t.slot, x) for t in turns if len(t.new) < t.request.min_tokens for x in t.stop
               if 0 <= x < e.vocab] if e.settings.least else []
     u = torch.as_tensor(np.array([t.u[len(t.new)] if t else 0. for t in rows]), device=e.device)
@@ -574,7 +622,8 @@ def _record(e, turns, rows, logits):
         if lp[i] != lp[i]: raise FloatingPointError("the model's logits are not finite: damaged weights?")
         t.have = t.n
         t.take(tok[i], lp[i], entropy[i], e.version)
-        if t.finish: e.leave(t)
+        if t.finish:
+            e.leave(t)
 
 # %% ../../nbs/infer/01_engines.ipynb #d8e07e7e
 class HFEngine:
@@ -620,14 +669,17 @@ class HFEngine:
     def leave(self, turn: Generation) -> None:
         "Take a turn out, finished or not; what it has computed stays for the session's next one."
         if turn.slot is None:
-            if turn in self.waiting: self.waiting.remove(turn)
+            if turn in self.waiting:
+                self.waiting.remove(turn)
             return
         k, turn.slot = turn.slot, None
         self.table.turn[k], self.table.ids[k] = None, NOTHING if turn.stale else turn.ids[:turn.have]
-        if not isinstance(turn.name, str): self.table.free(k)
+        if not isinstance(turn.name, str):
+            self.table.free(k)
 
     @property
-    def busy(self) -> bool: return bool(self.waiting) or any(self.table.turn)
+    def busy(self) -> bool:
+        return bool(self.waiting) or any(self.table.turn)
 
     def step(self, patient: bool = True) -> list[Generation]:
         """A token for every turn that is ready; returns these turns. Newcomers come in first: `patient`, the others wait
@@ -636,9 +688,11 @@ class HFEngine:
             with torch.inference_mode():
                 more = True
                 while more:
-                    if self.waiting: _admit(self)
+                    if self.waiting:
+                        _admit(self)
                     more = _fill(self) and patient
-                    while more and _fill(self): pass
+                    while more and _fill(self):
+                        pass
                 return _decode(self)
         except BaseException:  # the cache may be half written
             self._forget()
@@ -648,18 +702,22 @@ class HFEngine:
         "Sample all `requests`, `slots` at a time; ValueError for bad requests before anything is computed."
         check_sessions(requests)
         turns = [self.prepare(r, i) for i, r in enumerate(requests)]
-        for t in turns: self.enter(t)
-        while self.busy: self.step()
+        for t in turns:
+            self.enter(t)
+        while self.busy:
+            self.step()
         return [t.completion(self.version) for t in turns]
 
     def update_weights(self, weights, version: int, keep: bool = False) -> None:
         """Copy `weights` (model or state dict) in. What was computed with the old ones is forgotten; turns under way
         come in anew with all their text, or, with `keep`, go on with the keys and values they have to their end."""
-        with torch.inference_mode(): copy_weights(self.model, weights)
+        with torch.inference_mode():
+            copy_weights(self.model, weights)
         self.version = version
         for k, t in reversed(list(enumerate(self.table.turn))):
             self.table.ids[k] = NOTHING
-            if t and keep and t.n - t.have == 1: t.stale = True
+            if t and keep and t.n - t.have == 1:
+                t.stale = True
             else:
                 self.table.turn[k] = None
                 self.table.free(k)
@@ -671,8 +729,10 @@ class HFEngine:
         "Forget a conversation; unknown ones (perhaps evicted) are no error."
         if session not in self.table.session: return
         k = self.table.session.index(session)
-        if self.table.turn[k]: self.table.turn[k].name = self.table.session[k] = object()  # forgotten when its turn ends
-        else: self.table.free(k)
+        if self.table.turn[k]:
+            self.table.turn[k].name = self.table.session[k] = object()  # forgotten when its turn ends
+        else:
+            self.table.free(k)
 
     def close(self) -> None:
         "Free model and cache; the engine can't be used again."

@@ -25,7 +25,8 @@ async def sync_weights(
     try:
         await _all(e.pause() for e in engines)
         await _all(e.update_weights(weights, version) for e in engines)
-    finally: await _all(e.resume() for e in engines)
+    finally:
+        await _all(e.resume() for e in engines)
 
 async def _all(coros):
     "Run all to their end, then raise the first error."
@@ -43,8 +44,10 @@ class Publisher:
 
     def __call__(self, model, version: int) -> None:
         "Blocks until every engine has the weights. RuntimeError when called on the loop itself, which would wait for itself."
-        try: here = asyncio.get_running_loop()
-        except RuntimeError: here = None
+        try:
+            here = asyncio.get_running_loop()
+        except RuntimeError:
+            here = None
         if here is self.loop:
             raise RuntimeError("publish was called on the engines' own event loop: run the trainer in a thread, "
                                "as with asyncio.to_thread(trainer.train, ...)")
@@ -75,7 +78,8 @@ class PartialRollout:
         self.open.set()
 
     @property
-    def version(self) -> int: return self.engine.version
+    def version(self) -> int:
+        return self.engine.version
 
     async def generate(self, request: Request, on_token: Callable|None = None) -> Completion:
         """Sample one turn, in as many parts as it takes. A stop string that straddles a cut isn't seen. RuntimeError if
@@ -96,6 +100,8 @@ class PartialRollout:
         await self.engine.resume()
         self.open.set()
 
-    async def update_weights(self, weights, version: int) -> None: await self.engine.update_weights(weights, version)
+    async def update_weights(self, weights, version: int) -> None:
+        await self.engine.update_weights(weights, version)
 
-    async def close(self) -> None: await self.engine.close()
+    async def close(self) -> None:
+        await self.engine.close()

@@ -31,30 +31,44 @@ class ScriptEngine:
 
     async def generate(self, request: Request, on_token=None) -> Completion:
         "One answer; `on_token(id, logprob, entropy, version)` hears of each token. Cancelling aborts."
-        if self.keep: self.asked.append(request)
+        if self.keep:
+            self.asked.append(request)
         self.live += 1
-        try: return await _say(self, request, on_token)
-        except asyncio.CancelledError: self.aborted += 1; raise
-        finally: self.live -= 1
+        try:
+            return await _say(self, request, on_token)
+        except asyncio.CancelledError:
+            self.aborted += 1
+            raise
+        finally:
+            self.live -= 1
 
-    async def pause(self) -> None: self._go.clear()
-    async def resume(self) -> None: self._go.set()
-    async def update_weights(self, weights, version: int) -> None: self.version = version
+    async def pause(self) -> None:
+        self._go.clear()
+    async def resume(self) -> None:
+        self._go.set()
+    async def update_weights(self, weights, version: int) -> None:
+        self.version = version
 
 # %% ../../nbs/infer/04_scripted.ipynb #c5a98f88
 async def _say(e: ScriptEngine, r: Request, on_token) -> Completion:
     "Token by token, until the script, the limit, a stop id or a stop string ends it."
-    if e.delay: await asyncio.sleep(e.delay)
+    if e.delay:
+        await asyncio.sleep(e.delay)
     ids, versions, by = [], [], None
     watch = StopStrings(e.tokenizer, r.stop_strings, r.ids) if r.stop_strings else None
     for i, token in enumerate(e.answer(r)):
-        if e.step: await e.step(r, i)
-        if not e._go.is_set(): await e._go.wait()
+        if e.step:
+            await e.step(r, i)
+        if not e._go.is_set():
+            await e._go.wait()
         ids.append(int(token))
         versions.append(e.version)
-        if on_token: on_token(ids[-1], -.5, 1., e.version)
-        if ids[-1] in r.stop: by = ids[-1]
-        elif watch: by = watch.push(ids[-1])
+        if on_token:
+            on_token(ids[-1], -.5, 1., e.version)
+        if ids[-1] in r.stop:
+            by = ids[-1]
+        elif watch:
+            by = watch.push(ids[-1])
         if by is not None or len(ids) >= r.max_tokens: break
     n, finish = len(ids), 'stop' if by is not None else 'length'
     return Completion(np.array(ids, np.int32), np.full(n, -.5, np.float32), np.ones(n, np.float32), finish, e.version,

@@ -24,11 +24,16 @@ class AsyncEngine(Protocol):
     async def generate(self,
         request: Request,
         on_token: Callable[[int, float, float, int], None]|None = None,  # told each token: id, log-prob, entropy, version
-    ) -> Completion: "Sample one turn. Cancelling the task aborts it."
-    async def pause(self) -> None: "Returns between two tokens; until `resume` there are no more. Requests wait."
-    async def resume(self) -> None: "Go on."
-    async def update_weights(self, weights, version: int) -> None: "New weights from the next token on, for all turns."
-    async def close(self) -> None: "Free everything; requests under way raise `EngineClosed`."
+    ) -> Completion:
+        "Sample one turn. Cancelling the task aborts it."
+    async def pause(self) -> None:
+        "Returns between two tokens; until `resume` there are no more. Requests wait."
+    async def resume(self) -> None:
+        "Go on."
+    async def update_weights(self, weights, version: int) -> None:
+        "New weights from the next token on, for all turns."
+    async def close(self) -> None:
+        "Free everything; requests under way raise `EngineClosed`."
 
 class EngineClosed(RuntimeError):
     "The engine was closed before the answer was complete."
@@ -45,23 +50,30 @@ class Caller:
         "On the loop: pass on a token, and the answer if it is complete. What `on_token` raises becomes the answer."
         if self.done.done(): return
         try:
-            if self.on_token and token: self.on_token(*token)
-        except Exception as e: error, last = e, True
-        if error: self.done.set_exception(error)
-        elif last: self.done.set_result(result)
+            if self.on_token and token:
+                self.on_token(*token)
+        except Exception as e:
+            error, last = e, True
+        if error:
+            self.done.set_exception(error)
+        elif last:
+            self.done.set_result(result)
 
 # %% ../../nbs/infer/02_serving.ipynb #5907ac62
 def _tell(news: list):
     "Let callers hear: (caller, arguments of `hear`) each."
     by = {}
-    for caller, kw in news: by.setdefault(caller.loop, []).append((caller, kw))
+    for caller, kw in news:
+        by.setdefault(caller.loop, []).append((caller, kw))
     for loop, items in by.items():
-        try: loop.call_soon_threadsafe(_hear, items)
+        try:
+            loop.call_soon_threadsafe(_hear, items)
         except RuntimeError:  # the loop has ended, and with it everybody who waited there
             if not loop.is_closed(): raise
 
 def _hear(items):
-    for caller, kw in items: caller.hear(**kw)
+    for caller, kw in items:
+        caller.hear(**kw)
 
 # %% ../../nbs/infer/02_serving.ipynb #ac60c6bf
 def _work(e):
@@ -70,15 +82,20 @@ def _work(e):
         with e.wake:
             e.wake.wait_for(lambda: e.commands or (e.engine.busy and not e.paused))
             commands, e.commands = e.commands, []
-        for f in commands: f()
-        if e.engine.busy and not e.paused and not e.closed: _step(e)
-    with e.wake: e.ended, commands = True, e.commands
-    for f in commands: f()
+        for f in commands:
+            f()
+        if e.engine.busy and not e.paused and not e.closed:
+            _step(e)
+    with e.wake:
+        e.ended, commands = True, e.commands
+    for f in commands:
+        f()
     e.engine.close()
 
 def _step(e):
     "One step of the engine; who moved hears of it. An error goes to all whose turn it was in."
-    try: moved = e.engine.step(patient=False)
+    try:
+        moved = e.engine.step(patient=False)
     except Exception as error:
         _tell([(c, dict(error=error)) for c in e.callers.values()])
         e.callers.clear()
@@ -106,19 +123,23 @@ class HFAsyncEngine:
         self.thread.start()
 
     @property
-    def version(self) -> int: return self.engine.version
+    def version(self) -> int:
+        return self.engine.version
 
     async def generate(self, request: Request, on_token: Callable[[int, float, float, int], None]|None = None) -> Completion:
         "Sample one turn. ValueError for a bad request, EngineClosed; cancelling the task aborts."
         turn = self.engine.prepare(request)
-        try: return await _ask(self, lambda caller: _enter(self, turn, caller), on_token)
+        try:
+            return await _ask(self, lambda caller: _enter(self, turn, caller), on_token)
         except BaseException:
             _put(self, lambda: _drop(self, turn))
             raise
 
-    async def pause(self) -> None: await _ask(self, lambda caller: _set(self, caller, True))
+    async def pause(self) -> None:
+        await _ask(self, lambda caller: _set(self, caller, True))
 
-    async def resume(self) -> None: await _ask(self, lambda caller: _set(self, caller, False))
+    async def resume(self) -> None:
+        await _ask(self, lambda caller: _set(self, caller, False))
 
     async def update_weights(self, weights, version: int) -> None:
         "Copy weights (model or state dict) in between two tokens. ValueError if they don't fit; the old ones stay."
@@ -133,7 +154,8 @@ class HFAsyncEngine:
 def _put(e, command) -> bool:  # False: the thread has ended
     "Let the thread run `command` between two steps."
     with e.wake:
-        if not e.ended: e.commands.append(command)
+        if not e.ended:
+            e.commands.append(command)
         e.wake.notify()
         return not e.ended
 
@@ -154,16 +176,20 @@ def _enter(e, turn: Generation, caller: Caller):
 
 def _drop(e, turn: Generation):
     "A request is aborted."
-    if e.callers.pop(turn, None): e.engine.leave(turn)
+    if e.callers.pop(turn, None):
+        e.engine.leave(turn)
 
 def _set(e, caller: Caller, paused: bool):
     e.paused = paused
     _tell([(caller, {})])
 
 def _update(e, caller: Caller, weights, version: int):
-    try: e.engine.update_weights(weights, version, e.keep)
-    except Exception as error: _tell([(caller, dict(error=error))])
-    else: _tell([(caller, {})])
+    try:
+        e.engine.update_weights(weights, version, e.keep)
+    except Exception as error:
+        _tell([(caller, dict(error=error))])
+    else:
+        _tell([(caller, {})])
 
 def _close(e):
     e.closed = True

@@ -47,11 +47,13 @@ class EngineError(RuntimeError):
 
 class Chunks:
     "Collects the chunks of one answer."
-    def __init__(self, version: int): self.ids, self.logprobs, self.version, self.choice = [], [], version, None
+    def __init__(self, version: int):
+        self.ids, self.logprobs, self.version, self.choice = [], [], version, None
 
     def take(self, chunk: dict) -> list[tuple[int, float]]:  # (id, log-prob) of the new tokens
         "Read a chunk; ValueError or EngineError if it is an error, EngineError if it makes no sense."
-        if 'error' in chunk: _refused(chunk['error'].get('code', 500) if isinstance(chunk['error'], dict) else 500, _message(chunk))
+        if 'error' in chunk:
+            _refused(chunk['error'].get('code', 500) if isinstance(chunk['error'], dict) else 500, _message(chunk))
         if not chunk.get('choices'): return []
         c = chunk['choices'][0]
         ids = c.get('token_ids') or []
@@ -60,14 +62,16 @@ class Chunks:
         lps = [x['logprob'] for x in found]
         if min(lps, default=0) < -9000: raise EngineError("vLLM has no log-prob for a sampled token (its logits aren't finite?)")
         self.ids, self.logprobs = self.ids + ids, self.logprobs + lps
-        if c.get('finish_reason'): self.choice = c
+        if c.get('finish_reason'):
+            self.choice = c
         return list(zip(ids, lps))
 
     def completion(self, number: Callable[[str], int]) -> Completion:  # of a weight label
         "The whole answer."
         if self.choice is None: raise EngineError("vLLM's answer ended before it was complete")
         versions = np.full(len(self.ids), self.version, np.int32)
-        for s in self.choice.get('weight_versions') or []: versions[s['start']:s['end']] = number(s['version'])
+        for s in self.choice.get('weight_versions') or []:
+            versions[s['start']:s['end']] = number(s['version'])
         return Completion(np.array(self.ids, np.int32), np.array(self.logprobs, np.float32),
                           np.full(len(self.ids), np.nan, np.float32), self.choice['finish_reason'],
                           int(versions[-1]) if len(versions) else self.version, versions, self.choice.get('stop_reason'))
@@ -100,7 +104,8 @@ def _save(state, path):
     "Tensors to a file, replaced at once; safetensors wants no two that share memory."
     seen = set()
     own = lambda v: v.clone() if v.data_ptr() in seen or seen.add(v.data_ptr()) else v
-    with atomic(path) as tmp: save_file({k: own(v.detach().contiguous()) for k, v in state.items()}, tmp, {'format': 'pt'})
+    with atomic(path) as tmp:
+        save_file({k: own(v.detach().contiguous()) for k, v in state.items()}, tmp, {'format': 'pt'})
 
 # %% ../../nbs/infer/03_vllm.ipynb #53bd86d4
 def write_weights(
@@ -115,7 +120,8 @@ def write_weights(
     if config.get('tie_word_embeddings', True):
         raise ValueError(f"{folder}: its config says tie_word_embeddings, with which vLLM keeps the old output head; "
                          "serve a folder made by write_model")
-    with safe_open(folder/'model.safetensors', 'pt') as f: shapes = {k: tuple(f.get_slice(k).get_shape()) for k in f.keys()}
+    with safe_open(folder/'model.safetensors', 'pt') as f:
+        shapes = {k: tuple(f.get_slice(k).get_shape()) for k in f.keys()}
     wrong = sorted(k for k in shapes.keys() | state.keys() if k not in state or shapes.get(k) != tuple(state[k].shape))
     if wrong: raise ValueError(f"{folder}: weights of another model: {', '.join(wrong[:3])} missing, unknown or of another shape")
     _save(state, folder/'model.safetensors')
@@ -170,7 +176,8 @@ class VLLMEngine:
 async def _call(client, method, path, **kw):
     "A request; what can go wrong with the connection is an EngineError."
     httpx2 = need('httpx2', 'serve')
-    try: return await client.request(method, path, **kw)
+    try:
+        return await client.request(method, path, **kw)
     except httpx2.TransportError as e:
         raise EngineError(f"vLLM at {client.base_url}: {type(e).__name__} {e}; is the server running?") from None
 
@@ -183,8 +190,10 @@ async def _post(client, path, body, query):
 
 def _json(text):
     "JSON, or the text itself if it is none."
-    try: return json.loads(text)
-    except ValueError: return text
+    try:
+        return json.loads(text)
+    except ValueError:
+        return text
 
 # %% ../../nbs/infer/03_vllm.ipynb #24f45b6d
 async def _connect(cls, url, version, folder, keep, key, transport):
@@ -216,24 +225,30 @@ async def _generate(e, r, on_token):
     answer, httpx2 = Chunks(e.version), need('httpx2', 'serve')
     try:
         async with e.client.stream('POST', '/inference/v1/generate', json=body) as response:
-            if response.status_code != 200: _refused(response.status_code, _message(_json((await response.aread()).decode())))
+            if response.status_code != 200:
+                _refused(response.status_code, _message(_json((await response.aread()).decode())))
             async for line in response.aiter_lines():
                 if not line.startswith('data: ') or line == 'data: [DONE]': continue
                 for token, lp in answer.take(_event(line[6:])):
-                    if on_token: on_token(token, lp, float('nan'), e.version)
-    except httpx2.TransportError as x: raise EngineError(f"vLLM: the connection broke: {type(x).__name__} {x}") from None
+                    if on_token:
+                        on_token(token, lp, float('nan'), e.version)
+    except httpx2.TransportError as x:
+        raise EngineError(f"vLLM: the connection broke: {type(x).__name__} {x}") from None
     return answer.completion(lambda label: int(label) if label.isdigit() else e.first)
 
 def _event(text):
     "The JSON of one event."
-    try: return json.loads(text)
-    except ValueError: raise EngineError(f"vLLM sent an event that is not JSON: {text[:80]!r}") from None
+    try:
+        return json.loads(text)
+    except ValueError:
+        raise EngineError(f"vLLM sent an event that is not JSON: {text[:80]!r}") from None
 
 # %% ../../nbs/infer/03_vllm.ipynb #72ed7c6f
 async def _update(e, weights, version):
     if e.folder is None: raise ValueError("weights go through the server's model folder: give `folder` to connect")
     mine = not e.paused
-    if mine: await e.pause()
+    if mine:
+        await e.pause()
     try:
         write_weights(weights, e.folder)
         await e.post('/collective_rpc', dict(method='reload_weights'))
@@ -242,7 +257,8 @@ async def _update(e, weights, version):
         await e.post('/update_weight_version', dict(new_version=str(version)))
         e.version = version
     finally:
-        if mine: await e.resume()
+        if mine:
+            await e.resume()
 
 # %% ../../nbs/infer/03_vllm.ipynb #23073dfc
 def vllm_python(
@@ -285,7 +301,8 @@ async def vllm_server(
     log: Path|None = None,                # where its output goes; None: a temporary file
 ):                                        # yields the URL when it answers
     "A server for as long as the block lasts, and no longer than this process. EngineError with the end of its log if it doesn't start."
-    with socket.create_server(('127.0.0.1', 0)) as s: port = s.getsockname()[1]
+    with socket.create_server(('127.0.0.1', 0)) as s:
+        port = s.getsockname()[1]
     settings = dict(VLLM_NO_USAGE_STATS='1', DO_NOT_TRACK='1', HF_HUB_OFFLINE='1', VLLM_CPU_KVCACHE_SPACE='2')
     env = settings | {k: v for k, v in os.environ.items() if k != 'PYTHONPATH'} | dict(VLLM_SERVER_DEV_MODE='1')
     with open(log, 'w+b') if log else tempfile.TemporaryFile() as out:
@@ -305,7 +322,8 @@ async def _answers(url: str, p, out) -> None:
         while p.returncode is None:
             try:
                 if (await client.get(f'{url}/health')).status_code == 200: return
-            except httpx2.TransportError: pass
+            except httpx2.TransportError:
+                pass
             await asyncio.sleep(.2)
     out.seek(0)
     raise EngineError('vLLM did not start:\n' + '\n'.join(out.read().decode(errors='replace').splitlines()[-15:]))

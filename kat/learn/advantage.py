@@ -134,9 +134,11 @@ def group_advantages(
     out = [a if ok else np.zeros(len(a), np.float32) for a, ok in zip(ADVANTAGES[kind](rewards), live)] if len(live) else []
     alive = np.flatnonzero(live)
     if pass_rate:
-        for i, f in zip(alive, pass_rate_factors([rewards[i] for i in alive], pass_rate)): out[i] = np.float32(out[i] * f)
+        for i, f in zip(alive, pass_rate_factors([rewards[i] for i in alive], pass_rate)):
+            out[i] = np.float32(out[i] * f)
     if entropies is not None:
-        for i, f in zip(alive, entropy_factors(_trained(rewards, entropies, alive))): out[i] = np.float32(out[i] * f)
+        for i, f in zip(alive, entropy_factors(_trained(rewards, entropies, alive))):
+            out[i] = np.float32(out[i] * f)
     return out, live
 
 # %% ../../nbs/learn/02_advantage.ipynb #cc966ac1

@@ -75,7 +75,8 @@ def unit_clip(
     "−min(s A, clip(s) A), s the ratio of the token's unit (GSPO, arXiv:2507.18071; per turn: arXiv:2603.27703)."
     size = torch.bincount(unit)
     log_ratio = torch.zeros(len(size), dtype=logps.dtype, device=logps.device).index_add(0, unit, logps - old)
-    if mean: log_ratio = log_ratio / size
+    if mean:
+        log_ratio = log_ratio / size
     return _clip(log_ratio.clamp(-LIMIT, LIMIT).exp()[unit], advantages, low, high)
 
 # %% ../../nbs/learn/03_objective.ipynb #f8e9a1ab
@@ -96,7 +97,8 @@ def token_weights(
 # %% ../../nbs/learn/03_objective.ipynb #cd43a42e
 def _runs(*keys) -> np.ndarray:  # [n] arrays -> int64[n]: number of the run of equal keys, from 0
     new = np.zeros(len(keys[0]), bool)
-    for k in keys: new[1:] |= k[1:] != k[:-1]
+    for k in keys:
+        new[1:] |= k[1:] != k[:-1]
     return np.cumsum(new)
 
 def _turn_weights(sequence, turn) -> np.ndarray:  # per trained token -> float64[n], sums to 1
@@ -135,7 +137,8 @@ def importance_weights(
     "Factors for tokens that an engine sampled with slightly other probabilities."
     if (tis is None) == (mis is None): raise ValueError(f"tis={tis}, mis={mis}: exactly one of them needed")
     d = np.asarray(old, np.float64) - np.asarray(engine, np.float64)
-    if unit is not None: d = np.bincount(unit, d)[unit]
+    if unit is not None:
+        d = np.bincount(unit, d)[unit]
     rho = np.exp(d.clip(-LIMIT, LIMIT))
     if tis is not None: return rho.clip(max=tis), rho > tis
     out = (rho < mis[0]) | (rho > mis[1])
@@ -178,9 +181,12 @@ class Objective:
     corrected = property(lambda self: self.tis is not None or self.mis is not None)
     needs_turns = property(lambda self: "turn" in (self.unit, self.how, self.correct))
 
-    def __post_init__(self): _check(self)
-    def weights(self, masks: Sequence, turns: Sequence | None = None) -> list[np.ndarray]: return _weights(self, masks, turns)
-    def prepare_flat(self, masks: Sequence, advantages: Sequence, **kw) -> "FlatLoss": return _prepare_flat(self, masks, advantages, **kw)
+    def __post_init__(self):
+        _check(self)
+    def weights(self, masks: Sequence, turns: Sequence | None = None) -> list[np.ndarray]:
+        return _weights(self, masks, turns)
+    def prepare_flat(self, masks: Sequence, advantages: Sequence, **kw) -> "FlatLoss":
+        return _prepare_flat(self, masks, advantages, **kw)
     def prepare(self, tree: TokenTree, masks: Sequence, advantages: Sequence, **kw) -> "TreeLoss":
         return _prepare(self, tree, masks, advantages, **kw)
 
@@ -204,7 +210,8 @@ def _check(o: Objective) -> None:  # every combination that would ignore a setti
             raise ValueError(f"{name}={getattr(o, name)}: loss {o.loss!r} has no such limit: leave it out")
     _number(o, "clip_low", 1e-12, 1, "a number above 0, at most 1")
     _number(o, "clip_high", 1e-12, 1e12, "a number above 0")
-    for name in ("kl", "entropy"): _number(o, name, 0, 1e12, "a number from 0")
+    for name in ("kl", "entropy"):
+        _number(o, name, 0, 1e12, "a number from 0")
     _one_of("normalise", o.how, ("token", "sequence", "turn", "constant"))
     if (o.how == "constant") != (o.length is not None):
         raise ValueError(f"normalise={o.how!r}, length={o.length}: 'constant' needs a length, and nothing else has one")
@@ -241,7 +248,8 @@ def _column(what, values, masks, dtype=np.float64) -> np.ndarray:  # of the trai
     out = [np.zeros(0, dtype)]
     for k, (v, m) in enumerate(zip(values, masks)):
         a = np.asarray(v, dtype)
-        if a.ndim == 0 and what == "advantages": a = np.full(len(m), a)
+        if a.ndim == 0 and what == "advantages":
+            a = np.full(len(m), a)
         if a.shape != m.shape: raise ValueError(f"{what} of sequence {k}: shape {a.shape}, but it has {len(m)} tokens")
         if (bad := m & ~np.isfinite(a)).any():
             raise ValueError(f"{what} of sequence {k}: {a[bad][0]} at token {int(bad.argmax())}, which is trained")
@@ -264,10 +272,13 @@ def _weights(o: Objective, masks, turns) -> list[np.ndarray]:  # float64 per seq
     masks = _masks(masks)
     counts = np.array([m.sum() for m in masks], np.int64)
     sequence = np.repeat(np.arange(len(masks)), counts)
-    if o.how == "turn": w = _turn_weights(sequence, _turns(o, turns, masks))
-    else: w = token_weights(torch.from_numpy(counts), o.how, o.length).numpy()[sequence]
+    if o.how == "turn":
+        w = _turn_weights(sequence, _turns(o, turns, masks))
+    else:
+        w = token_weights(torch.from_numpy(counts), o.how, o.length).numpy()[sequence]
     out = [np.zeros(len(m)) for m in masks]
-    for a, m, part in zip(out, masks, np.split(w, np.cumsum(counts)[:-1])): a[m] = part
+    for a, m, part in zip(out, masks, np.split(w, np.cumsum(counts)[:-1])):
+        a[m] = part
     return out
 
 # %% ../../nbs/learn/03_objective.ipynb #251e06ed
@@ -292,7 +303,8 @@ def _tokens(o: Objective, masks, advantages, old, engine, reference, turns, weig
     if (odd := advantage != advantage[first][unit]).any():
         raise ValueError(f"advantages of sequence {sequence[odd.argmax()]} differ inside a {o.unit}: loss {o.loss!r} needs one per {o.unit}")
     weight = _column("weights", _weights(o, masks, turns) if weights is None else weights, masks)
-    if shared is not None: weight = weight / _column("shared", shared, masks)
+    if shared is not None:
+        weight = weight / _column("shared", shared, masks)
     old, engine = (None if x is None else _column(f"{name} log-probs", x, masks) for name, x in (("old", old), ("engine", engine)))
     reference = _reference(o, reference, masks)
     metrics, factor = _gap(o, old, engine, sequence, turn)
@@ -325,7 +337,8 @@ def _loss(o: Objective, new, old, advantage, unit):  # per token -> loss [n]; bo
 
 def _extras(o: Objective, new, entropy, reference, weight):  # KL and entropy, summed
     total = new.new_zeros(())
-    if o.kl: total = total + o.kl * (weight * k3(new, reference)).sum()
+    if o.kl:
+        total = total + o.kl * (weight * k3(new, reference)).sum()
     if not o.entropy: return total
     if entropy is None or (new.requires_grad and not entropy.requires_grad):
         raise ValueError(f"entropy={o.entropy}, but the entropies {'are missing' if entropy is None else 'carry no gradient'}: the bonus would do nothing")
@@ -337,8 +350,10 @@ def _measure(o: Objective, tokens: Tokens, new) -> dict[str, float]:  # what the
     clipped = _loss(o, new, *map(torch.from_numpy, (t.old, t.advantage, t.unit)))[1]
     share = lambda x: x.double().mean().item() if len(x) else 0.0
     out = {"tokens": len(new)}
-    if clipped is not None: out["clipped"] = share(clipped)
-    if o.kl: out["kl"] = share(k3(new, torch.from_numpy(t.reference)))
+    if clipped is not None:
+        out["clipped"] = share(clipped)
+    if o.kl:
+        out["kl"] = share(k3(new, torch.from_numpy(t.reference)))
     return out
 
 # %% ../../nbs/learn/03_objective.ipynb #9246a11d
@@ -350,7 +365,8 @@ class FlatLoss:
     counts: np.ndarray  # int64[K], trained tokens of each sequence
 
     @property
-    def metrics(self) -> dict: return self.tokens.metrics
+    def metrics(self) -> dict:
+        return self.tokens.metrics
 
     def __call__(self,
         logprobs: Sequence[torch.Tensor],                  # per sequence: log-probs of its trained tokens, in order
@@ -416,11 +432,14 @@ class TreeLoss:
     terms: dict[str, torch.Tensor]  # empty where paths are needed
 
     @property
-    def needs_paths(self) -> bool: return self.objective.unit != "token"
+    def needs_paths(self) -> bool:
+        return self.objective.unit != "token"
     @property
-    def metrics(self) -> dict: return self.tokens.metrics
+    def metrics(self) -> dict:
+        return self.tokens.metrics
     @property
-    def score(self) -> np.ndarray: return np.bincount(self.edge, minlength=self.size) > 0  # bool[size], the edges it reads
+    def score(self) -> np.ndarray:
+        return np.bincount(self.edge, minlength=self.size) > 0  # bool[size], the edges it reads
     def __call__(self, edges: Edges) -> torch.Tensor:  # scalar
         if len(edges.logprob) != len(edges.index): raise ValueError(f"{len(edges.logprob)} log-probs, {len(edges.index)} positions")
         return (_path_sum if self.needs_paths else _edge_sum)(self, edges)

@@ -26,7 +26,8 @@ def squeeze(
     text, # an argument or a line of code; anything but a string goes through JSON
 ) -> str: # the same without white space that carries no meaning
     "Text up to its formatting."
-    if not isinstance(text, str): text = json.dumps(text, sort_keys=True, ensure_ascii=False)
+    if not isinstance(text, str):
+        text = json.dumps(text, sort_keys=True, ensure_ascii=False)
     return re.sub(r' ?([^\w ]) ?', r'\1', ' '.join(text.split()))
 
 
@@ -43,7 +44,8 @@ def normal_turn(
     "A turn as a multiset of calls. A malformed call, or no call at all, is an entry that no ground truth has."
     calls = Counter(normal_call(c) for c in turn['calls'])
     malformed = (turn.get('errors') or 0) - sum(not c['ok'] for c in turn['calls'])   # `errors` counts failed ones too
-    if malformed > 0: calls['malformed', ()] += malformed
+    if malformed > 0:
+        calls['malformed', ()] += malformed
     return calls or Counter({('no call', ()): 1})
 
 # %% ../../nbs/learn/06_rft.ipynb #cc219c81
@@ -55,7 +57,8 @@ def shared(
     equal = (a & b).total()
     names = [Counter(), Counter()]
     for side, turn in zip(names, (a, b)):
-        for (name, _), k in turn.items(): side[name] += k
+        for (name, _), k in turn.items():
+            side[name] += k
     return equal + ((names[0] & names[1]).total() - equal) / 2
 
 # %% ../../nbs/learn/06_rft.ipynb #5e8cc74a
@@ -76,7 +79,8 @@ class Alignment:
     ):
         "One more row of the usual dynamic programme."
         old, new = self.best, np.zeros(len(self.best))
-        for j, t in enumerate(self.turns, 1): new[j] = max(old[j], new[j - 1], old[j - 1] + shared(turn, t))
+        for j, t in enumerate(self.turns, 1):
+            new[j] = max(old[j], new[j - 1], old[j - 1] + shared(turn, t))
         self.best, self.size = new, self.size + turn.total()
 
     def discrepancy(self,
@@ -165,7 +169,8 @@ def turn_ids(
     "What the model (or a correction) wrote, turn by turn."
     turns = {}
     for s in t.segments:
-        if s.kind in GENERATED and (s.trainable or s.event == 'correction'): turns.setdefault(s.turn, []).extend(s.ids.tolist())
+        if s.kind in GENERATED and (s.trainable or s.event == 'correction'):
+            turns.setdefault(s.turn, []).extend(s.ids.tolist())
     return [tuple(ids) for ids in turns.values()]
 
 # %% ../../nbs/learn/06_rft.ipynb #13a66872
@@ -181,7 +186,8 @@ def parts(
     names = o.tests.keys() | g.tests.keys()
     passed = 0 if o.prefix else sum(o.tests.get(t, False) for t in names)
     al = Alignment(g.turns)
-    for t in o.turns: al.add(t)
+    for t in o.turns:
+        al.add(t)
     out = dict(outcome=1 - passed / len(names) if names else 1., actions=al.discrepancy(o.prefix))
     if o.facts is not None and g.facts is not None:
         out['patch'] = 1 - sum(overlap(x, y) for x, y in zip(o.facts, g.facts)) / 3
@@ -241,7 +247,8 @@ class GroundTruth:
         self.episode
 
     @cached_property
-    def episode(self) -> Attempt: return Attempt.of(self.trajectory)
+    def episode(self) -> Attempt:
+        return Attempt.of(self.trajectory)
 
 # %% ../../nbs/learn/06_rft.ipynb #1c5eaf52
 PROVENANCE = ('source', 'author', 'verified', 'style')
@@ -251,7 +258,8 @@ def save_ground_truths(
     truths:Iterable[GroundTruth],
 ) -> int: # records written
     "Write ground truths with their provenance; atomic."
-    def record(g): return replace(g.trajectory, info=g.trajectory.info | dict(ground_truth={k: getattr(g, k) for k in PROVENANCE}))
+    def record(g):
+        return replace(g.trajectory, info=g.trajectory.info | dict(ground_truth={k: getattr(g, k) for k in PROVENANCE}))
     return write_records(path, map(record, truths))
 
 
@@ -265,8 +273,10 @@ def load_ground_truths(
         said = info.pop('ground_truth', None)
         if not isinstance(said, dict) or said.keys() != set(PROVENANCE):
             raise ValueError(f"{path}: record {i}: info['ground_truth'] is {said!r}; {', '.join(PROVENANCE)} expected")
-        try: by.setdefault(t.task, []).append(GroundTruth(replace(t, info=info), **said))
-        except ValueError as e: raise ValueError(f'{path}: record {i}: {e}') from None
+        try:
+            by.setdefault(t.task, []).append(GroundTruth(replace(t, info=info), **said))
+        except ValueError as e:
+            raise ValueError(f'{path}: record {i}: {e}') from None
     return by
 
 # %% ../../nbs/learn/06_rft.ipynb #b8393433
@@ -289,15 +299,18 @@ def with_logprobs(model, trajectories: list[Trajectory], dtype=torch.bfloat16, e
     from kat.compute.logprob import tree_logprobs
     from kat.tree.trie import TokenTree
     for t in trajectories:
-        if event is None: t.sampling = dict(temperature=1.0)
+        if event is None:
+            t.sampling = dict(temperature=1.0)
     for temperature in {t.sampling['temperature'] for t in trajectories}:
         some = [t for t in trajectories if t.sampling['temperature'] == temperature]
         tree = TokenTree.from_sequences([t.ids for t in some])
-        with torch.no_grad(): scored = tree_logprobs(model, tree, temperature, dtype=dtype, max_tokens=8192)
+        with torch.no_grad():
+            scored = tree_logprobs(model, tree, temperature, dtype=dtype, max_tokens=8192)
         values = np.stack([x.float().cpu().numpy() for x in (scored.logprob, scored.entropy)], 1)
         for t, both in zip(some, tree.gather(values)):
             for s, x in zip(t.segments, np.split(both, np.cumsum([len(s) for s in t.segments])[:-1])):
-                if s.trainable and event in (None, s.event): s.logprobs, s.entropy = x.T.copy()
+                if s.trainable and event in (None, s.event):
+                    s.logprobs, s.entropy = x.T.copy()
     return trajectories
 
 # %% ../../nbs/learn/06_rft.ipynb #94ba1a77
@@ -340,7 +353,8 @@ class Monitor:
         self.made, self.correction = self.made + calls, None
         self.strikes = self.strikes + 1 if min(d) > self.threshold and not turn.get('corrected') else 0
         if self.strikes < self.patience: return 'go'
-        if self.left: self.correction = self.next_turn(self.ground_truths[int(np.argmin(d))])
+        if self.left:
+            self.correction = self.next_turn(self.ground_truths[int(np.argmin(d))])
         if self.correction is None: return 'stop'
         self.left, self.strikes = self.left - 1, 0
         return 'correct'

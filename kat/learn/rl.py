@@ -54,7 +54,8 @@ def make_row(
 ) -> Row:
     "Check what training needs. ValueError names the task and what is missing."
     t, mask = trajectory, trajectory.mask.copy()
-    if len(mask): mask[0] = False  # nothing comes before it
+    if len(mask):
+        mask[0] = False  # nothing comes before it
     if n := int(np.isnan(t.logprobs[mask]).sum()):
         raise ValueError(f"task {t.task}: {n} of {mask.sum()} trained tokens have no recorded log-prob: "
                          "sample with an engine that records them")
@@ -90,7 +91,8 @@ class Part:
     index: np.ndarray | None   # int64[n], where the tree's tokens stand in the whole tree; None: it is the whole tree
     metrics: dict              # of the rows, before any update
 
-    def backward(self) -> dict: return _backward(self)  # gradients are added -> loss, tokens, clipped, kl
+    def backward(self) -> dict:
+        return _backward(self)  # gradients are added -> loss, tokens, clipped, kl
 
 # %% ../../nbs/learn/07_rl.ipynb #91906119
 def prepare(
@@ -109,7 +111,8 @@ def prepare(
     check_combination(model, objective, budget, reference)
     weights = objective.weights([r.mask for r in rows], [r.trajectory.turn for r in rows])
     groups = {}
-    for i, r in enumerate(rows): groups.setdefault(r.temperature, []).append(i)
+    for i, r in enumerate(rows):
+        groups.setdefault(r.temperature, []).append(i)
     return [_one_tree(TreeEngine(model, max_tokens, temperature=t, dtype=dtype), [rows[i] for i in part], [weights[i] for i in part], objective,
                       budget, pruning, seed, recorded, reference) for t, part in groups.items()]
 
@@ -137,10 +140,13 @@ def _one_tree(engine, rows, weights, objective, budget, pruning, seed, recorded,
     trained[tree.paths[np.concatenate(masks)]] = True
     whole = {"flat_tokens": tree.n_flat, "tree_tokens": len(tree)}
     signed = np.concatenate([w * r.advantage * m for w, r, m in zip(weights, rows, masks)])
-    if not np.bincount(tree.paths, signed, len(tree)).any(): budget = None  # all cancels: there is nothing to choose by
-    if budget is None or not recorded: old, entropy = _scores(engine, tree, trained)
+    if not np.bincount(tree.paths, signed, len(tree)).any():
+        budget = None  # all cancels: there is nothing to choose by
+    if budget is None or not recorded:
+        old, entropy = _scores(engine, tree, trained)
     entropies = [r.trajectory.entropy for r in rows] if budget is not None and recorded else tree.gather(entropy)
-    if all(np.isfinite(x[m]).all() for x, m in zip(entropies, masks)): whole["entropy"] = _mean(entropies, masks)
+    if all(np.isfinite(x[m]).all() for x, m in zip(entropies, masks)):
+        whole["entropy"] = _mean(entropies, masks)
     cut, part, index = None, tree, None
     if budget is not None:
         facts = _facts(engine.causal, tree, rows, weights, trained, None if recorded else (old, entropy))
@@ -148,13 +154,15 @@ def _one_tree(engine, rows, weights, objective, budget, pruning, seed, recorded,
         part, index = cut.tree if cut.kept.any() else None, cut.index
         masks, weights = [m & k for m, k in zip(masks, tree.gather(cut.kept))], [w * x for w, x in zip(weights, tree.gather(cut.factor))]
         whole |= cut.metrics | {"by_record": float(recorded)}
-        if recorded: old, _ = _scores(engine, part, trained, index)
+        if recorded:
+            old, _ = _scores(engine, part, trained, index)
     other = None if not objective.kl else tree.gather(_reference_scores(engine, reference, part, trained, index))
     loss = objective.prepare(tree, masks, [r.advantage for r in rows], old=tree.gather(old), engine=[r.trajectory.logprobs for r in rows],
                              reference=other, turns=[r.trajectory.turn for r in rows], weights=weights)
     return Part(engine, part, loss, index, whole | loss.metrics)
 
-def _mean(values, masks): return float(np.concatenate([v[m] for v, m in zip(values, masks)]).mean())
+def _mean(values, masks):
+    return float(np.concatenate([v[m] for v, m in zip(values, masks)]).mean())
 
 # %% ../../nbs/learn/07_rl.ipynb #f6826c46
 def _scores(engine, tree, trained, index=None):  # -> old log-probs and entropies, float64[whole tree], 0 where not computed
@@ -162,12 +170,14 @@ def _scores(engine, tree, trained, index=None):  # -> old log-probs and entropie
     if tree is None: return out
     edges = engine.logprobs(tree, trained if index is None else trained[index])
     at = edges.index.cpu().numpy() if index is None else index[edges.index.cpu().numpy()]
-    for row, x in zip(out, (edges.logprob, edges.entropy)): row[at] = x.double().cpu().numpy()
+    for row, x in zip(out, (edges.logprob, edges.entropy)):
+        row[at] = x.double().cpu().numpy()
     return out
 
 def _reference_scores(engine, reference, tree, trained, index):  # -> log-probs, float64[whole tree]
     off = engine.model.disable_adapter() if reference is None else nullcontext()
-    with off: return _scores(engine if reference is None else replace(engine, model=reference), tree, trained, index)[0]
+    with off:
+        return _scores(engine if reference is None else replace(engine, model=reference), tree, trained, index)[0]
 
 # %% ../../nbs/learn/07_rl.ipynb #57ec9626
 def _facts(model, tree, rows, weights, trained, scores):  # `scores`: old log-probs and entropies; None: those recorded
@@ -262,11 +272,14 @@ class RLTrainer:
         _publish(self)
 
     @property
-    def groups_seen(self) -> int: return self.groups_used + len(self.waiting)  # groups taken from the iterator
-    def step(self, groups: list[Group]) -> dict: return _step(self, groups)
+    def groups_seen(self) -> int:
+        return self.groups_used + len(self.waiting)  # groups taken from the iterator
+    def step(self, groups: list[Group]) -> dict:
+        return _step(self, groups)
     def train(self, groups: Iterable[Group | list[Group]], max_steps: int, progress: Callable | None = None) -> dict:
         return _train(self, iter(groups), max_steps, progress)
-    def save(self) -> None: _save(self)
+    def save(self) -> None:
+        _save(self)
 
 # %% ../../nbs/learn/07_rl.ipynb #2addd535
 def _check(t) -> None:
@@ -295,7 +308,8 @@ def _settings(t) -> dict:  # what identifies a run, as plain values
                     "adapter": adapter_settings(t.model) if has_adapter(t.model) else None}
 
 def _publish(t) -> None:
-    if t.publish: t.publish(merged(t.model), t.version)
+    if t.publish:
+        t.publish(merged(t.model), t.version)
 
 # %% ../../nbs/learn/07_rl.ipynb #97fe2a6b
 def _fresh(group: Group, version: int, max_staleness: int | None) -> bool:
@@ -318,7 +332,8 @@ def _step(self, groups):  # -> metrics
     rows, each = [r for r in rows if r], [x for r in rows for x in r]
     metrics = {"step": self.version + 1, **batch_metrics(groups, live, self.overlong), "stale_groups": int((~fresh).sum()),
                "flat_tokens": sum(len(r.trajectory) for r in each), "trained_tokens": sum(int(r.mask.sum()) for r in each)}
-    if rows: metrics |= _update(self, rows)
+    if rows:
+        metrics |= _update(self, rows)
     self.version, self.groups_used = self.version + 1, self.groups_used + len(groups)
     _publish(self)
     return metrics | {"updates": self.updates, "version": self.version, "seconds": time.perf_counter() - began}
@@ -346,7 +361,8 @@ def _one_update(self, parts):  # -> loss, grad_norm, lr, tokens, clipped, kl
     if not np.isfinite(norm):
         raise FloatingPointError(f"step {self.version + 1}: the gradient's norm is {norm}: lower the learning rate")
     factor = lr_factor(self.updates, 1, self.warmup, decay=0)
-    for group in self.optimizer.param_groups: group["lr"] = factor * (self.muon_lr if group["muon"] else self.lr)
+    for group in self.optimizer.param_groups:
+        group["lr"] = factor * (self.muon_lr if group["muon"] else self.lr)
     self.optimizer.step()
     self.optimizer.zero_grad()
     self.updates += 1
@@ -356,7 +372,8 @@ def _one_update(self, parts):  # -> loss, grad_norm, lr, tokens, clipped, kl
 def _take(self, source) -> list[Group]:
     batch = []
     def pull(n):  # up to `n` more groups
-        while len(self.waiting) < n and (item := next(source, None)) is not None: self.waiting += item if isinstance(item, list) else [item]
+        while len(self.waiting) < n and (item := next(source, None)) is not None:
+            self.waiting += item if isinstance(item, list) else [item]
         batch.extend(self.waiting[:n])
         del self.waiting[:n]
     alive = lambda: sum(is_live(graded_rewards(g, self.overlong)) and _fresh(g, self.version, self.max_staleness) for g in batch)
@@ -373,23 +390,28 @@ def _train(self, groups, max_steps, progress):  # until version == max_steps or 
                          "use another folder")
     while self.version < max_steps and (batch := _take(self, groups)):
         metrics = self.step(batch)
-        if progress: progress(metrics)
-        if self.version % self.save_every == 0: self.save()
+        if progress:
+            progress(metrics)
+        if self.version % self.save_every == 0:
+            self.save()
     self.waiting.clear()
     result = {"version": self.version, "groups_seen": self.groups_seen}
-    if not self.finished: save_finished(self.model, self.tokenizer, self.out_dir / "model", self.call, result | _counters(self))
+    if not self.finished:
+        save_finished(self.model, self.tokenizer, self.out_dir / "model", self.call, result | _counters(self))
     shutil.rmtree(self.out_dir / "checkpoints", ignore_errors=True)
     self.finished = True
     return result
 
 # %% ../../nbs/learn/07_rl.ipynb #7e3e4e2c
-def _counters(t) -> dict: return {k: getattr(t, k) for k in ("version", "updates", "groups_used")}
+def _counters(t) -> dict:
+    return {k: getattr(t, k) for k in ("version", "updates", "groups_used")}
 
 def _save(self):
     def write(folder):
         save_weights(self.model, folder)
         torch.save(_counters(self) | {"optimizer": self.optimizer.state_dict(), "rng": rng_state()}, folder / "trainer.pt")
-        if self.waiting: write_records(folder / "waiting.jsonl", self.waiting)
+        if self.waiting:
+            write_records(folder / "waiting.jsonl", self.waiting)
     save_checkpoint(self.out_dir / "checkpoints", self.version, write, self.call)
 
 # %% ../../nbs/learn/07_rl.ipynb #d515f7da
@@ -401,6 +423,9 @@ def _resume(self):
         state = torch.load(last / "trainer.pt", weights_only=True)
         self.optimizer.load_state_dict(state["optimizer"])
         set_rng_state(state["rng"])
-        if (last / "waiting.jsonl").exists(): self.waiting = list(read_records(last / "waiting.jsonl"))
-    else: return
-    for k in _counters(self): setattr(self, k, state[k])
+        if (last / "waiting.jsonl").exists():
+            self.waiting = list(read_records(last / "waiting.jsonl"))
+    else:
+        return
+    for k in _counters(self):
+        setattr(self, k, state[k])

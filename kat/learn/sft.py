@@ -118,23 +118,28 @@ def _trainer_class():
             (folder / f"checkpoint-{self.state.global_step}").rename(folder / "trainer")
             (folder / "losses.json").write_text(json.dumps(self.run.losses))
 
-        def _get_output_dir(self, trial): return str(self.folder)
-        def _send_telemetry(self): pass
-        def _issue_warnings_after_load(self, result): pass  # a tied head is always "missing"; the manifest has checked
+        def _get_output_dir(self, trial):
+            return str(self.folder)
+        def _send_telemetry(self):
+            pass
+        def _issue_warnings_after_load(self, result):
+            pass  # a tied head is always "missing"; the manifest has checked
     return KatSFTTrainer
 
 # %% ../../nbs/learn/05_sft.ipynb #bf9288ac
 class _Report(TrainerCallback):
-    def __init__(self, run: _Run): self.run = run
+    def __init__(self, run: _Run):
+        self.run = run
 
     def on_step_end(self, args, state, control, **kwargs):
         run, k, loss = self.run, state.global_step, self.run.loss.item()
         if not math.isfinite(loss): raise FloatingPointError(f"step {k}: the loss is {loss}: lower the learning rate")
         run.losses.append(loss)
-        if run.progress: run.progress({
-            "step": k, "steps": args.max_steps, "loss": loss, "entropy": run.entropy.item(), "lr": run.lr(k - 1),
-            "grad_norm": run.grad_norm, "tokens": int(run.totals[0, k - 1]),
-            "trained_tokens": int(run.totals[1, k - 1])})
+        if run.progress:
+            run.progress({
+                "step": k, "steps": args.max_steps, "loss": loss, "entropy": run.entropy.item(), "lr": run.lr(k - 1),
+                "grad_norm": run.grad_norm, "tokens": int(run.totals[0, k - 1]),
+                "trained_tokens": int(run.totals[1, k - 1])})
 
 # %% ../../nbs/learn/05_sft.ipynb #0d75370e
 def _config(root, max_steps, save_every, max_grad_norm, seed):
@@ -152,12 +157,15 @@ def _train(model, tokenizer, run, config, collate, optimizer, factor):  # runs o
     trainer = _trainer_class()(
         model, config, collate, steps, processing_class=tokenizer, callbacks=[_Report(run)],
         optimizers=(optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, factor)))
-    if own is None: model.__dict__.pop("forward", None)  # TRL puts a forward with a fused head there: ours is used
+    if own is None:
+        model.__dict__.pop("forward", None)  # TRL puts a forward with a fused head there: ours is used
     trainer.remove_callback(PrinterCallback)
     trainer.run = run
     last = latest_checkpoint(Path(config.output_dir), run.call)
-    if last: run.losses = json.loads((last / "losses.json").read_text())
-    with no_bars(): trainer.train(resume_from_checkpoint=str(last / "trainer") if last else None)
+    if last:
+        run.losses = json.loads((last / "losses.json").read_text())
+    with no_bars():
+        trainer.train(resume_from_checkpoint=str(last / "trainer") if last else None)
 
 # %% ../../nbs/learn/05_sft.ipynb #6a105b70
 def train_sft(

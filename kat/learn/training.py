@@ -57,14 +57,16 @@ class MuonAdam(torch.optim.Optimizer):
         "One update from the gradients; parameters without one are left alone."
         for group in self.param_groups:
             params = [p for p in group["params"] if p.grad is not None]
-            if group["weight_decay"] and params: torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
+            if group["weight_decay"] and params:
+                torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
             (_muon_step if group["muon"] else _adam_step)(params, group, self.state)
 
 # %% ../../nbs/learn/01_training.ipynb #1d57a522
 def _muon_step(params, group, state):
     shapes: dict = {}
     for p in params:
-        if "momentum" not in state[p]: state[p]["momentum"] = torch.zeros_like(p)
+        if "momentum" not in state[p]:
+            state[p]["momentum"] = torch.zeros_like(p)
         shapes.setdefault(p.shape, []).append(p)
     for (rows, columns), ps in shapes.items():
         grads, momenta = [p.grad for p in ps], [state[p]["momentum"] for p in ps]
@@ -78,7 +80,8 @@ def _adam_step(params, group, state):
     (b1, b2), lr = group["betas"], group["lr"]
     for p in params:
         s = state[p]
-        if not s: s.update(step=0, mean=torch.zeros_like(p), square=torch.zeros_like(p))
+        if not s:
+            s.update(step=0, mean=torch.zeros_like(p), square=torch.zeros_like(p))
         s["step"] += 1
         s["mean"].lerp_(p.grad, 1 - b1)
         s["square"].mul_(b2).addcmul_(p.grad, p.grad, value=1 - b2)
@@ -99,7 +102,8 @@ def make_optimizer(
     hidden = [p for p in params if p.ndim == 2 and id(p) not in ends] if muon_lr is not None else []
     taken = {id(p) for p in hidden}
     groups = [{"params": [p for p in params if id(p) not in taken]}]
-    if hidden: groups.append({"params": hidden, "lr": muon_lr, "muon": True})
+    if hidden:
+        groups.append({"params": hidden, "lr": muon_lr, "muon": True})
     return MuonAdam(groups, lr=lr, betas=betas, weight_decay=weight_decay)
 
 # %% ../../nbs/learn/01_training.ipynb #c598af02
@@ -125,7 +129,8 @@ MANIFEST = "checkpoint.json"
 def _checksum(path: Path) -> list[int]:  # [bytes, CRC-32]
     crc = size = 0
     with path.open("rb") as f:
-        while chunk := f.read(1 << 22): crc, size = zlib.crc32(chunk, crc), size + len(chunk)
+        while chunk := f.read(1 << 22):
+            crc, size = zlib.crc32(chunk, crc), size + len(chunk)
     return [size, crc]
 
 # %% ../../nbs/learn/01_training.ipynb #587a5750
@@ -145,11 +150,13 @@ def write_folder(
             sums = {p.relative_to(new).as_posix(): _checksum(p) for p in files}
             (new / MANIFEST).write_text(json.dumps({"call": call, "files": sums}, indent=1))
         for p in [*files, *([new / MANIFEST] if call is not None else [])]:
-            with p.open("rb") as f: os.fsync(f.fileno())
+            with p.open("rb") as f:
+                os.fsync(f.fileno())
     except BaseException:
         shutil.rmtree(new, ignore_errors=True)
         raise
-    if path.exists(): shutil.rmtree(path)
+    if path.exists():
+        shutil.rmtree(path)
     new.rename(path)
 
 # %% ../../nbs/learn/01_training.ipynb #2b202985
@@ -159,8 +166,10 @@ def check_folder(
 ) -> None:
     "Raise CheckpointError naming the file if anything is missing or changed, or the setting that differs."
     remedy = f"delete {path} to go on without it"
-    try: manifest = json.loads((path / MANIFEST).read_text())
-    except (OSError, ValueError) as e: raise CheckpointError(f"{path / MANIFEST}: unreadable ({e}): {remedy}") from e
+    try:
+        manifest = json.loads((path / MANIFEST).read_text())
+    except (OSError, ValueError) as e:
+        raise CheckpointError(f"{path / MANIFEST}: unreadable ({e}): {remedy}") from e
     for name, want in manifest["files"].items():
         if not (path / name).exists(): raise CheckpointError(f"{path / name}: missing: {remedy}")
         size, crc = _checksum(path / name)
@@ -187,7 +196,8 @@ def save_checkpoint(
 ) -> None:
     "Write `root/checkpoint-<step>` all at once, then delete all but the newest."
     write_folder(Path(root) / f"checkpoint-{step}", write, call)
-    for old in checkpoints(root)[:-keep]: shutil.rmtree(old)
+    for old in checkpoints(root)[:-keep]:
+        shutil.rmtree(old)
 
 # %% ../../nbs/learn/01_training.ipynb #19c96a01
 def latest_checkpoint(
@@ -196,7 +206,8 @@ def latest_checkpoint(
 ) -> Path | None:   # None if there is none
     "The newest checkpoint, checked; CheckpointError if it is damaged or belongs to another run."
     found = checkpoints(root)
-    if found: check_folder(found[-1], call)
+    if found:
+        check_folder(found[-1], call)
     return found[-1] if found else None
 
 # %% ../../nbs/learn/01_training.ipynb #bdf4fd5f
@@ -208,13 +219,15 @@ def rng_state() -> dict:
 def set_rng_state(state: dict) -> None:
     "Restore what `rng_state` gave."
     torch.set_rng_state(state["cpu"])
-    if state["cuda"]: torch.cuda.set_rng_state_all(state["cuda"])
+    if state["cuda"]:
+        torch.cuda.set_rng_state_all(state["cuda"])
 
 # %% ../../nbs/learn/01_training.ipynb #8d5f8153
 def data_checksum(arrays) -> int:
     "CRC-32 over arrays in order: two runs on different data differ in it."
     crc = 0
-    for a in arrays: crc = zlib.crc32(np.ascontiguousarray(a), crc)
+    for a in arrays:
+        crc = zlib.crc32(np.ascontiguousarray(a), crc)
     return crc
 
 # %% ../../nbs/learn/01_training.ipynb #7a1d41b5
@@ -228,9 +241,11 @@ def no_bars():
     "Silence transformers' progress bars: a bar for one file of a small model is noise."
     shown = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
-    try: yield
+    try:
+        yield
     finally:
-        if shown: logging.enable_progress_bar()
+        if shown:
+            logging.enable_progress_bar()
 
 # %% ../../nbs/learn/01_training.ipynb #9e706a5f
 def has_adapter(
@@ -267,8 +282,10 @@ def save_weights(
 ) -> None:
     "Write a model as a Hugging Face folder; of a model with an adapter, the adapter only."
     with no_bars():
-        if has_adapter(model): model.save_pretrained(folder, save_embedding_layers=False)
-        else: model.save_pretrained(folder)
+        if has_adapter(model):
+            model.save_pretrained(folder, save_embedding_layers=False)
+        else:
+            model.save_pretrained(folder)
 
 def save_finished(
     model,                        # saved in its own dtype; an adapter is merged in, and saved alone in `adapter/`
@@ -280,8 +297,10 @@ def save_finished(
     "Write model, tokenizer and `training.json` as one folder that appears whole."
     def write(folder):
         save_weights(merged(model), folder)
-        if has_adapter(model): save_weights(model, folder / "adapter")
-        if tokenizer is not None: tokenizer.save_pretrained(folder)
+        if has_adapter(model):
+            save_weights(model, folder / "adapter")
+        if tokenizer is not None:
+            tokenizer.save_pretrained(folder)
         (folder / "training.json").write_text(json.dumps(result))
     write_folder(path, write, call)
 
@@ -295,7 +314,8 @@ def load_weights(
         peft = need("peft", "train")
         peft.set_peft_model_state_dict(model, peft.load_peft_weights(str(path), device="cpu"))
         return
-    with no_bars(): model.load_state_dict(type(model).from_pretrained(path, dtype=model.dtype).state_dict())
+    with no_bars():
+        model.load_state_dict(type(model).from_pretrained(path, dtype=model.dtype).state_dict())
 
 # %% ../../nbs/learn/01_training.ipynb #c06eaf37
 def load_finished(
@@ -312,19 +332,24 @@ def load_finished(
 def load_model(path: str | Path):  # -> (model, tokenizer)
     "A causal model (float32) and its tokenizer from a folder. UserError names a folder that is missing or damaged."
     from transformers import AutoModelForCausalLM
-    with _checkpoint(path): return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, local_files_only=True), load_tokenizer(path)
+    with _checkpoint(path):
+        return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, local_files_only=True), load_tokenizer(path)
 
 def load_tokenizer(path: str | Path):
     "The tokenizer of a model's folder. UserError names a folder that is missing or damaged."
     from transformers import AutoTokenizer
-    with _checkpoint(path): return AutoTokenizer.from_pretrained(path, local_files_only=True)
+    with _checkpoint(path):
+        return AutoTokenizer.from_pretrained(path, local_files_only=True)
 
 @contextmanager
 def _checkpoint(path):
     "An error inside is the folder's."
     path = Path(path)
     if not (path / 'config.json').exists(): raise UserError(f'{path}: no checkpoint here (config.json is missing)')
-    try: yield
-    except UserError: raise
-    except Exception as e: raise UserError(f'{path}: damaged checkpoint ({type(e).__name__}: {str(e).splitlines()[0][:120]}); '
-                                            'delete the folder and run its stage again') from e
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as e:
+        raise UserError(f'{path}: damaged checkpoint ({type(e).__name__}: {str(e).splitlines()[0][:120]}); '
+                         'delete the folder and run its stage again') from e

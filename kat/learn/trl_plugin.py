@@ -82,7 +82,8 @@ def _grpo():
             score[keep[keep >= 0]] = True
             with self.accelerator.autocast():
                 logps, entropy = tree_scores(self.accelerator.unwrap_model(model), tree, score, self.temperature, self.tree_max_tokens)
-            if self.model.training: self._metrics["train"]["tree/tokens_ratio"].append(tree.n_flat / len(tree))
+            if self.model.training:
+                self._metrics["train"]["tree/tokens_ratio"].append(tree.n_flat / len(tree))
             return to_rows(logps, keep), to_rows(entropy, keep) if compute_entropy else None, None
 
         def _prepare_inputs(self, generation_batch):

@@ -30,7 +30,8 @@ from .writing import Writing, answer_for, read_answer, turn_of
 log = logging.getLogger('kat.gateway')
 
 # %% ../../nbs/plane/07_gateway.ipynb #a6e02395
-def _hash(key: str) -> bytes: return hashlib.sha256(key.encode('utf-8', 'surrogateescape')).digest()
+def _hash(key: str) -> bytes:
+    return hashlib.sha256(key.encode('utf-8', 'surrogateescape')).digest()
 
 def who(
     headers,                       # of the request
@@ -62,12 +63,15 @@ BUCKETS = (.005, .01, .025, .05, .1, .25, .5, 1, 2.5, 5, 10, 30, 60, 300)  # sec
 
 class Metrics:
     "Counters by name and labels."
-    def __init__(self): self.counts, self.seconds, self.total = Counter(), Counter(), 0.
-    def add(self, name: str, n: float = 1, **labels) -> None: self.counts[name, tuple(sorted(labels.items()))] += n
+    def __init__(self):
+        self.counts, self.seconds, self.total = Counter(), Counter(), 0.
+    def add(self, name: str, n: float = 1, **labels) -> None:
+        self.counts[name, tuple(sorted(labels.items()))] += n
     def took(self, seconds: float) -> None:
         self.total += seconds
         for b in BUCKETS:
-            if seconds <= b: self.seconds[b] += 1
+            if seconds <= b:
+                self.seconds[b] += 1
         self.seconds['+Inf'] += 1
 
     def text(self, gauges: dict[str, float]) -> str:
@@ -80,7 +84,8 @@ class Metrics:
         out.append('# TYPE kat_request_seconds histogram')
         out += [f'kat_request_seconds_bucket{{le="{b}"}} {self.seconds[b]:g}' for b in (*BUCKETS, '+Inf')]
         out += [f'kat_request_seconds_sum {self.total:g}', f'kat_request_seconds_count {self.seconds["+Inf"]:g}']
-        for k, v in gauges.items(): out += [f'# TYPE kat_{k} gauge', f'kat_{k} {v:g}']
+        for k, v in gauges.items():
+            out += [f'# TYPE kat_{k} gauge', f'kat_{k} {v:g}']
         return '\n'.join(out) + '\n'
 
 # %% ../../nbs/plane/07_gateway.ipynb #16efa199
@@ -116,19 +121,24 @@ class Gateway:
 
     async def close(self) -> None:
         "Wait until what was broken off is recorded."
-        while self.tasks: await asyncio.wait(self.tasks)
+        while self.tasks:
+            await asyncio.wait(self.tasks)
 
 # %% ../../nbs/plane/07_gateway.ipynb #79f24ed1
 async def find_session(g: Gateway, owner: str, name: str, task: str = '', make: bool = True) -> Session:
     "The session. BadRequest 404 where there is none and `make` is off, 400 where it belongs to another task. StoreError."
     if (s := g.manager.get(owner, name)) is None:
         key = owner, name
-        if key not in g.loading: g.loading[key] = asyncio.ensure_future(_load(g, owner, name))
-        try: s = await asyncio.shield(g.loading[key])
-        finally: g.loading.pop(key, None)
+        if key not in g.loading:
+            g.loading[key] = asyncio.ensure_future(_load(g, owner, name))
+        try:
+            s = await asyncio.shield(g.loading[key])
+        finally:
+            g.loading.pop(key, None)
         s = g.manager.get(owner, name) or s
     if s is None and not make: raise BadRequest(f'session {name!r}: there is none', status=404)
-    if s is None: s = g.manager.put(Session(g.tokenizer, name, owner, task))
+    if s is None:
+        s = g.manager.put(Session(g.tokenizer, name, owner, task))
     if task and task != s.task: raise BadRequest(f'x-kat-task: session {name!r} belongs to task {s.task!r}')
     return s
 
@@ -152,10 +162,12 @@ async def keep(g: Gateway, plan: Plan, turn: Turn) -> None:
 
 def _count(g: Gateway, t: Turn) -> None:
     g.metrics.add('turns_total', drift=t.drift, reason=t.reason, finish=t.finish)
-    for why in t.notes: g.metrics.add('realigned_total', why=why)
+    for why in t.notes:
+        g.metrics.add('realigned_total', why=why)
     g.metrics.add('tokens_total', t.n_prompt, kind='prompt')
     g.metrics.add('tokens_total', t.n_answer, kind='answer')
-    if t.info.get('malformed'): g.metrics.add('malformed_calls_total', len(t.info['malformed']))
+    if t.info.get('malformed'):
+        g.metrics.add('malformed_calls_total', len(t.info['malformed']))
 
 # %% ../../nbs/plane/07_gateway.ipynb #fc0716e3
 def engine_request(g: Gateway, w: Writing, lane: str | None) -> Request:
@@ -180,17 +192,22 @@ def _first_call_ends(g: Gateway, call: ApiCall) -> tuple[str, ...]:
 async def _lane(g: Gateway, w: Writing):
     "The conversation's name at the engine, or None while it is taken."
     name = w.plan.parent.path[0].id if w.plan.parent else w.id
-    if name in g.lanes: name = None
+    if name in g.lanes:
+        name = None
     g.lanes.add(name)
-    try: yield name
-    finally: g.lanes.discard(name)
+    try:
+        yield name
+    finally:
+        g.lanes.discard(name)
 
 # %% ../../nbs/plane/07_gateway.ipynb #302dd0a7
 async def _gone(receive) -> None:
     "Returns when the client has left."
-    while (await receive())['type'] != 'http.disconnect': pass
+    while (await receive())['type'] != 'http.disconnect':
+        pass
 
-class Left(Exception): "The client has left."
+class Left(Exception):
+    "The client has left."
 
 class Unavailable(Exception):
     "The engine can't answer now."
@@ -201,19 +218,24 @@ async def answer(g: Gateway, w: Writing, receive, out: 'Response') -> None:
     async with _lane(g, w) as lane:
         request = engine_request(g, w, lane)
         await g.store.check()
-        if w.call.stream: await out.open(w)
+        if w.call.stream:
+            await out.open(w)
         work, gone = asyncio.ensure_future(g.sample(w, request)), asyncio.ensure_future(_gone(receive))
-        for t in (work, gone): t.add_done_callback(w.bell.ring)
+        for t in (work, gone):
+            t.add_done_callback(w.bell.ring)
         try:
             while not (work.done() or gone.done()):
                 rang = await w.bell.wait(g.ping)
-                if w.call.stream and not gone.done(): await out.more(w, rang)
+                if w.call.stream and not gone.done():
+                    await out.more(w, rang)
             if not work.done(): raise Left
             done = _result(work)
         except BaseException:
-            if not work.done(): await _abort(g, w, work)
+            if not work.done():
+                await _abort(g, w, work)
             raise
-        finally: gone.cancel()
+        finally:
+            gone.cancel()
         await _finish(g, w, done, out)
 
 def _hearer(g: Gateway, w: Writing):
@@ -229,8 +251,10 @@ def _result(work: asyncio.Future) -> Completion:
     "What the engine returned. BadRequest for what it refuses, Unavailable where it failed."
     e = None if work.cancelled() else work.exception()
     if isinstance(e, ValueError): raise BadRequest(str(e))
-    if e is not None: _log(e)
-    elif not work.cancelled(): return work.result()
+    if e is not None:
+        _log(e)
+    elif not work.cancelled():
+        return work.result()
     raise Unavailable('the engine failed; send the request again')
 
 def _log(e: BaseException) -> None:
@@ -257,7 +281,8 @@ async def _abort(g: Gateway, w: Writing, work: asyncio.Future) -> None:
 # %% ../../nbs/plane/07_gateway.ipynb #0aea942c
 class Response:
     "One HTTP response."
-    def __init__(self, send, dialect: str): self.send, self.dialect, self.stream, self.status = send, dialect, None, None
+    def __init__(self, send, dialect: str):
+        self.send, self.dialect, self.stream, self.status = send, dialect, None, None
 
     async def start(self, status: int, kind: str, headers: dict = {}) -> None:
         self.status = status
@@ -281,12 +306,15 @@ class Response:
     async def more(self, w: Writing, rang: bool) -> None:
         "What is new in a stream, or a sign of life."
         events = [e for p in w.pieces() for e in self.stream.delta(**p)] or ([] if rang else self.stream.ping())
-        if events: await self.body(b''.join(events), True)
+        if events:
+            await self.body(b''.join(events), True)
 
     async def close(self, w: Writing, a: Answer) -> None:
         "The answer, or the end of its stream."
-        if self.stream is None: await self.json(render_answer(w.call, a))
-        else: await self.body(b''.join(self.stream.finish(a)))
+        if self.stream is None:
+            await self.json(render_answer(w.call, a))
+        else:
+            await self.body(b''.join(self.stream.finish(a)))
 
     async def error(self, e: Exception, status: int, message: str) -> None:
         "Say what went wrong."
@@ -306,8 +334,10 @@ async def read_body(g: Gateway, request) -> bytes:
             async for chunk in request.stream():
                 out.append(chunk)
                 if (n := n + len(chunk)) > limit: raise BadRequest(f'body: more than {limit} bytes', status=413)
-    except TimeoutError: raise BadRequest(f'body: not here after {g.patience:g} seconds', status=408) from None
-    except need('starlette.requests', 'serve').ClientDisconnect: raise Left from None
+    except TimeoutError:
+        raise BadRequest(f'body: not here after {g.patience:g} seconds', status=408) from None
+    except need('starlette.requests', 'serve').ClientDisconnect:
+        raise Left from None
     return b''.join(out)
 
 # %% ../../nbs/plane/07_gateway.ipynb #909b66bc
@@ -317,8 +347,10 @@ async def _admitted(g: Gateway, owner: str):
     if sum(g.active.values()) >= g.concurrent or g.active[owner] >= g.per_owner:
         raise BadRequest(f'{g.concurrent} requests are being answered; try again', status=429, code='rate_limit_exceeded')
     g.active[owner] += 1
-    try: yield
-    finally: g.active[owner] -= 1
+    try:
+        yield
+    finally:
+        g.active[owner] -= 1
 
 # %% ../../nbs/plane/07_gateway.ipynb #bde3a917
 async def _named(g: Gateway, request, call: ApiCall | None = None, key: str = '', owner: str = '', make: bool = True) -> Session:
@@ -332,8 +364,10 @@ async def _named(g: Gateway, request, call: ApiCall | None = None, key: str = ''
 def make_plan(s: Session, call: ApiCall) -> Plan:
     "Where the call belongs. BadRequest for what the chat template refuses."
     agent = call.metadata.get('agent_id') or ('sub-agent' if call.metadata.get('subagent') else '')
-    try: return plan_text(s, call.prompt, agent) if call.dialect == 'completions' else s.plan(call.messages, call.tools, agent)
-    except ValueError as e: raise BadRequest(f'messages: {e}', 'messages') from None
+    try:
+        return plan_text(s, call.prompt, agent) if call.dialect == 'completions' else s.plan(call.messages, call.tools, agent)
+    except ValueError as e:
+        raise BadRequest(f'messages: {e}', 'messages') from None
 
 # %% ../../nbs/plane/07_gateway.ipynb #fc50fab3
 async def serve_call(g: Gateway, dialect: str, counting: bool, request, out: Response) -> None:
@@ -345,15 +379,19 @@ async def serve_call(g: Gateway, dialect: str, counting: bool, request, out: Res
         s = await _named(g, request, call, key, owner)
         if counting: return await out.json(count_tokens_answer(len(make_plan(s, call).ids)))
         if s.finished: raise BadRequest(f'session {s.name!r}: it is finished; start another', status=409)
-        with make_plan(s, call) as plan: await answer(g, Writing(call, plan, g.stop, g.format), request.receive, out)
+        with make_plan(s, call) as plan:
+            await answer(g, Writing(call, plan, g.stop, g.format), request.receive, out)
 
 # %% ../../nbs/plane/07_gateway.ipynb #4c4e66da
 async def answered(g: Gateway, dialect: str, route: str, request, send, work) -> None:
     "Run `work(out)`, turn what it raises into an answer, and count."
     out, began = Response(send, dialect), time.perf_counter()
-    try: await work(out)
-    except (BadRequest, StoreError, Unavailable) as e: await out.error(e, e.status, str(e))
-    except Left: out.status = 499
+    try:
+        await work(out)
+    except (BadRequest, StoreError, Unavailable) as e:
+        await out.error(e, e.status, str(e))
+    except Left:
+        out.status = 499
     except Exception as e:
         _log(e)
         await out.error(e, 500, 'an error of the gateway; its log says where')
@@ -413,9 +451,11 @@ async def _set_reward(g: Gateway, s: Session, turn: Turn | None, value, finished
         await g.store.update(s, turn)
     except BaseException:
         s.reward, s.finished, s.info = old[:3]
-        if turn: turn.reward = old[3]
+        if turn:
+            turn.reward = old[3]
         raise
-    finally: s.busy -= 1
+    finally:
+        s.busy -= 1
 
 # %% ../../nbs/plane/07_gateway.ipynb #22f1dc71
 async def finish_group(g: Gateway, request, out: Response) -> None:
@@ -426,8 +466,10 @@ async def finish_group(g: Gateway, request, out: Response) -> None:
     if not (isinstance(key, str) and _NAME.fullmatch(key)): raise BadRequest('key: at most 256 printable ASCII characters without a space expected', 'key')
     if not (isinstance(names, list) and 0 < len(names) <= 1024 and all(isinstance(x, str) and _NAME.fullmatch(x) for x in names)):
         raise BadRequest('sessions: 1 to 1024 names expected', 'sessions')
-    try: new = await asyncio.to_thread(g.store.finish, f'{owner}:{key}' if owner else key, names, owner)
-    except ValueError as e: raise BadRequest(str(e), 'sessions') from None
+    try:
+        new = await asyncio.to_thread(g.store.finish, f'{owner}:{key}' if owner else key, names, owner)
+    except ValueError as e:
+        raise BadRequest(str(e), 'sessions') from None
     await out.json(dict(key=key, new=new))
 
 # %% ../../nbs/plane/07_gateway.ipynb #74dae79c
@@ -486,20 +528,23 @@ async def metrics(g: Gateway, request, out: Response) -> None:
 # %% ../../nbs/plane/07_gateway.ipynb #6b8bc632
 class Endpoint:
     "An ASGI application for one route."
-    def __init__(self, g: Gateway, dialect: str, route: str, work): self.g, self.dialect, self.route, self.work = g, dialect, route, work
+    def __init__(self, g: Gateway, dialect: str, route: str, work):
+        self.g, self.dialect, self.route, self.work = g, dialect, route, work
     async def __call__(self, scope, receive, send) -> None:
         request = need('starlette.requests', 'serve').Request(scope, receive)
         await answered(self.g, self.dialect, self.route, request, send, lambda out: self.work(self.g, request, out))
 
 def _calls(dialect: str, counting: bool = False):
-    async def work(g, request, out): await serve_call(g, dialect, counting, request, out)
+    async def work(g, request, out):
+        await serve_call(g, dialect, counting, request, out)
     return work
 
 # %% ../../nbs/plane/07_gateway.ipynb #281676f8
 def _app(g: Gateway):
     "Routes: an agent's at the root, and again under /s/SESSION."
     r, a = need('starlette.routing', 'serve'), need('starlette.applications', 'serve')
-    def route(path, name, work, method='GET', dialect='chat'): return r.Route(path, Endpoint(g, dialect, name, work), methods=[method])
+    def route(path, name, work, method='GET', dialect='chat'):
+        return r.Route(path, Endpoint(g, dialect, name, work), methods=[method])
     agent = [route('/v1/chat/completions', 'chat', _calls('chat'), 'POST'),
              route('/v1/completions', 'completions', _calls('completions'), 'POST', 'completions'),
              route('/v1/messages', 'messages', _calls('messages'), 'POST', 'messages'),
@@ -541,7 +586,8 @@ async def running(
     sock = socket.create_server((host, port), family=socket.AF_INET6 if ':' in host else socket.AF_INET)
     task = asyncio.ensure_future(server.serve([sock]))
     try:
-        while not server.started and not task.done(): await asyncio.sleep(.01)
+        while not server.started and not task.done():
+            await asyncio.sleep(.01)
         yield f'http://{host}:{sock.getsockname()[1]}'
     finally:
         server.should_exit = True
@@ -557,7 +603,8 @@ async def serve(
     "Serve until a SIGINT or SIGTERM; what is under way then gets a few seconds. OSError, StoreError."
     await g.store.check(now=True)
     stop, loop = asyncio.Event(), asyncio.get_running_loop()
-    for s in (signal.SIGINT, signal.SIGTERM): loop.add_signal_handler(s, stop.set)
+    for s in (signal.SIGINT, signal.SIGTERM):
+        loop.add_signal_handler(s, stop.set)
     gc.collect()
     gc.freeze()  # libraries and model are no garbage: searching them stops all requests for a third of a second
     gc.set_threshold(20_000, 50, 100)  # sessions hold no cycles, so there is little to find, and looking cost a tenth
@@ -568,7 +615,8 @@ async def serve(
 # %% ../../nbs/plane/07_gateway.ipynb #01e08c6c
 def run_server(work):  # a coroutine that awaits `serve`
     "Run it to its end on an event loop of its own: uvloop's, where there is uvloop (everywhere but on Windows)."
-    with asyncio.Runner(loop_factory=need('uvicorn', 'serve').Config(None).get_loop_factory()) as runner: return runner.run(work)
+    with asyncio.Runner(loop_factory=need('uvicorn', 'serve').Config(None).get_loop_factory()) as runner:
+        return runner.run(work)
 
 # %% ../../nbs/plane/07_gateway.ipynb #99e08a8a
 def how_to_connect(

@@ -32,8 +32,10 @@ class Pulse:
     def add(self, owner: str, written: int = 0, read: int = 0) -> None:
         "Count tokens now."
         now, counts = int(self.clock()), self.counts.get(owner)
-        if counts is None: counts = self.counts[owner] = deque(maxlen=self.seconds + 1)
-        if not counts or counts[-1][0] != now: counts.append([now, 0, 0])
+        if counts is None:
+            counts = self.counts[owner] = deque(maxlen=self.seconds + 1)
+        if not counts or counts[-1][0] != now:
+            counts.append([now, 0, 0])
         last = counts[-1]
         last[1] += written
         last[2] += read
@@ -42,7 +44,8 @@ class Pulse:
         "Tokens written and prompt tokens read in each of the last full seconds, oldest first."
         out, end = np.zeros((2, self.seconds), np.int64), int(self.clock())
         for second, *n in self.counts.get(owner, ()):
-            if 0 < (back := end - second) <= self.seconds: out[:, -back] = n
+            if 0 < (back := end - second) <= self.seconds:
+                out[:, -back] = n
         return out[0].tolist(), out[1].tolist()
 
 # %% ../../nbs/plane/06_live.ipynb #f2d7e955
@@ -80,7 +83,8 @@ def tree_blocks(
 ) -> tuple[list[list], dict[str, int]]:  # blocks [parent, first token, length, paths, runs], parents first; the block in which each turn ends, by id
     "The token tree as blocks. `parent` is a block's index, −1 at a root; `paths`: how many recorded paths go through; `runs`: label, length, …"
     after, blocks, end = {}, [], {}
-    for t in turns: after.setdefault(t.parent and t.parent.id, []).append(t)
+    for t in turns:
+        after.setdefault(t.parent and t.parent.id, []).append(t)
     heads = [None]
     for head in heads:
         kids = [t for t in after.get(head, ()) if t.n_prompt + t.n_answer]
@@ -92,9 +96,11 @@ def tree_blocks(
         end |= {t.id: first + e for t, e in zip(kids, ends)}
         heads += [t.id for t in kids]
     for t in turns:
-        if t.id in end and t.id not in after: blocks[end[t.id]][3] += 1
+        if t.id in end and t.id not in after:
+            blocks[end[t.id]][3] += 1
     for parent, *_, paths, _ in reversed(blocks):
-        if parent >= 0: blocks[parent][3] += paths
+        if parent >= 0:
+            blocks[parent][3] += paths
     return blocks, end
 
 # %% ../../nbs/plane/06_live.ipynb #e5659c1f

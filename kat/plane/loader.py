@@ -24,7 +24,8 @@ def staleness(
         of = t.version[t.mask]
         if (of < 0).any(): raise ValueError(f"task {group.task}: trajectory {i} has trained tokens without a weight version: "
                                             "sample with an engine that records it, or set no max_staleness")
-        if len(of): oldest = min(oldest, int(of.min()))
+        if len(of):
+            oldest = min(oldest, int(of.min()))
     return version - oldest
 
 # %% ../../nbs/plane/04_loader.ipynb #f0cc4f1d
@@ -58,7 +59,8 @@ class Loader:
             batch = self.store.finished_groups(seen, self.ahead)
             for seen, group in batch:
                 age = 0 if self.max_staleness is None else staleness(group, self.version())
-                if self.max_staleness is not None and age > self.max_staleness: self.dropped += 1
+                if self.max_staleness is not None and age > self.max_staleness:
+                    self.dropped += 1
                 else:
                     self.store.give(self.consumer, self.given + 1, seen, self.dropped)
                     self.given, self.cursor = self.given + 1, seen
@@ -85,7 +87,8 @@ class Gate:
         self.accepted, self.running, self.changed = accepted, 0, asyncio.Condition()
 
     @property
-    def room(self) -> int: return capacity(self.version, self.max_staleness, self.groups_per_step, self.accepted, self.running)
+    def room(self) -> int:
+        return capacity(self.version, self.max_staleness, self.groups_per_step, self.accepted, self.running)
 
     async def enter(self) -> None:
         "Wait for capacity and take a place."

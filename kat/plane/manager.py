@@ -77,22 +77,29 @@ class Turn:
         self.keys, self.kids, self.bare, self.prompts = None, {}, {}, Counter()
 
     @property
-    def path(self) -> list['Turn']: return _path(self)
+    def path(self) -> list['Turn']:
+        return _path(self)
     @property
-    def segments(self) -> list[Segment]: return [s for t in self.path for s in (*t.prompt, *t.answer)]
+    def segments(self) -> list[Segment]:
+        return [s for t in self.path for s in (*t.prompt, *t.answer)]
     @property
-    def ids(self) -> np.ndarray: return ids_of(self.segments)
+    def ids(self) -> np.ndarray:
+        return ids_of(self.segments)
     @property
-    def n_prompt(self) -> int: return sum(map(len, self.prompt))
+    def n_prompt(self) -> int:
+        return sum(map(len, self.prompt))
     @property
-    def n_answer(self) -> int: return sum(map(len, self.answer))
-    def __repr__(self): return f'Turn({self.number}, {self.reason}: {self.n_prompt} -> {self.n_answer} tokens, {self.finish})'
+    def n_answer(self) -> int:
+        return sum(map(len, self.answer))
+    def __repr__(self):
+        return f'Turn({self.number}, {self.reason}: {self.n_prompt} -> {self.n_answer} tokens, {self.finish})'
 
 # %% ../../nbs/plane/01_manager.ipynb #28c25e3b
 def _path(t: Turn) -> list[Turn]:
     "The turns from the root to `t`."
     out = [t]
-    while out[-1].parent is not None: out.append(out[-1].parent)
+    while out[-1].parent is not None:
+        out.append(out[-1].parent)
     return out[::-1]
 
 # %% ../../nbs/plane/01_manager.ipynb #51620ff7
@@ -102,7 +109,8 @@ def split(
     "Runs of a request."
     past, context = [], []
     for m in messages:
-        if m['role'] != 'assistant': context.append(m)
+        if m['role'] != 'assistant':
+            context.append(m)
         else:
             past.append((context, m))
             context = []
@@ -153,8 +161,10 @@ def _broken(tokenizer, text: str) -> str:
 def _template_form(m: dict, tokenizer) -> dict:
     "A canonical message as `kat.core.chat` takes it."
     out = {k: v for k, v in m.items() if k not in ('reasoning', 'error')}
-    if m.get('reasoning'): out['reasoning_content'] = m['reasoning']
-    if m.get('error'): out['event'] = 'error'
+    if m.get('reasoning'):
+        out['reasoning_content'] = m['reasoning']
+    if m.get('error'):
+        out['event'] = 'error'
     return out | dict(content=_broken(tokenizer, m['content'])) if m['role'] == 'assistant' else out
 
 # %% ../../nbs/plane/01_manager.ipynb #31e0e9c7
@@ -199,13 +209,18 @@ class Session:
         self.clock = self.busy = self.n_tokens = 0  # busy: requests being answered
         self.n_bytes = 4000     # in memory, by estimate
 
-    def plan(self, messages, tools=None, agent='') -> 'Plan': return _plan(self, messages, tools, agent)
-    def add(self, turn: Turn) -> Turn: return _add(self, turn)
-    def restore(self, turn: Turn) -> None: _index(self, turn)
-    def trajectories(self) -> list[Trajectory]: return _trajectories(self)
+    def plan(self, messages, tools=None, agent='') -> 'Plan':
+        return _plan(self, messages, tools, agent)
+    def add(self, turn: Turn) -> Turn:
+        return _add(self, turn)
+    def restore(self, turn: Turn) -> None:
+        _index(self, turn)
+    def trajectories(self) -> list[Trajectory]:
+        return _trajectories(self)
 
     @property
-    def leaves(self) -> list[Turn]: return [t for t in self.turns.values() if t.answer and not t.kids]
+    def leaves(self) -> list[Turn]:
+        return [t for t in self.turns.values() if t.answer and not t.kids]
     def tree(self) -> TokenTree:
         "The token tree of all paths; ValueError while there is none."
         return TokenTree.from_sequences([t.ids for t in self.leaves])
@@ -222,7 +237,8 @@ def _place(m: dict) -> tuple:
     "Where `known` has a message: cheap, and different for most."
     return m['role'], m['content'], repr(m.get('tool_calls')), m.get('tool_call_id')
 
-def _keys(s: Session, messages: list[dict]) -> tuple[str, ...]: return tuple(_key(s, m) for m in messages)
+def _keys(s: Session, messages: list[dict]) -> tuple[str, ...]:
+    return tuple(_key(s, m) for m in messages)
 
 # %% ../../nbs/plane/01_manager.ipynb #37272cce
 @dataclass
@@ -296,7 +312,8 @@ def _root_reason(s: Session, q: Asked) -> str:
 # %% ../../nbs/plane/01_manager.ipynb #3b8bd48d
 def _open(s: Session, agent: str, context: list[dict], n: int = 1) -> None:
     "Count the context that starts a conversation, with and without its system prompt."
-    for k in (keys_of(context), _after_system(context)): s.openings[agent, k] += n
+    for k in (keys_of(context), _after_system(context)):
+        s.openings[agent, k] += n
 
 def _after_system(context: list[dict]) -> tuple:
     "Keys of the messages that aren't the system's, told apart from those of a whole context."
@@ -315,8 +332,10 @@ def _beginning(tokenizer, t: Turn, text: str) -> int:
     lo, hi = 1, len(ids)
     while lo < hi:
         mid = (lo + hi)//2
-        if len(tokenizer.decode(ids[:mid])) < len(text): lo = mid + 1
-        else: hi = mid
+        if len(tokenizer.decode(ids[:mid])) < len(text):
+            lo = mid + 1
+        else:
+            hi = mid
     for n in range(lo, min(lo + 4, len(ids))):  # a last character of up to four bytes may still lack some
         if tokenizer.decode(ids[:n]) == text: return n
     return 0
@@ -365,16 +384,21 @@ class Plan:
         "int32: the prompt, from the first token of the conversation."
         return ids_of([*(self.parent.segments if self.parent else ()), *self.prompt])
 
-    def turn(self, done: Completion, message: dict, opening=(), **more) -> Turn: return _turn(self, done, message, opening, more)
-    def __enter__(self): _hold(self, 1); return self
-    def __exit__(self, *exc): _hold(self, -1)
+    def turn(self, done: Completion, message: dict, opening=(), **more) -> Turn:
+        return _turn(self, done, message, opening, more)
+    def __enter__(self):
+        _hold(self, 1)
+        return self
+    def __exit__(self, *exc):
+        _hold(self, -1)
 
 def _hold(p: Plan, n: int) -> None:
     "Take (1) or give back (-1) the place of a request that is being answered."
     p.session.busy += n
     p.session.agents[p.agent] += n
     (p.parent or p.session).prompts[p.slot] += n
-    if p.parent is None: _open(p.session, p.agent, p.context, n)
+    if p.parent is None:
+        _open(p.session, p.agent, p.context, n)
 
 # %% ../../nbs/plane/01_manager.ipynb #68a11478
 def _plan(s: Session, messages: list[dict], tools: list[dict] | None, agent: str) -> Plan:
@@ -385,7 +409,8 @@ def _plan(s: Session, messages: list[dict], tools: list[dict] | None, agent: str
     for i in range(i, len(q.past)):
         node = _client_turn(s, node, q, i, tools, reason, tick)
         made.append(node)
-    if made and made[0].reason == 'cut': reason = 'cut'
+    if made and made[0].reason == 'cut':
+        reason = 'cut'
     drift = 'forked' if reason not in CLEAN else 'realigned' if notes else 'clean'
     prompt = context_segments(s.tokenizer, node, q.context, tools)
     s.clock = tick
@@ -402,7 +427,9 @@ def plan_text(
     tok, node, rest = s.tokenizer, None, prompt
     if isinstance(prompt, str):
         for text, t in reversed(s.texts):
-            if prompt.startswith(text) and len(prompt) > len(text): node, rest = t, prompt[len(text):]; break
+            if prompt.startswith(text) and len(prompt) > len(text):
+                node, rest = t, prompt[len(text):]
+                break
         ids = tok.encode(rest, add_special_tokens=node is None)
     else:
         ids, rest = prompt, tok.decode(prompt)
@@ -425,8 +452,10 @@ def _turn(p: Plan, done: Completion, message: dict, opening, more: dict) -> Turn
     s, number = p.session, p.parent.number + 1 if p.parent else 0
     entropy = None if done.entropy is None or np.isnan(done.entropy).any() else done.entropy  # an engine may not know
     answer = generation_segments(s.tokenizer, done.ids, number, done.logprobs, entropy, done.versions, done.trainable and done.finish != 'abort')
-    if done.event: answer = [replace(x, event=done.event) for x in answer]
-    if len(opening) and answer: answer = _opened(s.tokenizer, opening, answer)
+    if done.event:
+        answer = [replace(x, event=done.event) for x in answer]
+    if len(opening) and answer:
+        answer = _opened(s.tokenizer, opening, answer)
     s.clock += 1
     return Turn(**dict(id=new_id(), parent=p.parent, context=p.context, prompt=p.prompt, answer=answer, message=message,
                        finish=done.finish, drift=p.drift, reason=p.reason, notes=p.notes, agent=p.agent, mark=p.mark,
@@ -444,9 +473,11 @@ def _add(s: Session, turn: Turn) -> Turn:
     "Record a turn and the client's turns it hangs on. ValueError for an id that is recorded already."
     if turn.id in s.turns: raise ValueError(f'turn {turn.id}: recorded already')
     chain = [turn]
-    while (up := chain[-1].parent) is not None and up.id not in s.turns: chain.append(up)
+    while (up := chain[-1].parent) is not None and up.id not in s.turns:
+        chain.append(up)
     for t in reversed(chain):
-        if t.parent is not None: t.parent = s.turns[t.parent.id]
+        if t.parent is not None:
+            t.parent = s.turns[t.parent.id]
         _index(s, t)
     return turn
 
@@ -461,12 +492,18 @@ def _index(s: Session, t: Turn) -> None:
     if t.answer:
         at.kids.setdefault((t.mark, asked), {})[key] = t.id  # an id, no turn: a session that is let go has no cycles for the collector
         bare, reminders = without_reminders(t.context)
-        if reminders: at.bare.setdefault((t.mark, keys_of(bare)), {})[asked] = None
-    if t.answer and t.finish != 'client': s.answers[key] = t
-    if t.parent is None: _open(s, t.agent, t.context)
-    else: s.seen.update(asked)
-    if t.finish != 'client': s.seen.update(_lines([t.message]))
-    if s.tokenizer and t.answer and t.context and t.context[0]['role'] == 'prompt': s.texts.append((_text_of(s.tokenizer, t), t))
+        if reminders:
+            at.bare.setdefault((t.mark, keys_of(bare)), {})[asked] = None
+    if t.answer and t.finish != 'client':
+        s.answers[key] = t
+    if t.parent is None:
+        _open(s, t.agent, t.context)
+    else:
+        s.seen.update(asked)
+    if t.finish != 'client':
+        s.seen.update(_lines([t.message]))
+    if s.tokenizer and t.answer and t.context and t.context[0]['role'] == 'prompt':
+        s.texts.append((_text_of(s.tokenizer, t), t))
     s.turns[t.id] = t
     s.agents[t.agent] += 1
     s.n_tokens += t.n_prompt + t.n_answer
@@ -515,7 +552,8 @@ def show(
     stack = [(t, 0) for t in reversed(s.turns.values()) if t.parent is None]
     after = {}
     for t in s.turns.values():
-        if t.parent is not None: after.setdefault(t.parent.id, []).append(t)
+        if t.parent is not None:
+            after.setdefault(t.parent.id, []).append(t)
     while stack:
         t, depth = stack.pop()
         kids = after.get(t.id, [])
@@ -537,7 +575,8 @@ class Manager:
 
     def get(self, owner: str, name: str) -> Session | None:
         "The session, now the one used last; None if it isn't in memory."
-        if (s := self.sessions.get((owner, name))) is not None: self.sessions.move_to_end((owner, name))
+        if (s := self.sessions.get((owner, name))) is not None:
+            self.sessions.move_to_end((owner, name))
         return s
 
     def put(self, s: Session) -> Session:
@@ -552,13 +591,17 @@ class Manager:
         if self.sessions.get(key) is not s: return
         self.n_bytes += s.n_bytes - self.sizes.get(key, 0)
         self.sizes[key] = s.n_bytes
-        if self.n_bytes > self.max_bytes: _make_room(self, s)
+        if self.n_bytes > self.max_bytes:
+            _make_room(self, s)
 
 def _make_room(m: Manager, keep: Session) -> None:
     "Let go the sessions not used for longest."
     gone, left = [], m.n_bytes
     for k, s in m.sessions.items():
         if left <= m.max_bytes: break
-        if not s.busy and s is not keep: gone.append(k); left -= m.sizes[k]
-    for k in gone: del m.sessions[k], m.sizes[k]
+        if not s.busy and s is not keep:
+            gone.append(k)
+            left -= m.sizes[k]
+    for k in gone:
+        del m.sessions[k], m.sizes[k]
     m.n_bytes = left

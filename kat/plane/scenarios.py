@@ -34,7 +34,8 @@ class Step:
     pending: bool = False
 
     @property
-    def drift(self) -> str: return 'forked' if self.reason not in CLEAN else 'realigned' if self.realigned else 'clean'
+    def drift(self) -> str:
+        return 'forked' if self.reason not in CLEAN else 'realigned' if self.realigned else 'clean'
 
 # %% ../../nbs/plane/02_scenarios.ipynb #e44310e2
 def read_step(line: str) -> Step:
@@ -43,13 +44,20 @@ def read_step(line: str) -> Step:
     reason, *options = right.split()
     s = Step(left.split(), reason.rstrip('~'), reason.endswith('~'))
     for o in options:
-        if o[0] == '@': s.agent = o[1:]
-        elif o[0] == '$': s.session = o[1:]
-        elif o[0] == '#': s.tools = int(o[1:])
-        elif o[:6] == 'calls=': s.calls = int(o[6:])
-        elif o in ('think', 'pending'): setattr(s, o, True)
-        elif o in ('abort', 'abort0', 'length'): s.finish, s.empty = o.rstrip('0'), o == 'abort0'
-        else: raise ValueError(f'step {line!r}: option {o!r}')
+        if o[0] == '@':
+            s.agent = o[1:]
+        elif o[0] == '$':
+            s.session = o[1:]
+        elif o[0] == '#':
+            s.tools = int(o[1:])
+        elif o[:6] == 'calls=':
+            s.calls = int(o[6:])
+        elif o in ('think', 'pending'):
+            setattr(s, o, True)
+        elif o in ('abort', 'abort0', 'length'):
+            s.finish, s.empty = o.rstrip('0'), o == 'abort0'
+        else:
+            raise ValueError(f'step {line!r}: option {o!r}')
     return s
 
 # %% ../../nbs/plane/02_scenarios.ipynb #3eb2ed2c
@@ -59,7 +67,8 @@ class Scenario:
     name: str
     steps: list[str]
     paths: str
-    def read(self) -> list[Step]: return [read_step(x) for x in self.steps]
+    def read(self) -> list[Step]:
+        return [read_step(x) for x in self.steps]
 
 # %% ../../nbs/plane/02_scenarios.ipynb #fc1c273e
 SCENARIOS = [Scenario(*x) for x in (
@@ -147,9 +156,11 @@ def answer_of(i: int, s: Step) -> dict:
     "What the model says in step `i`."
     text = f'this is answer {i}, and it is long enough to be quoted'
     m = dict(role='assistant', content='' if s.calls else text)
-    if s.think: m['reasoning'] = f'thought {i}'
-    if s.calls: m['tool_calls'] = [dict(id=f'call_{i}_{j}', type='function', function=dict(
-        name='view', arguments=dict(path=f'{i}{j}.py', line=j))) for j in range(s.calls)]
+    if s.think:
+        m['reasoning'] = f'thought {i}'
+    if s.calls:
+        m['tool_calls'] = [dict(id=f'call_{i}_{j}', type='function', function=dict(
+            name='view', arguments=dict(path=f'{i}{j}.py', line=j))) for j in range(s.calls)]
     return m
 
 # %% ../../nbs/plane/02_scenarios.ipynb #a7a20861
@@ -160,14 +171,21 @@ def _changed(m: dict, how: list[str]) -> dict:
     "An answer as a careless client sends it back."
     m = deepcopy(m)
     for h in how:
-        if h == 'blank': m['content'] += ' '
-        elif h == 'think': del m['reasoning']
-        elif h == 'edit': m['content'] = 'edited: ' + m['content'][5:]
-        elif h == 'cut': m['content'] = m['content'][:12]
-        elif h == 'ids': m['tool_calls'] = [c | dict(id='new_' + c['id']) for c in m['tool_calls']]
+        if h == 'blank':
+            m['content'] += ' '
+        elif h == 'think':
+            del m['reasoning']
+        elif h == 'edit':
+            m['content'] = 'edited: ' + m['content'][5:]
+        elif h == 'cut':
+            m['content'] = m['content'][:12]
+        elif h == 'ids':
+            m['tool_calls'] = [c | dict(id='new_' + c['id']) for c in m['tool_calls']]
         elif h == 'args':
-            for c in m['tool_calls']: c['function']['arguments'] = dict(reversed(c['function']['arguments'].items()))
-        else: raise ValueError(f'change {h!r}')
+            for c in m['tool_calls']:
+                c['function']['arguments'] = dict(reversed(c['function']['arguments'].items()))
+        else:
+            raise ValueError(f'change {h!r}')
     return m
 
 # %% ../../nbs/plane/02_scenarios.ipynb #b016ff6e
@@ -190,13 +208,20 @@ def messages_of(
     for w in step.words:
         word, *how = w.split('.')
         kind, n = word[0], word[1:]
-        if kind == 's': out.append(dict(role='system', content=f'you are agent {n or 1}'))
-        elif kind == 'u': out.append(dict(role='user', content=f'request {n}'))
-        elif kind in 'wv': out.append(dict(role='user', content=f'<system-reminder>\nnote {n}\n</system-reminder>' + (f'\nrequest {n}' if kind == 'w' else '')))
-        elif kind == 'x': out.append(dict(role='assistant', content=f'words {n} of the client'))
-        elif kind == 'q': out.append(dict(role='user', content=f"so far:\n{answers[int(n)]['content']}\ngo on"))
-        elif kind == 'A': out.append(_changed(answers[int(n)], how))
-        else: out += _results(answers[int(n)], how)
+        if kind == 's':
+            out.append(dict(role='system', content=f'you are agent {n or 1}'))
+        elif kind == 'u':
+            out.append(dict(role='user', content=f'request {n}'))
+        elif kind in 'wv':
+            out.append(dict(role='user', content=f'<system-reminder>\nnote {n}\n</system-reminder>' + (f'\nrequest {n}' if kind == 'w' else '')))
+        elif kind == 'x':
+            out.append(dict(role='assistant', content=f'words {n} of the client'))
+        elif kind == 'q':
+            out.append(dict(role='user', content=f"so far:\n{answers[int(n)]['content']}\ngo on"))
+        elif kind == 'A':
+            out.append(_changed(answers[int(n)], how))
+        else:
+            out += _results(answers[int(n)], how)
     return out
 
 # %% ../../nbs/plane/02_scenarios.ipynb #d121cc64
@@ -233,7 +258,8 @@ def play_scenario(sc: Scenario, tokenizer) -> Played:
         out.plans.append(p)
         waiting.append((i, step, p))
         if step.pending: continue
-        for args in reversed(waiting): _record(*args, out)
+        for args in reversed(waiting):
+            _record(*args, out)
         waiting = []
     return out
 
@@ -242,7 +268,8 @@ def _record(i: int, step: Step, p: Plan, out: Played) -> None:
     "Answer a step."
     s, said = p.session, answer_of(i, step)
     ids = cut_off(spelled(s.tokenizer, said), step)
-    if step.finish != 'stop': said |= dict(content=s.tokenizer.decode(ids))
+    if step.finish != 'stop':
+        said |= dict(content=s.tokenizer.decode(ids))
     z = np.zeros(len(ids), np.float32)
     out.turns[i] = s.add(p.turn(Completion(ids, z - 1, z + .5, step.finish, i), said))
     out.answers[i] = said

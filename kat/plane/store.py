@@ -86,7 +86,8 @@ def _tables():
 def _create(conn) -> None:
     "Version 1."
     sessions, turns, version = _tables()
-    for t in (sessions, turns): t.create(conn)
+    for t in (sessions, turns):
+        t.create(conn)
 
 # %% ../../nbs/plane/03_store.ipynb #08806867
 def _group_tables():
@@ -104,7 +105,8 @@ def _group_tables():
 
 def _add_groups(conn) -> None:
     "Version 2."
-    for t in _group_tables(): t.create(conn)
+    for t in _group_tables():
+        t.create(conn)
 
 MIGRATIONS = [_create, _add_groups]
 
@@ -116,7 +118,8 @@ def migrate(conn) -> int:
     version.create(conn, checkfirst=True)
     had = conn.scalar(sa.select(version.c.version)) or 0
     if had > len(MIGRATIONS): raise ValueError(f'store has schema version {had}, this kat knows {len(MIGRATIONS)}: upgrade kat')
-    for step in MIGRATIONS[had:]: step(conn)
+    for step in MIGRATIONS[had:]:
+        step(conn)
     if had < len(MIGRATIONS):
         conn.execute(sa.delete(version))
         conn.execute(sa.insert(version).values(version=len(MIGRATIONS)))
@@ -144,7 +147,8 @@ def connect(
 def _on_connect(raw, record) -> None:
     "Settings of a SQLite connection."
     raw.isolation_level = None
-    for line in ('busy_timeout=10000', 'journal_mode=WAL', 'synchronous=FULL'): raw.execute(f'PRAGMA {line}')
+    for line in ('busy_timeout=10000', 'journal_mode=WAL', 'synchronous=FULL'):
+        raw.execute(f'PRAGMA {line}')
 
 def _on_begin(conn) -> None:
     conn.exec_driver_sql('BEGIN IMMEDIATE' if conn.get_execution_options().get('writes') else 'BEGIN')
@@ -176,14 +180,17 @@ class Store:
     ):
         "Open the store and bring its schema up to date. StoreError or ValueError when it can't be."
         self.batch, self.error, self.stats = batch, None, dict(commits=0, turns=0)
-        if '://' not in str(url): Path(url).parent.mkdir(parents=True, exist_ok=True)
+        if '://' not in str(url):
+            Path(url).parent.mkdir(parents=True, exist_ok=True)
         self.engine, (self.sessions_t, self.turns_t, _), self.group_tables = connect(url), _tables(), _group_tables()
         self.writing = self.engine.execution_options(writes=True)
         new = need(f'sqlalchemy.dialects.{self.engine.dialect.name}', 'serve').insert
         self.inserts = {t: new(t).on_conflict_do_nothing(index_elements=[key]) for t, key in ((self.sessions_t, 'uid'), (self.turns_t, 'id'))}
         try:
-            with self.writing.begin() as conn: migrate(conn)
-        except need('sqlalchemy', 'serve').exc.DBAPIError as e: raise store_error(e) or e from None
+            with self.writing.begin() as conn:
+                migrate(conn)
+        except need('sqlalchemy', 'serve').exc.DBAPIError as e:
+            raise store_error(e) or e from None
         self._jobs = queue.SimpleQueue()
         self._thread = threading.Thread(target=_writer, args=(self,), name='kat-store', daemon=True)
         self._thread.start()
@@ -202,11 +209,15 @@ class Store:
 
     async def check(self, now: bool = False) -> None:
         "StoreError if the last write failed and another one fails too; with `now`, try in any case."
-        if self.error or now: await _submit(self, dict(probe=True))
+        if self.error or now:
+            await _submit(self, dict(probe=True))
 
-    def load(self, tokenizer, owner: str, name: str) -> Session | None: return _load(self, tokenizer, owner=owner, name=name)
-    def sessions(self, recent: int | None = None, **where) -> list[dict]: return _list(self, where, recent)
-    def groups(self, **where) -> Iterator[Group]: return _groups(self, where)
+    def load(self, tokenizer, owner: str, name: str) -> Session | None:
+        return _load(self, tokenizer, owner=owner, name=name)
+    def sessions(self, recent: int | None = None, **where) -> list[dict]:
+        return _list(self, where, recent)
+    def groups(self, **where) -> Iterator[Group]:
+        return _groups(self, where)
 
     def finish(self,
         key: str,             # names the group; the same again adds nothing
@@ -246,26 +257,33 @@ async def _submit(store: Store, job: dict) -> None:
     loop = asyncio.get_running_loop()
     done = loop.create_future()
     def tell(error):
-        if not done.done(): done.set_exception(error) if error else done.set_result(None)
+        if not done.done():
+            done.set_exception(error) if error else done.set_result(None)
     def answer(error=None):
-        try: loop.call_soon_threadsafe(tell, error)
-        except RuntimeError: pass  # the loop has ended; nobody waits
+        try:
+            loop.call_soon_threadsafe(tell, error)
+        except RuntimeError:
+            pass  # the loop has ended; nobody waits
     store._jobs.put((job, answer))
     await done
 
 # %% ../../nbs/plane/03_store.ipynb #f61e8be8
 def _writer(store: Store) -> None:
     "The writer's thread."
-    while batch := _next(store._jobs, store.batch): _commit(store, batch)
+    while batch := _next(store._jobs, store.batch):
+        _commit(store, batch)
 
 def _next(jobs: queue.SimpleQueue, most: int) -> list:
     "Wait for a job and take what else is there; nothing at the end."
     out = []
     while len(out) < most:
-        try: job = jobs.get(block=not out)
-        except queue.Empty: break
+        try:
+            job = jobs.get(block=not out)
+        except queue.Empty:
+            break
         if job is None:
-            if out: jobs.put(None)
+            if out:
+                jobs.put(None)
             break
         out.append(job)
     return out
@@ -275,18 +293,21 @@ def _commit(store: Store, batch: list, again: bool = True) -> None:
     "One transaction for a batch of jobs; every job is answered."
     error = wide = None
     try:
-        with store.writing.begin() as conn: n = _apply(store, conn, [job for job, _ in batch])
+        with store.writing.begin() as conn:
+            n = _apply(store, conn, [job for job, _ in batch])
         store.stats['commits'] += 1
         store.stats['turns'] += n
     except Exception as e:  # whatever it is, those who wait must hear it
         if again and getattr(e, 'connection_invalidated', False): return _commit(store, batch, False)
         error = wide = store_error(e)
         if wide is None and len(batch) > 1:
-            for one in batch: _commit(store, [one])
+            for one in batch:
+                _commit(store, [one])
             return
         error = wide or e
     store.error = wide
-    for _, answer in batch: answer(error)
+    for _, answer in batch:
+        answer(error)
 
 # %% ../../nbs/plane/03_store.ipynb #3636a8a7
 def _apply(store: Store, conn, jobs: list[dict]) -> int:
@@ -294,11 +315,14 @@ def _apply(store: Store, conn, jobs: list[dict]) -> int:
     sa, s, t = need('sqlalchemy', 'serve'), store.sessions_t, store.turns_t
     rows = lambda kind: [x for job in jobs for x in job.get(kind, ())]
     for table, new in ((s, {x['uid']: x for x in rows('sessions')}), (t, {x['id']: x for x in rows('turns')})):
-        if new: conn.execute(store.inserts[table], list(new.values()))
+        if new:
+            conn.execute(store.inserts[table], list(new.values()))
     for x in rows('updates'):
         conn.execute(sa.update(s).where(s.c.uid == x['uid']).values({k: x[k] for k in ('task', 'reward', 'finished', 'info')}))
-    for uid, reward in rows('rewards'): conn.execute(sa.update(t).where(t.c.id == uid).values(reward=reward))
-    if any(job.get('probe') for job in jobs): _probe(conn)
+    for uid, reward in rows('rewards'):
+        conn.execute(sa.update(t).where(t.c.id == uid).values(reward=reward))
+    if any(job.get('probe') for job in jobs):
+        _probe(conn)
     return len(rows('turns'))
 
 def _probe(conn) -> None:
@@ -318,10 +342,12 @@ def _load(store: Store, tokenizer, most: int | None = None, **where) -> Session 
             row = conn.execute(sa.select(s).filter_by(**where)).mappings().first()
             if row is None: return None
             rows = conn.execute(sa.select(t).where(t.c.session == row['uid']).order_by(t.c.seq).limit(most)).mappings().all()
-    except sa.exc.DBAPIError as e: raise store_error(e) or e from None
+    except sa.exc.DBAPIError as e:
+        raise store_error(e) or e from None
     keep = {k: row[k] for k in ('name', 'owner', 'task', 'uid', 'reward', 'finished')}
     out = Session(tokenizer, **keep, info=loads(row['info']), stored=True)
-    for r in rows: out.restore(row_turn(r, out.turns))
+    for r in rows:
+        out.restore(row_turn(r, out.turns))
     return out
 
 # %% ../../nbs/plane/03_store.ipynb #5dbab061
@@ -337,10 +363,13 @@ def _list(store: Store, where: dict, recent: int | None) -> list[dict]:
         sums = sums.where(t.c.session.in_(sa.select(few.c.uid)))
     sums = sums.subquery()
     query = sa.select(s, *[c for c in sums.c if c.name != 'session']).outerjoin(sums, sums.c.session == s.c.uid).filter_by(**where)
-    if recent is not None: query = query.where(s.c.uid.in_(sa.select(few.c.uid)))
+    if recent is not None:
+        query = query.where(s.c.uid.in_(sa.select(few.c.uid)))
     try:
-        with store.engine.begin() as conn: rows = conn.execute(query.order_by(s.c.created, s.c.uid)).mappings().all()
-    except sa.exc.DBAPIError as e: raise store_error(e) or e from None
+        with store.engine.begin() as conn:
+            rows = conn.execute(query.order_by(s.c.created, s.c.uid)).mappings().all()
+    except sa.exc.DBAPIError as e:
+        raise store_error(e) or e from None
     numbers = ('turns', 'tokens', 'clean', 'realigned', 'forked')
     return [dict(r) | dict(info=loads(r['info'])) | {k: int(r[k] or 0) for k in numbers} for r in rows]
 
@@ -348,10 +377,12 @@ def _list(store: Store, where: dict, recent: int | None) -> list[dict]:
 def _groups(store: Store, where: dict) -> Iterator[Group]:
     "One group per task, in the order in which tasks began; tasks without a trajectory are left out."
     tasks = {}
-    for r in store.sessions(**where): tasks.setdefault(r['task'], []).append(r['uid'])
+    for r in store.sessions(**where):
+        tasks.setdefault(r['task'], []).append(r['uid'])
     for task, uids in tasks.items():
         trajectories = [x for uid in uids for x in _load(store, None, uid=uid).trajectories()]
-        if trajectories: yield Group(task, trajectories)
+        if trajectories:
+            yield Group(task, trajectories)
 
 def export(
     store: Store,
@@ -365,12 +396,15 @@ def export(
 def _blocking(store: Store, work, *args):
     "`work(store, conn, *args)` in a transaction of its own, here and now."
     try:
-        with store.writing.begin() as conn: return work(store, conn, *args)
-    except need('sqlalchemy', 'serve').exc.DBAPIError as e: raise store_error(e) or e from None
+        with store.writing.begin() as conn:
+            return work(store, conn, *args)
+    except need('sqlalchemy', 'serve').exc.DBAPIError as e:
+        raise store_error(e) or e from None
 
 def _finish(store: Store, conn, key: str, names: list[str], owner: str) -> bool:
     sa, (groups, members, _) = need('sqlalchemy', 'serve'), store.group_tables
-    if conn.dialect.name == 'postgresql': conn.exec_driver_sql('LOCK TABLE finished_groups IN SHARE ROW EXCLUSIVE MODE')
+    if conn.dialect.name == 'postgresql':
+        conn.exec_driver_sql('LOCK TABLE finished_groups IN SHARE ROW EXCLUSIVE MODE')
     if conn.execute(sa.select(groups.c.cursor).where(groups.c.key == key)).first(): return False
     rows = _graded(store, conn, key, names, owner)
     cursor = (conn.scalar(sa.select(sa.func.max(groups.c.cursor))) or 0) + 1
@@ -411,7 +445,8 @@ def _finished(store: Store, after: int, limit: int) -> list[tuple[int, Group]]:
         with store.engine.begin() as conn:
             rows = conn.execute(sa.select(groups).where(groups.c.cursor > after).order_by(groups.c.cursor).limit(limit)).mappings().all()
             parts = conn.execute(sa.select(members).where(members.c.cursor.in_([r['cursor'] for r in rows])).order_by(members.c.place)).mappings().all()
-    except sa.exc.DBAPIError as e: raise store_error(e) or e from None
+    except sa.exc.DBAPIError as e:
+        raise store_error(e) or e from None
     paths = lambda cursor: [x for p in parts if p['cursor'] == cursor for x in _as_graded(store, p)]
     return [(r['cursor'], Group(r['task'], paths(r['cursor']), dict(key=r['key']))) for r in rows]
 
@@ -419,7 +454,8 @@ def _as_graded(store: Store, row: dict) -> list:
     "The trajectories of a session as it was when its group was finished."
     graded, s = loads(row['graded']), _load(store, None, row['turns'], uid=row['session'])
     s.reward, s.info = graded['reward'], graded['info']
-    for t in s.turns.values(): t.reward = graded['turns'].get(t.id)
+    for t in s.turns.values():
+        t.reward = graded['turns'].get(t.id)
     return s.trajectories()
 
 # %% ../../nbs/plane/03_store.ipynb #672d9c7f

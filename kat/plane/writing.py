@@ -19,15 +19,18 @@ from .manager import Plan, Turn, new_id
 # %% ../../nbs/plane/05_writing.ipynb #77fe132c
 class StopText:
     "Passes text on up to the first stop string."
-    def __init__(self, strings: list[str]): self.strings, self.buf, self.hit = strings, '', None
+    def __init__(self, strings: list[str]):
+        self.strings, self.buf, self.hit = strings, '', None
 
     def feed(self, text: str, final: bool = False) -> str:
         "What of the text so far can be shown; all of it at the end."
         if self.hit is not None or not self.strings: return '' if self.hit is not None else text
         self.buf += text
         found = min(((i, s) for s in self.strings if (i := self.buf.find(s)) >= 0), default=None)
-        if found is not None: n, self.hit = found
-        else: n = len(self.buf) if final else len(self.buf) - max(_begun(self.buf, s) for s in self.strings)
+        if found is not None:
+            n, self.hit = found
+        else:
+            n = len(self.buf) if final else len(self.buf) - max(_begun(self.buf, s) for s in self.strings)
         out, self.buf = self.buf[:n], self.buf[n:]
         return out
 
@@ -53,7 +56,8 @@ class Writing:
         self.parser = CallParser(call.callables, format if chat else None, thinks, call_prefix(call.dialect, self.id)) if chat else None
         opening = _opening(call, format, thinks)
         self.opening = tok.encode(opening, add_special_tokens=False) if opening else []  # ids that the answer begins with
-        if opening: self.parser.feed(opening)
+        if opening:
+            self.parser.feed(opening)
 
     def token(self, token: int, logprob: float, entropy: float, version: int) -> None:
         "The engine's next token."
@@ -61,12 +65,14 @@ class Writing:
         self.logprobs.append(logprob)
         self.entropy.append(entropy)
         self.versions.append(version)
-        if self.call.stream: self.bell.ring()
+        if self.call.stream:
+            self.bell.ring()
 
     def pieces(self, final: bool = False) -> list[dict]:
         "What can be shown of the tokens that have come since the last time."
         new, self.read = self.ids[self.read:], len(self.ids)
-        if new and new[-1] in self.stop: new = new[:-1]
+        if new and new[-1] in self.stop:
+            new = new[:-1]
         text = self.text.feed(self.decoder.feed(new) + (self.decoder.finish() if final else ''), final)
         if self.parser is None: return [dict(text=text)] if text else []
         return self.parser.feed(text) + (self.parser.finish() if final else [])
@@ -91,16 +97,20 @@ def _thinks(p: Plan) -> bool:
 
 class Bell:
     "Wakes one waiter."
-    def __init__(self): self.waiter = None
+    def __init__(self):
+        self.waiter = None
     def ring(self, *_) -> None:
-        if self.waiter is not None and not self.waiter.done(): self.waiter.set_result(True)
+        if self.waiter is not None and not self.waiter.done():
+            self.waiter.set_result(True)
     async def wait(self, seconds: float) -> bool:
         "Until it rings (True), or so long (False)."
         loop = asyncio.get_running_loop()
         self.waiter = loop.create_future()
         timer = loop.call_later(seconds, lambda w: w.done() or w.set_result(False), self.waiter)
-        try: return await self.waiter
-        finally: timer.cancel()
+        try:
+            return await self.waiter
+        finally:
+            timer.cancel()
 
 # %% ../../nbs/plane/05_writing.ipynb #1117c935
 @dataclass
@@ -125,7 +135,8 @@ def read_answer(w: Writing, done: Completion) -> tuple[Said, list[dict]]:
 def message_of(call: ApiCall, said: Said) -> dict:
     "The answer as a canonical message, as the client knows it."
     out = dict(role='assistant', content=said.content)
-    if said.reasoning and call.thinking == 'shown': out['reasoning'] = said.reasoning
+    if said.reasoning and call.thinking == 'shown':
+        out['reasoning'] = said.reasoning
     return out | (dict(tool_calls=said.calls) if said.calls else {})
 
 # %% ../../nbs/plane/05_writing.ipynb #a8a74186

@@ -29,8 +29,10 @@ def calls_of(message: dict,      # the assistant's, in OpenAI's form
             ) -> list[ToolCall]:
     "The tool calls of an answer."
     def arguments(text):
-        try: d = json.loads(text or '{}')
-        except ValueError: d = {}
+        try:
+            d = json.loads(text or '{}')
+        except ValueError:
+            d = {}
         return d if isinstance(d, dict) else {}
     return [ToolCall(c['function']['name'], arguments(c['function']['arguments']), c['id']) for c in message.get('tool_calls') or ()]
 

@@ -23,7 +23,8 @@ from ..study.evaluate import eval_record, load_eval, save_eval, wilson
 # %% ../../nbs/recipe/06_evaluation.ipynb #0c5328d8
 def evaluate(model, tokenizer, stage: str, run_dir: str | Path, n: int, seed: int, max_turns: int, make_env, progress: Callable | None = None) -> dict:
     "Play `n` held-out tasks sampled and greedy; writes `eval/<stage>.json` and both sets of trajectories, returns the record."
-    run = Path(run_dir); path = run / 'eval' / f'{stage}.json'
+    run = Path(run_dir)
+    path = run / 'eval' / f'{stage}.json'
     if path.exists(): return load_eval(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     engine = HFEngine(model, max_len=1024, slots=min(n, 256), dtype=torch.bfloat16)
@@ -33,7 +34,8 @@ def evaluate(model, tokenizer, stage: str, run_dir: str | Path, n: int, seed: in
         got[mode] = []
         for i in range(0, n, 256):
             got[mode] += rollout(policy, tokenizer, tasks[i:i + 256], make_env, seed=10**6 + 1000 * seed + i, max_turns=max_turns)
-            if progress: progress(len(got['sampled']) + len(got.get('greedy', [])))
+            if progress:
+                progress(len(got['sampled']) + len(got.get('greedy', [])))
     engine.close()
     write_parquet(run / 'eval' / f'{stage}.parquet', got['sampled'])
     write_parquet(run / 'eval' / f'{stage}.greedy.parquet', got['greedy'])
@@ -44,7 +46,8 @@ def evaluate(model, tokenizer, stage: str, run_dir: str | Path, n: int, seed: in
 # %% ../../nbs/recipe/06_evaluation.ipynb #83aac835
 def evaluate_stage(kit, stage: str, run_dir, n: int, seed: int, max_turns: int) -> dict:
     "Evaluate `(model, tokenizer)` and print the line that people look for."
-    with world() as make_env: r = evaluate(*kit, stage, run_dir, n, seed, max_turns, make_env)
+    with world() as make_env:
+        r = evaluate(*kit, stage, run_dir, n, seed, max_turns, make_env)
     for mode in ('sampled', 'greedy'):
         m = r[mode]
         print(f"{stage}: solved {m['rate']:.3f} [{m['lo']:.3f}, {m['hi']:.3f}] of {n} held-out tasks {mode}; "

@@ -30,17 +30,21 @@ def write_json(
     value,      # anything JSON holds
 ):
     "Write `value` as JSON; a reader sees the old file or the new one, never half of it."
-    with atomic(path) as tmp: tmp.write_text(json.dumps(value, indent=1, ensure_ascii=False) + '\n', encoding='utf-8')
+    with atomic(path) as tmp:
+        tmp.write_text(json.dumps(value, indent=1, ensure_ascii=False) + '\n', encoding='utf-8')
 
 # %% ../../nbs/recipe/05_pipeline.ipynb #93f39060
 def _rewind(path: Path, stage: str, step: int):
     "Drop from `metrics.jsonl` the lines of `stage` after `step`, and an unfinished last line."
     try:
-        with warnings.catch_warnings(action='ignore'): lines = read_log(path, repair=True)
-    except ValueError as e: raise UserError(f'{one_line(e)}; delete that line') from None
+        with warnings.catch_warnings(action='ignore'):
+            lines = read_log(path, repair=True)
+    except ValueError as e:
+        raise UserError(f'{one_line(e)}; delete that line') from None
     kept = [l for l in lines if l['stage'] != stage or l['step'] <= step]
     if len(kept) < len(lines):
-        with atomic(path) as tmp: tmp.write_text(''.join(dumps(l) + '\n' for l in kept), encoding='utf-8')
+        with atomic(path) as tmp:
+            tmp.write_text(''.join(dumps(l) + '\n' for l in kept), encoding='utf-8')
 
 # %% ../../nbs/recipe/05_pipeline.ipynb #e0006c83
 class Progress:
@@ -70,7 +74,8 @@ class Progress:
             wall_s = round(time.monotonic() - self.began, 3)
             line = dict(stage=self.stage, step=n, total=self.total, **metrics, wall_s=wall_s)
             append_jsonl(self.run_dir/'metrics.jsonl', line)
-        if n == self.total or time.monotonic() > self.shown + 0.2: self._show(metrics)
+        if n == self.total or time.monotonic() > self.shown + 0.2:
+            self._show(metrics)
 
     def _show(self, metrics):
         self.shown = time.monotonic()
@@ -83,7 +88,8 @@ def steps_to(run_dir, stage: str, total: int, offset: int = 0) -> Callable[[dict
     box = []
     def told(m: dict):
         n = m['step'] + offset
-        if not box: box.append(Progress(run_dir, stage, total, resume_step=n - 1))
+        if not box:
+            box.append(Progress(run_dir, stage, total, resume_step=n - 1))
         box[0].step(n, **{k: v for k, v in m.items() if k not in ('step', 'steps', 'seconds', 'version')})
     return told
 
@@ -107,9 +113,13 @@ class Bars:
                                 rp.TimeElapsedColumn(), rp.TextColumn('ETA'), rp.TimeRemainingColumn(compact=True),
                                 rp.TextColumn('{task.fields[note]}', style='dim'), console=console)
         self.tasks = {s: self.bars.add_task(s, total=None, start=False, note='') for s in stages}
-    def __enter__(self): self.bars.start(); return self
-    def __exit__(self, *_): self.bars.stop()
-    def start(self, stage): self.bars.start_task(self.tasks[stage])
+    def __enter__(self):
+        self.bars.start()
+        return self
+    def __exit__(self, *_):
+        self.bars.stop()
+    def start(self, stage):
+        self.bars.start_task(self.tasks[stage])
     def step(self, stage, step, total, note):
         self.bars.update(self.tasks[stage], completed=step, total=total, note=note)
     def done(self, stage, note):
@@ -121,18 +131,26 @@ class Lines:
     "A plain line per event, and one every few seconds while steps are made; for logs."
     def __init__(self, console, every: float = 5.0): # every: seconds between lines
         self.console, self.every, self.said, self.first = console, every, 0., None
-    def __enter__(self): return self
-    def __exit__(self, *_): pass
-    def say(self, text): self.console.print(text, markup=False, highlight=False, soft_wrap=True)
-    def start(self, stage): self.first = None; self.said = time.monotonic(); self.say(f'{stage}: started')
+    def __enter__(self):
+        return self
+    def __exit__(self, *_):
+        pass
+    def say(self, text):
+        self.console.print(text, markup=False, highlight=False, soft_wrap=True)
+    def start(self, stage):
+        self.first = None
+        self.said = time.monotonic()
+        self.say(f'{stage}: started')
     def step(self, stage, step, total, note):
         now = time.monotonic()
-        if self.first is None: self.first, self.last = (now, step), step
+        if self.first is None:
+            self.first, self.last = (now, step), step
         if now < self.said + self.every or step <= self.last: return
         eta = (now - self.first[0])/(step - self.first[1])*(total - step)
         self.said, self.last = now, step
         self.say(f'{stage}: step {step}/{total}, ETA {_clock(eta)}' + (f', {note}' if note else ''))
-    def done(self, stage, note): self.say(f'{stage}: {note}')
+    def done(self, stage, note):
+        self.say(f'{stage}: {note}')
 
 # %% ../../nbs/recipe/05_pipeline.ipynb #2569100d
 @contextmanager
@@ -145,15 +163,20 @@ def _watch(
     stop = threading.Event()
     (run_dir/'progress.json').unlink(missing_ok=True)
     def look():
-        try: p = loads((run_dir/'progress.json').read_text(encoding='utf-8'))
-        except (OSError, ValueError): return
-        if p['stage'] == stage: display.step(stage, p['step'], p['total'], _note(p['metrics']))
+        try:
+            p = loads((run_dir/'progress.json').read_text(encoding='utf-8'))
+        except (OSError, ValueError):
+            return
+        if p['stage'] == stage:
+            display.step(stage, p['step'], p['total'], _note(p['metrics']))
     def loop():
-        while not stop.wait(0.25): look()
+        while not stop.wait(0.25):
+            look()
         look()
     thread = threading.Thread(target=loop, daemon=True)
     thread.start()
-    try: yield
+    try:
+        yield
     finally:
         stop.set()
         thread.join()
@@ -161,9 +184,12 @@ def _watch(
 # %% ../../nbs/recipe/05_pipeline.ipynb #61f1d476
 def _alive(pid: str) -> bool:
     "Whether a process of that number exists."
-    try: os.kill(int(pid), 0)
-    except (ValueError, ProcessLookupError): return False
-    except PermissionError: pass
+    try:
+        os.kill(int(pid), 0)
+    except (ValueError, ProcessLookupError):
+        return False
+    except PermissionError:
+        pass
     return True
 
 
@@ -175,8 +201,10 @@ def _holders(path: Path) -> str:
 
 def _reads(link: Path) -> str:
     "Where a link leads; '' if it is gone or not ours to read."
-    try: return os.readlink(link)
-    except OSError: return ''
+    try:
+        return os.readlink(link)
+    except OSError:
+        return ''
 
 # %% ../../nbs/recipe/05_pipeline.ipynb #94ad522a
 @contextmanager
@@ -189,8 +217,11 @@ def locked(
     fd = os.open(path, os.O_RDWR|os.O_CREAT, 0o644)
     try:
         while True:
-            try: fcntl.flock(fd, fcntl.LOCK_EX|fcntl.LOCK_NB); break
-            except BlockingIOError: owner = os.pread(fd, 20, 0).decode().strip()
+            try:
+                fcntl.flock(fd, fcntl.LOCK_EX|fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                owner = os.pread(fd, 20, 0).decode().strip()
             if _alive(owner):
                 raise UserError(f'{run_dir} is being written by process {owner}: wait for it, or choose another --name')
             if time.monotonic() > deadline:
@@ -200,7 +231,8 @@ def locked(
         os.ftruncate(fd, 0)
         os.pwrite(fd, f'{os.getpid()}\n'.encode(), 0)
         yield fd
-    finally: os.close(fd)  # not LOCK_UN, which would take the lock from a living kernel too
+    finally:
+        os.close(fd)  # not LOCK_UN, which would take the lock from a living kernel too
 
 # %% ../../nbs/recipe/05_pipeline.ipynb #a3e42ed4
 ROOT = Path(__file__).resolve().parents[2] if '__file__' in globals() else Path.cwd().parents[1]
@@ -217,8 +249,10 @@ def _override(plan: dict, declared: dict, pair: str):
         raise unknown('parameter', name, list(known), f' of {stage}' if dot else ' of any stage')
     for s in where:
         p = declared[s][name]
-        try: plan[s][name] = parse_value(text, p.type)
-        except ValueError: raise UserError(f'-p {pair}: {name} of {s} is of type {p.type}') from None
+        try:
+            plan[s][name] = parse_value(text, p.type)
+        except ValueError:
+            raise UserError(f'-p {pair}: {name} of {s} is of type {p.type}') from None
 
 # %% ../../nbs/recipe/05_pipeline.ipynb #68233309
 def make_plan(
@@ -236,19 +270,24 @@ def make_plan(
     for s in plan:
         declared[s] = read_parameters(stages_dir/f'{s}.ipynb')
         if declared[s].pop('run_dir', None) is None: raise UserError(f'{s}.ipynb declares no parameter run_dir')
-    for pair in overrides: _override(plan, declared, pair)
+    for pair in overrides:
+        _override(plan, declared, pair)
     return {s: check_parameters(declared[s], values, s) for s, values in plan.items()}
 
 # %% ../../nbs/recipe/05_pipeline.ipynb #8d0f5644
 def machine() -> dict:
     "What the run was made on."
-    try: cpu = next(l.split(':')[1].strip() for l in open('/proc/cpuinfo') if l.startswith('model name'))
-    except (OSError, StopIteration): cpu = platform.processor() or platform.machine()
+    try:
+        cpu = next(l.split(':')[1].strip() for l in open('/proc/cpuinfo') if l.startswith('model name'))
+    except (OSError, StopIteration):
+        cpu = platform.processor() or platform.machine()
     cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
     memory = round(os.sysconf('SC_PHYS_PAGES')*os.sysconf('SC_PAGE_SIZE')/2**30, 1)
     def version(name):
-        try: return importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError: return None
+        try:
+            return importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            return None
     return dict(system=platform.platform(terse=True), cpu=cpu, cores=cores, memory_gib=memory,
                 python=platform.python_version(), **{n: version(n) for n in ('kat-rl', 'torch', 'transformers', 'trl')})
 
@@ -309,14 +348,17 @@ def _run_stage(run_dir: Path, stages_dir: Path, stage: str, values: dict, fd: in
 # %% ../../nbs/recipe/05_pipeline.ipynb #2f06a04a
 def _run_stages(run_dir: Path, stages_dir: Path, config: dict, fd: int, console) -> Path:
     "Settle the configuration, run what has not finished, write the report."
-    for litter in run_dir.glob('.*.tmp'): litter.unlink()  # of writers that were killed
+    for litter in run_dir.glob('.*.tmp'):
+        litter.unlink()  # of writers that were killed
     _settle(run_dir, config)
     plan = config['stages']
     finished = _finished(run_dir, plan, stages_dir)
     with (Bars(plan, console) if console.is_terminal else Lines(console)) as display:
         for stage, values in plan.items():
-            if stage in finished: display.done(stage, f'finished before, in {_clock(finished[stage]["wall_s"])}')
-            else: _run_stage(run_dir, stages_dir, stage, values, fd, display)
+            if stage in finished:
+                display.done(stage, f'finished before, in {_clock(finished[stage]["wall_s"])}')
+            else:
+                _run_stage(run_dir, stages_dir, stage, values, fd, display)
     return write_report(run_dir)
 
 # %% ../../nbs/recipe/05_pipeline.ipynb #09f2080f
@@ -337,7 +379,8 @@ def run_pipeline(
     config = dict(preset=preset if isinstance(preset, str) else 'own', stages=plan, command=command, machine=machine())
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
-        with locked(run_dir) as fd: return _run_stages(run_dir, stages_dir, config, fd, console)
+        with locked(run_dir) as fd:
+            return _run_stages(run_dir, stages_dir, config, fd, console)
     except OSError as e:
         if line := full_disk(str(e), run_dir): raise UserError(line) from e
         raise

@@ -23,9 +23,12 @@ def read_json(
     advice: str, # what to do when it is damaged
 ):               # its value, None when there is no such file
     "The JSON in `path`; `UserError` when it is damaged."
-    try: return json.loads(path.read_text(encoding='utf-8'))
-    except FileNotFoundError: return None
-    except ValueError as e: raise UserError(f'{path} is damaged ({one_line(e)}): {advice}') from None
+    try:
+        return json.loads(path.read_text(encoding='utf-8'))
+    except FileNotFoundError:
+        return None
+    except ValueError as e:
+        raise UserError(f'{path} is damaged ({one_line(e)}): {advice}') from None
 
 
 MODES = 'sampled', 'greedy'
@@ -48,7 +51,8 @@ def read_evals(
     found = []
     for path in sorted((run_dir/'eval').glob('*.json')):
         e = read_json(path, 'delete it and evaluate the stage again')
-        try: [float(e[m][k]) for m in MODES if m == 'sampled' or e[m] for k in NUMBERS]
+        try:
+            [float(e[m][k]) for m in MODES if m == 'sampled' or e[m] for k in NUMBERS]
         except (KeyError, TypeError, ValueError) as err:
             raise UserError(f'{path} is no evaluation of a stage: {type(err).__name__} {err}') from None
         found.append(e)
@@ -123,7 +127,9 @@ def _stages(run_dir: Path, stages: list, done: dict) -> str:
     for s in stages:
         d, nb = done.get(s), f'{s}.ipynb'
         link = f'<a href="{escape(nb)}">{escape(nb)}</a>' if (run_dir/nb).exists() else escape(nb)
-        if d is None: rows.append([link, 'not finished', '–', '–']); continue
+        if d is None:
+            rows.append([link, 'not finished', '–', '–'])
+            continue
         memory = f'{d["peak_rss_mb"]/1024:.2f} GiB' if d.get('peak_rss_mb') else '–'
         rows.append([link, 'finished, resumed' if d.get('resumed') else 'finished', _time(d['wall_s']), memory])
     rows.append(['<b>all</b>', '', f'<b>{_time(sum(d["wall_s"] for d in done.values()))}</b>', ''])
@@ -145,8 +151,10 @@ def _figures(run_dir: Path) -> str:
 
 def _settings(config: dict) -> str:
     "All parameters: one column per stage would be too wide, so one folded list per stage."
-    def item(k, v): return f'<dt>{escape(k)}</dt><dd>{escape(json.dumps(v, ensure_ascii=False))}</dd>'
-    def stage(s, values): return f'<summary>{escape(s)}</summary><dl>{"".join(item(*kv) for kv in values.items())}</dl>'
+    def item(k, v):
+        return f'<dt>{escape(k)}</dt><dd>{escape(json.dumps(v, ensure_ascii=False))}</dd>'
+    def stage(s, values):
+        return f'<summary>{escape(s)}</summary><dl>{"".join(item(*kv) for kv in values.items())}</dl>'
     return ''.join(f'<details>{stage(s, values)}</details>' for s, values in config['stages'].items())
 
 # %% ../../nbs/recipe/04_report.ipynb #72a23a56
@@ -159,7 +167,8 @@ def stage_figure(run_dir, stage: str):
     "The chart of all stages so far, as the recipe's authors show it."
     from kat.study.plots import plot_stages
     from kat.core.figures import save_figure
-    run = Path(run_dir); order = ['base', 'mid', 'sft', 'rft', 'rl']
+    run = Path(run_dir)
+    order = ['base', 'mid', 'sft', 'rft', 'rl']
     records = [load_eval(run / 'eval' / f'{s}.json') for s in order[:order.index(stage) + 1]]
     save_figure(plot_stages(records, f'Held-out tasks solved, up to {stage}'), run / 'figures' / f'stage_{stage}.png',
                 f'Share of {records[0]["n"]} held-out tasks solved, from the base to {stage}; 95 % Wilson intervals.', command_of(run))
@@ -236,7 +245,8 @@ def _facts(run_dir: Path, config: dict, done: dict, evals: list[dict]) -> str:
              ('wall time', _time(sum(d['wall_s'] for d in done.values())))]
     if peaks := [d['peak_rss_mb'] for d in done.values() if d.get('peak_rss_mb')]:
         facts.append(('peak memory', f'{max(peaks)/1024:.2f} GiB'))
-    if evals: facts.append(('solved at last, T = 1', f'{evals[-1]["sampled"]["rate"]:.3f}'))
+    if evals:
+        facts.append(('solved at last, T = 1', f'{evals[-1]["sampled"]["rate"]:.3f}'))
     facts.append(('machine', f'{m["cores"]} core{"s"*(m["cores"] != 1)}, {m["memory_gib"]} GiB'))
     cards = ''.join(f'<div><small>{k}</small><b>{escape(str(v))}</b></div>' for k, v in facts)
     return f'<div class="facts">{cards}</div>'
@@ -262,9 +272,11 @@ def write_report(
         parts += ['<h2>What each stage bought</h2>', chart(evals),
                   f'<p class="note">Share of held-out tasks solved{key}</p>', _results(evals, stages, done),
                   f'<p class="note">{WORDS}</p>']
-    if figures: parts += ['<h2>Figures</h2>', figures]
+    if figures:
+        parts += ['<h2>Figures</h2>', figures]
     parts += ['<h2>Stages</h2>', _stages(run_dir, stages, done), '<h2>Settings</h2>', _settings(config),
               f'<p class="note">{machine}</p>', f'<h2>Make it again</h2><pre>{escape(again)}</pre>']
     page = PAGE.format(title=escape(run_dir.name), style=STYLE, body='\n'.join(parts))
-    with atomic(run_dir/'report.html') as tmp: tmp.write_text(page, encoding='utf-8')
+    with atomic(run_dir/'report.html') as tmp:
+        tmp.write_text(page, encoding='utf-8')
     return run_dir/'report.html'

@@ -44,11 +44,15 @@ class Episode(Env):
     request: Request | None = None  # what is to be sampled now
 
     @property
-    def ids(self) -> np.ndarray: return self.request.ids
+    def ids(self) -> np.ndarray:
+        return self.request.ids
     @property
-    def tools(self) -> list[dict]: return self.env.tools
-    async def reset(self, task: Task) -> Observation: return await self.env.reset(task)
-    async def step(self, calls: list[ToolCall]) -> Observation: return await _step(self, calls)
+    def tools(self) -> list[dict]:
+        return self.env.tools
+    async def reset(self, task: Task) -> Observation:
+        return await self.env.reset(task)
+    async def step(self, calls: list[ToolCall]) -> Observation:
+        return await _step(self, calls)
 
 # %% ../../nbs/recipe/02_rollouts.ipynb #f6fc755c
 async def _step(e: Episode, calls: list[ToolCall]) -> Observation:
@@ -57,12 +61,17 @@ async def _step(e: Episode, calls: list[ToolCall]) -> Observation:
     own, entropy = t.answer[0].event != 'correction', t.answer[0].entropy
     e.turns.append(dict(calls=[], tokens=t.n_answer if own else 0, errors=len(t.info.get('malformed', ())),
                         entropy_first=None if entropy is None else float(entropy[0])) | ({} if own else dict(corrected=True)))
-    try: obs = await e.env.step(calls)
-    except InfraError: e.finish = 'infra'; raise
+    try:
+        obs = await e.env.step(calls)
+    except InfraError:
+        e.finish = 'infra'
+        raise
     e.turns[-1]['calls'] = [dict(name=c.name, arguments=c.arguments, ok=r.ok) for c, r in zip(calls, obs.results)]
     e.turns[-1]['errors'] += sum(not r.ok for r in obs.results)
-    if obs.results: e.last = obs.results[-1].text
-    if not obs.done: e.watch(e)
+    if obs.results:
+        e.last = obs.results[-1].text
+    if not obs.done:
+        e.watch(e)
     return obs
 
 # %% ../../nbs/recipe/02_rollouts.ipynb #ea13c3cd
@@ -76,7 +85,8 @@ def recorded_turns(t: Trajectory,         # as `rollout` returns it
     "The turns of a recorded trajectory, to be played again token by token."
     out, turns = [], {}
     for s in t.segments:
-        if s.kind in GENERATED and (s.trainable or s.event == 'correction'): turns.setdefault(s.turn, []).append(s)
+        if s.kind in GENERATED and (s.trainable or s.event == 'correction'):
+            turns.setdefault(s.turn, []).append(s)
     for ss in turns.values():
         cat = lambda f: None if any(getattr(s, f) is None for s in ss) else np.concatenate([getattr(s, f) for s in ss])
         ids, version = cat('ids'), cat('version')
@@ -93,7 +103,8 @@ def heed(e: Episode,             # after a turn
     "Do what a watcher says. ValueError for anything else."
     if isinstance(said, np.ndarray) and said.ndim == 1 and said.size:
         e.given.append(Completion(said.astype(np.int32), None, None, ended(said, tokenizer), -1, trainable=trainable, event='correction'))
-    elif isinstance(said, str) and said == 'stop': e.finish = 'stopped'
+    elif isinstance(said, str) and said == 'stop':
+        e.finish = 'stopped'
     elif not (said is None or isinstance(said, str) and said == 'go'):
         raise ValueError(f"watch said {said!r} of {e.name}: 'go', 'stop' or an array with the ids of a turn expected")
 
@@ -101,7 +112,8 @@ def heed(e: Episode,             # after a turn
 class Policy(Protocol):
     "Acts for many episodes at once."
     sampling: dict      # what the agents ask for, and trajectories record
-    def act(self, episodes: list[Episode]) -> list[Completion]: "One completion per episode; `ids` of each is its prompt."
+    def act(self, episodes: list[Episode]) -> list[Completion]:
+        "One completion per episode; `ids` of each is its prompt."
 
 @dataclass
 class ModelPolicy:
@@ -110,8 +122,10 @@ class ModelPolicy:
     temperature: float = 1.0    # 0: greedy
     max_tokens: int = 48        # per turn
     @property
-    def sampling(self): return dict(temperature=self.temperature, max_tokens=self.max_tokens)
-    def act(self, episodes): return self.engine.generate([replace(e.request, session=e.name) for e in episodes])
+    def sampling(self):
+        return dict(temperature=self.temperature, max_tokens=self.max_tokens)
+    def act(self, episodes):
+        return self.engine.generate([replace(e.request, session=e.name) for e in episodes])
 
 @dataclass
 class ScriptPolicy:
@@ -123,7 +137,8 @@ class ScriptPolicy:
     def act(self, episodes):
         out = []
         for e in episodes:
-            if e.name not in self.agents: self.agents[e.name] = self.make(e)
+            if e.name not in self.agents:
+                self.agents[e.name] = self.make(e)
             calls = [{'type': 'function', 'function': {'name': c.name, 'arguments': c.arguments}} for c in self.agents[e.name].act(e.last)]
             ids = ids_of([s for s in render(self.tokenizer, [{'role': 'assistant', 'content': '', 'tool_calls': calls}]) if s.trainable])
             z = np.zeros(len(ids), np.float32)
@@ -133,8 +148,10 @@ class ScriptPolicy:
 # %% ../../nbs/recipe/02_rollouts.ipynb #398ab518
 class NoStore:
     "Keeps nothing: these sessions are read from memory and dropped. A killed run plays its episodes again."
-    async def check(self, now: bool = False) -> None: pass
-    async def write(self, session: Session, turns: list) -> None: pass
+    async def check(self, now: bool = False) -> None:
+        pass
+    async def write(self, session: Session, turns: list) -> None:
+        pass
 
 class Waves(Gateway):
     "A gateway for episodes that move in step. It answers requests of agents only: what shows sessions wants an engine and a store."
@@ -144,22 +161,27 @@ class Waves(Gateway):
         super().__init__(None, tokenizer, NoStore(), max_len, concurrent=len(episodes) + 1, manager=Manager(math.inf))  # there is no store to load from
         self.policy, self.episodes, self.progress = policy, {e.name: e for e in episodes}, progress
         self.alive, self.wave, self.error = len(episodes), {}, None   # wave: who waits, by name
-        for e in episodes: self.manager.put(e.session)
+        for e in episodes:
+            self.manager.put(e.session)
 
     async def sample(self, w: Writing, request: Request) -> Completion:
         "Wait for the others. ValueError for an episode that is over."
         e = self.episodes[w.plan.session.name]
-        if e.turns and len(request.ids) > self.max_len - 64: e.finish = e.finish or 'length'
+        if e.turns and len(request.ids) > self.max_len - 64:
+            e.finish = e.finish or 'length'
         if e.finish: raise ValueError(f'the episode is over: {e.finish}')
         e.request, self.wave[e.name] = request, (mine := asyncio.get_running_loop().create_future())
         _move(self)
-        try: return await mine
-        finally: self.wave.pop(e.name, None)   # of an agent that was cancelled
+        try:
+            return await mine
+        finally:
+            self.wave.pop(e.name, None)   # of an agent that was cancelled
 
     def left(self) -> None:
         "An agent has ended."
         self.alive -= 1
-        if self.progress: self.progress(len(self.episodes) - self.alive, len(self.episodes))
+        if self.progress:
+            self.progress(len(self.episodes) - self.alive, len(self.episodes))
         _move(self)
 
 # %% ../../nbs/recipe/02_rollouts.ipynb #63bca98a
@@ -168,10 +190,14 @@ def _move(g: Waves) -> None:
     if g.error is None and (not g.wave or len(g.wave) < g.alive): return
     waiting, g.wave = g.wave, {}
     wave = [e for e in g.episodes.values() if e.name in waiting]
-    try: done = _next_turns(g.policy, wave) if g.error is None else []
-    except Exception as error: g.error, done = error, []
-    for e, x in zip(wave, done): waiting[e.name].set_result(x)
-    for e in wave[len(done):]: waiting[e.name].cancel()
+    try:
+        done = _next_turns(g.policy, wave) if g.error is None else []
+    except Exception as error:
+        g.error, done = error, []
+    for e, x in zip(wave, done):
+        waiting[e.name].set_result(x)
+    for e in wave[len(done):]:
+        waiting[e.name].cancel()
 
 def _next_turns(policy: Policy, wave: list[Episode]) -> list[Completion]:
     "For each episode the turn that is given, else the one that the policy samples."
@@ -187,7 +213,8 @@ def segments_of(e: Episode):  # -> list[Segment]
         raise RuntimeError(f'task {e.task.id}: its session is not one clean path:\n{show(e.session)}')
     out = []
     for t in path:
-        if t.parent is None: out += t.prompt
+        if t.parent is None:
+            out += t.prompt
         else:
             u = e.turns[t.number - 1]
             event = 'error' if u['errors'] or not u['calls'] else 'tool'
@@ -205,7 +232,8 @@ async def finished(e: Episode, sampling: dict) -> Trajectory:
             g = await e.env.grade()
             reward = g.reward if e.finish == 'submit' else 0.0
             info |= dict(tests=g.tests, **g.info)
-        except InfraError: info['finish'] = 'infra'
+        except InfraError:
+            info['finish'] = 'infra'
     await e.env.close()
     return Trajectory(e.task.id, segments_of(e), reward, dict(sampling), info)
 
@@ -235,9 +263,11 @@ def rollout(policy: Policy,                   # who acts
     if begin is not None and watch: raise ValueError('rollout: a replayed beginning is not watched; leave out `watch` or `begin`')
     mind = (lambda e: heed(e, watch(e), tokenizer, train_corrections)) if watch else (lambda e: None)
     eps = [Episode(t, make_env(), hash((seed, i)) % 2**31, f'{seed}-{i}', Session(tokenizer, f'{seed}-{i}', task=t.id), mind) for i, t in enumerate(tasks)]
-    for e, t in zip(eps, begin or [], strict=begin is not None): e.given = recorded_turns(t, tokenizer)
+    for e, t in zip(eps, begin or [], strict=begin is not None):
+        e.given = recorded_turns(t, tokenizer)
     out = asyncio_run(_rollout(Waves(policy, tokenizer, max_len, eps, progress), max_turns))
-    for t, b in zip(out, begin or []): check_replay(t, b)
+    for t, b in zip(out, begin or []):
+        check_replay(t, b)
     return out
 
 # %% ../../nbs/recipe/02_rollouts.ipynb #5d0a8c12
@@ -247,12 +277,15 @@ class LocalResponse:
     status_code: int = 0
     content: bytes = b''
     @property
-    def text(self) -> str: return self.content.decode(errors='replace')
-    def json(self): return loads(self.content)
+    def text(self) -> str:
+        return self.content.decode(errors='replace')
+    def json(self):
+        return loads(self.content)
 
 class Local:
     "A client without a socket for an ASGI application in this process; `post` is that of `httpx2.AsyncClient`, as far as the agent uses it."
-    def __init__(self, app): self.app = app
+    def __init__(self, app):
+        self.app = app
 
     async def post(self, url: str, json) -> LocalResponse:
         "Send `json`, wait for the whole answer."
@@ -267,10 +300,14 @@ class Local:
             await over.wait()
             return dict(type='http.disconnect')
         async def send(event):
-            if event['type'] == 'http.response.start': reply.status_code = event['status']
-            else: reply.content += event.get('body', b'')
-        try: await self.app(scope, receive, send)
-        finally: over.set()
+            if event['type'] == 'http.response.start':
+                reply.status_code = event['status']
+            else:
+                reply.content += event.get('body', b'')
+        try:
+            await self.app(scope, receive, send)
+        finally:
+            over.set()
         return reply
 
 # %% ../../nbs/recipe/02_rollouts.ipynb #87b8112a
@@ -285,19 +322,24 @@ async def _play(g: Waves, e: Episode, client, max_turns: int) -> None:
         finish, _ = await play(client, f'{g.address}/s/{e.name}/v1', e, e.task, max_turns, e.seed, model=g.model, **g.policy.sampling)
         e.finish = e.finish or finish
     except Exception as error:
-        if e.turns and isinstance(error, Refused) and 'context_length_exceeded' in str(error): e.finish = e.finish or 'length'
+        if e.turns and isinstance(error, Refused) and 'context_length_exceeded' in str(error):
+            e.finish = e.finish or 'length'
         if e.finish and isinstance(error, (Refused, InfraError)): return
         g.error = g.error or error   # that of the policy, where it was the first
         raise g.error
-    finally: g.left()
+    finally:
+        g.left()
 
 # %% ../../nbs/recipe/02_rollouts.ipynb #d818059e
 def asyncio_run(coro):
     "Run a coroutine to its end, also from inside a notebook, whose own event loop is busy."
-    try: asyncio.get_running_loop()
-    except RuntimeError: return asyncio.run(coro)
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        return asyncio.run(coro)
     from concurrent.futures import ThreadPoolExecutor
-    with ThreadPoolExecutor(1) as one: return one.submit(asyncio.run, coro).result()
+    with ThreadPoolExecutor(1) as one:
+        return one.submit(asyncio.run, coro).result()
 
 # %% ../../nbs/recipe/02_rollouts.ipynb #8e91daef
 def expert_data(tokenizer, tasks: list[Task], make_env, seed: int, told: Callable | None = None, chunk: int = 200) -> list[Trajectory]:
@@ -305,7 +347,8 @@ def expert_data(tokenizer, tasks: list[Task], make_env, seed: int, told: Callabl
     out = []
     for i in range(0, len(tasks), chunk):
         out += rollout(ScriptPolicy(tokenizer, lambda e: Expert(e.task, e.seed)), tokenizer, tasks[i:i + chunk], make_env, seed=seed * 1000 + i)
-        if told: told(min(i + chunk, len(tasks)))
+        if told:
+            told(min(i + chunk, len(tasks)))
     return out
 
 # %% ../../nbs/recipe/02_rollouts.ipynb #4ac1ed0c

@@ -21,7 +21,8 @@ def by_task(
     "Group episodes by task."
     tasks = defaultdict(list)
     for t in trajectories:
-        if not masked(t): tasks[t.task].append(t)
+        if not masked(t):
+            tasks[t.task].append(t)
     return dict(tasks)
 
 
@@ -83,7 +84,8 @@ def views(before:dict, after:dict, turn_cap:int):
     won = [{t: [e for e in es if solved(e)] for t, es in model.items()} for model in (before, after)]
     both = [t for t in tasks if won[0][t] and won[1][t]]
     yield 'all tasks', before, after, tasks, None
-    if both: yield 'solved by both', *won, both, None
+    if both:
+        yield 'solved by both', *won, both, None
     yield f'first {turn_cap} turns', before, after, tasks, turn_cap
 
 # %% ../../nbs/study/02_emergence.ipynb #d212e837
@@ -112,7 +114,8 @@ def compare_models(
             x, y = mb[metric], ma[metric]
             values = dict(before=x, after=y, change=y - x, relative=safe_ratio(y - x, x))
             row = dict(view=view, metric=metric, n=len(tasks))
-            for k, v in values.items(): row[k], row[k + '_lo'], row[k + '_hi'] = interval(v, conf)
+            for k, v in values.items():
+                row[k], row[k + '_lo'], row[k + '_hi'] = interval(v, conf)
             rows.append(row)
     return rows
 
@@ -153,7 +156,8 @@ def pattern_table(
                     p = pattern(t)
                     count[i, names.index(p) if p in names else len(names)] += 1 / len(es)
         share = safe_ratio(w @ count[:, :-1], (w @ count[:, -1])[:, None])
-        for row, s in zip(out, share.T): row[key], row[key + '_lo'], row[key + '_hi'] = interval(s, conf)
+        for row, s in zip(out, share.T):
+            row[key], row[key + '_lo'], row[key + '_hi'] = interval(s, conf)
     return out
 
 # %% ../../nbs/study/02_emergence.ipynb #4b6a1410

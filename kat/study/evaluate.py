@@ -119,7 +119,8 @@ def summary(
     kept = [t for t in trajectories if not masked(t)]
     rows = [count_episode(t) for t in kept]
     total = Counter()
-    for r in rows: total.update({k: v for k, v in r.items() if k != 'widths'})
+    for r in rows:
+        total.update({k: v for k, v in r.items() if k != 'widths'})
     lo, hi = wilson(total['solved'], len(rows), conf)
     out = dict(n=len(rows), masked=len(trajectories) - len(rows), solved=total['solved'], lo=lo, hi=hi)
     return out | {m: total[a] / total[b] if total[b] else 0. for m, (a, b, _) in METRICS.items()}
@@ -186,7 +187,8 @@ def load_eval(
     path:str|Path, # JSON file from `save_eval`
 ) -> dict: # the record
     "Read the record of a stage; ValueError names the file and what is wrong with it."
-    try: record = json.loads(Path(path).read_text(encoding='utf-8'))
+    try:
+        record = json.loads(Path(path).read_text(encoding='utf-8'))
     except (ValueError, UnicodeDecodeError) as err:
         raise ValueError(f'{path}: not a JSON file ({err}); evaluate the stage again') from None
     for key in ('stage', 'n', 'sampled', 'families'):

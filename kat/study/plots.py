@@ -49,7 +49,8 @@ def plot_stages(
         rows = [e for e in evals if e['stage'] == stage]
         greedy = [e['greedy'] for e in rows if e.get('greedy')]
         rate_marks(ax, i - .2 * bool(greedy), .38, [e['sampled'] for e in rows], colors[0])
-        if greedy: rate_marks(ax, i + .2, .38, greedy, '#ffffff', edgecolor=colors[0], hatch='////', lw=.8)
+        if greedy:
+            rate_marks(ax, i + .2, .38, greedy, '#ffffff', edgecolor=colors[0], hatch='////', lw=.8)
     label = lambda s: f"{STAGES.get(s, s)}\nn = {next(e['n'] for e in evals if e['stage'] == s)}"
     ax.set_xticks(range(len(stages)), [label(s) for s in stages])
     ax.set(ylim=(0, 108), ylabel='held-out tasks solved (%)', title=title)
@@ -88,7 +89,8 @@ def plot_families(
         n = max(e['families'][name]['n'] for e in evals if name in e['families'])
         ax.set_title(f'{name} (n = {n})', fontsize=9.5, weight='normal')
         ax.set(ylim=(-4, 104), xlim=(-.4, len(stages) - .6), yticks=[0, 50, 100])
-    for ax in axes.flat[len(names):]: ax.set_visible(False)
+    for ax in axes.flat[len(names):]:
+        ax.set_visible(False)
     for i, ax in enumerate(axes.flat[:len(names)]):
         ax.set_xticks(range(len(stages)), [STAGES.get(s, s).split('-')[0] for s in stages], rotation=45)
         ax.tick_params(labelbottom=i + cols >= len(names))

@@ -25,7 +25,8 @@ def node_columns(
     first = np.diff(parent[order], prepend=-2) != 0
     left = np.empty(len(parent), np.int64)
     left[order] = before - before[first][np.cumsum(first) - 1]
-    for n in np.flatnonzero(parent >= 0): left[n] += left[parent[n]]
+    for n in np.flatnonzero(parent >= 0):
+        left[n] += left[parent[n]]
     return left, width
 
 # %% ../../nbs/tree/03_draw.ipynb #36e49fb2
@@ -63,7 +64,8 @@ def tree_labels(
 def _stripes(tree: TokenTree, label: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
     "First token, and one past the last, of the runs of one node and one label."
     change = np.diff(tree.node, prepend=-1) != 0
-    if label is not None: change |= np.diff(label.astype(np.int64), prepend=-1) != 0
+    if label is not None:
+        change |= np.diff(label.astype(np.int64), prepend=-1) != 0
     start = np.flatnonzero(change)
     return start, np.append(start[1:], len(tree))
 
@@ -84,13 +86,16 @@ def _draw_blocks(ax, tree: TokenTree, label, left, width, drawn, pixel):
     a, b = _stripes(tree, label)
     keep = drawn[tree.node[a]]
     a, b, node, bounds = a[keep], b[keep], tree.node[a[keep]], tree.node_bounds()
-    if label is None: shade = dict(array=tree.count[a], cmap="viridis_r", norm="log")
-    else: shade = dict(facecolors=[COLOURS[LABELS[i]] for i in label[a]])
+    if label is None:
+        shade = dict(array=tree.count[a], cmap="viridis_r", norm="log")
+    else:
+        shade = dict(facecolors=[COLOURS[LABELS[i]] for i in label[a]])
     blocks = _boxes(ax, left[node], width[node], tree.position[a], b - a, linewidths=0, antialiaseds=False, **shade)
     big = np.flatnonzero(drawn & (width > 10 * pixel[0]) & (np.diff(bounds) > 5 * pixel[1]))
     _boxes(ax, left[big], width[big], tree.position[bounds[big]], np.diff(bounds)[big], facecolors="none",
            edgecolors="white", linewidths=.8)
-    if label is not None: _mark(ax, tree, label, a, left[node] + np.minimum(9 * pixel[0], width[node] / 2))
+    if label is not None:
+        _mark(ax, tree, label, a, left[node] + np.minimum(9 * pixel[0], width[node] / 2))
     return blocks
 
 def _mark(ax, tree: TokenTree, label, start, x):
@@ -137,10 +142,14 @@ def _legend(fig, blocks, label, pooled: int):
     "What the colours mean, below the picture."
     from matplotlib.patches import Patch
     parts = []
-    if label is None: fig.colorbar(blocks, ax=fig.axes[0], label="sequences through a node", shrink=.5)
-    else: parts = [Patch(color=COLOURS[LABELS[i]], label=LABELS[i]) for i in np.unique(label)]
-    if pooled: parts.append(Patch(**POOLED, label=f"narrow branches, pooled at their mean length: {pooled:,}"))
-    if parts: fig.legend(handles=parts, loc="outside lower left", ncols=len(parts), fontsize=8, frameon=False)
+    if label is None:
+        fig.colorbar(blocks, ax=fig.axes[0], label="sequences through a node", shrink=.5)
+    else:
+        parts = [Patch(color=COLOURS[LABELS[i]], label=LABELS[i]) for i in np.unique(label)]
+    if pooled:
+        parts.append(Patch(**POOLED, label=f"narrow branches, pooled at their mean length: {pooled:,}"))
+    if parts:
+        fig.legend(handles=parts, loc="outside lower left", ncols=len(parts), fontsize=8, frameon=False)
 
 # %% ../../nbs/tree/03_draw.ipynb #6aef7c8c
 def draw_calls(

@@ -35,7 +35,8 @@ class Pack:
     past: np.ndarray   # int64[m], the ancestors of `start`, root first
     open: np.ndarray   # int64[o], own tokens that later packs need: ancestors of `stop`
     parent: int        # number of the pack that holds past[-1], -1 without a past
-    def __len__(self) -> int: return self.stop - self.start
+    def __len__(self) -> int:
+        return self.stop - self.start
 
 # %% ../../nbs/tree/04_partition.ipynb #ac77f325
 def partition(
@@ -47,7 +48,8 @@ def partition(
 
     `rooted`: a pack that others hang off then starts with a token that they need; what came before in it is finished and is a pack of its own."""
     cuts, packs, path = cut_points(tree, len(tree) if max_tokens is None else max_tokens), [], np.empty(0, np.int64)
-    if rooted: cuts = np.unique(np.concatenate([cuts, [a + (tree.end[a:b] > b).argmax() for a, b in zip(cuts[:-1], cuts[1:])]]))
+    if rooted:
+        cuts = np.unique(np.concatenate([cuts, [a + (tree.end[a:b] > b).argmax() for a, b in zip(cuts[:-1], cuts[1:])]]))
     for start, stop in zip(cuts[:-1].tolist(), cuts[1:].tolist()):
         past = path[tree.end[path] > start]
         own = start + np.flatnonzero(tree.end[start:stop] > stop)
@@ -66,5 +68,6 @@ def split_trees(
     load, out = np.zeros(ranks), [[] for _ in range(ranks)]
     for i in sorted(range(len(costs)), key=lambda i: (-costs[i], i)):
         r = int(load.argmin())
-        load[r] += costs[i]; out[r].append(i)
+        load[r] += costs[i]
+        out[r].append(i)
     return [sorted(x) for x in out]

@@ -60,15 +60,18 @@ class TokenFacts:
 
     def __post_init__(self):
         n, tiny = len(self.tree), np.finfo(float).tiny
-        for f in ("trainable", "cuts", "event"): setattr(self, f, _flags(f, getattr(self, f), n))
+        for f in ("trainable", "cuts", "event"):
+            setattr(self, f, _flags(f, getattr(self, f), n))
         self.cost = np.ones(n) if self.cost is None else _numbers("cost", self.cost, np.ones(n, bool), tiny, "every token costs something")
         fix = "record it, or set `trainable` to False there"
         for f, low in dict(entropy=-1e-3, weight=-np.inf, logprob=-np.inf).items():
-            if getattr(self, f) is not None: setattr(self, f, _numbers(f, getattr(self, f), self.scored, low, fix))
+            if getattr(self, f) is not None:
+                setattr(self, f, _numbers(f, getattr(self, f), self.scored, low, fix))
         if not (self.mass > 0).any(): raise ValueError("trainable, weight: no token has a loss term: there is nothing to train, drop the tree")
 
     @property
-    def scored(self) -> np.ndarray: return self.trainable & (self.tree.prev >= 0)  # bool[N]: has a loss term
+    def scored(self) -> np.ndarray:
+        return self.trainable & (self.tree.prev >= 0)  # bool[N]: has a loss term
     @property
     def mass(self) -> np.ndarray:  # float64[N]: size of the term's weight
         return np.where(self.scored, self.tree.count if self.weight is None else np.abs(self.weight), 0.0)
@@ -114,13 +117,15 @@ class Units:
     stop: np.ndarray    # int64[U], one past the last
     parent: np.ndarray  # int64[U], -1 at roots
     of: np.ndarray      # int64[N], unit of each token
-    def __len__(self) -> int: return len(self.start)
+    def __len__(self) -> int:
+        return len(self.start)
 
 def cut_units(facts: TokenFacts) -> Units:
     "Nodes of the tree, cut at segment starts and where the loss rule or the event mark changes."
     tree = facts.tree
     new = facts.cuts | (np.diff(tree.node, prepend=-1) != 0)
-    for x in (facts.trainable, facts.event): new[1:] |= x[1:] != x[:-1]
+    for x in (facts.trainable, facts.event):
+        new[1:] |= x[1:] != x[:-1]
     start, of = np.flatnonzero(new), np.cumsum(new) - 1
     before = tree.prev[start]
     return Units(start, np.append(start[1:], len(tree)), np.where(before >= 0, of[before], -1), of)
@@ -130,14 +135,16 @@ def _up(parent: np.ndarray, x: np.ndarray, share: np.ndarray) -> np.ndarray:
     "y[u] = x[u] + sum over children c of share[c] y[c]."
     y, p, s = x.tolist(), parent.tolist(), share.tolist()
     for u in range(len(p) - 1, -1, -1):
-        if p[u] >= 0: y[p[u]] += s[u] * y[u]
+        if p[u] >= 0:
+            y[p[u]] += s[u] * y[u]
     return np.array(y)
 
 def _down(parent: np.ndarray, x: np.ndarray) -> np.ndarray:
     "y[u] = x[u] + y[parent of u]."
     y = x.tolist()
     for u, p in enumerate(parent.tolist()):
-        if p >= 0: y[u] += y[p]
+        if p >= 0:
+            y[u] += y[p]
     return np.array(y)
 
 # %% ../../nbs/tree/05_prune.ipynb #68dbaca5
@@ -162,7 +169,8 @@ class Pruning:
     correction: str = "none"      # of the weights: one of CORRECTIONS
     floor: float = 0.05           # 'horvitz_thompson': smallest probability of a unit
 
-    def __post_init__(self): _check_options(self)
+    def __post_init__(self):
+        _check_options(self)
 
 # %% ../../nbs/tree/05_prune.ipynb #8cb8487e
 def _check_options(o: Pruning) -> None:
@@ -194,17 +202,21 @@ def kept_with(
     U, keepers, lengths = len(units), [], []
     call, cover = [-1] * U, [()] * U   # the unit an event follows; what earlier units still cover below: (unit, until position), from the top
     for u, p in enumerate(units.parent.tolist()):
-        if results and event[u] and p >= 0: call[u] = call[p] if call[p] >= 0 else p
+        if results and event[u] and p >= 0:
+            call[u] = call[p] if call[p] >= 0 else p
         owner, at, above = call[u] if call[u] >= 0 else u, first[u], cover[p] if p >= 0 else ()
         for a, until in above:
             if a < owner and at < min(until, last[u]):
-                keepers.append(a); lengths.append(min(until, last[u]) - at)
+                keepers.append(a)
+                lengths.append(min(until, last[u]) - at)
                 at += lengths[-1]
-        keepers.append(owner); lengths.append(last[u] - at)
+        keepers.append(owner)
+        lengths.append(last[u] - at)
         if window:
             opens = owner if decision[owner] else u if decision[u] else U   # the newest window below u
             cover[u] = tuple(c for c in above if c[1] > last[u])
-            if opens < U: cover[u] += (opens, last[u] + window),
+            if opens < U:
+                cover[u] += (opens, last[u] + window),
     return np.repeat(keepers, lengths)
 
 # %% ../../nbs/tree/05_prune.ipynb #7a7e3ead
@@ -238,7 +250,8 @@ def importance(facts: TokenFacts, units: Units, o: Pruning, keeper: np.ndarray |
     tree, U = facts.tree, len(units)
     if o.policy == "gradient": return np.bincount(kept_with(facts, units, o.results, o.window) if keeper is None else keeper, _signal(facts, o), U)
     h = np.bincount(units.of, _signal(facts, o), U)
-    if o.pool == "mean": h /= np.maximum(np.bincount(units.of, facts.scored, U), 1)
+    if o.pool == "mean":
+        h /= np.maximum(np.bincount(units.of, facts.scored, U), 1)
     reach = _reach(facts, units, o.alpha)
     if o.policy == "density": return reach * h
     count = tree.count[units.start]
@@ -252,7 +265,8 @@ def _blocks(parent: np.ndarray, value: np.ndarray, cost: np.ndarray) -> tuple[np
     p, v, c, U = parent.tolist(), value.tolist(), cost.tolist(), len(parent)
     below, into, start = [[] for _ in range(U)], [-1] * U, [np.inf] * U   # heaps of (-density, block) under each block
     for u in range(U - 1, -1, -1):
-        if c[u] == 0: into[u], rest = p[u], below[u]
+        if c[u] == 0:
+            into[u], rest = p[u], below[u]
         else:
             while below[u] and -below[u][0][0] * c[u] > v[u]:
                 b = heapq.heappop(below[u])[1]
@@ -260,43 +274,56 @@ def _blocks(parent: np.ndarray, value: np.ndarray, cost: np.ndarray) -> tuple[np
                 below[u] = _merged(below[u], below[b])
             start[u] = v[u] / c[u]
             rest = [(-start[u], u)]
-        if p[u] >= 0: below[p[u]] = _merged(below[p[u]], rest)
+        if p[u] >= 0:
+            below[p[u]] = _merged(below[p[u]], rest)
     final = start.copy()
     for u in range(U):
-        if into[u] >= 0: final[u] = final[into[u]]
+        if into[u] >= 0:
+            final[u] = final[into[u]]
     return np.array(start), np.array(final)
 
 def _merged(a: list, b: list) -> list:
     "Two heaps as one: the smaller goes into the larger."
-    if len(a) < len(b): a, b = b, a
-    for x in b: heapq.heappush(a, x)
+    if len(a) < len(b):
+        a, b = b, a
+    for x in b:
+        heapq.heappush(a, x)
     return a
 
 # %% ../../nbs/tree/05_prune.ipynb #8e6747f3
 def _keys(facts: TokenFacts, s: "Bundles", o: Pruning, rng: np.random.Generator) -> np.ndarray:  # float64[U], lowest first
     parent, U = s.units.parent, len(s.units)
     priced = np.where(s.cost > 0, s.cost, np.inf)
-    if o.policy == "gradient": key = -_blocks(parent, s.score ** 2, s.cost)[0]
-    elif o.policy == "density": key = -_blocks(parent, s.score, s.cost)[0]
-    elif o.policy in SCORED: key = -s.score / priced
-    elif o.policy == "random": key = rng.random(U)
-    elif o.policy == "depth_first": key = np.zeros(U)
-    elif o.policy == "breadth_first": key = _down(parent, np.ones(U))
-    else: key = -_deepest(parent, facts.tree.position[s.units.stop - 1]).astype(float)
+    if o.policy == "gradient":
+        key = -_blocks(parent, s.score ** 2, s.cost)[0]
+    elif o.policy == "density":
+        key = -_blocks(parent, s.score, s.cost)[0]
+    elif o.policy in SCORED:
+        key = -s.score / priced
+    elif o.policy == "random":
+        key = rng.random(U)
+    elif o.policy == "depth_first":
+        key = np.zeros(U)
+    elif o.policy == "breadth_first":
+        key = _down(parent, np.ones(U))
+    else:
+        key = -_deepest(parent, facts.tree.position[s.units.stop - 1]).astype(float)
     return np.where(s.cost > 0, key, -np.inf)
 
 def _deepest(parent: np.ndarray, x: np.ndarray) -> np.ndarray:
     "Largest x in each unit's subtree."
     y, p = x.tolist(), parent.tolist()
     for u in range(len(p) - 1, -1, -1):
-        if p[u] >= 0: y[p[u]] = max(y[p[u]], y[u])
+        if p[u] >= 0:
+            y[p[u]] = max(y[p[u]], y[u])
     return np.array(y)
 
 # %% ../../nbs/tree/05_prune.ipynb #755bcfff
 def _search(parent: np.ndarray, cost: np.ndarray, key: np.ndarray, budget: float) -> list[int]:
     "Units in the order taken; ties go to the earlier unit. May pass the budget by rounding (1e-9), which `_fit` undoes."
     below = [[] for _ in range(len(parent) + 1)]
-    for u, p in enumerate(parent.tolist()): below[p].append(u)   # roots at the end
+    for u, p in enumerate(parent.tolist()):
+        below[p].append(u)   # roots at the end
     c, k, left, taken = cost.tolist(), key.tolist(), budget * (1 + 1e-9), []
     heap = [(k[u], u) for u in below[-1]]
     heapq.heapify(heap)
@@ -305,7 +332,8 @@ def _search(parent: np.ndarray, cost: np.ndarray, key: np.ndarray, budget: float
         if c[u] > left: continue
         taken.append(u)
         left -= c[u]
-        for b in below[u]: heapq.heappush(heap, (k[b], b))
+        for b in below[u]:
+            heapq.heappush(heap, (k[b], b))
     return taken
 
 # %% ../../nbs/tree/05_prune.ipynb #951f09bd
@@ -330,12 +358,14 @@ def _bundles(facts: TokenFacts, o: Pruning) -> Bundles:
     keeper = kept_with(facts, units, o.results, o.window)
     total = lambda x: np.bincount(keeper, x, len(units))
     score = None
-    if o.policy in SCORED: score = importance(facts, units, o, keeper) * np.where(total(facts.event) > 0, o.event_factor, 1.0)
+    if o.policy in SCORED:
+        score = importance(facts, units, o, keeper) * np.where(total(facts.event) > 0, o.event_factor, 1.0)
     return Bundles(units, keeper, total(facts.cost), total(facts.mass) > 0, score)
 
 def _fit(facts: TokenFacts, s: Bundles, taken: list[int], budget: float) -> list[int]:
     "`taken` without what passes the budget by rounding."
-    while taken and _sum(facts.cost, s.mask(taken)) > budget: taken.pop()
+    while taken and _sum(facts.cost, s.mask(taken)) > budget:
+        taken.pop()
     return taken
 
 def _sum(x: np.ndarray, kept: np.ndarray) -> float:
@@ -347,7 +377,8 @@ def _cheapest(facts: TokenFacts, s: Bundles) -> tuple[list[int], float]:
     "The cheapest path to a loss term, as units from the root, and its cost."
     total = np.where(s.trained, _down(s.units.parent, s.cost), np.inf)
     path, parent = [int(total.argmin())], s.units.parent
-    while parent[path[-1]] >= 0: path.append(int(parent[path[-1]]))
+    while parent[path[-1]] >= 0:
+        path.append(int(parent[path[-1]]))
     return path[::-1], _sum(facts.cost, s.mask(path))
 
 def _select(facts: TokenFacts, s: Bundles, o: Pruning, budget: float, rng) -> list[int]:
@@ -397,13 +428,17 @@ class Pruned:
     probability: np.ndarray | None    # float64[U], of keeping each unit; None: nothing was drawn
 
     @property
-    def index(self) -> np.ndarray: return np.flatnonzero(self.kept)   # int64[n], kept tokens in the full tree
+    def index(self) -> np.ndarray:
+        return np.flatnonzero(self.kept)   # int64[n], kept tokens in the full tree
     @property
-    def cost(self) -> float: return _sum(self.facts.cost, self.kept)
+    def cost(self) -> float:
+        return _sum(self.facts.cost, self.kept)
     @cached_property
-    def tree(self) -> TokenTree: return subtree(self.facts.tree, self.kept)
+    def tree(self) -> TokenTree:
+        return subtree(self.facts.tree, self.kept)
     @cached_property
-    def metrics(self) -> dict: return _metrics(self)
+    def metrics(self) -> dict:
+        return _metrics(self)
 
     def variance(self, terms: np.ndarray) -> float:
         "Exact E‖Σ factor·terms − Σ terms‖² over the draws, for terms [N] or [N, D] with weights included."
@@ -443,7 +478,8 @@ def _metrics(cut: Pruned) -> dict:
     f, kept, s = cut.facts, cut.kept, cut.bundles
     share = lambda x: _sum(x, kept) / float(x.sum()) if x.any() else 1.0
     out = dict(kept_tokens=float(kept.mean()), kept_cost=share(f.cost), kept_advantage=share(f.mass))
-    if f.entropy is not None: out["kept_entropy"] = share(np.maximum(f.entropy, 0))
+    if f.entropy is not None:
+        out["kept_entropy"] = share(np.maximum(f.entropy, 0))
     event = f.event[s.units.start]
     out["kept_events"] = float(kept[s.units.stop - 1][event].mean()) if event.any() else 1.0
     if cut.probability is not None:
@@ -472,7 +508,8 @@ def prune(
     else:
         kept = s.mask(_select(facts, s, how, budget, rng))
         factor = kept.astype(float)
-        if how.correction == "reweight": factor *= facts.mass.sum() / _sum(facts.mass, kept)
+        if how.correction == "reweight":
+            factor *= facts.mass.sum() / _sum(facts.mass, kept)
     return Pruned(facts, s, float(budget), kept, factor, p)
 
 def least_budget(facts: TokenFacts, how: Pruning = Pruning()) -> float:

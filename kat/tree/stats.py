@@ -153,7 +153,8 @@ def record_calls(
         last = {t.segments[i].turn: i for i in made if not trained or t.segments[i].turn in trained}
         ids, label = _joined(t.segments)
         stop = np.cumsum(list(map(len, t.segments)))
-        for i in last.values(): yield ModelCall(t.task, episode, ids[:stop[i]], label[:stop[i]])
+        for i in last.values():
+            yield ModelCall(t.task, episode, ids[:stop[i]], label[:stop[i]])
 
 # %% ../../nbs/tree/02_stats.ipynb #db7f5062
 def _template_call(tokenizer, messages: list[dict], tools) -> tuple[np.ndarray, np.ndarray]:
@@ -167,10 +168,13 @@ def _template_call(tokenizer, messages: list[dict], tools) -> tuple[np.ndarray, 
             continue
         start = text.find(m["content"].strip(), at)
         if start < 0 or not m["content"].strip(): continue
-        if answer is not None: label[answer:start] = 1
+        if answer is not None:
+            label[answer:start] = 1
         at, answer = start + len(m["content"].strip()), None
-        if m["role"] == "tool": label[start:at] = LABELS.index("error" if m.get("event") == "error" else "tool")
-    if answer is not None: label[answer:] = 1
+        if m["role"] == "tool":
+            label[start:at] = LABELS.index("error" if m.get("event") == "error" else "tool")
+    if answer is not None:
+        label[answer:] = 1
     starts = np.array([a for a, _ in enc["offset_mapping"]], np.int64)
     return np.array(enc["input_ids"], np.int32), label[starts]
 
@@ -185,9 +189,12 @@ def conversation_calls(
     for episode, c in enumerate(conversations):
         for i, messages in enumerate(c.calls):
             try:
-                if ours: parts = _joined(render(tokenizer, messages, c.tools))
-                else: parts = _template_call(tokenizer, messages, c.tools)
-            except (TemplateError, ValueError) as e: raise ValueError(f"{c.task}: call {i}: {e}") from None
+                if ours:
+                    parts = _joined(render(tokenizer, messages, c.tools))
+                else:
+                    parts = _template_call(tokenizer, messages, c.tools)
+            except (TemplateError, ValueError) as e:
+                raise ValueError(f"{c.task}: call {i}: {e}") from None
             yield ModelCall(c.task, episode, *parts)
 
 # %% ../../nbs/tree/02_stats.ipynb #458f6f32
@@ -196,9 +203,12 @@ def holds_records(
 ) -> bool:
     "Are these our own records, which hold ids? (Another agent's log needs a tokenizer.) Looks at name and first line."
     if Path(path).suffix == ".parquet": return True
-    with open(path, "rb") as f: line = f.readline()
-    try: first = json.loads(line)
-    except ValueError: return False
+    with open(path, "rb") as f:
+        line = f.readline()
+    try:
+        first = json.loads(line)
+    except ValueError:
+        return False
     return isinstance(first, dict) and str(first.get("schema")).startswith("kat.")
 
 # %% ../../nbs/tree/02_stats.ipynb #419b567c
@@ -207,9 +217,12 @@ def log_calls(
     tokenizer=None,    # for the former
 ) -> list[ModelCall]:
     "The calls of a log in the order they were made. ValueError names the file and what is wrong with it."
-    if holds_records(path): calls = list(record_calls(read_records(path)))
-    elif tokenizer is None: raise ValueError(f"{path}: a log of messages: pass the tokenizer that turns them into ids")
-    else: calls = list(conversation_calls(import_log(path), tokenizer))
+    if holds_records(path):
+        calls = list(record_calls(read_records(path)))
+    elif tokenizer is None:
+        raise ValueError(f"{path}: a log of messages: pass the tokenizer that turns them into ids")
+    else:
+        calls = list(conversation_calls(import_log(path), tokenizer))
     if not calls: raise ValueError(f"{path}: no model call in it")
     return calls
 
@@ -237,7 +250,8 @@ def _work(name: str, n: int, profile: np.ndarray, shape: ModelShape | None) -> W
 def _total(profiles: list[np.ndarray]) -> np.ndarray:
     "Sum of profiles of different depth."
     out = np.zeros(max(map(len, profiles)), np.int64)
-    for p in profiles: out[:len(p)] += p
+    for p in profiles:
+        out[:len(p)] += p
     return out
 
 # %% ../../nbs/tree/02_stats.ipynb #fdf4fdda
@@ -248,7 +262,8 @@ def compare_baselines(
     "Tokens, attention pairs and FLOPs of a log, computed in three ways."
     if not calls: raise ValueError("no calls to compare: the log holds none")
     kept, tasks = merge_calls(calls), {}
-    for c in kept: tasks.setdefault(c.task, []).append(c)
+    for c in kept:
+        tasks.setdefault(c.task, []).append(c)
     tree = lambda cs: tree_profile(TokenTree.from_sequences([c.ids for c in cs]))
     flat = lambda cs: flat_profile([len(c.ids) for c in cs])
     out = [_work("per-call flat", len(calls), flat(calls), shape),
@@ -266,13 +281,15 @@ def _short(n: int | None) -> str:
     "A large number with three digits, as 12.3 M; a dash for None."
     if n is None or n < 1000: return "–" if n is None else str(n)
     x, units = float(n), ["", " k", " M", " G", " T", " P", " E", " Z"]
-    while x >= 999.5 and len(units) > 1: x, units = x / 1000, units[1:]
+    while x >= 999.5 and len(units) > 1:
+        x, units = x / 1000, units[1:]
     return f"{x:#.3g}".rstrip(".") + units[0]
 
 def _table(head: Sequence[str], left: int) -> Table:
     "An empty table, all but the first columns aligned to the right."
     t = Table(box=None, pad_edge=False)
-    for i, h in enumerate(head): t.add_column(h, justify="left" if i < left else "right")
+    for i, h in enumerate(head):
+        t.add_column(h, justify="left" if i < left else "right")
     return t
 
 # %% ../../nbs/tree/02_stats.ipynb #65e511fe

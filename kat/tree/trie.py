@@ -60,15 +60,20 @@ class TokenTree:
         "Build the tree. ValueError names the first sequence that is empty or holds an id out of range."
         return _build(_checked(sequences))
 
-    def __len__(self) -> int: return len(self.ids)
-    def __repr__(self) -> str: return _repr(self)
+    def __len__(self) -> int:
+        return len(self.ids)
+    def __repr__(self) -> str:
+        return _repr(self)
 
     @property
-    def n_sequences(self) -> int: return len(self.offsets) - 1
+    def n_sequences(self) -> int:
+        return len(self.offsets) - 1
     @property
-    def n_nodes(self) -> int: return int(self.node[-1]) + 1
+    def n_nodes(self) -> int:
+        return int(self.node[-1]) + 1
     @property
-    def n_flat(self) -> int: return len(self.paths)
+    def n_flat(self) -> int:
+        return len(self.paths)
 
     def path(self, k: int) -> np.ndarray:
         "int64: tree indices of sequence k's tokens."
@@ -98,7 +103,8 @@ class TokenTree:
         "One array per sequence -> float64[N]: what the sequences through each token hold there, summed."
         return self._sum(_flat(self, values, "value"))
 
-    def _sum(self, flat: np.ndarray) -> np.ndarray: return np.bincount(self.paths, flat, len(self))
+    def _sum(self, flat: np.ndarray) -> np.ndarray:
+        return np.bincount(self.paths, flat, len(self))
 
 # %% ../../nbs/tree/01_trie.ipynb #4fa30f51
 def _build(seqs: list[np.ndarray]) -> TokenTree:
@@ -126,7 +132,8 @@ def _build(seqs: list[np.ndarray]) -> TokenTree:
             cut = max(leave, p)
             lo, hi = t + cut - p, t + stop - p
             end[lo:hi], count[lo:hi], first[lo] = start[i + 1], i + 1 - rank, True
-            if cut > p: waiting.append((t, p, rank))
+            if cut > p:
+                waiting.append((t, p, rank))
             stop = cut
     return TokenTree(ids, position, end, prev, np.cumsum(first) - 1, count, np.concatenate(paths),
                      np.concatenate([[0], np.cumsum([len(s) for s in seqs])]))
@@ -226,8 +233,10 @@ def _bins(token: np.ndarray, old: np.ndarray, tolerance: float) -> tuple[np.ndar
     order = np.lexsort((old, token))
     t, o = token[order], old[order]
     new = np.diff(t, prepend=-1) != 0
-    if tolerance: level = np.floor((o - o[new][np.cumsum(new) - 1]) / tolerance)
-    else: level = o
+    if tolerance:
+        level = np.floor((o - o[new][np.cumsum(new) - 1]) / tolerance)
+    else:
+        level = o
     return order, new | (np.diff(level, prepend=np.nan) != 0)
 
 # %% ../../nbs/tree/01_trie.ipynb #446f1634

@@ -90,9 +90,12 @@ def _text_logprobs(call, a: Answer) -> dict | None:
 def _chat_answer(call, a: Answer) -> dict:
     "A chat.completion."
     m = dict(role='assistant', content=a.content if a.content or not a.tool_calls else None, refusal=None)
-    if a.reasoning: m['reasoning_content'] = a.reasoning
-    if a.tool_calls: m['tool_calls'] = list(map(_openai_call, a.tool_calls))
-    if a.malformed: m['malformed_calls'] = a.malformed
+    if a.reasoning:
+        m['reasoning_content'] = a.reasoning
+    if a.tool_calls:
+        m['tool_calls'] = list(map(_openai_call, a.tool_calls))
+    if a.malformed:
+        m['malformed_calls'] = a.malformed
     choice = dict(index=0, message=m, logprobs=_chat_logprobs(call, a), finish_reason=_finish(call, a))
     return dict(id=f'chatcmpl-{a.id}', object='chat.completion', created=a.created, model=call.model, choices=[choice],
                 usage=_usage(a))
@@ -135,7 +138,8 @@ def _message_answer(call, a: Answer) -> dict:
     if a.reasoning and call.thinking != 'off':
         shown = a.reasoning if call.thinking == 'shown' else ''
         content.append(dict(type='thinking', thinking=shown, signature=signature(a.reasoning)))
-    if a.content: content.append(dict(type='text', text=a.content, citations=None))
+    if a.content:
+        content.append(dict(type='text', text=a.content, citations=None))
     content += [_tool_use(c, c['function']['arguments']) for c in a.tool_calls]
     usage = _message_usage(a.prompt_tokens, a.cached_tokens, a.completion_tokens)
     return _message(call, a.id, content, _stop_reason(a), a.stop, usage)
@@ -175,9 +179,15 @@ class Stream:
     def delta(self, text: str = '', reasoning: str = '', calls: list[dict] = ()) -> list[bytes]:
         "More of the answer; `calls` are whole."
         out = []
-        if reasoning: self.reasoning.append(reasoning); out += self.form.reasoning(reasoning)
-        if text: self.text.append(text); out += self.form.text(text)
-        for c in calls: self.calls.append(c); out += self.form.call_(c, len(self.calls) - 1)
+        if reasoning:
+            self.reasoning.append(reasoning)
+            out += self.form.reasoning(reasoning)
+        if text:
+            self.text.append(text)
+            out += self.form.text(text)
+        for c in calls:
+            self.calls.append(c)
+            out += self.form.call_(c, len(self.calls) - 1)
         return out
 
     def finish(self, answer: Answer) -> list[bytes]:
@@ -215,15 +225,20 @@ class _ChatForm:
         choice = dict(index=0, delta=delta, logprobs=logprobs, finish_reason=reason)
         return [sse(self.head | dict(choices=[choice]) | (dict(usage=None) if self.call.usage else {}))]
 
-    def start(self, prompt, cached): return self.chunk(dict(role='assistant', content=''))
-    def text(self, s): return self.chunk(dict(content=s))
-    def reasoning(self, s): return self.chunk(dict(reasoning_content=s))
-    def call_(self, c, i): return self.chunk(dict(tool_calls=[dict(index=i) | _openai_call(c)]))
+    def start(self, prompt, cached):
+        return self.chunk(dict(role='assistant', content=''))
+    def text(self, s):
+        return self.chunk(dict(content=s))
+    def reasoning(self, s):
+        return self.chunk(dict(reasoning_content=s))
+    def call_(self, c, i):
+        return self.chunk(dict(tool_calls=[dict(index=i) | _openai_call(c)]))
 
     def end(self, a: Answer) -> list[bytes]:
         "The reason, the counts, and the mark of the end."
         out = self.chunk({}, _finish(self.call, a), _chat_logprobs(self.call, a))
-        if self.call.usage: out.append(sse(self.head | dict(choices=[], usage=_usage(a))))
+        if self.call.usage:
+            out.append(sse(self.head | dict(choices=[], usage=_usage(a))))
         return [*out, sse('[DONE]')]
 
 # %% ../../nbs/wire/02_answers.ipynb #77c34068
@@ -238,15 +253,20 @@ class _TextForm:
         choice = dict(text=text, index=0, logprobs=logprobs, finish_reason=reason)
         return [sse(self.head | dict(choices=[choice]) | (dict(usage=None) if self.call.usage else {}))]
 
-    def start(self, prompt, cached): return []
-    def text(self, s): return self.chunk(s)
-    def reasoning(self, s): return []
-    def call_(self, c, i): return []
+    def start(self, prompt, cached):
+        return []
+    def text(self, s):
+        return self.chunk(s)
+    def reasoning(self, s):
+        return []
+    def call_(self, c, i):
+        return []
 
     def end(self, a: Answer) -> list[bytes]:
         "The reason, the counts, and the mark of the end."
         out = self.chunk('', _finish(self.call, a), _text_logprobs(self.call, a))
-        if self.call.usage: out.append(sse(self.head | dict(choices=[], usage=_usage(a))))
+        if self.call.usage:
+            out.append(sse(self.head | dict(choices=[], usage=_usage(a))))
         return [*out, sse('[DONE]')]
 
 # %% ../../nbs/wire/02_answers.ipynb #562d83ad
@@ -256,7 +276,8 @@ class _MessageForm:
         self.call, self.id, self.index, self.open, self.thought = call, id, -1, None, []
         self.written = self.again = False  # was there text, and a call after it?
 
-    def event(self, kind: str, **data) -> list[bytes]: return [sse(dict(type=kind) | data, kind)]
+    def event(self, kind: str, **data) -> list[bytes]:
+        return [sse(dict(type=kind) | data, kind)]
 
     def start(self, prompt, cached) -> list[bytes]:
         "The message without content."
@@ -278,13 +299,15 @@ class _MessageForm:
         "Close the open block, if there is one."
         if self.open is None: return []
         out = []
-        if self.open == 'thinking': out = self.grow('signature_delta', signature=signature(''.join(self.thought)))
+        if self.open == 'thinking':
+            out = self.grow('signature_delta', signature=signature(''.join(self.thought)))
         self.open, self.thought = None, []
         return out + self.event('content_block_stop', index=self.index)
 
     def text(self, s) -> list[bytes]:
         "Text; after a call without the line end that a new block stands for."
-        if self.again: self.again, s = False, s.removeprefix('\n')
+        if self.again:
+            self.again, s = False, s.removeprefix('\n')
         if not s: return []
         self.written = True
         return self.block(type='text', text='', citations=None) + self.grow('text_delta', text=s)

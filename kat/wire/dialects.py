@@ -56,7 +56,8 @@ class ApiCall:
     notes: list[str] = field(default_factory=list)  # what the normalisers changed, `name: reason`
 
     @property
-    def callables(self) -> list[dict]: return [] if self.tool_choice == 'none' else self.tools + self.deferred
+    def callables(self) -> list[dict]:
+        return [] if self.tool_choice == 'none' else self.tools + self.deferred
 
 # %% ../../nbs/wire/03_dialects.ipynb #bf4068e5
 class BadRequest(ValueError):
@@ -88,8 +89,10 @@ def parse_body(
 ) -> dict:
     "The JSON object. BadRequest 413 where it is too long, 400 where it is none."
     if len(raw) > limits.bytes: raise BadRequest(f'body: {len(raw)} bytes; at most {limits.bytes}', status=413)
-    try: body = loads_strict(raw)
-    except ValueError as e: raise BadRequest(f'body: {e}') from None
+    try:
+        body = loads_strict(raw)
+    except ValueError as e:
+        raise BadRequest(f'body: {e}') from None
     _check_body(body, limits)
     return body
 
@@ -97,8 +100,10 @@ def parse_body(
 def _check_body(body, limits: RequestLimits) -> None:
     "BadRequest unless `body` is an object of strict JSON."
     if not isinstance(body, dict): raise BadRequest(f'body: an object expected, got {_name(body)}')
-    try: check_json(body, limits.depth)
-    except ValueError as e: raise BadRequest(f'body: {e}') from None
+    try:
+        check_json(body, limits.depth)
+    except ValueError as e:
+        raise BadRequest(f'body: {e}') from None
 
 # %% ../../nbs/wire/03_dialects.ipynb #79b7d100
 _NAMES = {str: 'a string', int: 'a whole number', float: 'a number', bool: 'true or false', list: 'a list',
@@ -127,7 +132,8 @@ def _get(d: dict, key: str, kind: type, where: str = '', default=_MISSING):
     if type(x) is kind: return x
     at = f'{where}.{key}' if where else key
     if x is not None: return _want(x, kind, at)
-    if default is _MISSING: _refuse(at, f'{_NAMES[kind]} is required')
+    if default is _MISSING:
+        _refuse(at, f'{_NAMES[kind]} is required')
     return default
 
 # %% ../../nbs/wire/03_dialects.ipynb #befa9277
@@ -135,7 +141,8 @@ def _number(d: dict, key: str, kind: type, low, high, default):
     "A number in `low`..`high`."
     v = _get(d, key, kind, '', None)
     if v is None: return default
-    if not low <= v <= high: _refuse(key, f'{v} is outside {low}..{high}')
+    if not low <= v <= high:
+        _refuse(key, f'{v} is outside {low}..{high}')
     return v
 
 # %% ../../nbs/wire/03_dialects.ipynb #60cae88e
@@ -194,9 +201,11 @@ def _sampling(dialect: str, body: dict, limits: RequestLimits, counting: bool) -
                  top_k=max(0, _number(body, 'top_k', int, -1, 2**31, 0)),  # vLLM's clients say -1 for off
                  seed=_number(body, 'seed', int, -2**63, 2**64 - 1, None))
     most = [_number(body, k, int, 1, 2**31, None) for k in ('max_completion_tokens', 'max_tokens') if k in body]
-    if len(set(most) - {None}) > 1: _refuse('max_tokens', f'{most[1]}, but max_completion_tokens: {most[0]}; send one')
+    if len(set(most) - {None}) > 1:
+        _refuse('max_tokens', f'{most[1]}, but max_completion_tokens: {most[0]}; send one')
     s.max_tokens = next((m for m in most if m is not None), 16 if dialect == 'completions' else None)
-    if dialect == 'messages' and not counting: _get(body, 'max_tokens', int)
+    if dialect == 'messages' and not counting:
+        _get(body, 'max_tokens', int)
     s.stop, s.logprobs = _stops(dialect, body, limits), _logprobs(dialect, body, limits)
     return s
 
@@ -206,9 +215,11 @@ def _stops(dialect: str, body: dict, limits: RequestLimits) -> list[str]:
     key = 'stop_sequences' if dialect == 'messages' else 'stop'
     v = body.get(key)
     v = [v] if isinstance(v, str) and key == 'stop' else [] if v is None else _want(v, list, key)
-    if len(v) > limits.stop: _refuse(key, f'{len(v)} strings; at most {limits.stop}')
+    if len(v) > limits.stop:
+        _refuse(key, f'{len(v)} strings; at most {limits.stop}')
     for i, s in enumerate(v):
-        if not _want(s, str, f'{key}[{i}]'): _refuse(f'{key}[{i}]', 'empty; it would stop everything')
+        if not _want(s, str, f'{key}[{i}]'):
+            _refuse(f'{key}[{i}]', 'empty; it would stop everything')
     return v
 
 # %% ../../nbs/wire/03_dialects.ipynb #62a2e750
@@ -217,7 +228,8 @@ def _logprobs(dialect: str, body: dict, limits: RequestLimits) -> int | None:
     if dialect == 'completions': return _number(body, 'logprobs', int, 0, limits.top_logprobs, None)
     if dialect == 'messages': return None
     on, top = _get(body, 'logprobs', bool, '', False), _number(body, 'top_logprobs', int, 0, limits.top_logprobs, None)
-    if top is not None and not on: _refuse('top_logprobs', 'needs logprobs: true')
+    if top is not None and not on:
+        _refuse('top_logprobs', 'needs logprobs: true')
     return (top or 0) if on else None
 
 # %% ../../nbs/wire/03_dialects.ipynb #fac7b61b
@@ -230,7 +242,8 @@ def _hints(body: dict, headers: dict) -> dict:
     low = {k.lower(): v for k, v in headers.items()}
     out = {k: next((low[h] for h in hs if low.get(h)), None) for k, hs in _HEADERS.items()}
     meta = _get(body, 'metadata', dict, '', {})
-    if out['client']: out['client'] = re.sub(r'[^\x20-\x7e]', '?', out['client'])[:256]
+    if out['client']:
+        out['client'] = re.sub(r'[^\x20-\x7e]', '?', out['client'])[:256]
     inside = _user_session(meta) or meta.get('session_id') or _get(body, 'prompt_cache_key', str, '', None)
     out['session_id'] = out['session_id'] or inside
     if up := low.get('x-parent-session-id'):  # the session of a sub-agent is a branch of its parent's
@@ -238,7 +251,8 @@ def _hints(body: dict, headers: dict) -> dict:
     for k, v in out.items():
         if v is not None and not (isinstance(v, str) and re.fullmatch(r'[\x20-\x7e]{1,256}', v)):
             _refuse(k, 'printable ASCII of at most 256 characters expected')
-    if betas := [b.strip() for b in low.get('anthropic-beta', '').split(',') if b.strip()]: out['betas'] = betas
+    if betas := [b.strip() for b in low.get('anthropic-beta', '').split(',') if b.strip()]:
+        out['betas'] = betas
     return {k: v for k, v in out.items() if v is not None}
 
 # %% ../../nbs/wire/03_dialects.ipynb #d5a20521
@@ -246,8 +260,10 @@ def _user_session(meta: dict) -> str | None:
     "The session in `metadata.user_id`: JSON in newer versions of Claude Code, a name with parts in older ones."
     user = _get(meta, 'user_id', str, 'metadata', None)
     if user is None: return None
-    try: d = json.loads(user)
-    except (ValueError, RecursionError): d = None
+    try:
+        d = json.loads(user)
+    except (ValueError, RecursionError):
+        d = None
     if isinstance(d, dict): return d['session_id'] if isinstance(d.get('session_id'), str) else None
     m = re.search(r'_session_([0-9A-Za-z-]+)\Z', user)
     return m[1] if m else None
@@ -258,11 +274,13 @@ _TOOL_NAME = re.compile(r'[A-Za-z0-9_-]{1,128}')
 def _function(f: dict, key: str, where: str) -> dict:
     "A function schema from a tool of either API; `key` holds the parameters."
     name = _get(f, 'name', str, where)
-    if not _TOOL_NAME.fullmatch(name): _refuse(f'{where}.name', f'{name!r:.60}; letters, digits, _ and - expected')
+    if not _TOOL_NAME.fullmatch(name):
+        _refuse(f'{where}.name', f'{name!r:.60}; letters, digits, _ and - expected')
     schema = _get(f, key, dict, where, {})
     _check_schema(schema, f'{where}.{key}')
     out, text = dict(name=name), _get(f, 'description', str, where, None)
-    if text is not None: out['description'] = text
+    if text is not None:
+        out['description'] = text
     return dict(type='function', function=out | dict(parameters=schema or dict(type='object', properties={})))
 
 # %% ../../nbs/wire/03_dialects.ipynb #68200c7d
@@ -272,13 +290,15 @@ def _check_schema(schema: dict, where: str) -> None:
         t = _want(p, dict, f'{where}.properties.{k}').get('type', 'string')
         if not (isinstance(t, str) or isinstance(t, list) and all(isinstance(x, str) for x in t)):
             _refuse(f'{where}.properties.{k}.type', 'a name or a list of names expected')
-    for i, k in enumerate(_get(schema, 'required', list, where, [])): _want(k, str, f'{where}.required[{i}]')
+    for i, k in enumerate(_get(schema, 'required', list, where, [])):
+        _want(k, str, f'{where}.required[{i}]')
 
 # %% ../../nbs/wire/03_dialects.ipynb #13038c6f
 def _tools(dialect: str, body: dict, limits: RequestLimits, notes: dict) -> tuple[list[dict], list[dict]]:
     "Tools for the prompt, and deferred ones."
     tools, now, later = _get(body, 'tools', list, '', []), [], []
-    if len(tools) > limits.tools: _refuse('tools', f'{len(tools)}; at most {limits.tools}')
+    if len(tools) > limits.tools:
+        _refuse('tools', f'{len(tools)}; at most {limits.tools}')
     for i, t in enumerate(tools):
         where = f'tools[{i}]'
         _want(t, dict, where)
@@ -286,13 +306,18 @@ def _tools(dialect: str, body: dict, limits: RequestLimits, notes: dict) -> tupl
         if kind != ('custom' if dialect == 'messages' else 'function'):
             _refuse(f'{where}.type', f'{kind!r:.60}; only tools that the agent runs itself are supported')
         f, key = (t, 'input_schema') if dialect == 'messages' else (_get(t, 'function', dict, where), 'parameters')
-        if dialect == 'messages': _get(t, key, dict, where)
-        if f.get('strict'): notes['strict'] = ''
-        if 'cache_control' in t: notes['cache_control'] = ''
+        if dialect == 'messages':
+            _get(t, key, dict, where)
+        if f.get('strict'):
+            notes['strict'] = ''
+        if 'cache_control' in t:
+            notes['cache_control'] = ''
         (later if t.get('defer_loading') is True else now).append(_function(f, key, where))
-    if later: notes['deferred'] = ''
+    if later:
+        notes['deferred'] = ''
     names = [t['function']['name'] for t in now + later]
-    if len(set(names)) < len(names): _refuse('tools', f'{Counter(names).most_common(1)[0][0]!r} is there twice')
+    if len(set(names)) < len(names):
+        _refuse('tools', f'{Counter(names).most_common(1)[0][0]!r} is there twice')
     return now, later
 
 # %% ../../nbs/wire/03_dialects.ipynb #c9e2cca4
@@ -302,10 +327,13 @@ def _tool_choice(body: dict, names: list[str]) -> tuple[str, str]:
     if isinstance(c, dict):
         f, at = (_get(c, 'function', dict, 'tool_choice'), 'tool_choice.function') if c.get('type') == 'function' else (c, 'tool_choice')
         c = c.get('type')
-        if c in ('function', 'tool'): c, tool = 'required', _get(f, 'name', str, at)
+        if c in ('function', 'tool'):
+            c, tool = 'required', _get(f, 'name', str, at)
     if c in (None, 'auto', 'none'): return c or 'auto', ''
-    if c not in ('any', 'required'): _refuse('tool_choice', f'{c!r:.60}; auto, none, any, required or one tool expected')
-    if not names or tool and tool not in names: _refuse('tool_choice', f'{tool or c!r:.60}; tools: {", ".join(names)[:200] or "none"}')
+    if c not in ('any', 'required'):
+        _refuse('tool_choice', f'{c!r:.60}; auto, none, any, required or one tool expected')
+    if not names or tool and tool not in names:
+        _refuse('tool_choice', f'{tool or c!r:.60}; tools: {", ".join(names)[:200] or "none"}')
     return 'required', tool
 
 def _parallel(dialect: str, body: dict) -> bool:
@@ -324,16 +352,19 @@ def _text(content, where: str, notes: dict, system: bool = False, join: str = '\
     for i, b in enumerate(_want(content, list, where)):
         at = f'{where}[{i}]'
         kind = _get(_want(b, dict, at), 'type', str, at)
-        if kind not in ('text', 'refusal'): _refuse_block(kind, at)
+        if kind not in ('text', 'refusal'):
+            _refuse_block(kind, at)
         texts.append(_clean(_get(b, kind, str, at), system, notes))
-        if 'cache_control' in b: notes['cache_control'] = ''
+        if 'cache_control' in b:
+            notes['cache_control'] = ''
     notes['blocks'] = ''
     return join.join(t for t in texts if t)
 
 def _clean(text: str, system: bool, notes: dict) -> str:
     "A text without its billing line."
     out = drop_billing(text) if system else text
-    if out != text: notes['billing'] = ''
+    if out != text:
+        notes['billing'] = ''
     return out
 
 # %% ../../nbs/wire/03_dialects.ipynb #5e2c1c3c
@@ -345,12 +376,14 @@ def _refuse_block(kind: str, where: str) -> None:
 # %% ../../nbs/wire/03_dialects.ipynb #f6168d0f
 def _arguments(v, where: str, notes: dict, text: bool) -> dict:
     "Call arguments as an object; `text`: does the dialect send JSON text?"
-    if isinstance(v, str) != text: notes['arguments'] = ''
+    if isinstance(v, str) != text:
+        notes['arguments'] = ''
     if isinstance(v, str):
         try:
             v = loads_strict(v or '{}')
             check_json(v)
-        except ValueError as e: _refuse(where, str(e))
+        except ValueError as e:
+            _refuse(where, str(e))
     return _want({} if v is None else v, dict, where)
 
 # %% ../../nbs/wire/03_dialects.ipynb #c49fb682
@@ -362,22 +395,29 @@ def _chat_message(m, where: str, notes: dict) -> dict:
     role = _get(_want(m, dict, where), 'role', str, where)
     if role not in ('system', 'developer', 'user', 'assistant', 'tool'):
         _refuse(f'{where}.role', f'{role!r:.60}; system, developer, user, assistant or tool expected')
-    if 'content' not in m and role != 'assistant': _refuse(f'{where}.content', 'a string is required')
+    if 'content' not in m and role != 'assistant':
+        _refuse(f'{where}.content', 'a string is required')
     system = role in ('system', 'developer')
     out = dict(role='system' if system else role, content=_text(m.get('content'), f'{where}.content', notes, system))
-    if name := _get(m, 'name', str, where, None): out['name'] = name
-    if role == 'tool': out['tool_call_id'] = _get(m, 'tool_call_id', str, where)
-    if role == 'assistant': out |= _chat_answer(m, where, notes)
-    if extra := set(m) - _CHAT_FIELDS: _unknown(notes, extra)
+    if name := _get(m, 'name', str, where, None):
+        out['name'] = name
+    if role == 'tool':
+        out['tool_call_id'] = _get(m, 'tool_call_id', str, where)
+    if role == 'assistant':
+        out |= _chat_answer(m, where, notes)
+    if extra := set(m) - _CHAT_FIELDS:
+        _unknown(notes, extra)
     return out
 
 # %% ../../nbs/wire/03_dialects.ipynb #f26a9b89
 def _chat_answer(m: dict, where: str, notes: dict) -> dict:
     "Reasoning and calls of an assistant message."
     out = {}
-    if m.get('function_call') is not None: _refuse(f'{where}.function_call', 'use tool_calls')
+    if m.get('function_call') is not None:
+        _refuse(f'{where}.function_call', 'use tool_calls')
     thought = _get(m, 'reasoning_content', str, where, None) or _get(m, 'reasoning', str, where, None)
-    if thought: out['reasoning'] = thought
+    if thought:
+        out['reasoning'] = thought
     calls = []
     for i, c in enumerate(_get(m, 'tool_calls', list, where, [])):
         at = f'{where}.tool_calls[{i}]'
@@ -389,21 +429,26 @@ def _chat_answer(m: dict, where: str, notes: dict) -> dict:
 # %% ../../nbs/wire/03_dialects.ipynb #00645b1b
 def _call(id: str, name: str, arguments: dict, where: str) -> dict:
     "A canonical tool call."
-    if not id or not name: _refuse(where, 'an empty id or name')
+    if not id or not name:
+        _refuse(where, 'an empty id or name')
     return dict(id=id, type='function', function=dict(name=name, arguments=arguments))
 
 def _unique(calls: list[dict], where: str) -> list[dict]:
     "`calls` if no two have the same id."
-    if len({c['id'] for c in calls}) < len(calls): _refuse(where, 'two tool calls with the same id')
+    if len({c['id'] for c in calls}) < len(calls):
+        _refuse(where, 'two tool calls with the same id')
     return calls
 
 # %% ../../nbs/wire/03_dialects.ipynb #3f3b599d
 def _rules(messages: list[dict], notes: dict, *rules) -> list[dict]:
     "The messages after the named rules of `kat.wire.normalise`."
     for name, rule in rules:
-        try: messages, changed = rule(messages)
-        except ValueError as e: _refuse('messages', str(e))
-        if changed: notes[name] = ''
+        try:
+            messages, changed = rule(messages)
+        except ValueError as e:
+            _refuse('messages', str(e))
+        if changed:
+            notes[name] = ''
     return messages
 
 def _chat(body: dict, notes: dict) -> list[dict]:
@@ -415,7 +460,8 @@ def _chat(body: dict, notes: dict) -> list[dict]:
 def _result(b: dict, where: str, tools: list[dict], notes: dict) -> dict:
     "A tool_result block as a message."
     content = b.get('content')
-    if isinstance(content, list): content = [_reference(x, tools) for x in content]
+    if isinstance(content, list):
+        content = [_reference(x, tools) for x in content]
     text = _text(content, f'{where}.content', notes)
     out = dict(role='tool', tool_call_id=_get(b, 'tool_use_id', str, where), content=text)
     return out | (dict(error=True) if _get(b, 'is_error', bool, where, False) else {})
@@ -436,11 +482,14 @@ def _user(content, where: str, tools: list[dict], notes: dict) -> list[dict]:
     for i, b in enumerate(_want(content, list, where)):
         at = f'{where}[{i}]'
         kind = _get(_want(b, dict, at), 'type', str, at)
-        if 'cache_control' in b: notes['cache_control'] = ''
-        if kind == 'tool_result': out.append(_result(b, at, tools, notes))
+        if 'cache_control' in b:
+            notes['cache_control'] = ''
+        if kind == 'tool_result':
+            out.append(_result(b, at, tools, notes))
         elif kind == 'mid_conv_system':
             out.append(dict(role='system', content=_text(b.get('content'), f'{at}.content', notes, True)))
-        else: out.append(dict(role='user', content=_text([b], at, notes)))
+        else:
+            out.append(dict(role='user', content=_text([b], at, notes)))
     return merge_turns(out)[0] or [dict(role='user', content='')]
 
 # %% ../../nbs/wire/03_dialects.ipynb #0b054e07
@@ -451,15 +500,20 @@ def _assistant(content, where: str, notes: dict) -> dict:
     for i, b in enumerate(_want(content, list, where)):
         at = f'{where}[{i}]'
         kind = _get(_want(b, dict, at), 'type', str, at)
-        if 'cache_control' in b: notes['cache_control'] = ''
+        if 'cache_control' in b:
+            notes['cache_control'] = ''
         if kind == 'tool_use':
             args = _arguments(b.get('input'), f'{at}.input', notes, False)
             calls.append(_call(_get(b, 'id', str, at), _get(b, 'name', str, at), args, at))
-        elif kind == 'thinking': thoughts.append(_get(b, 'thinking', str, at, ''))
-        elif kind == 'redacted_thinking': notes['redacted'] = ''
-        else: texts.append(_text([b], at, notes))
+        elif kind == 'thinking':
+            thoughts.append(_get(b, 'thinking', str, at, ''))
+        elif kind == 'redacted_thinking':
+            notes['redacted'] = ''
+        else:
+            texts.append(_text([b], at, notes))
     out = dict(role='assistant', content='\n'.join(t for t in texts if t))
-    if r := '\n'.join(t for t in thoughts if t): out['reasoning'] = r
+    if r := '\n'.join(t for t in thoughts if t):
+        out['reasoning'] = r
     return out | (dict(tool_calls=calls) if _unique(calls, where) else {})
 
 # %% ../../nbs/wire/03_dialects.ipynb #fe55e28f
@@ -470,13 +524,19 @@ def _messages(body: dict, tools: list[dict], notes: dict) -> list[dict]:
     for i, m in enumerate(_get(body, 'messages', list)):
         where = f'messages[{i}]'
         role = _get(_want(m, dict, where), 'role', str, where)
-        if 'content' not in m: _refuse(f'{where}.content', 'a string or a list of blocks is required')
+        if 'content' not in m:
+            _refuse(f'{where}.content', 'a string or a list of blocks is required')
         at, content = f'{where}.content', m['content']
-        if role == 'user': out += _user(content, at, tools, notes)
-        elif role == 'assistant': out.append(_assistant(content, at, notes))
-        elif role == 'system': out.append(system(content, at))
-        else: _refuse(f'{where}.role', f'{role!r:.60}; user, assistant or system expected')
-        if extra := set(m) - {'role', 'content'}: _unknown(notes, extra)
+        if role == 'user':
+            out += _user(content, at, tools, notes)
+        elif role == 'assistant':
+            out.append(_assistant(content, at, notes))
+        elif role == 'system':
+            out.append(system(content, at))
+        else:
+            _refuse(f'{where}.role', f'{role!r:.60}; user, assistant or system expected')
+        if extra := set(m) - {'role', 'content'}:
+            _unknown(notes, extra)
     if out and out[-1]['role'] == 'assistant':
         _refuse('messages', 'the last one is an assistant message; a started answer cannot be continued')
     return _rules(out, notes, ('turns', merge_turns), ('results', order_results), ('reminders', fold_reminders),
@@ -486,7 +546,8 @@ def _messages(body: dict, tools: list[dict], notes: dict) -> list[dict]:
 def _thinking(dialect: str, body: dict) -> str:
     "'shown', 'omitted' or 'off'."
     out = _get(body, 'output_config', dict, '', {}) if dialect == 'messages' else {}
-    if out.get('format') is not None: _refuse('output_config.format', _STRUCTURE)
+    if out.get('format') is not None:
+        _refuse('output_config.format', _STRUCTURE)
     t = _get(body, 'thinking', dict, '', {}) if dialect == 'messages' else dict(type='enabled')
     _get(t, 'budget_tokens', int, 'thinking', None)  # a wish; no engine counts thinking apart
     kind, display = t.get('type', 'disabled'), _get(t, 'display', str, 'thinking', None)
@@ -499,13 +560,17 @@ def _prompt(body: dict) -> str | list[int]:
     "The prompt of a completion."
     p = body.get('prompt')
     if isinstance(p, list) and p and isinstance(p[0], (str, list)):
-        if len(p) > 1: _refuse('prompt', f'{len(p)} prompts; send one per request')
+        if len(p) > 1:
+            _refuse('prompt', f'{len(p)} prompts; send one per request')
         p = p[0]
-    if not isinstance(p, (str, list)): _refuse('prompt', f'a string or a list of token ids expected, got {_name(p)}')
-    if not p: _refuse('prompt', 'empty')
+    if not isinstance(p, (str, list)):
+        _refuse('prompt', f'a string or a list of token ids expected, got {_name(p)}')
+    if not p:
+        _refuse('prompt', 'empty')
     if isinstance(p, list):
         for i, x in enumerate(p):
-            if not 0 <= _want(x, int, f'prompt[{i}]') < 2**31: _refuse(f'prompt[{i}]', f'{x} is no token id')
+            if not 0 <= _want(x, int, f'prompt[{i}]') < 2**31:
+                _refuse(f'prompt[{i}]', f'{x} is no token id')
     return p
 
 # %% ../../nbs/wire/03_dialects.ipynb #bb328044
@@ -529,8 +594,10 @@ def read_call(dialect: str, body: dict, headers: dict | None = None, counting: b
              stream=_get(body, 'stream', bool, '', False), thinking=_thinking(dialect, body))
     if dialect != 'messages':
         c.usage = _get(_get(body, 'stream_options', dict, '', {}), 'include_usage', bool, 'stream_options', False)
-    if dialect == 'completions': c.prompt = _prompt(body)
-    else: _fill(c, body, limits, notes)
+    if dialect == 'completions':
+        c.prompt = _prompt(body)
+    else:
+        _fill(c, body, limits, notes)
     c.notes = [note(k, v) for k, v in notes.items()]
     return c
 
@@ -538,14 +605,18 @@ def read_call(dialect: str, body: dict, headers: dict | None = None, counting: b
 def _fill(c: ApiCall, body: dict, limits: RequestLimits, notes: dict) -> None:
     "Tools and messages of a chat."
     n = len(_get(body, 'messages', list))
-    if not 0 < n <= limits.messages: _refuse('messages', f'{n}; 1 to {limits.messages} expected')
+    if not 0 < n <= limits.messages:
+        _refuse('messages', f'{n}; 1 to {limits.messages} expected')
     c.tools, c.deferred = _tools(c.dialect, body, limits, notes)
     c.tool_choice, c.tool = _tool_choice(body, [t['function']['name'] for t in c.tools + c.deferred])
-    if c.tool_choice == 'required': notes['choice'] = ''
+    if c.tool_choice == 'required':
+        notes['choice'] = ''
     c.parallel = _parallel(c.dialect, body)
-    if not c.parallel: notes['parallel'] = ''
+    if not c.parallel:
+        notes['parallel'] = ''
     c.messages = _chat(body, notes) if c.dialect == 'chat' else _messages(body, c.tools + c.deferred, notes)
-    if _is_subagent(body): c.metadata['subagent'] = True
+    if _is_subagent(body):
+        c.metadata['subagent'] = True
 
 def _is_subagent(body: dict) -> bool:
     "Does the billing line say that a sub-agent asks?"
@@ -562,7 +633,8 @@ def core_messages(
     out = []
     for m in call.messages:
         d = {k: v for k, v in m.items() if k not in ('reasoning', 'error')}
-        if m.get('reasoning'): d['reasoning_content'] = m['reasoning']
+        if m.get('reasoning'):
+            d['reasoning_content'] = m['reasoning']
         out.append(d | (dict(event='error') if m.get('error') else {}))
     return out
 

@@ -81,10 +81,13 @@ def fold_reminders(
     out = []  # a message, and the texts that it will hold
     for m in messages[n:]:
         if m['role'] == 'system':
-            if not (out and out[-1][0]['role'] == 'user'): out.append((_REMINDER, []))
+            if not (out and out[-1][0]['role'] == 'user'):
+                out.append((_REMINDER, []))
             out[-1][1].append(f'<system-reminder>\n{m["content"]}\n</system-reminder>')
-        elif m['role'] == 'user' and out and out[-1][0] is _REMINDER: out[-1] = m, [*out[-1][1], m['content']]
-        else: out.append((m, [m['content']]))
+        elif m['role'] == 'user' and out and out[-1][0] is _REMINDER:
+            out[-1] = m, [*out[-1][1], m['content']]
+        else:
+            out.append((m, [m['content']]))
     head = [dict(role='system', content=top)] if top else []
     return head + [m | dict(content=_lines(t)) for m, t in out], any(m['role'] == 'system' for m in messages[n:])
 
@@ -102,15 +105,19 @@ def merge_turns(
     out = []
     for role, run in groupby(messages, key=lambda m: m['role']):
         run = list(run)
-        if len(run) == 1 or role not in ('user', 'assistant'): out += run
-        else: out.append(_merged(role, run))
+        if len(run) == 1 or role not in ('user', 'assistant'):
+            out += run
+        else:
+            out.append(_merged(role, run))
     return out, len(out) < len(messages)
 
 def _merged(role: str, run: list[dict]) -> dict:
     "One message of several."
     m = dict(role=role, content=_lines(m['content'] for m in run))
-    if r := _lines(m.get('reasoning') for m in run): m['reasoning'] = r
-    if c := [c for m in run for c in m.get('tool_calls', ())]: m['tool_calls'] = c
+    if r := _lines(m.get('reasoning') for m in run):
+        m['reasoning'] = r
+    if c := [c for m in run for c in m.get('tool_calls', ())]:
+        m['tool_calls'] = c
     return m
 
 # %% ../../nbs/wire/01_normalise.ipynb #a78a2367
@@ -125,8 +132,10 @@ def _plain(x):
     if isinstance(x, dict): return {k: _plain(v) for k, v in x.items()}
     if isinstance(x, list): return [_plain(v) for v in x]
     if isinstance(x, bool) or not isinstance(x, (int, float)): return x
-    try: f = float(x)
-    except OverflowError: f = float('inf')
+    try:
+        f = float(x)
+    except OverflowError:
+        f = float('inf')
     return int(f) if f.is_integer() and abs(f) < 2**63 else repr(f)
 
 # %% ../../nbs/wire/01_normalise.ipynb #ed316edb
@@ -160,7 +169,8 @@ def arguments_of(
 ) -> dict:
     "Its arguments as an object, also where they are JSON text or missing. ValueError where they are something else."
     args = call['function'].get('arguments')
-    if isinstance(args, str): args = json.loads(args or '{}')
+    if isinstance(args, str):
+        args = json.loads(args or '{}')
     if args is None: return {}
     if not isinstance(args, dict): raise ValueError(f'{call["function"]["name"]}: arguments must be an object')
     return args
@@ -193,10 +203,12 @@ def explain(
     x, y = recorded.get('content') or '', returned.get('content') or ''
     out = [] if x == y else ['white space' if a['role'] == 'assistant' else 'date']
     r, s = recorded.get('reasoning') or '', returned.get('reasoning') or ''
-    if r != s: out.append('reasoning rewritten' if r and s else 'reasoning dropped' if r else 'reasoning added')
+    if r != s:
+        out.append('reasoning rewritten' if r and s else 'reasoning dropped' if r else 'reasoning added')
     c, d = recorded.get('tool_calls') or [], returned.get('tool_calls') or []
     raw = lambda t: json.dumps(arguments_of(t))
-    if list(map(raw, c)) != list(map(raw, d)): out.append('arguments rewritten')
+    if list(map(raw, c)) != list(map(raw, d)):
+        out.append('arguments rewritten')
     ids = lambda m: [t.get('id') for t in m.get('tool_calls') or ()] + [m.get('tool_call_id')]
     return out + (['ids renamed'] if ids(recorded) != ids(returned) else [])
 
@@ -210,7 +222,8 @@ def without_reminders(
         texts, found = _reminders(m['content'])
         gone.update(found)
         text = _lines(t.strip() for t in texts)
-        if text or not found or m['role'] == 'tool': out.append(m | dict(content=text))
+        if text or not found or m['role'] == 'tool':
+            out.append(m | dict(content=text))
     return out, gone
 
 def _reminders(text: str) -> tuple[list[str], list[str]]:
@@ -219,6 +232,9 @@ def _reminders(text: str) -> tuple[list[str], list[str]]:
     texts, found = [[head]], []
     for p in parts:
         inside, end, after = p.partition('</system-reminder>')
-        if end: found.append(mask_dates(inside.strip())); texts.append([after])
-        else: texts[-1] += ['<system-reminder>', p]
+        if end:
+            found.append(mask_dates(inside.strip()))
+            texts.append([after])
+        else:
+            texts[-1] += ['<system-reminder>', p]
     return [''.join(t) for t in texts], found

@@ -27,13 +27,15 @@ def test_values_survive_as_json_and_as_python(case):
         assert got == value and fits(got, kind)
 
 @given(st.text())
-def test_a_string_parameter_is_the_text_itself(text): assert parse_value(text, 'str') == text
+def test_a_string_parameter_is_the_text_itself(text):
+    assert parse_value(text, 'str') == text
 
 @pytest.mark.parametrize('text, kind', [
     ('5.5', 'int'), ('1', 'bool'), ('True', 'int'), ('yes', 'bool'), ('', 'int'), ('abc', 'float'), ('{}', 'list'),
     ('["a", 1]', 'list[str]'), ('None', 'int'), ('{[]: 1}', 'dict'), ('('*9999, 'list')])
 def test_what_does_not_fit_is_refused(text, kind):
-    with pytest.raises(ValueError): parse_value(text, kind)
+    with pytest.raises(ValueError):
+        parse_value(text, kind)
 
 def test_false_is_false_and_none_is_none():
     assert parse_value('false', 'bool') is False and parse_value('False', 'bool') is False
@@ -52,17 +54,21 @@ def test_refusals_name_file_and_parameter(tmp_path):
     declared = read_parameters(notebook(tmp_path/'a.ipynb', 'steps: int = 1\nlr: float = 0.1'))
     for pair, parts in [('step=3', ["'step'", 'did you mean steps', 'a.ipynb', 'lr']), ('steps=x', ['steps=x', 'int']),
                         ('steps', ['key=value'])]:
-        with pytest.raises(UserError) as e: set_parameters(declared, [pair], 'a.ipynb')
+        with pytest.raises(UserError) as e:
+            set_parameters(declared, [pair], 'a.ipynb')
         assert all(p in str(e.value) for p in parts) and '\n' not in str(e.value)
     for values in dict(steps=1), dict(steps=1, lr='0.1'), dict(steps=1., lr=1), dict(steps=1, lr=1, more=1):
-        with pytest.raises(UserError): check_parameters(declared, values, 'a')
+        with pytest.raises(UserError):
+            check_parameters(declared, values, 'a')
     assert check_parameters(declared, dict(steps=1, lr=1), 'a')
     notebook(tmp_path/'b.ipynb', 'n: int = 1\nm = 2*n')
     (tmp_path/'c.ipynb').write_text('{"cells": [')
     notebook(tmp_path/'d.ipynb', 'n: int = ')
     for name in 'bcde':
-        with pytest.raises(UserError, match=f'{name}.ipynb'): read_parameters(tmp_path/f'{name}.ipynb')
-    with pytest.raises(UserError, match='type Path'): fits(1, 'Path')
+        with pytest.raises(UserError, match=f'{name}.ipynb'):
+            read_parameters(tmp_path/f'{name}.ipynb')
+    with pytest.raises(UserError, match='type Path'):
+        fits(1, 'Path')
 
 MODES = '''
 if mode == 'good': print([steps, flag, name])
@@ -94,13 +100,15 @@ def test_typed_values_reach_the_notebook(modes, tmp_path):
     ('bad', NotebookFailed, ['modes: cell [3]: ZeroDivisionError: division by zero'])])
 def test_failures_are_one_line_and_leave_the_copy(modes, tmp_path, mode, error, parts):
     out = tmp_path/'modes.ipynb'
-    with pytest.raises(error) as e: run_notebook(modes, out, dict(mode=mode))
+    with pytest.raises(error) as e:
+        run_notebook(modes, out, dict(mode=mode))
     assert all(p in str(e.value) for p in parts) and '\n' not in str(e.value)
     assert [p.name for p in tmp_path.iterdir()] == ['modes.failed.ipynb']
 
 def test_the_source_notebook_is_never_overwritten(modes):
     before = modes.read_bytes()
-    with pytest.raises(UserError, match='beside'): run_notebook(modes, modes, {})
+    with pytest.raises(UserError, match='beside'):
+        run_notebook(modes, modes, {})
     assert modes.read_bytes() == before
 
 def test_full_disk_is_recognised(tmp_path):

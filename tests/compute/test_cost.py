@@ -44,7 +44,8 @@ def test_ranks_add_up_to_the_whole(seqs, ranks, seed):
         index = torch.from_numpy(p.index)
         TreeEngine(model, max_tokens=5).forward_backward(p.tree, lambda e: (w[index[e.index]] * e.logprob).sum(), p.score)
     assert worst(want, gradients(model)) < 1e-9
-    with pytest.raises(ValueError, match="ranks"): split_ranges(tree, len(tree) + 1)
+    with pytest.raises(ValueError, match="ranks"):
+        split_ranges(tree, len(tree) + 1)
 
 
 MODEL = make("qwen3")
@@ -53,5 +54,7 @@ MODEL = make("qwen3")
 def test_no_sharing_costs_what_the_sequences_cost_and_small_packs_warn():
     alone = TokenTree.from_sequences([[k] * 50 for k in range(5)])
     assert predicted_speedup(SHAPES[0], alone) == 1.0
-    with pytest.warns(UserWarning, match="shares too little to pay"): predicted_speedup(SHAPES[0], alone, 8)
-    with pytest.raises(ValueError, match="at least 3"): TimeModel.fit([])
+    with pytest.warns(UserWarning, match="shares too little to pay"):
+        predicted_speedup(SHAPES[0], alone, 8)
+    with pytest.raises(ValueError, match="at least 3"):
+        TimeModel.fit([])

@@ -26,9 +26,11 @@ def weights_of(seqs, rng, node=False):
     "Random signed weights per token of each sequence, many zero; as node semantics divided by the count."
     tree = TokenTree.from_sequences(seqs)
     ws = [rng.normal(size=len(s)) * (rng.random(len(s)) < 0.7) for s in seqs]
-    if node: ws = [w / tree.count[tree.path(k)] for k, w in enumerate(ws)]
+    if node:
+        ws = [w / tree.count[tree.path(k)] for k, w in enumerate(ws)]
     total = np.zeros(len(tree))
-    for k, w in enumerate(ws): np.add.at(total, tree.path(k), w)
+    for k, w in enumerate(ws):
+        np.add.at(total, tree.path(k), w)
     return tree, ws, torch.from_numpy(total)
 
 
@@ -95,7 +97,8 @@ def test_stock_models_in_float32(kind, seqs, size):
     _, flat = flat_run(single, seqs, [w.astype(np.float32) for w in ws], 1.0, 0.1)
     _, have = tree_run(single, tree, total.float(), 1.0, 0.1, max_tokens=size)
     norm = sum(g.norm() ** 2 for g in want.values()) ** 0.5
-    def off(got): return sum((want[n] - got[n].double()).norm() ** 2 for n in want) ** 0.5
+    def off(got):
+        return sum((want[n] - got[n].double()).norm() ** 2 for n in want) ** 0.5
     assert off(have) <= 3 * off(flat) + 5e-7 * norm + 1e-7
 
 
@@ -115,9 +118,11 @@ STOCK = {k: single_and_double(k) for k in ("qwen3", "gemma3", "qwen3moe")}
 def test_whole_paths_in_two_passes(seqs, size):
     model, tree = MODELS["qwen3"], TokenTree.from_sequences(seqs)
     adv = torch.linspace(-1, 2, len(seqs), dtype=torch.float64)
-    def of(logprobs): return sum(a * x.mean().exp() for a, x in zip(adv, logprobs) if len(x))
+    def of(logprobs):
+        return sum(a * x.mean().exp() for a, x in zip(adv, logprobs) if len(x))
     want_loss = of([flat_logprobs_of(model, s)[0] if len(s) > 1 else torch.empty(0) for s in seqs])
-    if isinstance(want_loss, torch.Tensor): want_loss.backward()
+    if isinstance(want_loss, torch.Tensor):
+        want_loss.backward()
     want = gradients(model)
     def loss(e):
         at = torch.zeros(len(tree), dtype=torch.float64).index_copy(0, e.index, e.logprob)
@@ -140,13 +145,15 @@ def test_only_ancestors_matter(backend, seqs, size, data):
         other[k][at] = 22 if tree.ids[t] != 22 else 21
     changed = TokenTree.from_sequences(other)
     if len(changed) != len(tree): return  # the new id made two branches one
-    with torch.no_grad(): a, b = (tree_logprobs(model, x, 1.0, backend, size) for x in (tree, changed))
+    with torch.no_grad():
+        a, b = (tree_logprobs(model, x, 1.0, backend, size) for x in (tree, changed))
     for k in range(len(seqs)):
         p, q = tree.path(k), changed.path(k)
         where = np.flatnonzero(p == t)
         upto = where[0] if len(where) else len(p)
         torch.testing.assert_close(a.logprob[p[:upto]], b.logprob[q[:upto]], atol=1e-12, rtol=0)
-        if len(where) and upto + 1 < len(p): assert not torch.allclose(a.logprob[p[upto + 1]], b.logprob[q[upto + 1]], atol=1e-9, rtol=0)
+        if len(where) and upto + 1 < len(p):
+            assert not torch.allclose(a.logprob[p[upto + 1]], b.logprob[q[upto + 1]], atol=1e-9, rtol=0)
 
 
 @FEW
@@ -154,9 +161,11 @@ def test_only_ancestors_matter(backend, seqs, size, data):
 def test_order_of_sequences_is_nothing(seqs, size, seed):
     order = np.random.default_rng(seed).permutation(len(seqs))
     a, b = TokenTree.from_sequences(seqs), TokenTree.from_sequences([seqs[i] for i in order])
-    with torch.no_grad(): x, y = (tree_logprobs(MODELS["qwen3"], t, max_tokens=size).logprob for t in (a, b))
+    with torch.no_grad():
+        x, y = (tree_logprobs(MODELS["qwen3"], t, max_tokens=size).logprob for t in (a, b))
     assert torch.equal(x, y)
-    for k, i in enumerate(order): assert np.array_equal(a.path(i), b.path(k))
+    for k, i in enumerate(order):
+        assert np.array_equal(a.path(i), b.path(k))
 
 
 @FEW
@@ -196,8 +205,10 @@ def test_activation_checkpointing_changes_nothing(size):
     model.train().activation_checkpointing_enable()
     _, have = tree_run(model, tree, w, 1.0, 0.1, max_tokens=size)
     assert worst(want, have) < 1e-9
-    with pytest.raises(ValueError, match="activation checkpointing"): tree_logprobs(model, tree)
-    with torch.no_grad(): tree_logprobs(model, tree)
+    with pytest.raises(ValueError, match="activation checkpointing"):
+        tree_logprobs(model, tree)
+    with torch.no_grad():
+        tree_logprobs(model, tree)
 
 
 @pytest.mark.parametrize("size", [None, 3])
@@ -206,7 +217,8 @@ def test_lora(size):
     model = get_peft_model(make("qwen3"), LoraConfig(r=4, target_modules=["q_proj", "v_proj", "down_proj"]))
     with torch.no_grad():
         for n, p in model.named_parameters():
-            if "lora" in n: p.copy_(torch.randn_like(p) * 0.1)
+            if "lora" in n:
+                p.copy_(torch.randn_like(p) * 0.1)
     model = model.double()
     seqs = [[1, 2, 3, 4, 5, 6], [1, 2, 3, 9, 8], [1, 2, 3, 9, 7, 7]]
     tree, ws, w = weights_of(seqs, np.random.default_rng(0))
@@ -221,14 +233,16 @@ def test_bfloat16_is_no_worse_than_flat():
     for seed in range(4):
         full, low = make("qwen3", torch.float32, seed), make("qwen3", torch.bfloat16, seed)
         with torch.no_grad():
-            for a, b in zip(full.parameters(), low.parameters()): a.copy_(b)
+            for a, b in zip(full.parameters(), low.parameters()):
+                a.copy_(b)
         rng = np.random.default_rng(seed)
         base = rng.integers(0, 23, 30)
         seqs = [np.concatenate([base[:rng.integers(10, 30)], rng.integers(0, 23, 20)]) for _ in range(8)]
         tree, ws, _ = weights_of(seqs, rng)
         ws = [abs(x).astype(np.float32) for x in ws]
         total = np.zeros(len(tree), np.float32)
-        for k, x in enumerate(ws): np.add.at(total, tree.path(k), x)
+        for k, x in enumerate(ws):
+            np.add.at(total, tree.path(k), x)
         _, truth = flat_run(full, seqs, ws, 1.0, 0.0)
         _, flat = flat_run(low, seqs, ws, 1.0, 0.0)
         _, have = tree_run(low, tree, torch.from_numpy(total), 1.0, 0.0, max_tokens=40)
@@ -242,7 +256,8 @@ def test_depth_5000_and_a_path_of_64_packs():
     model.config.max_position_embeddings = 6000
     tree = TokenTree.from_sequences([np.arange(5000) % 23])
     assert tree.n_nodes == 1
-    with torch.no_grad(): assert len(tree_logprobs(model, tree, max_tokens=1000).logprob) == 5000
+    with torch.no_grad():
+        assert len(tree_logprobs(model, tree, max_tokens=1000).logprob) == 5000
     chain = TokenTree.from_sequences([np.arange(n + 1) % 23 for n in range(128)])  # every prefix a sequence: 128 nodes
     assert chain.n_nodes == 128
     whole, cut = ({}, {})
@@ -264,7 +279,8 @@ def deep():  # one small layer that takes long sequences
     config = LlamaConfig(vocab_size=23, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=1, num_key_value_heads=1, head_dim=16, max_position_embeddings=5000)
     model = LlamaForCausalLM(config).double()
     with torch.no_grad():
-        for p in model.parameters(): p.add_(torch.randn_like(p) * 0.3)
+        for p in model.parameters():
+            p.add_(torch.randn_like(p) * 0.3)
     return model
 
 
@@ -303,30 +319,41 @@ REFUSED = {
 
 @pytest.mark.parametrize("kind", REFUSED)
 def test_layers_with_a_state_are_refused_by_name(kind):
-    with torch.device("meta"): model = AutoModelForCausalLM.from_config(REFUSED[kind])
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(REFUSED[kind])
     tree = TokenTree.from_sequences([[1, 2, 3], [1, 2, 4]])
     for call in (lambda: check_model(model), lambda: TreeEngine(model), lambda: tree_logprobs(model, tree)):
-        with pytest.raises(ValueError, match=f"{type(model).__name__}: layers of kind {kind.split()[0]} aren't plain attention.*trees need attention in every layer"): call()
+        with pytest.raises(ValueError, match=f"{type(model).__name__}: layers of kind {kind.split()[0]} aren't plain attention.*trees need attention in every layer"):
+            call()
 
 
 def test_what_does_not_fit_is_refused():
     model, tree = MODELS["qwen3"], TokenTree.from_sequences([[1, 2], [1, 3]])
-    with pytest.raises(ValueError, match="sequence 1: token id 23"): tree_logprobs(model, TokenTree.from_sequences([[1], [2, 23]]))
+    with pytest.raises(ValueError, match="sequence 1: token id 23"):
+        tree_logprobs(model, TokenTree.from_sequences([[1], [2, 23]]))
     with pytest.raises(ValueError, match="sequence 0: 300 tokens, the model's limit is 256"):
         TreeEngine(model).forward_backward(TokenTree.from_sequences([np.zeros(300, int)]), lambda e: e.logprob.sum())
-    with pytest.raises(ValueError, match="max_tokens"): TreeEngine(model, max_tokens=0)
-    with pytest.raises(ValueError, match="max_tokens"): tree_logprobs(model, tree, max_tokens=0)
-    with pytest.raises(ValueError, match="temperature"): tree_logprobs(model, tree, 0.0)
-    with pytest.raises(ValueError, match="score"): TreeEngine(model).forward_backward(tree, lambda e: e.logprob.sum(), score=[True])
-    with pytest.raises(ValueError, match="fast"): tree_logprobs(model, tree, backend="fast")
+    with pytest.raises(ValueError, match="max_tokens"):
+        TreeEngine(model, max_tokens=0)
+    with pytest.raises(ValueError, match="max_tokens"):
+        tree_logprobs(model, tree, max_tokens=0)
+    with pytest.raises(ValueError, match="temperature"):
+        tree_logprobs(model, tree, 0.0)
+    with pytest.raises(ValueError, match="score"):
+        TreeEngine(model).forward_backward(tree, lambda e: e.logprob.sum(), score=[True])
+    with pytest.raises(ValueError, match="fast"):
+        tree_logprobs(model, tree, backend="fast")
     broken = make("qwen3")
-    with torch.no_grad(): broken.lm_head.weight[0, 0] = float("nan")
-    with pytest.raises(FloatingPointError, match="finite"): TreeEngine(broken).forward_backward(tree, lambda e: e.logprob.sum())
+    with torch.no_grad():
+        broken.lm_head.weight[0, 0] = float("nan")
+    with pytest.raises(FloatingPointError, match="finite"):
+        TreeEngine(broken).forward_backward(tree, lambda e: e.logprob.sum())
 
 
 def test_the_model_attends_as_before_afterwards():
     model, tree = MODELS["qwen3"], TokenTree.from_sequences([[1, 2], [1, 3]])
     with pytest.raises(RuntimeError, match="stop"):
-        def loss(e): raise RuntimeError("stop")
+        def loss(e):
+            raise RuntimeError("stop")
         TreeEngine(model).forward_backward(tree, loss)
     assert model.config._attn_implementation == "sdpa"

@@ -60,7 +60,8 @@ def test_whole_model_agrees(kw, how):
     if "padding" in how:
         real[0, slice(0, 30) if "left" in how else slice(110, 140)] = False
         args["attention_mask"] = real.long()
-    if how == "packed": args["position_ids"] = torch.cat([torch.arange(90), torch.arange(50)]).expand(2, -1)
+    if how == "packed":
+        args["position_ids"] = torch.cat([torch.arange(90), torch.arange(50)]).expand(2, -1)
     logits, grads = [], []
     for name in ("sdpa", register_attention()):
         model = make(name, **kw)
@@ -69,7 +70,8 @@ def test_whole_model_agrees(kw, how):
         grads.append(gradients(out, list(model.parameters())))
     # the library computes its norms in float32 whatever the dtype
     torch.testing.assert_close(logits[0], logits[1], atol=1e-6, rtol=0)
-    for a, b in zip(*grads): torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-5)
+    for a, b in zip(*grads):
+        torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-5)
 
 
 @pytest.mark.parametrize("kw", [{}, SLIDING], ids=["full", "sliding"])
@@ -85,7 +87,8 @@ def test_generation_with_a_cache_agrees(kw):
 def test_unknown_attention_features_are_refused():
     x = torch.zeros(1, 1, 2, 4)
     for kw in ({"softcap": 30.0}, {"s_aux": torch.zeros(1)}, {"dropout": 0.1}):
-        with pytest.raises(ValueError, match="sdpa"): kat_attention(None, x, x, x, None, **kw)
+        with pytest.raises(ValueError, match="sdpa"):
+            kat_attention(None, x, x, x, None, **kw)
 
 
 @FEW
@@ -97,7 +100,8 @@ def test_buckets_partition_within_the_budget(lengths, budget):
 
 
 def test_too_long_a_sequence_is_named():
-    with pytest.raises(ValueError, match="sequence 1 has 90 tokens"): length_buckets([5, 90], 80)
+    with pytest.raises(ValueError, match="sequence 1 has 90 tokens"):
+        length_buckets([5, 90], 80)
 
 
 def test_flat_logprobs_are_those_of_one_forward_per_sequence():
@@ -130,13 +134,15 @@ def test_slices_of_the_vocabulary_change_nothing(monkeypatch):
         logps, _ = flat_logprobs(model, ids, mask)
         results.append((logps, *torch.autograd.grad(logps.sum(), list(model.parameters()))))
     for other in results[1:]:
-        for a, b in zip(results[0], other): torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
+        for a, b in zip(results[0], other):
+            torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
 
 
 def test_rows_do_not_see_each_other_nor_padding():
     model = make(FLAT_ATTENTION, dtype=torch.float32)
     a, b, c = (np.random.default_rng(i).integers(0, 50, n) for i, n in enumerate((30, 20, 30)))
-    def score(other): return flat_logprobs(model, pad_rows([other, b]), pad_rows([other < 0, b >= 0], False))[0]
+    def score(other):
+        return flat_logprobs(model, pad_rows([other, b]), pad_rows([other < 0, b >= 0], False))[0]
     assert torch.equal(score(a), score(c))
     torch.testing.assert_close(score(a), flat_logprobs(model, pad_rows([b]), pad_rows([b >= 0]))[0], atol=1e-6, rtol=0)
 
@@ -157,6 +163,8 @@ def test_bfloat16_compute_keeps_float32_gradients():
 def test_what_cannot_be_scored_is_refused():
     model = make(dtype=torch.float32)
     ids = torch.zeros(1, 4, dtype=torch.long)
-    with pytest.raises(ValueError, match="temperature"): flat_logprobs(model, ids, ids == 0, 0.0)
+    with pytest.raises(ValueError, match="temperature"):
+        flat_logprobs(model, ids, ids == 0, 0.0)
     model.config.final_logit_softcapping = 30.0
-    with pytest.raises(ValueError, match="final_logit_softcapping"): flat_logprobs(model, ids, ids == 0)
+    with pytest.raises(ValueError, match="final_logit_softcapping"):
+        flat_logprobs(model, ids, ids == 0)

@@ -43,7 +43,8 @@ def work(rank, store):
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
     for shard in (True, False):
         model, alone = make("qwen3"), make("qwen3")
-        if shard: shard_layers(model, dist.device_mesh.init_device_mesh("cpu", (2,)))
+        if shard:
+            shard_layers(model, dist.device_mesh.init_device_mesh("cpu", (2,)))
         assert any(isinstance(p, DTensor) for p in model.parameters()) == shard
         for name, (*parts, whole) in cases().items():
             total = rank_gradients(TreeEngine(model, max_tokens=6 + 5 * rank), parts[rank])  # other packs on each rank
@@ -61,7 +62,10 @@ def test_two_ranks_give_the_gradients_of_one(tmp_path):
     code = f"import sys; sys.path.insert(0, {str(here.parent)!r}); import {here.stem}; {here.stem}.work(int(sys.argv[1]), sys.argv[2])"
     env = os.environ | {"PYTHONPATH": os.pathsep.join([str(here.parents[2]), os.environ.get("PYTHONPATH", "")])}
     ranks = [subprocess.Popen([sys.executable, "-c", code, str(r), tmp_path / "store"], env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) for r in range(2)]
-    try: said = [p.communicate(timeout=300)[0] for p in ranks]
+    try:
+        said = [p.communicate(timeout=300)[0] for p in ranks]
     finally:
-        for p in ranks: p.kill()
-    for text in said: assert text.count("equal") == 6, text[-3000:]
+        for p in ranks:
+            p.kill()
+    for text in said:
+        assert text.count("equal") == 6, text[-3000:]

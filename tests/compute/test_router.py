@@ -49,7 +49,8 @@ def test_only_the_routers(size):
     model = make("qwen3moe", torch.float32)
     hooks = lambda: sum(len(m._forward_hooks) for m in model.modules())
     for checkpointing in (False, True):
-        if checkpointing: model.train().activation_checkpointing_enable()
+        if checkpointing:
+            model.train().activation_checkpointing_enable()
         before = hooks()
         tree = TokenTree.from_sequences(seqs)
         TreeEngine(model, size, router_coef=COEF).forward_backward(tree, None, score=np.zeros(len(tree), bool))
@@ -57,6 +58,8 @@ def test_only_the_routers(size):
 
 
 def test_refused():
-    with pytest.raises(ValueError, match="Qwen3ForCausalLM has no routers"): TreeEngine(make("qwen3"), router_coef=0.1)
+    with pytest.raises(ValueError, match="Qwen3ForCausalLM has no routers"):
+        TreeEngine(make("qwen3"), router_coef=0.1)
     for x in (-1, float("nan")):
-        with pytest.raises(ValueError, match="router_coef"): TreeEngine(MODEL, router_coef=x)
+        with pytest.raises(ValueError, match="router_coef"):
+            TreeEngine(MODEL, router_coef=x)

@@ -26,16 +26,21 @@ SMALL = {(256, size): ((16, 16, 4, 1), (16, 16, 4, 1)) for size in (2, 4)}  # sm
 def setting(module, **values):
     "The module's constants changed for a while: small blocks, one way or the other forced."
     old = {k: getattr(module, k) for k in values}
-    for k, v in values.items(): setattr(module, k, v)
-    try: yield
+    for k, v in values.items():
+        setattr(module, k, v)
+    try:
+        yield
     finally:
-        for k, v in old.items(): setattr(module, k, v)
+        for k, v in old.items():
+            setattr(module, k, v)
 
 
 def pack(tree, a, b):
     "Layout of the tree's tokens a … b-1 after their common ancestors."
     past, t = [], tree.prev[a]
-    while t >= 0: past.append(t); t = tree.prev[t]
+    while t >= 0:
+        past.append(t)
+        t = tree.prev[t]
     keys = np.concatenate([np.array(past[::-1], np.int64), np.arange(a, b)])
     return Layout(len(past) + np.minimum(tree.end[keys] - a, b - a), tree.position[keys], len(past))
 
@@ -43,7 +48,8 @@ def pack(tree, a, b):
 def draw(layout, heads, kv_heads, dim, dtype=torch.float64, seed=0):
     "q, k, v as a model makes them, the heads of a token side by side, and a gradient"
     g = torch.Generator().manual_seed(seed)
-    def one(h, n): return torch.randn(1, n, h, dim, generator=g, dtype=torch.float64).to(dtype).transpose(1, 2)
+    def one(h, n):
+        return torch.randn(1, n, h, dim, generator=g, dtype=torch.float64).to(dtype).transpose(1, 2)
     q, k, v, up = one(heads, layout.n), one(kv_heads, layout.m + layout.n), one(kv_heads, layout.m + layout.n), one(heads, layout.n)
     return [x.requires_grad_() for x in (q, k, v)], up
 
@@ -51,7 +57,8 @@ def draw(layout, heads, kv_heads, dim, dtype=torch.float64, seed=0):
 def run(backend, inputs, up, layout, window=None):
     "output and gradients; of flex on a CPU the output alone"
     if backend == "flex":
-        with torch.no_grad(): return [tree_attention(*inputs, layout, 0.4, window, backend)]
+        with torch.no_grad():
+            return [tree_attention(*inputs, layout, 0.4, window, backend)]
     out = tree_attention(*inputs, layout, 0.4, window, backend)
     return [out.detach(), *torch.autograd.grad(out, inputs, up)]
 
@@ -87,7 +94,8 @@ def test_reference_is_each_sequence_alone(data):
 
 
 def even_plan(layout, window, rows):
-    with setting(page, ROWS=(rows, rows + 1), FILL=3, GROUP=40, CALL=6, EDGE=1): return page._even_plan(layout, window)
+    with setting(page, ROWS=(rows, rows + 1), FILL=3, GROUP=40, CALL=6, EDGE=1):
+        return page._even_plan(layout, window)
 
 
 @settings(max_examples=200, deadline=None)
@@ -96,7 +104,8 @@ def test_segments_equal_the_reference(layout, window, heads, way, rows):
     "Small blocks, so that there are many, with the probabilities kept, computed together, and with the fused kernel"
     inputs, up = draw(layout, *heads, 4)
     truth = run("reference", inputs, up, layout, window)
-    if way == "even": layout._cache["segments", window, False] = way, even_plan(layout, window, rows)
+    if way == "even":
+        layout._cache["segments", window, False] = way, even_plan(layout, window, rows)
     with setting(page, SHORT=0 if way == "long" else 1e9, SHORT_ROWS=rows, LONG_ROWS=rows, STEP=3, CALL=6, EDGE=1):
         close(run("segments", inputs, up, layout, window), truth, 1e-12)
 
@@ -149,7 +158,8 @@ SLOW = settings(max_examples=6, deadline=None, phases=(Phase.explicit, Phase.reu
 @given(packs(), windows)
 def test_flex_equals_the_reference(layout, window):
     inputs, up = draw(layout, 4, 2, 8)
-    with setting(page, FLEX_BLOCK=8): close(run("flex", inputs, up, layout, window), run("reference", inputs, up, layout, window), 1e-12)
+    with setting(page, FLEX_BLOCK=8):
+        close(run("flex", inputs, up, layout, window), run("reference", inputs, up, layout, window), 1e-12)
 
 
 small = packs(st.lists(st.lists(st.integers(0, 2), min_size=4, max_size=25), min_size=3, max_size=6))
@@ -206,7 +216,8 @@ def test_a_sequence_in_packs(backend):
         keys = torch.as_tensor(np.concatenate([past, np.arange(a, b)]))
         part = [x.detach().requires_grad_() for x in (q[:, :, a:b], k[:, :, keys], v[:, :, keys])]
         got = run(backend, part, up[:, :, a:b], pack(tree, a, b))
-        for x, y in zip(sums, got): x.index_add_(2, torch.arange(a, b) if y.shape[2] == b - a and x is not sums[2] and x is not sums[3] else keys, y)
+        for x, y in zip(sums, got):
+            x.index_add_(2, torch.arange(a, b) if y.shape[2] == b - a and x is not sums[2] and x is not sums[3] else keys, y)
     close(sums, truth, 1e-5)
 
 
@@ -260,7 +271,8 @@ def test_autocast_changes_nothing():
     layout = pack(LONG, 0, 900)
     inputs, up = draw(layout, 2, 1, 8, torch.float32)
     truth = run("segments", inputs, up, layout)
-    with torch.autocast("cpu", torch.bfloat16): close(run("segments", inputs, up, layout), truth, 1e-6)
+    with torch.autocast("cpu", torch.bfloat16):
+        close(run("segments", inputs, up, layout), truth, 1e-6)
 
 
 def test_choice_is_logged_once(caplog):
@@ -268,27 +280,35 @@ def test_choice_is_logged_once(caplog):
     layout = pack(BIG, 0, 100)
     (q, k, v), _ = draw(layout, 2, 1, 8, torch.float32)
     with caplog.at_level(logging.INFO, logger="kat.compute.tree_attention"):
-        for _ in range(3): tree_attention(q, k, v, layout, 0.4)
+        for _ in range(3):
+            tree_attention(q, k, v, layout, 0.4)
     assert [r.getMessage() for r in caplog.records] == ["tree attention: segments (the fastest on a CPU for every tree measured)"]
-    def on(device, dtype): return choose_backend(torch.empty(1, 2, layout.n, 8, device="meta", dtype=dtype), layout, None)[0] if device == "meta" else None
+    def on(device, dtype):
+        return choose_backend(torch.empty(1, 2, layout.n, 8, device="meta", dtype=dtype), layout, None)[0] if device == "meta" else None
     assert on("meta", torch.float32) == "reference"  # a device without a kernel
 
 
 def test_bad_input():
     for args, text in [(([3, 2], [0, 1], 0), r"end\[0\] = 3"), (([2, 2], [0, 1], 2), "at least one new token"), (([2, 2], [0], 0), "one length"),
                        (([1, 1], [0, 1], 0), r"end\[1\] = 1"), (([1, 2], [0, 1], 1), r"end\[0\] = 1"), (([3, 3, 3], [1, 1, 2], 2), "one path")]:
-        with pytest.raises(ValueError, match=text): Layout(*args)
+        with pytest.raises(ValueError, match=text):
+            Layout(*args)
     layout = pack(BIG, 0, 40)
     (q, k, v), _ = draw(layout, 2, 1, 8, torch.float32)
     for args, text in [((q, k, v[:, :, 1:]), "expected"), ((q[:, :1].expand(-1, 3, -1, -1), k.expand(-1, 2, -1, -1), v.expand(-1, 2, -1, -1)), "multiple of K"),
                        ((q, k.double(), v), "one dtype"), ((q[:, :, :5], k, v), "expected")]:
-        with pytest.raises(ValueError, match=text): tree_attention(*args, layout, 0.4)
-    with pytest.raises(ValueError, match="window 0"): tree_attention(q, k, v, layout, 0.4, window=0)
-    with pytest.raises(ValueError, match="one of auto, reference"): tree_attention(q, k, v, layout, 0.4, backend="fast")
-    with pytest.raises(ValueError, match="no backward on the CPU"): tree_attention(q, k, v, layout, 0.4, backend="flex")
+        with pytest.raises(ValueError, match=text):
+            tree_attention(*args, layout, 0.4)
+    with pytest.raises(ValueError, match="window 0"):
+        tree_attention(q, k, v, layout, 0.4, window=0)
+    with pytest.raises(ValueError, match="one of auto, reference"):
+        tree_attention(q, k, v, layout, 0.4, backend="fast")
+    with pytest.raises(ValueError, match="no backward on the CPU"):
+        tree_attention(q, k, v, layout, 0.4, backend="flex")
     with pytest.raises(ValueError, match="does not know bfloat16"):
         tree_attention(q.bfloat16(), k.bfloat16(), v.bfloat16(), layout, 0.4, backend="triton")
-    with pytest.raises(ValueError, match="head size 8 of torch.float64"): tree_attention(q.double(), k.double(), v.double(), layout, 0.4, backend="triton")
+    with pytest.raises(ValueError, match="head size 8 of torch.float64"):
+        tree_attention(q.double(), k.double(), v.double(), layout, 0.4, backend="triton")
 
 
 def test_triton_missing_or_not_interpreted(monkeypatch):
@@ -296,9 +316,12 @@ def test_triton_missing_or_not_interpreted(monkeypatch):
     layout = pack(BIG, 0, 40)
     (q, k, v), _ = draw(layout, 2, 1, 8, torch.float32)
     monkeypatch.setattr(triton.knobs.runtime, "interpret", False)
-    with pytest.raises(ValueError, match="TRITON_INTERPRET=1"): tree_attention(q, k, v, layout, 0.4, backend="triton")
+    with pytest.raises(ValueError, match="TRITON_INTERPRET=1"):
+        tree_attention(q, k, v, layout, 0.4, backend="triton")
     monkeypatch.setitem(sys.modules, "triton", None)
-    with pytest.raises(MissingExtra, match=r"kat-rl\[triton\]"): tree_attention(q, k, v, layout, 0.4, backend="triton")
+    with pytest.raises(MissingExtra, match=r"kat-rl\[triton\]"):
+        tree_attention(q, k, v, layout, 0.4, backend="triton")
 
 
-def test_every_backend_is_tested(): assert set(BACKENDS) == set(ON_CPU)
+def test_every_backend_is_tested():
+    assert set(BACKENDS) == set(ON_CPU)

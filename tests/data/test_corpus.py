@@ -18,7 +18,8 @@ def test_drills_are_repeatable_and_learn_answers_only(drill):
     a, b = (drill(random.Random(5), WORDS) for _ in range(2))
     assert a == b and any(l for _, l in a)
     for (q, lq), (t, lt) in itertools.pairwise(a):
-        if lt: assert q.startswith('<|im_start|>user\n') and not lq and t.endswith('<|im_end|>')
+        if lt:
+            assert q.startswith('<|im_start|>user\n') and not lq and t.endswith('<|im_end|>')
 
 
 def test_answers_of_pair_drills_stand_in_the_context():
@@ -26,7 +27,8 @@ def test_answers_of_pair_drills_stand_in_the_context():
         doc = drill_pairs(random.Random(seed), WORDS)
         known = dict(l.split(' = ') for l in re.search('<tool_response>(.*)</tool_response>', doc[0][0], re.S)[1].splitlines())
         for (q, _), (a, learn) in itertools.pairwise(doc):
-            if learn: assert a.removesuffix('<|im_end|>') in {*known.values(), *(f'{k} = {v}' for k, v in known.items())}
+            if learn:
+                assert a.removesuffix('<|im_end|>') in {*known.values(), *(f'{k} = {v}' for k, v in known.items())}
 
 
 def test_base_stream_is_a_function_of_the_seed():
@@ -37,7 +39,8 @@ def test_base_stream_is_a_function_of_the_seed():
 
 def test_sources_are_installed_and_missing_ones_named():
     assert len(source_files(('click',))) > 5
-    with pytest.raises(ValueError, match="'no_such_package'"): source_files(('no_such_package',))
+    with pytest.raises(ValueError, match="'no_such_package'"):
+        source_files(('no_such_package',))
 
 
 @pytest.mark.parametrize('name', INSTRUCTIONS)
@@ -51,8 +54,10 @@ def test_reasoning_is_right():
     for seed in range(50):
         for (q, _), (a, learn) in itertools.pairwise(reasoning(random.Random(seed))):
             q, a = q.removeprefix('<|im_start|>user\n').split('<|im_end|>')[0], a.removesuffix('<|im_end|>')
-            if learn and '?' in q: assert eval(q.replace('?', a).replace('=', '=='))
-            elif learn and 'f(' not in q: assert str(eval(q)) == a
+            if learn and '?' in q:
+                assert eval(q.replace('?', a).replace('=', '=='))
+            elif learn and 'f(' not in q:
+                assert str(eval(q)) == a
 
 
 def test_commit_shows_the_fix():

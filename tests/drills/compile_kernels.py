@@ -59,4 +59,5 @@ def main(everything):
                     if shared > 99*1024: raise SystemExit('too much shared memory')
 
 
-if __name__ == '__main__': main('--all' in sys.argv[1:])
+if __name__ == '__main__':
+    main('--all' in sys.argv[1:])

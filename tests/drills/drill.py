@@ -28,7 +28,8 @@ def wait_for(run: Path, stage: str, p: subprocess.Popen) -> None:
         if (run / f'{stage}.done.json').exists(): return
         try:
             if json.loads((run / 'progress.json').read_text())['stage'] == stage: return
-        except (FileNotFoundError, ValueError): pass
+        except (FileNotFoundError, ValueError):
+            pass
         time.sleep(0.05)
 
 
@@ -43,21 +44,28 @@ def outcome(run: Path) -> dict:
 def main() -> None:
     rng = random.Random(0)
     with tempfile.TemporaryDirectory() as tmp:
-        runs = Path(tmp); began = time.monotonic()
+        runs = Path(tmp)
+        began = time.monotonic()
         p = start(runs, 'whole')
-        if p.wait() != 0: sys.exit('the undisturbed run failed')
+        if p.wait() != 0:
+            sys.exit('the undisturbed run failed')
         print(f'undisturbed: {time.monotonic() - began:.0f} s', flush=True)
         for stage in PRESETS['smoke']:
-            p = start(runs, 'killed'); wait_for(runs / 'killed', stage, p)
+            p = start(runs, 'killed')
+            wait_for(runs / 'killed', stage, p)
             time.sleep(rng.random() * 2)
-            if p.poll() is None: os.kill(p.pid, signal.SIGKILL)
+            if p.poll() is None:
+                os.kill(p.pid, signal.SIGKILL)
             p.wait()
             print(f'killed in {stage}', flush=True)
-        if start(runs, 'killed').wait() != 0: sys.exit('the resumed run failed')
+        if start(runs, 'killed').wait() != 0:
+            sys.exit('the resumed run failed')
         a, b = outcome(runs / 'whole'), outcome(runs / 'killed')
         for k in a:
-            if a[k] != b[k]: sys.exit(f'{k} differ between the undisturbed and the killed run')
+            if a[k] != b[k]:
+                sys.exit(f'{k} differ between the undisturbed and the killed run')
         print(f'same metrics ({len(a["metrics"])} lines), same weights ({len(a["weights"])} checkpoints), same evaluations')
 
 
-if __name__ == '__main__': main()
+if __name__ == '__main__':
+    main()

@@ -51,13 +51,16 @@ def engine(port):
             for i, t in enumerate(ids):
                 await asyncio.sleep(.002)
                 choice = dict(token_ids=[t], logprobs=dict(content=[dict(token_id=t, logprob=-.5)]))
-                if i == len(ids) - 1: choice |= dict(finish_reason='stop', stop_reason=t)
+                if i == len(ids) - 1:
+                    choice |= dict(finish_reason='stop', stop_reason=t)
                 yield f'data: {json.dumps(dict(choices=[choice]))}\n\n'
             yield 'data: [DONE]\n\n'
         return StreamingResponse(events(), media_type='text/event-stream')
 
-    async def models(request): return JSONResponse(dict(data=[dict(id='kat', max_model_len=100_000)]))
-    async def info(request): return JSONResponse(dict(vllm_config=dict(model_config=dict(logprobs_mode='raw_logprobs'))))
+    async def models(request):
+        return JSONResponse(dict(data=[dict(id='kat', max_model_len=100_000)]))
+    async def info(request):
+        return JSONResponse(dict(vllm_config=dict(model_config=dict(logprobs_mode='raw_logprobs'))))
     app = Starlette(routes=[Route('/inference/v1/generate', generate, methods=['POST']), Route('/v1/models', models), Route('/server_info', info)])
     uvicorn.run(app, host='127.0.0.1', port=port, log_config=None)
 
@@ -67,8 +70,11 @@ def gateway(port, engine_port, path):
     logging.disable()
     async def run():
         while True:
-            try: e = await VLLMEngine.connect(f'http://127.0.0.1:{engine_port}'); break
-            except EngineError: await asyncio.sleep(.02)
+            try:
+                e = await VLLMEngine.connect(f'http://127.0.0.1:{engine_port}')
+                break
+            except EngineError:
+                await asyncio.sleep(.02)
         await serve(Gateway(e, tokenizer(), Store(path), 100_000), '127.0.0.1', port, lambda address: None)
     run_server(run())
 
@@ -111,7 +117,8 @@ async def agent(i, client, note, over, done):
                 note(kind='answer', session=name, id=uid, text=text)
                 messages.append(dict(role='assistant', content=text))
                 ids.append(uid)
-                with done.get_lock(): done.value += 1
+                with done.get_lock():
+                    done.value += 1
             await insist(lambda: said(client, f'/s/{name}/reward', reward=1))
             note(kind='session', session=name, path=ids)
         await insist(lambda: said(client, '/groups', key=pair[0], sessions=pair))
@@ -121,7 +128,8 @@ async def agent(i, client, note, over, done):
 
 async def insist(what):
     "Until it is answered."
-    while (out := await what()) is None: await asyncio.sleep(.02)
+    while (out := await what()) is None:
+        await asyncio.sleep(.02)
     return out
 
 
@@ -132,8 +140,10 @@ def body_of(session, messages, stream):
 async def complete(client, session, messages, stream):
     "The id and the text of an answer; None where it was not completed."
     body, headers = body_of(session, messages, stream)
-    try: r = await client.post('/v1/chat/completions', json=body, headers=headers)
-    except httpx2.TransportError: return None
+    try:
+        r = await client.post('/v1/chat/completions', json=body, headers=headers)
+    except httpx2.TransportError:
+        return None
     if r.status_code == 503: return None  # the engine is away; whatever else is not 200 is a fault
     assert r.status_code == 200, (r.status_code, r.text)
     if not stream: return r.json()['id'].removeprefix('chatcmpl-'), r.json()['choices'][0]['message']['content']
@@ -145,8 +155,10 @@ async def complete(client, session, messages, stream):
 
 async def said(client, path, **body):
     "True; None where it was not answered."
-    try: r = await client.post(path, json=body)
-    except httpx2.TransportError: return None
+    try:
+        r = await client.post(path, json=body)
+    except httpx2.TransportError:
+        return None
     assert r.status_code == 200, (r.status_code, r.text)
     return True
 
@@ -156,7 +168,8 @@ async def said(client, path, **body):
 def free_ports(n):
     socks = [socket.create_server(('127.0.0.1', 0)) for _ in range(n)]
     ports = [s.getsockname()[1] for s in socks]
-    for s in socks: s.close()
+    for s in socks:
+        s.close()
     return ports
 
 
@@ -193,7 +206,8 @@ def drill(rounds, folder, seed=0, tell=lambda *a: None):
             assert running[name].exitcode == -signal.SIGKILL, f'round {i}: the {name} had ended by itself ({running[name].exitcode})'
             killed[name] += 1
             running[name] = start(name)
-            if (i + 1) % 20 == 0: tell(f'{i + 1} rounds, {done.value} answers')
+            if (i + 1) % 20 == 0:
+                tell(f'{i + 1} rounds, {done.value} answers')
         over.set()
         until(lambda: not running['agents'].is_alive(), 'agents at their end')
         assert running['agents'].exitcode == 0, 'the agents broke'
@@ -201,7 +215,9 @@ def drill(rounds, folder, seed=0, tell=lambda *a: None):
         until(lambda: not running['trainer'].is_alive(), 'trainer at its end')
         assert running['trainer'].exitcode == 0, 'the trainer broke'
     finally:
-        for p in running.values(): p.kill(); p.join()
+        for p in running.values():
+            p.kill()
+            p.join()
     return killed | check(path, diary, checkpoint)
 
 
@@ -215,8 +231,10 @@ def check(path, diary, checkpoint):
         stored = [r[0] for r in c.exec_driver_sql('SELECT id FROM turns')]
     assert len(set(stored)) == len(stored) and len({x['id'] for x in answers}) == len(answers)
     sessions = {r['name']: store.load(tok, '', r['name']) for r in store.sessions()}
-    for x in answers: assert sessions[x['session']].turns[x['id']].message['content'] == x['text'], x
-    for x in paths: check_session(tok, sessions[x['session']], x['path'])
+    for x in answers:
+        assert sessions[x['session']].turns[x['id']].message['content'] == x['text'], x
+    for x in paths:
+        check_session(tok, sessions[x['session']], x['path'])
     seen = json.loads(checkpoint.read_text())
     assert [x['key'] for x in seen] == [g.info['key'] for _, g in store.finished_groups(0, 10**6)] and set(groups) <= {x['key'] for x in seen}
     assert all(x['turns'].count(TURNS) >= 2 for x in seen)

@@ -34,14 +34,17 @@ def served(folder, sessions=(), **more):
     g = Gateway(ScriptEngine(lambda r: [*tok.encode('done', add_special_tokens=False), tok.eos_token_id]), tok, store, 100_000, **more)
     up = threading.Event()
     async def run():
-        for s in sessions: await store.update(s); await store.write(s, list(s.turns.values()))
+        for s in sessions:
+            await store.update(s)
+            await store.write(s, list(s.turns.values()))
         async with running(g, grace=1) as said['address']:
             up.set()
             await stop.wait()
     thread = threading.Thread(target=lambda: loop.run_until_complete(run()))
     thread.start()
     assert up.wait(60)
-    try: yield said['address'], g
+    try:
+        yield said['address'], g
     finally:
         loop.call_soon_threadsafe(stop.set)
         thread.join()
@@ -56,8 +59,10 @@ def browser():
     args = ['--disable-gpu', '--disable-background-networking', '--disable-component-update', '--disable-sync', '--no-first-run']
     with sync_playwright() as p:
         b = p.chromium.launch(executable_path=chromium(), args=args + ['--no-sandbox'] * (os.geteuid() == 0))
-        try: yield b
-        finally: b.close()
+        try:
+            yield b
+        finally:
+            b.close()
 
 
 # --- made-up sessions
@@ -69,12 +74,15 @@ def answer(s, messages, text='', call='', n=0, agent='', finish='stop'):
     "The next turn of a conversation: text and n more random tokens; its answer and, for a call, the result are added to `messages`."
     rng = np.random.default_rng(len(s.turns))
     message = dict(role='assistant', content=text)
-    if call: message['tool_calls'] = [dict(id=f'c{len(s.turns)}', type='function', function=dict(name=call, arguments=dict(path=f'src/{len(s.turns)}.py')))]
+    if call:
+        message['tool_calls'] = [dict(id=f'c{len(s.turns)}', type='function', function=dict(name=call, arguments=dict(path=f'src/{len(s.turns)}.py')))]
     ids = np.concatenate([rng.integers(20, 250, n), [s.tokenizer.eos_token_id]]).astype(np.int32)
     z = np.zeros(len(ids), np.float32)
-    with s.plan(messages, agent=agent) as p: s.add(p.turn(Completion(ids, z, z, finish, 3), message))
+    with s.plan(messages, agent=agent) as p:
+        s.add(p.turn(Completion(ids, z, z, finish, 3), message))
     messages.append(message)
-    if call: messages.append(dict(role='tool', tool_call_id=message['tool_calls'][0]['id'], content=f'{call}: ' + 'x = 1\n' * int(rng.integers(2, 30)), error=bool(rng.random() < .12)))
+    if call:
+        messages.append(dict(role='tool', tool_call_id=message['tool_calls'][0]['id'], content=f'{call}: ' + 'x = 1\n' * int(rng.integers(2, 30)), error=bool(rng.random() < .12)))
 
 
 def agent_session(name, task, turns, seed=0, agents=0, forks=0, **more):
@@ -82,16 +90,19 @@ def agent_session(name, task, turns, seed=0, agents=0, forks=0, **more):
     s, rng = Session(tokenizer(), name, task=task, **more), np.random.default_rng(seed)
     system = dict(role='system', content='You fix bugs in Python repositories. ' * 8)
     main = [system, dict(role='user', content='The slug of an empty title is wrong. Fix it and run the tests.')]
-    for i in range(turns - 1): answer(s, main, '' if i % 4 else f'Step {i}: let me look at this.', CALLS[int(rng.integers(4))], int(rng.integers(10, 90)))
+    for i in range(turns - 1):
+        answer(s, main, '' if i % 4 else f'Step {i}: let me look at this.', CALLS[int(rng.integers(4))], int(rng.integers(10, 90)))
     answer(s, main, 'All tests pass; the empty title now gives an empty slug.', n=30)
     at = [i for i, m in enumerate(main) if m['role'] == 'assistant']
     for k in range(forks):  # back to an earlier turn and on from there
         back = main[:at[int(rng.integers(1, len(at)))]]
         back[-1] = dict(back[-1], content=back[-1]['content'] + f' (attempt {k})')
-        for _ in range(int(rng.integers(1, 5))): answer(s, back, 'Another way.', CALLS[int(rng.integers(4))], int(rng.integers(10, 90)))
+        for _ in range(int(rng.integers(1, 5))):
+            answer(s, back, 'Another way.', CALLS[int(rng.integers(4))], int(rng.integers(10, 90)))
     for a in range(agents):
         own = [dict(role='system', content='You search code and report. ' * 5), dict(role='user', content=f'Where is function {a} used?')]
-        for _ in range(int(rng.integers(1, 6))): answer(s, own, '', 'search', int(rng.integers(5, 40)), f'agent-{a}')
+        for _ in range(int(rng.integers(1, 6))):
+            answer(s, own, '', 'search', int(rng.integers(5, 40)), f'agent-{a}')
         answer(s, own, f'It is used in {a} places.', n=12, agent=f'agent-{a}')
     return s
 
@@ -122,4 +133,5 @@ def main(out):
     print(out)
 
 
-if __name__ == '__main__': main(sys.argv[1])
+if __name__ == '__main__':
+    main(sys.argv[1])

@@ -20,7 +20,8 @@ class Count(Env):
     "Call `add` until the total is right."
     tools = [tool('add', 'Add a number', n='integer')]
 
-    def __init__(self, start=0): self.start, self.closed = start, 0
+    def __init__(self, start=0):
+        self.start, self.closed = start, 0
 
     async def reset(self, task):
         self.goal, self.total = task.data['goal'], self.start
@@ -30,12 +31,15 @@ class Count(Env):
         results = []
         for c in calls:
             wrong = bad_call(c, self.tools)
-            if not wrong: self.total += c.arguments['n']
+            if not wrong:
+                self.total += c.arguments['n']
             results.append(ToolResult(c.id, wrong or str(self.total), ok=not wrong, event='error' if wrong else None))
         return Observation(results=results, done=self.total >= self.goal)
 
-    async def grade(self): return Grade(float(self.total == self.goal), dict(exact=self.total == self.goal))
-    async def close(self): self.closed += 1
+    async def grade(self):
+        return Grade(float(self.total == self.goal), dict(exact=self.total == self.goal))
+    async def close(self):
+        self.closed += 1
 
 
 def test_an_episode_of_parallel_calls():
@@ -52,7 +56,8 @@ def test_an_episode_of_parallel_calls():
 
 
 def test_the_base_class_says_what_is_missing():
-    with pytest.raises(NotImplementedError, match='Env.grade'): asyncio.run(Env().grade())
+    with pytest.raises(NotImplementedError, match='Env.grade'):
+        asyncio.run(Env().grade())
     asyncio.run(Env().close())
 
 
@@ -85,12 +90,14 @@ def test_bad_call_never_raises(name, arguments):
 def test_tool_keeps_the_order_and_refuses_unknown_types():
     assert list(TOOLS[1]['function']['parameters']['properties']) == ['s', 'loud']
     assert TOOLS[1]['function']['parameters']['required'] == ['s']
-    with pytest.raises(ValueError, match="parameter 'n'.*'int'"): tool('f', '', n='int')
+    with pytest.raises(ValueError, match="parameter 'n'.*'int'"):
+        tool('f', '', n='int')
 
 
 @pytest.mark.parametrize('bad', [dict(id=''), dict(id=3), dict(env=''), dict(env=None), dict(data=[1])])
 def test_task_is_checked(bad):
-    with pytest.raises(ValueError, match=f'Task.{next(iter(bad))}'): Task(**{**dict(id='t', env='e'), **bad})
+    with pytest.raises(ValueError, match=f'Task.{next(iter(bad))}'):
+        Task(**{**dict(id='t', env='e'), **bad})
 
 
 @given(st.text(min_size=1), st.text(min_size=1), st.text(), st.dictionaries(st.text(), st.integers() | st.text()))
@@ -101,17 +108,21 @@ def test_task_survives_json(id, env, kind, data):
 
 @pytest.mark.parametrize('x', [float('nan'), float('inf'), -float('inf')])
 def test_grade_must_be_finite(x):
-    with pytest.raises(ValueError, match='finite'): Grade(x)
+    with pytest.raises(ValueError, match='finite'):
+        Grade(x)
 
 
 def test_registry():
     assert make_env('test-count').start == 0
     assert register('test-count')(Count) is Count  # a module imported twice registers the same class again
-    with pytest.raises(ValueError, match='already'): register('test-count')(type('Other', (Env,), {}))
+    with pytest.raises(ValueError, match='already'):
+        register('test-count')(type('Other', (Env,), {}))
     for name in ('nothing-such', 'nothing_such', 'a.b', ''):
-        with pytest.raises(ValueError, match='known:.*test-count'): make_env(name)
+        with pytest.raises(ValueError, match='known:.*test-count'):
+            make_env(name)
     assert 'base' not in base.ENVS
-    with pytest.raises(ValueError, match="no environment 'base'"): make_env('base')  # a module, but no environment
+    with pytest.raises(ValueError, match="no environment 'base'"):
+        make_env('base')  # a module, but no environment
 
 
 def test_infra_error_is_no_user_error():

@@ -17,13 +17,15 @@ def pool():
 
 
 @pytest.fixture(scope='module')
-def env(pool): return lambda: MicroEnv(pool)
+def env(pool):
+    return lambda: MicroEnv(pool)
 
 
 def steps(env, task, *calls):
     "Reset, run each list of calls as a turn; the observations and the grade."
     async def go():
-        e = env(); await e.reset(task)
+        e = env()
+        await e.reset(task)
         obs = [await e.step([ToolCall(n, a, str(i)) for i, (n, a) in enumerate(turn)]) for turn in calls]
         return obs, await e.grade(), e
     return asyncio.run(go())
@@ -67,7 +69,8 @@ def test_tasks_are_functions_of_their_number_and_splits_are_disjoint():
 
 @pytest.mark.parametrize('kw', [dict(split='test', i=0), dict(split='train', i=0, family='x'), dict(split='train', i=0, level=4)])
 def test_bad_arguments_name_the_value(kw):
-    with pytest.raises(ValueError, match='use'): make_task(**kw)
+    with pytest.raises(ValueError, match='use'):
+        make_task(**kw)
 
 
 def test_editing_the_tests_gains_nothing(env):
@@ -96,7 +99,8 @@ def test_wrong_calls_are_told_and_change_nothing(env, call):
 
 def test_an_edit_that_changes_nothing_is_refused(env):
     t = make_task('train', 0, 'operator', 1)
-    (path, n, right), = t.data['edits']; old = t.data['files'][path].splitlines()[n - 1]
+    (path, n, right), = t.data['edits']
+    old = t.data['files'][path].splitlines()[n - 1]
     edit = lambda text: ('edit', dict(path=path, line=n, text=text))
     obs, _, e = steps(env, t, [edit(old), edit(right), edit(right), edit(old)])
     assert [(r.ok, r.text) for r in obs[0].results] == [(False, 'nothing changed'), (True, 'done'), (False, 'nothing changed'), (True, 'done')]
@@ -114,10 +118,14 @@ def test_hostile_edits_fail_their_tests(env, text):
 @pytest.mark.parametrize('merge', [0.0, 1.0])
 def test_expert_that_knows_solves_everything(env, merge):
     for i, f in enumerate(FAMILIES):
-        t = make_task('train', i, f); agent = Expert(t, 0, Style(test=1.0, guess=0.0, merge=merge))
+        t = make_task('train', i, f)
+        agent = Expert(t, 0, Style(test=1.0, guess=0.0, merge=merge))
         async def go():
-            e = env(); await e.reset(t); text = None
-            while not e.done: text = (await e.step(agent.act(text))).results[-1].text
+            e = env()
+            await e.reset(t)
+            text = None
+            while not e.done:
+                text = (await e.step(agent.act(text))).results[-1].text
             return await e.grade()
         assert asyncio.run(go()).reward == 1, (f, t.data['issue'])
 
@@ -126,11 +134,16 @@ def test_expert_that_knows_solves_everything(env, merge):
 def test_expert_recovers_from_slips_and_wrong_guesses(env, family):
     "A guesser goes through the edits in order and tests each until it passes; a slip is refused by the tool; the work gets done."
     for i in range(10):
-        t = make_task('train', i, family); agent = Expert(t, i, Style(test=0.0, guess=1.0, slip=0.7))
+        t = make_task('train', i, family)
+        agent = Expert(t, i, Style(test=0.0, guess=1.0, slip=0.7))
         async def go():
-            e = env(); await e.reset(t); text, seen = None, []
+            e = env()
+            await e.reset(t)
+            text, seen = None, []
             while not e.done:
-                calls = agent.act(text); obs = await e.step(calls); text = obs.results[-1].text
+                calls = agent.act(text)
+                obs = await e.step(calls)
+                text = obs.results[-1].text
                 seen += [(c.name, c.arguments.get('text'), r.ok, r.text) for c, r in zip(calls, obs.results)]
             return seen, await e.grade()
         seen, grade = asyncio.run(go())

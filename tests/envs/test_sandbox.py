@@ -39,14 +39,17 @@ def make(kind, **kw):
 @pytest.fixture(scope='module', params=KINDS)
 def pool(request):
     "A pool of either kind."
-    with make(request.param) as p: yield p
+    with make(request.param) as p:
+        yield p
 
 
 @pytest.fixture(scope='module')
 def walled():
     "A pool in bubblewrap."
-    if not features().works: pytest.skip(f'bubblewrap does not work here: {features().reason}')
-    with make('walls') as p: yield p
+    if not features().works:
+        pytest.skip(f'bubblewrap does not work here: {features().reason}')
+    with make('walls') as p:
+        yield p
 
 
 def value(pool, main, **kw):
@@ -59,8 +62,10 @@ def ended(pids, seconds=10):
     "Whether all these processes end in time."
     until = time.monotonic() + seconds
     for p in pids:
-        try: fd = os.pidfd_open(p)
-        except ProcessLookupError: continue
+        try:
+            fd = os.pidfd_open(p)
+        except ProcessLookupError:
+            continue
         if not select.select([fd], [], [], max(0, until - time.monotonic()))[0]: return False
         os.close(fd)
     return True
@@ -76,7 +81,8 @@ def test_files_args_value_and_output(pool):
     assert r == JobResult('ok', [42, 'naïve ✓\r\n', '__main__'], 'out\nerr\n') and r.wall_s > 0
 
 
-def test_no_result_is_none(pool): assert pool.run(Job('x = 1')) == JobResult('ok')
+def test_no_result_is_none(pool):
+    assert pool.run(Job('x = 1')) == JobResult('ok')
 
 
 jsonable = st.recursive(st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(),
@@ -85,7 +91,8 @@ jsonable = st.recursive(st.none() | st.booleans() | st.integers() | st.floats(al
 
 @settings(max_examples=25, deadline=None)
 @given(x=jsonable)
-def test_any_json_comes_back(pool, x): assert value(pool, 'result(args)', args=x) == x
+def test_any_json_comes_back(pool, x):
+    assert value(pool, 'result(args)', args=x) == x
 
 
 def test_big_files_and_values(pool):
@@ -106,7 +113,8 @@ def test_every_job_starts_the_same(pool):
     pool.run(Job('import m, os, random, json, builtins\nrandom.seed(1)\nos.environ["A"] = "b"\njson.dumps = None\n'
                  'builtins.len = None\nopen("left", "w").write("x")\nos.mkdir("d")', files={'m.py': ''}))
     assert value(pool, main) == first
-    with make('walls' if pool.walls else 'bare') as other: assert value(other, main)[:2] == first[:2]
+    with make('walls' if pool.walls else 'bare') as other:
+        assert value(other, main)[:2] == first[:2]
 
 
 # ---- what goes wrong
@@ -158,7 +166,8 @@ def test_cpu_time_counts_without_the_clock(walled):
 def test_memory(pool, main):
     r = pool.run(Job(main))
     assert r.status == ('memory' if 'mmap' not in main else 'error') and r.value is None
-    if r.status == 'memory': assert r.error == 'more than 256 MB of memory'
+    if r.status == 'memory':
+        assert r.error == 'more than 256 MB of memory'
 
 
 def test_output_is_capped(pool):
@@ -274,7 +283,8 @@ def test_bare_jobs_have_neither_signals_nor_sockets():
 
 
 def test_a_machine_without_filter_is_refused():
-    with pytest.raises(InfraError, match='riscv64'): sandbox.seccomp_filter('riscv64')
+    with pytest.raises(InfraError, match='riscv64'):
+        sandbox.seccomp_filter('riscv64')
     assert all(len(sandbox.seccomp_filter(m)) % 8 == 0 for m in sandbox._MACHINES)
 
 
@@ -333,7 +343,8 @@ def test_three_hundred_jobs(walled):
 def test_order_and_results_do_not_depend_on_workers(pool):
     mains = ['result(args)', '1 / 0', 'print(args)', 'raise SystemExit(args)', 'import random; result(random.random())']
     jobs = [Job(mains[i % 5], args=i) for i in range(40)]
-    with make('walls' if pool.walls else 'bare', workers=3) as many: assert many.run_many(jobs) == pool.run_many(jobs)
+    with make('walls' if pool.walls else 'bare', workers=3) as many:
+        assert many.run_many(jobs) == pool.run_many(jobs)
     assert pool.run_many([]) == []
 
 
@@ -344,13 +355,16 @@ def test_two_pools_and_many_threads(pool):
             p = (pool, other)[k % 2]
             got[k] = [p.run(Job('result(args)', args=[k, i])).value for i in range(8)]
         threads = [threading.Thread(target=work, args=[k]) for k in range(6)]
-        for t in threads: t.start()
-        for t in threads: t.join()
+        for t in threads:
+            t.start()
+        for t in threads:
+            t.join()
     assert got == {k: [[k, i] for i in range(8)] for k in range(6)}
 
 
 def test_coroutines(pool):
-    async def all_of(): return await asyncio.gather(*(pool.arun(Job('result(args)', args=i)) for i in range(10)))
+    async def all_of():
+        return await asyncio.gather(*(pool.arun(Job('result(args)', args=i)) for i in range(10)))
     assert [r.value for r in asyncio.run(all_of())] == list(range(10))
 
 
@@ -366,7 +380,8 @@ def test_a_worker_killed_in_mid_job_is_replaced_and_the_job_runs_again(pool):
     before, got, known = pool._live[0].proc, [], set(zygote.descendants())
     t = threading.Thread(target=lambda: got.append(pool.run(Job('import time; time.sleep(.7); result("done")'))))
     t.start()
-    while set(zygote.descendants()) <= known: pass  # until the job has its process
+    while set(zygote.descendants()) <= known:
+        pass  # until the job has its process
     before.kill()
     t.join()
     assert got[0].value == 'done' and pool._live[0].proc is not before
@@ -393,7 +408,8 @@ def test_a_sandbox_that_always_dies_is_an_infra_error(pool, monkeypatch):
         return exchange(ctl, *a)
     with monkeypatch.context() as m:
         m.setattr(sandbox, '_exchange', dying)
-        with pytest.raises(InfraError, match='workers die'): pool.run(Job('result(1)'))
+        with pytest.raises(InfraError, match='workers die'):
+            pool.run(Job('result(1)'))
     assert value(pool, 'result(1)') == 1
 
 
@@ -404,21 +420,25 @@ def test_an_interrupt_leaves_no_stale_answer(pool, monkeypatch):
         raise KeyboardInterrupt
     with monkeypatch.context() as m:
         m.setattr(sandbox, '_send', interrupted)
-        with pytest.raises(KeyboardInterrupt): pool.run(Job('result("old")'))
+        with pytest.raises(KeyboardInterrupt):
+            pool.run(Job('result("old")'))
     assert value(pool, 'result("new")') == 'new'
 
 
 def test_no_descriptors_left_is_an_infra_error(pool, monkeypatch):
-    def none(): raise OSError(24, 'Too many open files')
+    def none():
+        raise OSError(24, 'Too many open files')
     with monkeypatch.context() as m:
         m.setattr(os, 'pipe', none)
-        with pytest.raises(InfraError, match='Too many open files'): pool.run(Job(''))
+        with pytest.raises(InfraError, match='Too many open files'):
+            pool.run(Job(''))
     assert value(pool, 'result(1)') == 1
 
 
 def test_an_interpreter_that_does_not_start_is_an_infra_error(monkeypatch):
     monkeypatch.setattr(sandbox, '_python', lambda: ['/bin/sh', '-c', 'echo "no python today" >&2; exit 3', 'sh'])
-    with pytest.raises(InfraError, match='no python today'): make('bare')
+    with pytest.raises(InfraError, match='no python today'):
+        make('bare')
 
 
 def test_closing(pool):
@@ -427,7 +447,8 @@ def test_closing(pool):
     other.close()
     other.close()
     assert ended(before, 0) and not any(b and os.path.exists(b) for b in bases)
-    with pytest.raises(ValueError, match='closed'): other.run(Job(''))
+    with pytest.raises(ValueError, match='closed'):
+        other.run(Job(''))
 
 
 @pytest.mark.parametrize('kind', KINDS)
@@ -457,20 +478,26 @@ threading.Event().wait()
 def test_the_fallback_warns_once():
     sandbox._warn_once.cache_clear()
     with pytest.warns(SandboxWarning, match='limited child process') as seen:
-        for _ in range(2): WarmPool(bwrap=FAIL).close()
+        for _ in range(2):
+            WarmPool(bwrap=FAIL).close()
     assert [w.category for w in seen] == [SandboxWarning], [str(w.message) for w in seen]
 
 
 def test_foreign_code_is_refused_without_walls(monkeypatch):
-    for name in ('KAT_SANDBOX', 'KAT_TRUST', 'KAT_UNSAFE'): monkeypatch.setenv(name, '0')
-    with pytest.raises(InfraError, match='foreign'): WarmPool(trust='foreign', bwrap=FAIL)
-    with pytest.raises(InfraError, match='foreign'): Bubblewrap(FAIL)
-    with pytest.raises(ValueError, match="'generated' or 'foreign'"): WarmPool(trust='mine', bwrap=FAIL)
+    for name in ('KAT_SANDBOX', 'KAT_TRUST', 'KAT_UNSAFE'):
+        monkeypatch.setenv(name, '0')
+    with pytest.raises(InfraError, match='foreign'):
+        WarmPool(trust='foreign', bwrap=FAIL)
+    with pytest.raises(InfraError, match='foreign'):
+        Bubblewrap(FAIL)
+    with pytest.raises(ValueError, match="'generated' or 'foreign'"):
+        WarmPool(trust='mine', bwrap=FAIL)
 
 
 @bwrap
 def test_foreign_code_runs_behind_walls():
-    with WarmPool(trust='foreign', limits=QUICK) as p: assert p.walls and value(p, 'result(1)') == 1
+    with WarmPool(trust='foreign', limits=QUICK) as p:
+        assert p.walls and value(p, 'result(1)') == 1
 
 
 def test_features_of_what_does_not_work():
@@ -491,20 +518,26 @@ def test_report(capsys):
 
 @pytest.mark.parametrize('path', ['', '.', '/etc/x', '../x', 'a/../../x', 'a\0b'])
 def test_paths_stay_inside(path):
-    with pytest.raises(ValueError, match='Job.files'): Job('', files={path: ''})
-    with pytest.raises(ValueError, match="'a.py' must hold text"): Job('', files={'a.py': b''})
+    with pytest.raises(ValueError, match='Job.files'):
+        Job('', files={path: ''})
+    with pytest.raises(ValueError, match="'a.py' must hold text"):
+        Job('', files={'a.py': b''})
 
 
 @pytest.mark.parametrize('k', ['memory_mb', 'cpu_s', 'wall_s', 'processes', 'output_kb', 'files_mb'])
 def test_limits_are_checked(k):
     for v in (0, -1, float('nan')):
-        with pytest.raises(ValueError, match=f'Limits.{k}'): Limits(**{k: v})
+        with pytest.raises(ValueError, match=f'Limits.{k}'):
+            Limits(**{k: v})
 
 
 def test_bad_arguments(pool):
-    with pytest.raises(ValueError, match='files_mb is 9'): pool.run(Job('', limits=Limits(files_mb=9)))
-    with pytest.raises(TypeError): pool.run(Job('', args={1, 2}))
-    with pytest.raises(ValueError, match='workers'): WarmPool(0)
+    with pytest.raises(ValueError, match='files_mb is 9'):
+        pool.run(Job('', limits=Limits(files_mb=9)))
+    with pytest.raises(TypeError):
+        pool.run(Job('', args={1, 2}))
+    with pytest.raises(ValueError, match='workers'):
+        WarmPool(0)
     assert value(pool, 'result(1)') == 1
 
 
@@ -512,7 +545,8 @@ def test_bad_arguments(pool):
 
 @pytest.fixture
 def repo(tmp_path):
-    if not features().works: pytest.skip(f'bubblewrap does not work here: {features().reason}')
+    if not features().works:
+        pytest.skip(f'bubblewrap does not work here: {features().reason}')
     (tmp_path / 'repo' / 'sub').mkdir(parents=True)
     (tmp_path / 'repo' / 'calc.py').write_text('def add(a, b): return a - b\n')
     (tmp_path / 'secret').write_text('s3cret')
@@ -554,8 +588,10 @@ def test_exec_limits(repo):
 def test_exec_shows_what_it_is_told(repo):
     box, extra = Bubblewrap(), repo.parent / 'secret'
     assert box.exec(['cat', str(extra)], repo, show=[extra]).stdout == 's3cret'
-    with pytest.raises(ValueError, match='show'): box.exec(['true'], repo, show=['/nowhere/x'])
-    with pytest.raises(ValueError, match='workspace'): box.exec(['true'], repo / 'calc.py')
+    with pytest.raises(ValueError, match='show'):
+        box.exec(['true'], repo, show=['/nowhere/x'])
+    with pytest.raises(ValueError, match='workspace'):
+        box.exec(['true'], repo / 'calc.py')
 
 
 def test_exec_of_real_tests(repo):

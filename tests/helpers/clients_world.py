@@ -16,7 +16,8 @@ HOME = Path(os.environ.get('KAT_CLIENTS', '.clients')).resolve()   # where `make
 PLAIN = {k: os.environ[k] for k in ('PATH', 'LANG') if k in os.environ}
 
 
-def call(name, **arguments): return write_call(name, arguments, 'hermes')
+def call(name, **arguments):
+    return write_call(name, arguments, 'hermes')
 
 
 def script(tok, rules, other):
@@ -45,9 +46,11 @@ class Lab:
         env = PLAIN | dict(HOME=str(home), NO_PROXY='127.0.0.1', CI='1') | env
         p = await asyncio.create_subprocess_exec(*map(str, command), cwd=cwd, env=env, stdin=asyncio.subprocess.DEVNULL, stdout=asyncio.subprocess.PIPE,
                                                  stderr=asyncio.subprocess.STDOUT, start_new_session=True)
-        try: out, _ = await asyncio.wait_for(p.communicate(), seconds)
+        try:
+            out, _ = await asyncio.wait_for(p.communicate(), seconds)
         finally:
-            if p.returncode is None: os.killpg(p.pid, signal.SIGKILL)
+            if p.returncode is None:
+                os.killpg(p.pid, signal.SIGKILL)
         out = out.decode(errors='replace')
         assert p.returncode in codes, out[-3000:]
         return out
@@ -61,7 +64,8 @@ class Lab:
 async def lab(path, rules, other='There is nothing more to do.'):
     "A gateway whose model follows a script (`script`) in a context without end."
     tok = tokenizer('hermes')
-    async with real_lab(path, ScriptEngine(script(tok, rules, other), tok, keep=True), tok, 10**6) as l: yield l
+    async with real_lab(path, ScriptEngine(script(tok, rules, other), tok, keep=True), tok, 10**6) as l:
+        yield l
 
 
 @asynccontextmanager
@@ -69,7 +73,8 @@ async def real_lab(path, engine, tok, max_len):
     "A gateway with an engine of its own."
     l = Lab(path, engine, tok, max_len)
     try:
-        async with running(l.g) as l.address: yield l
+        async with running(l.g) as l.address:
+            yield l
     finally:
         await l.g.close()
         l.store.close()

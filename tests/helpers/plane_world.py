@@ -24,11 +24,13 @@ HERMES = ("{% for m in messages %}{% if loop.first and tools %}{{ '<|im_start|>s
 @cache
 def tokenizer(kind='kat'):
     tok = train_tokenizer(['def total(items):\n    return sum(items)\n'] * 3, 300)
-    if kind == 'hermes': tok.chat_template = HERMES
+    if kind == 'hermes':
+        tok.chat_template = HERMES
     return tok
 
 
-def say(tok, text): return [*tok.encode(text, add_special_tokens=False), tok.eos_token_id]
+def say(tok, text):
+    return [*tok.encode(text, add_special_tokens=False), tok.eos_token_id]
 
 
 # --- the wire: canonical messages as an agent sends them
@@ -37,7 +39,8 @@ def chat_body(messages, tools=(), **more):
     out = []
     for m in messages:
         d = {k: v for k, v in m.items() if k not in ('reasoning', 'error', 'tool_calls')}
-        if m.get('reasoning'): d['reasoning_content'] = m['reasoning']
+        if m.get('reasoning'):
+            d['reasoning_content'] = m['reasoning']
         if m.get('tool_calls'):
             d['tool_calls'] = [c | dict(function=dict(name=c['function']['name'], arguments=json.dumps(c['function']['arguments']))) for c in m['tool_calls']]
         out.append(d)
@@ -49,12 +52,16 @@ def messages_body(messages, tools=(), **more):
     for m in messages:
         if m['role'] == 'tool':
             block = dict(type='tool_result', tool_use_id=m['tool_call_id'], content=m['content'], is_error=m.get('error', False))
-            if out and out[-1]['role'] == 'user' and out[-1]['content'][0]['type'] == 'tool_result': out[-1]['content'].append(block)
-            else: out.append(dict(role='user', content=[block]))
-        elif m['role'] == 'user': out.append(dict(role='user', content=[dict(type='text', text=m['content'])]))
+            if out and out[-1]['role'] == 'user' and out[-1]['content'][0]['type'] == 'tool_result':
+                out[-1]['content'].append(block)
+            else:
+                out.append(dict(role='user', content=[block]))
+        elif m['role'] == 'user':
+            out.append(dict(role='user', content=[dict(type='text', text=m['content'])]))
         elif m['role'] == 'assistant':
             blocks = [dict(type='thinking', thinking=m['reasoning'], signature='x')] if m.get('reasoning') else []
-            if m['content']: blocks.append(dict(type='text', text=m['content']))
+            if m['content']:
+                blocks.append(dict(type='text', text=m['content']))
             blocks += [dict(type='tool_use', id=c['id'], name=c['function']['name'], input=c['function']['arguments']) for c in m.get('tool_calls', ())]
             out.append(dict(role='assistant', content=blocks))
     system = [dict(type='text', text=m['content']) for m in messages if m['role'] == 'system']
@@ -96,7 +103,8 @@ def heard_stream(dialect, events):
         elif e['type'] == 'content_block_delta':
             d = e['delta']
             text, thought = text + d.get('text', ''), thought + d.get('thinking', '')
-            if 'partial_json' in d: calls[-1]['function']['arguments'] = json.loads(d['partial_json'])
+            if 'partial_json' in d:
+                calls[-1]['function']['arguments'] = json.loads(d['partial_json'])
     return dict(role='assistant', content=text) | (dict(reasoning=thought) if thought else {}) | (dict(tool_calls=calls) if calls else {})
 
 
@@ -118,10 +126,12 @@ async def ask(app, path, body=None, headers=None, method=None, leave=None, chunk
 
     async def send(m):
         if leave is not None and leave.is_set(): return
-        if m['type'] == 'http.response.start': sent.update(status=m['status'], headers={k.decode(): v.decode() for k, v in m['headers']})
+        if m['type'] == 'http.response.start':
+            sent.update(status=m['status'], headers={k.decode(): v.decode() for k, v in m['headers']})
         else:
             sent['parts'].append(m['body'])
-            if not m.get('more_body'): over.set()
+            if not m.get('more_body'):
+                over.set()
 
     scope = dict(type='http', asgi=dict(version='3.0'), http_version='1.1', method=method or ('GET' if body is None and not chunks else 'POST'),
                  path=path, raw_path=path.encode(), root_path='', query_string=b'', scheme='http', server=('kat', 80), client=('agent', 1),
@@ -132,7 +142,8 @@ async def ask(app, path, body=None, headers=None, method=None, leave=None, chunk
     if sent['headers'].get('content-type', '').startswith('text/event-stream'):
         lines = [x.split('data: ', 1)[1] for x in data.decode().split('\n\n') if 'data: ' in x]
         out['events'] = [json.loads(x) for x in lines if x != '[DONE]']
-    elif sent['headers'].get('content-type') == 'application/json': out['json'] = json.loads(data)
+    elif sent['headers'].get('content-type') == 'application/json':
+        out['json'] = json.loads(data)
     return out
 
 
@@ -158,14 +169,18 @@ class World:
 
     async def _step(self, request, i):
         n = next(k for k, r in enumerate(self.engine.asked) if r is request)
-        if n in self.hold and self.hold[n][0] <= i: await self.hold[n][1].wait()
+        if n in self.hold and self.hold[n][0] <= i:
+            await self.hold[n][1].wait()
 
-    def ask(self, path, body=None, headers=None, **more): return ask(self.g.app, path, body, headers, **more)
+    def ask(self, path, body=None, headers=None, **more):
+        return ask(self.g.app, path, body, headers, **more)
     def chat(self, text, session='s', headers=None, **more):
         return self.ask(f'/s/{session}/v1/chat/completions', chat_body([dict(role='user', content=text)], **more), headers)
-    def session(self, name='s', owner=''): return self.g.manager.get(owner, name) or self.store.load(self.tok, owner, name)
+    def session(self, name='s', owner=''):
+        return self.g.manager.get(owner, name) or self.store.load(self.tok, owner, name)
 
-    async def __aenter__(self): return self
+    async def __aenter__(self):
+        return self
     async def __aexit__(self, *exc):
         await self.g.close()
         self.store.close()
@@ -185,11 +200,13 @@ async def play_http(w: World, sc, dialect: str, stream: bool, tag: str) -> tuple
         body = BODY[dialect](messages, SCENARIO_TOOLS[step.tools - 1], stream=stream)
         headers = {'x-claude-code-agent-id': step.agent} if step.agent else {}
         number, leave = len(w.engine.asked), None
-        if step.finish == 'length': body['max_tokens'] = len(cut_off(ids, step))
+        if step.finish == 'length':
+            body['max_tokens'] = len(cut_off(ids, step))
         if step.finish == 'abort':
             leave = asyncio.Event()
             w.hold[number] = len(cut_off(ids, step)), asyncio.Event()
-        if step.pending: w.hold[number] = 0, asyncio.Event()
+        if step.pending:
+            w.hold[number] = 0, asyncio.Event()
         w.next.append(ids)
         task = asyncio.ensure_future(w.ask(f'/s/{name}{PATH[dialect]}', body, headers, leave=leave))
         await until(lambda: task.done() or len(w.engine.asked) > number)
@@ -199,7 +216,8 @@ async def play_http(w: World, sc, dialect: str, stream: bool, tag: str) -> tuple
             if gone:
                 await until(lambda: _stands(w, n))
                 gone.set()
-            elif n in w.hold: w.hold[n][1].set()
+            elif n in w.hold:
+                w.hold[n][1].set()
             r = await t
             assert gone or r['status'] == 200, r
             turn = list(w.session(name if k == i else names[k]).turns.values())[-1]
@@ -215,13 +233,15 @@ def _stands(w, n):
     return bool(waiters)
 
 
-def z(n, x=0.): return np.full(n, x, np.float32)
+def z(n, x=0.):
+    return np.full(n, x, np.float32)
 
 
 def full_store(store, n):
     "Let a SQLite store grow by no more than `n` pages; None: without bound."
     import sqlalchemy as sa
-    with store.engine.connect() as c: size = c.exec_driver_sql('PRAGMA page_count').scalar()
+    with store.engine.connect() as c:
+        size = c.exec_driver_sql('PRAGMA page_count').scalar()
     limit = 2**30 if n is None else size + n
     store.engine.dispose()
     sa.event.listen(store.engine, 'connect', lambda raw, _: raw.execute(f'PRAGMA max_page_count={limit}'))

@@ -39,13 +39,17 @@ def make(kind, dtype=torch.float64, seed=0, noise=0.2):
     torch.manual_seed(seed)
     model = KINDS[kind]().to(dtype).eval()
     with torch.no_grad():
-        for p in model.parameters(): p.add_(torch.randn_like(p) * noise)
+        for p in model.parameters():
+            p.add_(torch.randn_like(p) * noise)
     if dtype == torch.float64:
         for m in model.modules():
-            if type(m).__name__.endswith("RMSNorm"): m.forward = types.MethodType(_norm, m)
-            if type(m).__name__.endswith("TopKRouter"): m.forward = types.MethodType(_route, m)
+            if type(m).__name__.endswith("RMSNorm"):
+                m.forward = types.MethodType(_norm, m)
+            if type(m).__name__.endswith("TopKRouter"):
+                m.forward = types.MethodType(_route, m)
     model.set_attn_implementation("sdpa")
-    if dtype == torch.float64: model.set_experts_implementation("eager")  # the library's grouped kernels know no float64
+    if dtype == torch.float64:
+        model.set_experts_implementation("eager")  # the library's grouped kernels know no float64
     return model
 
 
@@ -57,10 +61,14 @@ def sequences(draw, most=6, vocab=23, longest=12):
     for _ in range(draw(st.integers(1, most))):
         how, tail = rng.random(), rng.integers(0, vocab, rng.integers(1, longest)).astype(np.int32)
         base = out[rng.integers(len(out))] if out else tail
-        if not out or how < 0.15: out.append(tail)                                              # a root of its own
-        elif how < 0.25: out.append(base.copy())                                                # a duplicate
-        elif how < 0.4: out.append(base[:rng.integers(1, len(base) + 1)])                       # a strict prefix
-        else: out.append(np.concatenate([base[:rng.integers(1, len(base) + 1)], tail]))         # a branch
+        if not out or how < 0.15:
+            out.append(tail)                                              # a root of its own
+        elif how < 0.25:
+            out.append(base.copy())                                                # a duplicate
+        elif how < 0.4:
+            out.append(base[:rng.integers(1, len(base) + 1)])                       # a strict prefix
+        else:
+            out.append(np.concatenate([base[:rng.integers(1, len(base) + 1)], tail]))         # a branch
     return out
 
 

@@ -15,7 +15,8 @@ def cli(capsys, monkeypatch, tmp_path):
     "Runs `kat` with these arguments in an empty folder; (exit code, what it printed, what it complained)."
     monkeypatch.chdir(tmp_path)
     def run(*args):
-        with pytest.raises(SystemExit) as e: main(list(args))
+        with pytest.raises(SystemExit) as e:
+            main(list(args))
         return e.value.code, *capsys.readouterr()
     return run
 
@@ -49,7 +50,8 @@ def test_help_shows_every_command_and_examples(cli):
         code, out, err = cli(command, '--help')
         assert code == 0 and all(p in out for p in parts), command
 
-def test_version(cli): assert cli('--version') == (0, f'kat {kat.__version__}\n', '')
+def test_version(cli):
+    assert cli('--version') == (0, f'kat {kat.__version__}\n', '')
 
 @pytest.mark.parametrize('args, parts', [
     ('pipelin', ["'pipelin'", 'pipeline']), ('pipeline', ['--preset', 'kat pipeline --help']),

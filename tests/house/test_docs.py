@@ -16,7 +16,8 @@ def site(*pages):
     "A Site over (page, module, names shown, cells) without writing anything"
     s = bridge.Site(Path('/nonexistent'), Path('/nonexistent'))
     for page, module, names in pages:
-        for n in names: s.add(n, module, page)
+        for n in names:
+            s.add(n, module, page)
     return s
 
 

@@ -23,7 +23,8 @@ PINS = {canonicalize_name(k): v for k, v in PINS.items()}
 
 
 def test_pyproject_agrees():
-    for k in ('lib_path', 'nbs_path', 'doc_path', 'tst_flags'): assert TOML['tool']['nbdev'][k] == INI[k], k
+    for k in ('lib_path', 'nbs_path', 'doc_path', 'tst_flags'):
+        assert TOML['tool']['nbdev'][k] == INI[k], k
     assert TOML['project']['name'] == INI['lib_name'] == 'kat-rl'
     assert TOML['project']['requires-python'] == f">={INI['min_python']}"
     assert kat.__name__ == INI['lib_path']
@@ -43,7 +44,8 @@ def test_extras_of_the_installed_distribution():
     for r in map(Requirement, dist.requires):
         if r.marker is None or r.marker.evaluate({'extra': ''}): continue
         for x in seen:
-            if r.marker.evaluate({'extra': x}): seen[x].add(r.name)
+            if r.marker.evaluate({'extra': x}):
+                seen[x].add(r.name)
     want = {x: {Requirement(r).name for r in reqs} for x, reqs in EXTRAS.items()}
     assert {k: v for k, v in seen.items() if k != 'all'} == want
     assert seen['all'] == set().union(*(v for k, v in want.items() if k != 'vllm'))

@@ -24,7 +24,8 @@ def cli(capsys, monkeypatch, tmp_path):
     (tmp_path/'odd.jsonl').write_text('{"a": 1}\n')
     (tmp_path/'none.jsonl').write_text('')
     def run(*args):
-        with pytest.raises(SystemExit) as e: main(['tree', *map(str, args)])
+        with pytest.raises(SystemExit) as e:
+            main(['tree', *map(str, args)])
         return e.value.code, *capsys.readouterr()
     return run
 
@@ -57,7 +58,8 @@ def test_stats_of_records_need_no_tokenizer(cli):
 
 
 def test_a_tokenizer_whose_model_is_unknown_still_counts_tokens(cli, tmp_path):
-    for f in ('tokenizer.json', 'tokenizer_config.json', 'chat_template.jinja'): copy(ROOT/'data'/'base'/f, tmp_path)
+    for f in ('tokenizer.json', 'tokenizer_config.json', 'chat_template.jinja'):
+        copy(ROOT/'data'/'base'/f, tmp_path)
     (tmp_path/'config.json').write_text('{"model_type": "gpt2"}')
     code, out, err = cli('stats', LOG, '--tokenizer', '.')
     assert code == 0 and "no FLOPs: model type 'gpt2'" in out and '11,187' in out

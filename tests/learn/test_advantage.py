@@ -13,7 +13,8 @@ NAN = float("nan")
 few = settings(max_examples=60, deadline=None)
 
 
-def episode(reward, n=3, **info): return Trajectory("t1", [Segment([1] * n, "assistant", trainable=True)], reward, info=info)
+def episode(reward, n=3, **info):
+    return Trajectory("t1", [Segment([1] * n, "assistant", trainable=True)], reward, info=info)
 
 
 def test_masks_by_reason_and_their_counters():
@@ -37,13 +38,17 @@ def test_overlong_is_the_trainers_own_limit():
     rewards, counts = masked_rewards(episodes, max_tokens=5)
     np.testing.assert_array_equal(rewards, [1.0, NAN, NAN])
     assert (counts["overlong"], counts["timeout"]) == (1, 1)
-    with pytest.raises(ValueError, match="max_tokens=5.*'overlong' is not in masks"): masked_rewards(episodes, ["timeout"], 5)
+    with pytest.raises(ValueError, match="max_tokens=5.*'overlong' is not in masks"):
+        masked_rewards(episodes, ["timeout"], 5)
 
 
 def test_unknown_reasons_are_errors():
-    with pytest.raises(ValueError, match=r"task t1: info\['masked'\] is 'bored': one of truncated"): masked_rewards([episode(1.0, masked="bored")])
-    with pytest.raises(ValueError, match="info.*is True"): masked_rewards([episode(1.0, masked=True)])
-    with pytest.raises(ValueError, match="masks: 'cap': one of"): masked_rewards([], [*MASK_REASONS, "cap"])
+    with pytest.raises(ValueError, match=r"task t1: info\['masked'\] is 'bored': one of truncated"):
+        masked_rewards([episode(1.0, masked="bored")])
+    with pytest.raises(ValueError, match="info.*is True"):
+        masked_rewards([episode(1.0, masked=True)])
+    with pytest.raises(ValueError, match="masks: 'cap': one of"):
+        masked_rewards([], [*MASK_REASONS, "cap"])
 
 
 def test_batch_std_by_hand():
@@ -73,17 +78,21 @@ def test_entropy_factors_by_hand():
     np.testing.assert_allclose(b, [1.5, 1.0])
     np.testing.assert_allclose(entropy_factors([[0.0, 0.2, 0.4]], limit=1.5)[0], [1 / 1.5, 1.0, 1.5])
     assert entropy_factors([[0.0, 0.0]])[0].tolist() == [1, 1] and entropy_factors([]) == []
-    with pytest.raises(ValueError, match="limit 0.5"): entropy_factors([[1.0]], 0.5)
-    with pytest.raises(ValueError, match="entropy -1.0"): entropy_factors([[-1.0]])
+    with pytest.raises(ValueError, match="limit 0.5"):
+        entropy_factors([[1.0]], 0.5)
+    with pytest.raises(ValueError, match="entropy -1.0"):
+        entropy_factors([[-1.0]])
 
 
 def test_scaling_is_off_unless_asked_for():
     rewards = [[1, 0], [1, 1], [1, 0, 0]]
     plain, live = group_advantages(rewards)
-    for a, r in zip(plain, rewards): np.testing.assert_array_equal(a, dr_grpo(r) if r != [1, 1] else [0, 0])
+    for a, r in zip(plain, rewards):
+        np.testing.assert_array_equal(a, dr_grpo(r) if r != [1, 1] else [0, 0])
     scaled, _ = group_advantages(rewards, pass_rate=1.0)
     f = pass_rate_factors([rewards[0], rewards[2]])              # the dead group takes no part
-    for a, b, g in zip(scaled, plain, (f[0], 1, f[1])): np.testing.assert_allclose(a, b * g, rtol=1e-6)
+    for a, b, g in zip(scaled, plain, (f[0], 1, f[1])):
+        np.testing.assert_allclose(a, b * g, rtol=1e-6)
     hesitant, _ = group_advantages(rewards, entropies=[[0.3, 0.1], [9.0, 9.0], [0.1, 0.1, 0.4]])   # mean of live: 0.2
     np.testing.assert_allclose(hesitant[0], [0.5 * 1.5, -0.5 * 0.5], rtol=1e-6)
     np.testing.assert_allclose(hesitant[2], [2 / 3 * 0.5, -1 / 3 * 0.5, -1 / 3 * 2], rtol=1e-6)
@@ -91,9 +100,12 @@ def test_scaling_is_off_unless_asked_for():
 
 
 def test_entropies_must_fit_the_rewards():
-    with pytest.raises(ValueError, match="entropies of 1 groups, rewards of 2"): group_advantages([[1, 0], [1, 0]], entropies=[[1, 1]])
-    with pytest.raises(ValueError, match="group 1: 1 entropies, 2 rewards"): group_advantages([[1, 0], [1, 0]], entropies=[[1, 1], [1]])
-    with pytest.raises(ValueError, match="group 0: rollout 1 is graded, but has no entropy"): group_advantages([[1, 0]], entropies=[[1, NAN]])
+    with pytest.raises(ValueError, match="entropies of 1 groups, rewards of 2"):
+        group_advantages([[1, 0], [1, 0]], entropies=[[1, 1]])
+    with pytest.raises(ValueError, match="group 1: 1 entropies, 2 rewards"):
+        group_advantages([[1, 0], [1, 0]], entropies=[[1, 1], [1]])
+    with pytest.raises(ValueError, match="group 0: rollout 1 is graded, but has no entropy"):
+        group_advantages([[1, 0]], entropies=[[1, NAN]])
     masked, _ = group_advantages([[1, 0, NAN]], entropies=[[0.2, 0.2, 7.0]])   # what isn't graded has no say
     np.testing.assert_allclose(masked[0], [0.5, -0.5, 0])
 
@@ -137,11 +149,14 @@ def test_hindsight_as_forecast_changes_no_expected_advantage():
     ([1, 2], [1], {}, r"values: shape \(1,\), rewards have \(2,\)"), ([1], [NAN], {}, "values: nan at step 0"), ([1, NAN], [1, 1], {}, "rewards: nan"),
     ([1], [1], dict(hindsight=[1, 2]), "hindsight: shape"), ([1, 1], [1, 1], dict(hindsight=[1, math.inf]), "hindsight: inf at step 1")])
 def test_gae_names_what_is_wrong(rewards, values, kw, message):
-    with pytest.raises(ValueError, match=message): gae(rewards, values, **kw)
+    with pytest.raises(ValueError, match=message):
+        gae(rewards, values, **kw)
 
 
 def test_per_token_by_hand():
     assert per_token([0.5, -1], [0, 0, 0, 1, 3, 3], [0, 1, 1, 0, 0, 1]).tolist() == [0, 0.5, 0.5, 0, 0, -1]
     assert per_token([], [0, 0], [0, 0]).tolist() == [0, 0]
-    with pytest.raises(ValueError, match="3 values for 2 trained turns"): per_token([1, 2, 3], [0, 1], [1, 1])
-    with pytest.raises(ValueError, match="1 turns, but a mask of 2"): per_token([1], [0], [1, 1])
+    with pytest.raises(ValueError, match="3 values for 2 trained turns"):
+        per_token([1, 2, 3], [0, 1], [1, 1])
+    with pytest.raises(ValueError, match="1 turns, but a mask of 2"):
+        per_token([1], [0], [1, 1])

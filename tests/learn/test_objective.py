@@ -33,7 +33,8 @@ def test_groups_that_teach_nothing():
     assert live.tolist() == [True] + [False] * 5
     assert all((a == 0).all() and a.dtype == np.float32 for a in advantages[1:])
     assert [len(a) for a in advantages] == [3, 2, 3, 2, 2, 1]
-    with pytest.raises(ValueError, match="'gae'.*dr_grpo"): group_advantages([[1, 0]], "gae")
+    with pytest.raises(ValueError, match="'gae'.*dr_grpo"):
+        group_advantages([[1, 0]], "gae")
 
 
 @settings(max_examples=60, deadline=None)
@@ -48,7 +49,8 @@ def test_advantages_are_centred_ordered_and_blind_to_position(rewards, random):
         assert abs(a.sum()) < 1e-3
         np.testing.assert_allclose(f(r[order]), a[order], atol=1e-5)
         np.testing.assert_allclose(f(r[~np.isnan(r)]), a[~np.isnan(r)], atol=1e-6)
-        if is_live(r): assert r[np.nanargmax(r)] >= np.nanmean(r) and a[np.nanargmax(r)] >= 0
+        if is_live(r):
+            assert r[np.nanargmax(r)] >= np.nanmean(r) and a[np.nanargmax(r)] >= 0
 
 
 def test_policy_gradient_by_hand():
@@ -79,10 +81,13 @@ def test_token_weights_by_hand():
     assert token_weights(counts).tolist() == [0.25] * 3
     assert token_weights(counts, "sequence")[:2].tolist() == pytest.approx([1 / 2, 1 / 6])
     assert token_weights(counts, "constant", 10).tolist() == pytest.approx([1 / 30] * 3)
-    for how in ("token", "sequence"): assert token_weights(torch.tensor([0]), how).isfinite().all()
-    with pytest.raises(ValueError, match="'mean'"): token_weights(counts, "mean")
+    for how in ("token", "sequence"):
+        assert token_weights(torch.tensor([0]), how).isfinite().all()
+    with pytest.raises(ValueError, match="'mean'"):
+        token_weights(counts, "mean")
     for length in (None, 0):
-        with pytest.raises(ValueError, match="length"): token_weights(counts, "constant", length)
+        with pytest.raises(ValueError, match="length"):
+            token_weights(counts, "constant", length)
 
 
 def test_mismatch_by_hand():
@@ -96,7 +101,8 @@ def test_mismatch_by_hand():
 LOG2 = math.log(2)
 
 
-def gradient(loss, x): return torch.autograd.grad(loss, x)[0].tolist()
+def gradient(loss, x):
+    return torch.autograd.grad(loss, x)[0].tolist()
 
 
 def test_cispo_by_hand():
@@ -155,7 +161,8 @@ def test_importance_by_hand():
     factor, touched = importance_weights(old, engine, tis=2.0, unit=np.array([0, 0, 1]))   # products 1, 3/2
     assert factor.tolist() == pytest.approx([1, 1, 1.5]) and not touched.any()
     for bad in ({}, dict(tis=2.0, mis=(0.5, 2.0))):
-        with pytest.raises(ValueError, match="exactly one"): importance_weights(old, engine, **bad)
+        with pytest.raises(ValueError, match="exactly one"):
+            importance_weights(old, engine, **bad)
 
 
 def test_weights_by_hand():
@@ -223,7 +230,8 @@ def test_metrics_by_hand():
     (dict(loss="gspo", tis=2.0, correct="turn"), "sequence moves as one"), (dict(semantics="tree"), "semantics 'tree': one of branch, node"),
     (dict(loss="turn_gspo", semantics="node"), "semantics='node' with loss 'turn_gspo'")])
 def test_options_that_do_not_combine_are_refused(o, message):
-    with pytest.raises(ValueError, match=message): Objective(**o)
+    with pytest.raises(ValueError, match=message):
+        Objective(**o)
 
 
 @pytest.mark.parametrize("o, change, message", [
@@ -244,10 +252,13 @@ def test_bad_batches_are_named(o, change, message):
 def test_calls_that_would_do_nothing_are_refused():
     new, h = [torch.zeros(2, requires_grad=True), torch.zeros(1, requires_grad=True)], [torch.ones(2), torch.ones(1)]
     loss = Objective(entropy=0.1).prepare_flat(MASKS, ADVANTAGES, old=OLD)
-    with pytest.raises(ValueError, match="entropies carry no gradient"): loss(new, h)
-    with pytest.raises(ValueError, match="entropies are missing"): loss(new)
+    with pytest.raises(ValueError, match="entropies carry no gradient"):
+        loss(new, h)
+    with pytest.raises(ValueError, match="entropies are missing"):
+        loss(new)
     assert loss([x.detach() for x in new], h).isfinite()      # without gradient there is nothing to lose
-    with pytest.raises(ValueError, match="sequence 0: 1 log-probs for 2 trained tokens"): loss(new[1:], h)
+    with pytest.raises(ValueError, match="sequence 0: 1 log-probs for 2 trained tokens"):
+        loss(new[1:], h)
 
 
 def test_a_batch_without_trained_tokens():

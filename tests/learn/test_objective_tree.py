@@ -17,7 +17,8 @@ some = settings(max_examples=120, deadline=None)
 T = dict(dtype=torch.float64)
 
 
-def edges(index, logprob, entropy=None): return Edges(index, logprob, entropy, None)
+def edges(index, logprob, entropy=None):
+    return Edges(index, logprob, entropy, None)
 
 
 @st.composite
@@ -70,32 +71,37 @@ def both(o, tree, masks, data, rng):
     order = torch.from_numpy(rng.permutation(len(tree)))
     packs = [order] if on_tree.needs_paths else order.tensor_split(int(rng.integers(1, 4)))
     b = sum(on_tree(edges(i, table[i], entropy[i])) for i in packs)
-    for x in (flat, on_tree): assert x.metrics == flat.metrics
+    for x in (flat, on_tree):
+        assert x.metrics == flat.metrics
     assert on_tree.measure(table) == pytest.approx(flat.measure([table[i] for i in trained]))
     return (a, *(torch.zeros(len(tree), **T) if g is None else g for g in torch.autograd.grad(a + 0 * (table.sum() + entropy.sum()), (table, entropy)))), (
         b, *torch.autograd.grad(b + 0 * (table.sum() + entropy.sum()), (table, entropy)))
 
 
 def check(o, batch):
-    for x, y in zip(*both(o, *batch)): torch.testing.assert_close(x.double(), y.double(), atol=1e-12, rtol=1e-10)
+    for x, y in zip(*both(o, *batch)):
+        torch.testing.assert_close(x.double(), y.double(), atol=1e-12, rtol=1e-10)
 
 
 @some
 @given(objectives(), batches())
-def test_flat_and_tree_agree(o, batch): check(o, batch)
+def test_flat_and_tree_agree(o, batch):
+    check(o, batch)
 
 
 @pytest.mark.parametrize("semantics", ["branch", "node"])
 @pytest.mark.parametrize("loss", ["pg", "ppo", "cispo"])
 @settings(max_examples=15, deadline=None)
 @given(batch=batches(), data=st.data())
-def test_token_losses_in_both_semantics(loss, semantics, batch, data): check(data.draw(objectives(loss=loss, semantics=semantics)), batch)
+def test_token_losses_in_both_semantics(loss, semantics, batch, data):
+    check(data.draw(objectives(loss=loss, semantics=semantics)), batch)
 
 
 @pytest.mark.parametrize("loss", ["gspo", "turn_gspo"])
 @settings(max_examples=25, deadline=None)
 @given(batch=batches(), data=st.data())
-def test_losses_over_paths(loss, batch, data): check(data.draw(objectives(loss=loss)), batch)
+def test_losses_over_paths(loss, batch, data):
+    check(data.draw(objectives(loss=loss)), batch)
 
 
 @settings(max_examples=40, deadline=None)
@@ -197,15 +203,20 @@ def test_lower_precision_follows_the_log_probs():
 
 
 def test_bad_calls_are_named():
-    with pytest.raises(ValueError, match="2 masks, but the tree has 3"): Objective().prepare(TREE, MASKS[:2], ADVANTAGES, old=OLD)
-    with pytest.raises(ValueError, match="mask of sequence 1: 4 tokens, in the tree it has 3"): Objective().prepare(TREE, [MASKS[0]] * 3, ADVANTAGES, old=OLD)
+    with pytest.raises(ValueError, match="2 masks, but the tree has 3"):
+        Objective().prepare(TREE, MASKS[:2], ADVANTAGES, old=OLD)
+    with pytest.raises(ValueError, match="mask of sequence 1: 4 tokens, in the tree it has 3"):
+        Objective().prepare(TREE, [MASKS[0]] * 3, ADVANTAGES, old=OLD)
     loss = Objective().prepare(TREE, MASKS, ADVANTAGES, old=OLD)
-    with pytest.raises(ValueError, match="4 log-probs, 5 positions"): loss(edges(torch.arange(5), torch.zeros(4)))
+    with pytest.raises(ValueError, match="4 log-probs, 5 positions"):
+        loss(edges(torch.arange(5), torch.zeros(4)))
     bonus = Objective(entropy=0.1).prepare(TREE, MASKS, ADVANTAGES, old=OLD)
     table = torch.zeros(5, requires_grad=True)
-    with pytest.raises(ValueError, match="carry no gradient"): bonus(edges(torch.arange(5), table, torch.zeros(5)))
+    with pytest.raises(ValueError, match="carry no gradient"):
+        bonus(edges(torch.arange(5), table, torch.zeros(5)))
     paths = Objective("gspo").prepare(TREE, MASKS, ADVANTAGES, old=OLD)
-    with pytest.raises(ValueError, match="whole paths: 2 of 6 trained tokens"): paths(edges(torch.tensor([0, 1, 3, 4]), table[[0, 1, 3, 4]], None))
+    with pytest.raises(ValueError, match="whole paths: 2 of 6 trained tokens"):
+        paths(edges(torch.tensor([0, 1, 3, 4]), table[[0, 1, 3, 4]], None))
 
 
 @pytest.mark.parametrize("o", [
@@ -232,4 +243,5 @@ def test_a_model_gets_the_same_gradient_from_both(o):
     value = flat(*(x.split(flat.counts.tolist()) for x in flat_logprobs(model, ids, m)))
     value.backward()
     assert a == pytest.approx(value.item(), rel=1e-5)
-    for p, g in zip(model.parameters(), grads): torch.testing.assert_close(g, p.grad, atol=1e-6, rtol=1e-4)
+    for p, g in zip(model.parameters(), grads):
+        torch.testing.assert_close(g, p.grad, atol=1e-6, rtol=1e-4)

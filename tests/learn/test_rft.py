@@ -42,7 +42,8 @@ def info(turns, tests, patch=None, finish='submit'):
     return dict(turns=turns, tests=tests, patch=patch, files=FILES, finish=finish)
 
 
-def infos(tests): return st.builds(info, turns, tests, patches)
+def infos(tests):
+    return st.builds(info, turns, tests, patches)
 
 
 passing = st.just({'t': True, 'u': True})
@@ -55,14 +56,16 @@ truths = st.lists(infos(passing).map(Attempt.of), min_size=1, max_size=3)
 @few
 @given(truths)
 def test_zero_for_a_ground_truth(gs):
-    for g in gs: assert discrepancy(g, g) == 0 and rft_reward(g, gs) == 1
+    for g in gs:
+        assert discrepancy(g, g) == 0 and rft_reward(g, gs) == 1
 
 
 @few
 @given(infos(passing), infos(failing), truths)
 def test_passing_beats_failing_whatever_the_path(good, bad, gs):
     good, bad = Attempt.of(good), Attempt.of(bad)
-    for g in gs: assert 0 <= discrepancy(good, g) <= .1 and .2 <= discrepancy(bad, g) <= 1
+    for g in gs:
+        assert 0 <= discrepancy(good, g) <= .1 and .2 <= discrepancy(bad, g) <= 1
     assert 0 <= rft_reward(bad, gs) <= .8 < .9 <= rft_reward(good, gs) <= 1
 
 
@@ -79,8 +82,10 @@ def test_order_inside_a_turn_and_of_keys_does_not_matter(o, gs, rnd):
     other = json.loads(json.dumps(o))
     for t in other['turns']:
         rnd.shuffle(t['calls'])
-        for c in t['calls']: c['arguments'] = dict(reversed(c['arguments'].items()))
-    for g in gs: assert discrepancy(Attempt.of(other), g) == discrepancy(Attempt.of(o), g)
+        for c in t['calls']:
+            c['arguments'] = dict(reversed(c['arguments'].items()))
+    for g in gs:
+        assert discrepancy(Attempt.of(other), g) == discrepancy(Attempt.of(o), g)
 
 
 words = st.sampled_from(['return', 'x', 'y1', '12', 'not', '+', '==', '(', ')', "'", '.'])
@@ -155,7 +160,8 @@ def test_shared_is_the_best_matching(a, b):
 @given(st.lists(small.map(Counter), max_size=4), st.lists(small.map(Counter), max_size=4))
 def test_alignment_is_the_best_monotone_one(o, g):
     al = Alignment(g)
-    for t in o: al.add(t)
+    for t in o:
+        al.add(t)
     for j in range(len(g) + 1):
         best = max(sum(shared(o[p], g[q]) for p, q in zip(ps, qs)) for k in range(min(len(o), j) + 1)
                    for ps in itertools.combinations(range(len(o)), k) for qs in itertools.combinations(range(j), k))
@@ -171,7 +177,8 @@ def test_parallel_and_sequential_reading_differ_only_in_actions():
 
 
 def test_patch_ranks_failures():
-    def d(patch): return parts(Attempt.of(info([], {}, patch)), g)['patch']
+    def d(patch):
+        return parts(Attempt.of(info([], {}, patch)), g)['patch']
     g = Attempt.of(info([], {}, {'b.py': 'def g(x):\n    return x + 1\n'}))
     same, text, line = (d({path: new}) for path, new in (('./b.py', 'def g(x):\n    return x+1\n'),
                         ('b.py', 'def g(x):\n    return 7\n'), ('b.py', 'def g(y):\n    return x\n')))
@@ -188,13 +195,18 @@ def test_no_patch_on_one_side_leaves_the_part_out():
 # faults
 
 def test_faults_are_named():
-    with pytest.raises(ValueError, match="task 'k9'.*turns"): Attempt.of(Trajectory('k9', []))
+    with pytest.raises(ValueError, match="task 'k9'.*turns"):
+        Attempt.of(Trajectory('k9', []))
     o, bad = Attempt.of(info([], {})), Attempt.of(info([], {'t': False}))
-    with pytest.raises(ValueError, match='at least one ground truth'): rft_reward(o, [])
-    with pytest.raises(ValueError, match='ground truth 0 does not pass'): rft_reward(o, [bad])
+    with pytest.raises(ValueError, match='at least one ground truth'):
+        rft_reward(o, [])
+    with pytest.raises(ValueError, match='ground truth 0 does not pass'):
+        rft_reward(o, [bad])
     for kw in (dict(threshold=0.), dict(threshold=1.5), dict(patience=0)):
-        with pytest.raises(ValueError, match='Monitor'): Monitor([o], **kw)
-    with pytest.raises(ValueError, match='Monitor'): Monitor([])
+        with pytest.raises(ValueError, match='Monitor'):
+            Monitor([o], **kw)
+    with pytest.raises(ValueError, match='Monitor'):
+        Monitor([])
 
 
 def test_an_episode_survives_storage():
@@ -241,9 +253,12 @@ def test_running_discrepancy_is_that_of_the_prefix(o, gs):
     assert (m.turns, m.tokens) == (len(o['turns']), 5 * len(o['turns']))
 
 
-def one(name): return dict(calls=[dict(name=name, arguments={}, ok=True)], tokens=7, errors=0)
-def lost(n): return [one('list')] * n
-def good(): return [one('view'), one('edit'), one('test')]
+def one(name):
+    return dict(calls=[dict(name=name, arguments={}, ok=True)], tokens=7, errors=0)
+def lost(n):
+    return [one('list')] * n
+def good():
+    return [one('view'), one('edit'), one('test')]
 
 
 def test_patience_and_recovery():
@@ -287,7 +302,8 @@ def test_reformatted_files_are_the_same_patch(o, gs, data):
         blank = lambda: data.draw(st.sampled_from(['', '\n', ' \n']))
         new = {f'./{p}': ''.join(blank() + (spread(s, data.draw) if s.strip() else s) + '\n' for s in t.splitlines()) + blank()
                for p, t in o['patch'].items()}
-        for g in gs: assert discrepancy(Attempt.of(o | dict(patch=new)), g) == discrepancy(Attempt.of(o), g)
+        for g in gs:
+            assert discrepancy(Attempt.of(o | dict(patch=new)), g) == discrepancy(Attempt.of(o), g)
 
 
 def test_indentation_is_no_formatting_and_a_reformatted_line_is_not_touched():
@@ -315,13 +331,15 @@ def test_each_test_broken_raises_the_discrepancy(o, gs, passed, data):
     tests = dict(zip('tuvw', passed))
     broken = tests | {data.draw(st.sampled_from([k for k, ok in tests.items() if ok])): False}
     before, after = (Attempt.of(o | dict(tests=t)) for t in (tests, broken))
-    for g in gs: assert discrepancy(after, g) > discrepancy(before, g)
+    for g in gs:
+        assert discrepancy(after, g) > discrepancy(before, g)
     assert rft_reward(after, gs) < rft_reward(before, gs)
 
 
 def worth(o, g):
     al = Alignment(g.turns)
-    for t in o.turns: al.add(t)
+    for t in o.turns:
+        al.add(t)
     return al.best[-1]
 
 
@@ -335,7 +353,8 @@ def test_losing_a_needed_call_never_helps(o, gs, data):
     turns = [dict(t, calls=[c for k, c in enumerate(t['calls']) if (n, k) != (i, j)]) for n, t in enumerate(o['turns'])]
     full, less = Attempt.of(o), Attempt.of(o | dict(turns=turns))
     for g in gs:
-        if worth(less, g) < worth(full, g): assert discrepancy(less, g) >= discrepancy(full, g) - 1e-12
+        if worth(less, g) < worth(full, g):
+            assert discrepancy(less, g) >= discrepancy(full, g) - 1e-12
 
 
 @few
@@ -343,7 +362,8 @@ def test_losing_a_needed_call_never_helps(o, gs, data):
 def test_a_stopped_prefix_of_a_ground_truth_is_at_zero_in_its_actions(o, k, gs):
     g, cut = Attempt.of(o), Attempt.of(o | dict(turns=o['turns'][:k], finish='stopped'))
     assert parts(cut, g)['actions'] == 0 and parts(cut, g)['outcome'] == 1
-    for other in gs: assert parts(cut, other)['actions'] <= parts(Attempt.of(o | dict(turns=o['turns'][:k])), other)['actions']
+    for other in gs:
+        assert parts(cut, other)['actions'] <= parts(Attempt.of(o | dict(turns=o['turns'][:k])), other)['actions']
 
 
 def test_what_was_spliced_in_is_no_work_of_the_policy():
@@ -375,18 +395,22 @@ def test_ground_truths_keep_their_provenance(tmp_path, name):
 def test_a_ground_truth_that_is_none_is_refused(tmp_path, change, message):
     t = trajectory(good(), {'t': True})
     bad = replace(t, info=t.info | change)
-    with pytest.raises(ValueError, match=message): GroundTruth(bad, 'person', 'Ada', 'by eye')
+    with pytest.raises(ValueError, match=message):
+        GroundTruth(bad, 'person', 'Ada', 'by eye')
     write_jsonl(tmp_path / 'g.jsonl', [replace(x, info=x.info | dict(ground_truth=dict(source='person', author='Ada', verified='x', style='')))
                                        for x in (t, bad)])
-    with pytest.raises(ValueError, match='g.jsonl: record 1: .*' + message): load_ground_truths(tmp_path / 'g.jsonl')
+    with pytest.raises(ValueError, match='g.jsonl: record 1: .*' + message):
+        load_ground_truths(tmp_path / 'g.jsonl')
 
 
 def test_provenance_must_be_there(tmp_path):
     t = trajectory(good(), {'t': True})
     for kw in (dict(source='web'), dict(author=''), dict(verified='')):
-        with pytest.raises(ValueError, match=next(iter(kw))): GroundTruth(t, **(dict(source='person', author='Ada', verified='twice') | kw))
+        with pytest.raises(ValueError, match=next(iter(kw))):
+            GroundTruth(t, **(dict(source='person', author='Ada', verified='twice') | kw))
     write_jsonl(tmp_path / 'g.jsonl', [t])
-    with pytest.raises(ValueError, match='record 0.*ground_truth'): load_ground_truths(tmp_path / 'g.jsonl')
+    with pytest.raises(ValueError, match='record 0.*ground_truth'):
+        load_ground_truths(tmp_path / 'g.jsonl')
 
 
 # corrections
@@ -423,18 +447,24 @@ def test_a_monitor_corrects_at_most_so_often_and_shows_what_was_not_done(o, gs, 
 
 def test_corrections_that_cannot_be():
     bare = Attempt.of(info(good(), {'t': True}))
-    with pytest.raises(ValueError, match='ground truth 0 has no token ids'): Monitor([bare], corrections=1)
-    with pytest.raises(ValueError, match='corrections=-1'): Monitor([bare], corrections=-1)
-    with pytest.raises(ValueError, match="can't be replayed"): shadow([info(good(), {'t': True})], [[bare]], corrections=1)
-    with pytest.raises(ValueError, match="'infra'"): Attempt.of(info(good(), {}, finish='infra'))
+    with pytest.raises(ValueError, match='ground truth 0 has no token ids'):
+        Monitor([bare], corrections=1)
+    with pytest.raises(ValueError, match='corrections=-1'):
+        Monitor([bare], corrections=-1)
+    with pytest.raises(ValueError, match="can't be replayed"):
+        shadow([info(good(), {'t': True})], [[bare]], corrections=1)
+    with pytest.raises(ValueError, match="'infra'"):
+        Attempt.of(info(good(), {}, finish='infra'))
     for w in (dict(outcome=1., patch=1.), dict(outcome=1., patch=-1., actions=0.)):
-        with pytest.raises(ValueError, match='weights'): discrepancy(bare, bare, w)
+        with pytest.raises(ValueError, match='weights'):
+            discrepancy(bare, bare, w)
 
 
 # corrections and replays in the agent loop
 
 @pytest.fixture(scope='module')
-def tok(): return train_tokenizer(['def total(a, b):\n    return a + b\n'] * 3, 320)
+def tok():
+    return train_tokenizer(['def total(a, b):\n    return a + b\n'] * 3, 320)
 
 
 @pytest.fixture(scope='module')
@@ -445,13 +475,15 @@ def make_env():
 
 
 class Lister:
-    def act(self, text): return [ToolCall('list')]
+    def act(self, text):
+        return [ToolCall('list')]
 
 
 class Odd:
     "Says the same text each turn, with log-probs of its own."
     sampling = dict(temperature=1.0)
-    def __init__(self, tok, text, finish='stop'): self.ids, self.finish, self.calls = np.array(tok.encode(text), np.int32), finish, 0
+    def __init__(self, tok, text, finish='stop'):
+        self.ids, self.finish, self.calls = np.array(tok.encode(text), np.int32), finish, 0
     def act(self, episodes):
         self.calls += len(episodes)
         n = len(self.ids)
@@ -496,7 +528,8 @@ def test_a_corrected_rollout_solves_the_task_and_stays_token_exact(tok, make_env
         calls = [dict(type='function', function=dict(name=c['name'], arguments=c['arguments'])) for c in u['calls']]
         results = asyncio.run(env.step([ToolCall(c['name'], c['arguments']) for c in u['calls']])).results
         dialogue += [dict(role='assistant', content='', tool_calls=calls), *(dict(role='tool', content=r.text) for r in results)]
-    while dialogue[-1]['role'] == 'tool': dialogue.pop()           # nothing comes after handing in
+    while dialogue[-1]['role'] == 'tool':
+        dialogue.pop()           # nothing comes after handing in
     assert np.array_equal(ids_of(render(tok, dialogue))[:len(t)], t.ids)
 
 
@@ -504,8 +537,10 @@ def test_watchers_must_be_understood(tok, make_env, solved):
     play = lambda said, **kw: rollout(Odd(tok, '<tool_call>list</tool_call><|im_end|>'), tok, [solved[0]], make_env, max_turns=2,
                                       watch=lambda e: said, **kw)
     for bad in (True, 'halt', [1, 2], np.zeros(0, np.int32)):
-        with pytest.raises(ValueError, match='watch said'): play(bad)
-    with pytest.raises(ValueError, match='leave out'): play(None, begin=[solved[1]])
+        with pytest.raises(ValueError, match='watch said'):
+            play(bad)
+    with pytest.raises(ValueError, match='leave out'):
+        play(None, begin=[solved[1]])
 
 
 @pytest.mark.parametrize('text, finish', [('<tool_call>list</tool_call><|im_end|>', 'stop'), ('<tool_call>list</tool_call>', 'length'),
@@ -518,7 +553,8 @@ def test_a_replay_is_the_record_token_by_token(tok, make_env, solved, text, fini
               else 'stop' if len(e.turns) == 3 else None)
     assert cut.info['finish'] == 'stopped' and say(max_turns=5, begin=[cut]) == whole
     strange = replace(cut, segments=[replace(s, ids=s.ids + 1) if s.kind == 'tool_result' else s for s in cut.segments])
-    with pytest.raises(ValueError, match='other tokens than the record'): say(begin=[strange])
+    with pytest.raises(ValueError, match='other tokens than the record'):
+        say(begin=[strange])
 
 
 def test_stopped_rollouts_played_to_their_end(tok, make_env):
@@ -527,7 +563,8 @@ def test_stopped_rollouts_played_to_their_end(tok, make_env):
     expert = lambda: ScriptPolicy(tok, lambda e: Expert(e.task, e.seed))
     whole = rollout(expert(), tok, tasks, make_env, max_len=1024)
     cut = [replace(t, info=t.info | dict(finish='stopped', turns=[])) for t in whole]   # before their first turn
-    for c in cut: c.segments = [s for s in c.segments if s.kind in ('system', 'user')]
+    for c in cut:
+        c.segments = [s for s in c.segments if s.kind in ('system', 'user')]
     r = finish_stopped(expert(), tok, {t.id: t for t in tasks}, cut, make_env)
     assert (r['stopped'], r['finished'], r['passed']) == (6, 6, sum(t.reward == 1 for t in whole))
     assert r['turns'] == sum(len(t.info['turns']) for t in whole) and r['tokens'] == sum(u['tokens'] for t in whole for u in t.info['turns'])
@@ -547,7 +584,8 @@ def test_corrections_that_are_trained_get_the_models_own_log_probs(make_env):
     engine.close()
     spliced = np.concatenate([np.full(len(s), s.event == 'correction') for s in t.segments])
     before = t.logprobs.copy()
-    with pytest.raises(ValueError, match='no recorded log-prob'): make_row(t, 1.)
+    with pytest.raises(ValueError, match='no recorded log-prob'):
+        make_row(t, 1.)
     with_logprobs(lm, [t], torch.float32, event='correction')
     assert np.array_equal(before[~spliced], t.logprobs[~spliced], equal_nan=True) and spliced.sum() == len(given)
     kept = t.logprobs.copy()

@@ -25,7 +25,8 @@ def score(model, ids, tau=1.0):  # plain log-probs of ids[1:]
 def episode(model, rng, reward, task="t", tau=1.0, **info):  # user, assistant, tool result, assistant
     lengths = [3, int(rng.integers(2, 9)), 4, int(rng.integers(2, 9))]
     ids = rng.integers(1, 12, sum(lengths))
-    with torch.no_grad(): logps = np.concatenate([[0], score(model, ids, tau).numpy()])
+    with torch.no_grad():
+        logps = np.concatenate([[0], score(model, ids, tau).numpy()])
     segments, a = [], 0
     for n, (kind, turn) in zip(lengths, (("user", 0), ("assistant", 0), ("tool_result", 0), ("assistant", 1))):
         own = kind == "assistant"
@@ -49,7 +50,8 @@ def trainer(model, folder, **kw):
     return RLTrainer(model, folder, **(dict(groups_per_step=3, dtype=None, lr=1e-3, save_every=2) | kw))
 
 
-def same(a, b): return all(torch.equal(x, y) for x, y in zip(a.parameters(), b.parameters()))
+def same(a, b):
+    return all(torch.equal(x, y) for x, y in zip(a.parameters(), b.parameters()))
 
 
 @pytest.mark.parametrize("normalise", ["token", "sequence", "constant"])
@@ -95,7 +97,8 @@ def test_a_budget_trains_on_less_and_the_whole_budget_on_all():
     torch.testing.assert_close(same_gradient, full, atol=1e-7, rtol=1e-4)
     assert all_of_it["kept_tokens"] == 1 and half["kept_cost"] <= 0.5 and 0 < half["kept_entropy"] < 1
     assert 0 < torch.nn.functional.cosine_similarity(gradient, full, dim=0) < 0.999
-    with pytest.raises(ValueError, match="needs whole paths"): accumulate(model, rows, Objective("gspo"), budget=0.5)
+    with pytest.raises(ValueError, match="needs whole paths"):
+        accumulate(model, rows, Objective("gspo"), budget=0.5)
     least, some = run(budget=1e-6)  # less than a prompt costs: the smallest part that trains anything
     assert 0 < least["kept_cost"] < 0.5 and some.norm() > 0
 
@@ -106,7 +109,8 @@ def test_stale_groups_are_dropped_and_counted(tmp_path):
     for g, version in zip(batch, (0, 3, 5)):
         for x in g.trajectories:
             for seg in x.segments:
-                if seg.trainable: seg.version = np.full(len(seg), version, np.int32)
+                if seg.trainable:
+                    seg.version = np.full(len(seg), version, np.int32)
     t = trainer(model, tmp_path, max_staleness=2)
     t.version = 5
     m = t.step(batch)
@@ -116,7 +120,8 @@ def test_stale_groups_are_dropped_and_counted(tmp_path):
 def test_fill_replaces_groups_that_teach_nothing(tmp_path):
     model = tiny()
     def mixed():
-        for i in range(100): yield from groups(model, i, 1, (1.0, 1.0) if i % 2 else (1.0, 0.0))
+        for i in range(100):
+            yield from groups(model, i, 1, (1.0, 1.0) if i % 2 else (1.0, 0.0))
     t = trainer(model, tmp_path, groups_per_step=3, fill=2)
     seen = []
     t.train(mixed(), 2, seen.append)
@@ -192,7 +197,8 @@ def test_no_more_groups_are_taken_than_needed(tmp_path):
 
 @pytest.mark.parametrize("muon", [None, 0.02])
 def test_a_stopped_run_ends_with_the_same_bits(tmp_path, muon):
-    class Stop(Exception): pass
+    class Stop(Exception):
+        pass
     def run(folder, stop=None):
         model, seen = tiny(), []
         def progress(m):
@@ -202,7 +208,8 @@ def test_a_stopped_run_ends_with_the_same_bits(tmp_path, muon):
         return model, t.train(endless(model, t.groups_seen // 3), 7, progress), seen
     straight, result, log = run(tmp_path / "a")
     for stop in (1, 2, 5, 7):
-        with pytest.raises(Stop): run(tmp_path / "b", stop)
+        with pytest.raises(Stop):
+            run(tmp_path / "b", stop)
     resumed, again, tail = run(tmp_path / "b")
     assert same(straight, resumed) and result == again == {"version": 7, "groups_seen": 21} and tail == log[6:]
     assert [p.name for p in (tmp_path / "b").iterdir()] == ["model"]
@@ -218,19 +225,25 @@ def test_damage_and_other_runs_are_refused(tmp_path):
     t = trainer(model, tmp_path)
     t.step(groups(model, 0))
     t.save()
-    with pytest.raises(CheckpointError, match="lr: 0.001 there, 0.002 here"): trainer(tiny(), tmp_path, lr=2e-3)
+    with pytest.raises(CheckpointError, match="lr: 0.001 there, 0.002 here"):
+        trainer(tiny(), tmp_path, lr=2e-3)
     file = tmp_path / "checkpoints" / "checkpoint-1" / "trainer.pt"
     file.write_bytes(file.read_bytes()[:100])
-    with pytest.raises(CheckpointError, match="checkpoint-1/trainer.pt: damaged"): trainer(tiny(), tmp_path)
+    with pytest.raises(CheckpointError, match="checkpoint-1/trainer.pt: damaged"):
+        trainer(tiny(), tmp_path)
 
 
 def test_bad_input_is_named(tmp_path):
     model, rng = tiny(), np.random.default_rng(0)
     blind = Trajectory("sum", [Segment([1], "user"), Segment([2, 3], "assistant", trainable=True)], 1.0)
-    with pytest.raises(ValueError, match="task sum: 2 of 2 trained tokens have no recorded"): make_row(blind, 1.0)
+    with pytest.raises(ValueError, match="task sum: 2 of 2 trained tokens have no recorded"):
+        make_row(blind, 1.0)
     greedy = episode(model, rng, 1.0)
     greedy.sampling["temperature"] = 0.0
-    with pytest.raises(ValueError, match="task t: sampled at temperature 0.0"): make_row(greedy, 1.0)
-    with pytest.raises(ValueError, match="'gae'"): trainer(model, tmp_path, advantage="gae").step(groups(model, 0))
+    with pytest.raises(ValueError, match="task t: sampled at temperature 0.0"):
+        make_row(greedy, 1.0)
+    with pytest.raises(ValueError, match="'gae'"):
+        trainer(model, tmp_path, advantage="gae").step(groups(model, 0))
     model.model.norm.weight.data.fill_(float("nan"))
-    with pytest.raises(FloatingPointError, match="finite"): trainer(model, tmp_path).step(groups(tiny(), 0))
+    with pytest.raises(FloatingPointError, match="finite"):
+        trainer(model, tmp_path).step(groups(tiny(), 0))

@@ -30,16 +30,19 @@ def lora(seed=0, **kw):  # a model and its wrapper
     return get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj", "v_proj", "down_proj"], **kw))
 
 
-def base(model): return model.get_base_model() if has_adapter(model) else model
+def base(model):
+    return model.get_base_model() if has_adapter(model) else model
 
 
 def with_records(model, batch, version=0):  # entropies and versions, as the embedded engine leaves them
     for g in batch:
         for t in g.trajectories:
-            with torch.no_grad(): p = torch.log_softmax(base(model)(torch.from_numpy(np.int64(t.ids))[None]).logits[0].float(), -1)
+            with torch.no_grad():
+                p = torch.log_softmax(base(model)(torch.from_numpy(np.int64(t.ids))[None]).logits[0].float(), -1)
             entropy, a = np.concatenate([[0], -(p.exp() * p).sum(-1)[:-1].numpy()]).astype(np.float32), 0
             for s in t.segments:
-                if s.trainable: s.entropy, s.version = entropy[a:a + len(s)], np.full(len(s), version, np.int32)
+                if s.trainable:
+                    s.entropy, s.version = entropy[a:a + len(s)], np.full(len(s), version, np.int32)
                 a += len(s)
     return batch
 
@@ -51,14 +54,16 @@ def by_hand(model, batch, objective, epochs, parts, lr, warmup):  # plain forwar
     advantages = group_advantages([[t.reward for t in g.trajectories] for g in batch])[0]
     pieces = [[(t, a) for i in part for t, a in zip(batch[i].trajectories, advantages[i])] for part in parts]
     new = lambda t: score(model, t.ids)[torch.from_numpy(t.mask[1:])]
-    with torch.no_grad(): old = {id(t): np.concatenate([[0], score(model, t.ids).numpy()]) for piece in pieces for t, _ in piece}
+    with torch.no_grad():
+        old = {id(t): np.concatenate([[0], score(model, t.ids).numpy()]) for piece in pieces for t, _ in piece}
     for _ in range(epochs):
         for piece in pieces:
             loss = objective.prepare_flat([t.mask for t, _ in piece], [a for _, a in piece], old=[old[id(t)] for t, _ in piece])
             optimizer.zero_grad()
             loss([new(t) for t, _ in piece]).backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            for g in optimizer.param_groups: g["lr"] = lr * lr_factor(made, 1, warmup, decay=0)
+            for g in optimizer.param_groups:
+                g["lr"] = lr * lr_factor(made, 1, warmup, decay=0)
             optimizer.step()
             made += 1
 
@@ -70,7 +75,8 @@ def test_minibatches_and_epochs_against_the_formula(tmp_path, objective):
     m = trainer(one, tmp_path, objective=objective, epochs=3, minibatches=2, warmup=2, lr=3e-3).step(batch)
     order = np.random.default_rng(0).permutation(3)
     by_hand(two, batch, objective, 3, np.array_split(order, 2), 3e-3, 2)
-    for (name, a), b in zip(one.named_parameters(), two.parameters()): torch.testing.assert_close(a, b, atol=2e-5, rtol=1e-3, msg=name)
+    for (name, a), b in zip(one.named_parameters(), two.parameters()):
+        torch.testing.assert_close(a, b, atol=2e-5, rtol=1e-3, msg=name)
     assert not torch.equal(one.model.norm.weight, tiny().model.norm.weight)
     assert (m["version"], m["updates"]) == (1, 6) and (m["clipped"] > 0 or objective.loss == "cispo")  # whose ratio is cut at 5 only
 
@@ -102,20 +108,23 @@ def test_only_the_adapter_is_trained(tmp_path):
     model = lora()
     before = {n: p.detach().clone() for n, p in model.named_parameters()}
     t = trainer(model, tmp_path)
-    for i in range(2): t.step(groups(base(model), i))   # the first update moves one factor only: the other's gradient is 0
+    for i in range(2):
+        t.step(groups(base(model), i))   # the first update moves one factor only: the other's gradient is 0
     moved = {n for n, p in model.named_parameters() if not torch.equal(p, before[n])}
     assert moved == {n for n in before if "lora" in n}
 
 
 def test_adapter_gradients_by_hand():
     model = lora()
-    for p in (p for n, p in model.named_parameters() if "lora_B" in n): torch.nn.init.normal_(p, std=0.2)
+    for p in (p for n, p in model.named_parameters() if "lora_B" in n):
+        torch.nn.init.normal_(p, std=0.2)
     rows = [make_row(t, a) for g in groups(base(model), 0, 2, (1.0, 0.0)) for t, a in zip(g.trajectories, (0.5, -0.5))]
     accumulate(model, rows, Objective(), 16)
     n, names = sum(r.mask.sum() for r in rows), [k for k, p in model.named_parameters() if p.requires_grad]
     loss = -sum(r.advantage / n * score(base(model), r.trajectory.ids)[torch.from_numpy(r.mask[1:])].sum() for r in rows)
     own = dict(model.named_parameters())
-    for k, want in zip(names, torch.autograd.grad(loss, [own[k] for k in names])): torch.testing.assert_close(own[k].grad, want, atol=1e-6, rtol=1e-4)
+    for k, want in zip(names, torch.autograd.grad(loss, [own[k] for k in names])):
+        torch.testing.assert_close(own[k].grad, want, atol=1e-6, rtol=1e-4)
     assert all(p.grad is None for k, p in own.items() if k not in names)
 
 
@@ -133,9 +142,11 @@ def test_an_engine_takes_the_merged_weights_and_the_trained_ones_stay(tmp_path):
     assert engine.version == 1 and sums[0] == before and sums[1] == weights_checksum(model) != before
     done = engine.generate([Request(np.array([1, 2, 3]), 6, seed=0)])[0]
     engine.close()
-    with torch.no_grad(): own = score(base(model), np.concatenate([[1, 2, 3], done.ids]))[2:]
+    with torch.no_grad():
+        own = score(base(model), np.concatenate([[1, 2, 3], done.ids]))[2:]
     np.testing.assert_allclose(done.logprobs, own.numpy(), atol=1e-5)
-    with model.disable_adapter(), torch.no_grad(): assert not torch.allclose(score(base(model), np.concatenate([[1, 2, 3], done.ids]))[2:], own, atol=1e-4)
+    with model.disable_adapter(), torch.no_grad():
+        assert not torch.allclose(score(base(model), np.concatenate([[1, 2, 3], done.ids]))[2:], own, atol=1e-4)
 
 
 def test_checkpoints_hold_the_adapter_and_the_end_holds_both(tmp_path):
@@ -163,8 +174,10 @@ def test_a_fresh_adapter_of_another_seed_resumes_and_another_rank_is_refused(tmp
     torch.manual_seed(99)
     other = get_peft_model(tiny(), LoraConfig(r=2, target_modules=["q_proj", "v_proj", "down_proj"]))
     assert trainer(other, tmp_path).version == 1 and weights_checksum(other) == weights_checksum(model)
-    with pytest.raises(ValueError, match="adapter: "): trainer(get_peft_model(tiny(), LoraConfig(r=3, target_modules=["q_proj"])), tmp_path)
-    with pytest.raises(ValueError, match="start: "): trainer(lora(seed=1), tmp_path)
+    with pytest.raises(ValueError, match="adapter: "):
+        trainer(get_peft_model(tiny(), LoraConfig(r=3, target_modules=["q_proj"])), tmp_path)
+    with pytest.raises(ValueError, match="start: "):
+        trainer(lora(seed=1), tmp_path)
 
 
 # -- waves that wait, groups too old
@@ -183,9 +196,12 @@ def test_a_wave_is_used_up_before_the_next_one_is_asked_for(tmp_path):
 def test_what_waits_is_in_the_checkpoint(tmp_path):
     model = tiny()
     t = trainer(model, tmp_path, groups_per_step=2, save_every=1, fill=2)
-    class Stop(Exception): pass
-    def stop(m): raise Stop
-    with pytest.raises(Stop): t.train((groups(model, i, 3) for i in range(9)), 5, stop)
+    class Stop(Exception):
+        pass
+    def stop(m):
+        raise Stop
+    with pytest.raises(Stop):
+        t.train((groups(model, i, 3) for i in range(9)), 5, stop)
     t.save()
     again = trainer(tiny(), tmp_path, groups_per_step=2, save_every=1, fill=2)
     assert (again.groups_seen, again.groups_used, len(again.waiting)) == (3, 2, 1) and again.waiting == t.waiting
@@ -194,7 +210,8 @@ def test_what_waits_is_in_the_checkpoint(tmp_path):
 def test_groups_that_are_too_old_are_replaced(tmp_path):
     model = tiny()
     batch = with_records(model, groups(model, 0, 6), version=5)
-    for g in batch[:2]: with_records(model, [g], version=1)
+    for g in batch[:2]:
+        with_records(model, [g], version=1)
     t, seen = trainer(model, tmp_path, max_staleness=2, fill=2), []
     t.version = 5
     t.train(iter(batch), 6, seen.append)
@@ -205,7 +222,8 @@ def test_overlong_trajectories_are_masked_before_groups_are_judged(tmp_path):
     model = tiny()
     batch = groups(model, 0, 2)
     longest = max(len(x) for x in batch[0].trajectories)
-    for x in batch[0].trajectories: x.reward = float(len(x) < longest)   # without the longest all are alike
+    for x in batch[0].trajectories:
+        x.reward = float(len(x) < longest)   # without the longest all are alike
     many = sum(len(x) >= longest for g in batch for x in g.trajectories)
     assert trainer(model, tmp_path / "a").step(batch)["live_groups"] == 2
     m = trainer(model, tmp_path / "b", overlong=longest - 1).step(batch)
@@ -217,7 +235,8 @@ def test_overlong_trajectories_are_masked_before_groups_are_judged(tmp_path):
 def without_entropies(batch):  # as vLLM leaves them
     for g in batch:
         for t in g.trajectories:
-            for s in t.segments: s.entropy = None
+            for s in t.segments:
+                s.entropy = None
     return batch
 
 
@@ -256,7 +275,8 @@ def test_entropies_recorded_for_some_trajectories_only(tmp_path):
     model, other = tiny(), tiny()
     batch = with_records(model, groups(model, 0, 2))
     for t in batch[1].trajectories[:2]:
-        for s in t.segments: s.entropy = None
+        for s in t.segments:
+            s.entropy = None
     m = trainer(model, tmp_path / "a", budget=0.5, minibatches=2).step(batch)
     assert m["by_record"] == 1 and "entropy" not in m and "kept_entropy" not in m and m["kept_cost"] <= 0.5
     assert trainer(other, tmp_path / "b", budget=0.5, pruning=Pruning("entropy")).step(batch)["by_record"] == 0
@@ -279,7 +299,8 @@ def test_equal_rollouts_with_different_rewards_do_not_end_a_run_with_a_budget(tm
     "A flaky grader: all weights cancel. Alone the tree is trained whole; beside another minibatch the run's log lacks what only that one knows."
     model = tiny()
     batch = with_records(model, groups(model, 0, 2))
-    for i, t in enumerate(batch[0].trajectories): t.segments, t.reward = batch[0].trajectories[0].segments, float(i % 2)
+    for i, t in enumerate(batch[0].trajectories):
+        t.segments, t.reward = batch[0].trajectories[0].segments, float(i % 2)
     m = trainer(model, tmp_path / "a", budget=0.5).step(batch[:1])
     assert m["updates"] == 1 and "kept_cost" not in m and m["grad_norm"] == pytest.approx(0, abs=1e-6)
     m = trainer(tiny(), tmp_path / "b", budget=0.5, minibatches=2).step(batch)
@@ -313,7 +334,8 @@ def test_advantages_may_be_scaled(tmp_path, kw):
 
 def test_without_recorded_entropies_scaling_by_them_is_refused(tmp_path):
     model = tiny()
-    with pytest.raises(ValueError, match="has no entropy: record it when sampling"): trainer(model, tmp_path, by_entropy=True).step(groups(model, 0))
+    with pytest.raises(ValueError, match="has no entropy: record it when sampling"):
+        trainer(model, tmp_path, by_entropy=True).step(groups(model, 0))
 
 
 def test_the_reference_of_an_adapter_is_the_model_without_it(tmp_path):
@@ -323,7 +345,8 @@ def test_the_reference_of_an_adapter_is_the_model_without_it(tmp_path):
         t = trainer(model, tmp_path / name, objective=Objective(kl=0.1), reference=reference, lr=0.05)
         logs.append([t.step(groups(tiny(), i)) for i in range(3)])
     assert logs[0][0]["kl"] == pytest.approx(0, abs=1e-9) and logs[0][2]["kl"] > 1e-6
-    for a, b in zip(*logs): assert a["kl"] == pytest.approx(b["kl"], rel=1e-3, abs=1e-9) and a["loss"] == pytest.approx(b["loss"], abs=1e-6)
+    for a, b in zip(*logs):
+        assert a["kl"] == pytest.approx(b["kl"], rel=1e-3, abs=1e-9) and a["loss"] == pytest.approx(b["loss"], abs=1e-6)
 
 
 # -- what doesn't combine
@@ -336,17 +359,22 @@ def test_the_reference_of_an_adapter_is_the_model_without_it(tmp_path):
     (dict(objective=Objective(kl=0.1)), "kl=0.1 needs a reference"), (dict(reference=tiny()), "kl is 0: it would be ignored"),
     (dict(warmup=-1), "warmup -1"), (dict(overlong=0), "overlong 0"), (dict(max_grad_norm=0.0), "max_grad_norm 0.0"), (dict(pass_rate=-1.0), "pass_rate -1.0")])
 def test_settings_that_do_not_combine_are_refused(tmp_path, kw, message):
-    with pytest.raises(ValueError, match=message): trainer(tiny(), tmp_path, **kw)
+    with pytest.raises(ValueError, match=message):
+        trainer(tiny(), tmp_path, **kw)
 
 
 def test_adapters_that_do_not_fit_are_refused(tmp_path):
     from peft import PromptTuningConfig
-    with pytest.raises(ValueError, match="muon_lr=0.02 with an adapter"): trainer(lora(), tmp_path, muon_lr=0.02)
-    with pytest.raises(ValueError, match="dropout of 0.1"): trainer(lora(lora_dropout=0.1), tmp_path)
-    with pytest.raises(ValueError, match="PROMPT_TUNING"): trainer(get_peft_model(tiny(), PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)), tmp_path)
+    with pytest.raises(ValueError, match="muon_lr=0.02 with an adapter"):
+        trainer(lora(), tmp_path, muon_lr=0.02)
+    with pytest.raises(ValueError, match="dropout of 0.1"):
+        trainer(lora(lora_dropout=0.1), tmp_path)
+    with pytest.raises(ValueError, match="PROMPT_TUNING"):
+        trainer(get_peft_model(tiny(), PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)), tmp_path)
     two = lora()
     two.add_adapter("second", LoraConfig(r=2, target_modules=["q_proj"]))
-    with pytest.raises(ValueError, match="exactly one"): trainer(two, tmp_path)
+    with pytest.raises(ValueError, match="exactly one"):
+        trainer(two, tmp_path)
 
 
 # -- killed anywhere
@@ -356,7 +384,8 @@ def run(folder: Path, make, die_at=0):  # in this process; SIGKILL at the die_at
     def tick():
         nonlocal events
         events += 1
-        if events == die_at: os.kill(os.getpid(), signal.SIGKILL)
+        if events == die_at:
+            os.kill(os.getpid(), signal.SIGKILL)
     fsync, os.fsync = os.fsync, lambda fd: (tick(), fsync(fd))[1]   # each file of a checkpoint is an event
     try:
         model = make()
@@ -369,18 +398,22 @@ def run(folder: Path, make, die_at=0):  # in this process; SIGKILL at the die_at
                 tick()
                 yield groups(merged(model), i, 2) + groups(merged(model), 100 + i, 1, (1.0, 1.0))
         def progress(m):
-            with (folder / "log").open("a") as f: f.write(json.dumps({k: v for k, v in m.items() if k != "seconds"}) + "\n")
+            with (folder / "log").open("a") as f:
+                f.write(json.dumps({k: v for k, v in m.items() if k != "seconds"}) + "\n")
             tick()
         t.train(waves(), 4, progress)
-    finally: os.fsync = fsync
+    finally:
+        os.fsync = fsync
     return model, {json.loads(line)["step"]: line for line in (folder / "log").read_text().splitlines()}, events
 
 
 def killed(*args) -> bool:  # the same in a child
     pid = os.fork()
     if not pid:
-        try: run(*args)
-        finally: os._exit(0)
+        try:
+            run(*args)
+        finally:
+            os._exit(0)
     return os.WIFSIGNALED(os.waitpid(pid, 0)[1])
 
 
@@ -394,7 +427,8 @@ def test_killed_at_any_point_a_run_ends_with_the_same_bits(tmp_path, make):
         deaths = [3, 9, 14, 17, 8, 12, 11]
         died = [killed(tmp_path / "b", make, n) for n in deaths]
         resumed, again, _ = run(tmp_path / "b", make)
-    finally: torch.set_num_threads(threads)
+    finally:
+        torch.set_num_threads(threads)
     assert sum(died) >= 5 and events > 40
     assert all(torch.equal(a, b) for a, b in zip(straight.parameters(), resumed.parameters())) and log == again and len(log) == 4
 

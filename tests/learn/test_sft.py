@@ -33,22 +33,26 @@ def counting(seed=0, n=60):
     return [((np.arange(k) + rng.integers(7)) % 7 + 1, np.arange(k) > 0) for k in rng.integers(4, 20, n)]
 
 
-class Stop(Exception): pass
+class Stop(Exception):
+    pass
 
 
 def train(folder, stop=None, hit=None, **kw):
     model, seen = tiny(), []
     def progress(report):
         seen.append(report)
-        if report["step"] == stop: (hit or _raise)()
+        if report["step"] == stop:
+            (hit or _raise)()
     args = dict(max_steps=13, batch_tokens=128, save_every=3) | kw
     return model, train_sft(model, counting(), folder, TOKENIZER, progress=progress, **args), seen
 
 
-def _raise(): raise Stop
+def _raise():
+    raise Stop
 
 
-def same(a, b): return all(torch.equal(x, y) for x, y in zip(a.parameters(), b.parameters()))
+def same(a, b):
+    return all(torch.equal(x, y) for x, y in zip(a.parameters(), b.parameters()))
 
 
 @pytest.fixture(scope="module")
@@ -80,7 +84,8 @@ def test_the_result_is_an_ordinary_checkpoint(straight):
 @pytest.mark.parametrize("stops", [(13,), (1, 4, 8, 11)])
 def test_a_stopped_run_ends_with_the_same_bits(straight, tmp_path, stops):
     for stop in stops:
-        with pytest.raises(Stop): train(tmp_path, stop)
+        with pytest.raises(Stop):
+            train(tmp_path, stop)
     model, result, seen = train(tmp_path)
     assert same(model, straight[1]) and result == straight[2]
     assert seen == straight[3][len(straight[3]) - len(seen):]
@@ -98,15 +103,19 @@ def test_a_killed_process_loses_nothing_finished(straight, tmp_path):
 
 
 def test_a_damaged_checkpoint_is_named(tmp_path):
-    with pytest.raises(Stop): train(tmp_path, 5)
+    with pytest.raises(Stop):
+        train(tmp_path, 5)
     file = tmp_path / "checkpoints" / "checkpoint-3" / "trainer" / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-10])
-    with pytest.raises(CheckpointError, match="checkpoint-3/trainer/model.safetensors: damaged"): train(tmp_path)
+    with pytest.raises(CheckpointError, match="checkpoint-3/trainer/model.safetensors: damaged"):
+        train(tmp_path)
 
 
 def test_another_call_is_refused(straight, tmp_path):
-    with pytest.raises(Stop): train(tmp_path, 5)
-    with pytest.raises(CheckpointError, match="seed: 0 there, 1 here"): train(tmp_path, seed=1)
+    with pytest.raises(Stop):
+        train(tmp_path, 5)
+    with pytest.raises(CheckpointError, match="seed: 0 there, 1 here"):
+        train(tmp_path, seed=1)
     with pytest.raises(CheckpointError, match="data: .* there"):
         train_sft(tiny(), counting(seed=5), straight[0], TOKENIZER, max_steps=13, batch_tokens=128)
     with pytest.raises(CheckpointError, match="start: .* there"):
@@ -152,7 +161,8 @@ def test_trajectories_and_pairs_are_the_same():
     ([([1, 2, 3], [1, 0, 0])], "no token to train on"),
 ])
 def test_bad_sequences_are_named(data, message):
-    with pytest.raises(ValueError, match=message): as_sequences(data)
+    with pytest.raises(ValueError, match=message):
+        as_sequences(data)
 
 
 @settings(max_examples=40, deadline=None)
@@ -169,7 +179,8 @@ def test_a_plan_visits_everything_once_an_epoch(lengths, budget, steps, seed):
         seen += batch
         if len(seen) >= len(lengths): break
     assert len(set(seen)) == len(seen) or len(seen) > len(lengths)
-    if len(seen) == len(lengths): assert sorted(seen) == list(range(len(lengths)))
+    if len(seen) == len(lengths):
+        assert sorted(seen) == list(range(len(lengths)))
 
 
 def test_training_json_is_read_back(straight):
@@ -191,4 +202,5 @@ def test_the_loss_of_rows_that_branch_is_that_of_the_rows():
     (-logps.mean()).backward()
     torch.testing.assert_close(loss, -logps.mean(), atol=1e-10, rtol=0)
     torch.testing.assert_close(entropy, h.mean(), atol=1e-10, rtol=0)
-    for n, p in model.named_parameters(): torch.testing.assert_close(have[n], p.grad, atol=1e-9, rtol=1e-7)
+    for n, p in model.named_parameters():
+        torch.testing.assert_close(have[n], p.grad, atol=1e-9, rtol=1e-7)

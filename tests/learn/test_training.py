@@ -21,7 +21,8 @@ def tiny(tie=True):
 def run(optimizer, params, steps, seed=0):
     generator = torch.Generator().manual_seed(seed)
     for _ in range(steps):
-        for p in params: p.grad = torch.randn(p.shape, generator=generator)
+        for p in params:
+            p.grad = torch.randn(p.shape, generator=generator)
         optimizer.step()
 
 
@@ -34,7 +35,8 @@ def test_each_half_is_pytorchs_own(weight_decay):
         kw = {} if muon else {"betas": (0.9, 0.95)}
         run(MuonAdam([{"params": ours, "muon": muon}], lr=0.05, weight_decay=weight_decay), ours, 5)
         run(other(theirs, lr=0.05, weight_decay=weight_decay, **kw), theirs, 5)
-        for a, b in zip(ours, theirs): torch.testing.assert_close(a, b, atol=tolerance, rtol=1e-5)
+        for a, b in zip(ours, theirs):
+            torch.testing.assert_close(a, b, atol=tolerance, rtol=1e-5)
 
 
 def test_orthogonalise_flattens_singular_values():
@@ -96,12 +98,14 @@ def test_damage_is_named(tmp_path, name, spoil):
     save_checkpoint(tmp_path, 7, write, CALL)
     assert latest_checkpoint(tmp_path, CALL).name == "checkpoint-7"
     spoil(tmp_path / "checkpoint-7" / name)
-    with pytest.raises(CheckpointError, match=f"checkpoint-7/{name}"): latest_checkpoint(tmp_path, CALL)
+    with pytest.raises(CheckpointError, match=f"checkpoint-7/{name}"):
+        latest_checkpoint(tmp_path, CALL)
 
 
 def test_another_runs_checkpoint_is_refused(tmp_path):
     save_checkpoint(tmp_path, 7, write, CALL)
-    with pytest.raises(CheckpointError, match="seed: 1 there, 2 here"): latest_checkpoint(tmp_path, {"seed": 2})
+    with pytest.raises(CheckpointError, match="seed: 1 there, 2 here"):
+        latest_checkpoint(tmp_path, {"seed": 2})
 
 
 def test_a_failed_write_leaves_the_old_one(tmp_path):
@@ -109,7 +113,8 @@ def test_a_failed_write_leaves_the_old_one(tmp_path):
     def full(folder):
         write(folder)
         raise OSError(errno.ENOSPC, "No space left on device")
-    with pytest.raises(OSError, match="No space"): save_checkpoint(tmp_path, 8, full, CALL)
+    with pytest.raises(OSError, match="No space"):
+        save_checkpoint(tmp_path, 8, full, CALL)
     assert [p.name for p in tmp_path.iterdir()] == ["checkpoint-7"]
     assert latest_checkpoint(tmp_path, CALL).name == "checkpoint-7"
 
@@ -125,10 +130,12 @@ def test_a_half_written_folder_is_ignored_and_replaced(tmp_path):
 
 
 def test_only_the_newest_are_kept(tmp_path):
-    for step in (9, 10, 100): save_checkpoint(tmp_path, step, write, CALL)
+    for step in (9, 10, 100):
+        save_checkpoint(tmp_path, step, write, CALL)
     assert [p.name for p in checkpoints(tmp_path)] == ["checkpoint-10", "checkpoint-100"]
 
 
 def test_a_folder_is_replaced_as_a_whole(tmp_path):
-    for text in "ab": write_folder(tmp_path / "m", lambda d: (d / text).write_text(text))
+    for text in "ab":
+        write_folder(tmp_path / "m", lambda d: (d / text).write_text(text))
     assert [p.name for p in (tmp_path / "m").iterdir()] == ["b"]

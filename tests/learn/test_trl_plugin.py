@@ -17,8 +17,10 @@ def model_of(kind="qwen3"):
     from tree_models import SMALL
     before = dict(SMALL)
     SMALL.update(vocab_size=len(TOK))
-    try: model = make(kind, torch.float32, noise=0.05)
-    finally: SMALL.clear(), SMALL.update(before)
+    try:
+        model = make(kind, torch.float32, noise=0.05)
+    finally:
+        SMALL.clear(), SMALL.update(before)
     model.config.pad_token_id = model.generation_config.pad_token_id = TOK.pad_token_id
     model.config.eos_token_id = model.generation_config.eos_token_id = TOK.eos_token_id
     return model
@@ -27,7 +29,8 @@ def model_of(kind="qwen3"):
 def grpo(cls, tmp_path, model=None, more=None, **config):
     config = GRPOConfig(output_dir=str(tmp_path), use_cpu=True, bf16=False, report_to=[], max_steps=1, num_generations=4, max_completion_length=8,
                         save_strategy="no", disable_tqdm=True, **{"per_device_train_batch_size": 8, **config})
-    def reward(completion_ids, **kwargs): return [float(sum(i % 7 for i in ids)) for ids in completion_ids]
+    def reward(completion_ids, **kwargs):
+        return [float(sum(i % 7 for i in ids)) for ids in completion_ids]
     data = Dataset.from_dict({"prompt": ["def add(a, b):", "x", "return a + b", "y = 1"]})
     if model is None:  # from a folder: with KL, TRL loads its reference from there
         model_of().save_pretrained(tmp_path / "start")
@@ -47,7 +50,8 @@ def test_every_loss_of_trl_has_the_same_value_and_gradients(config, tmp_path):
     plain.current_gradient_accumulation_steps = 1
     batch = next(iter(plain.get_train_dataloader()))
     inputs = plain._prepare_inputs(batch)
-    if "ref_per_token_logps" in inputs: inputs["ref_per_token_logps"] = inputs["ref_per_token_logps"] - 0.1  # else KL is 0
+    if "ref_per_token_logps" in inputs:
+        inputs["ref_per_token_logps"] = inputs["ref_per_token_logps"] - 0.1  # else KL is 0
     inputs["old_per_token_logps"] = torch.randn_like(inputs["completion_ids"], dtype=torch.float32) * 0.1 - 7.3  # ratios away from 1
     want = plain.compute_loss(model, inputs)
     want.backward()
@@ -94,14 +98,16 @@ def test_sft_trains_the_same_weights(size, tmp_path):
     want_loss, want = sft(SFTTrainer, tmp_path, model_of())
     loss, have = sft(TreeSFTTrainer, tmp_path, model_of(), tree_max_tokens=size)
     assert abs(loss - want_loss) < 1e-5
-    for a, b in zip(want, have): torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-5)
+    for a, b in zip(want, have):
+        torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-5)
 
 
 def test_what_trees_do_not_know_is_refused(tmp_path):
     with pytest.raises(ValueError, match="packing"):
         config = SFTConfig(output_dir=str(tmp_path), use_cpu=True, bf16=False, report_to=[], packing=True, max_length=32)
         TreeSFTTrainer(model_of(), args=config, train_dataset=Dataset.from_dict({"text": ["a b c"] * 4}), processing_class=TOK)
-    with pytest.raises(ValueError, match="row 1 of the batch is all padding"): rows_tree(torch.ones(2, 3, dtype=torch.long), torch.tensor([[1, 1, 1], [0, 0, 0]]))
+    with pytest.raises(ValueError, match="row 1 of the batch is all padding"):
+        rows_tree(torch.ones(2, 3, dtype=torch.long), torch.tensor([[1, 1, 1], [0, 0, 0]]))
 
 
 def test_rows_and_back():

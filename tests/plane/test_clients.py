@@ -27,12 +27,14 @@ ROWS = []
 CLAUDE, OPENCODE, MINI = 'npm/node_modules/.bin/claude', 'npm/node_modules/.bin/opencode', 'mini/bin/mini'
 
 
-def run(coro): return asyncio.run(asyncio.wait_for(coro, 900))
+def run(coro):
+    return asyncio.run(asyncio.wait_for(coro, 900))
 
 
 def client(path):
     "An installed client, or a skip that says what is missing."
-    if not (HOME/path).exists(): pytest.skip(f'{path} is not in {HOME}: it could not be installed')
+    if not (HOME/path).exists():
+        pytest.skip(f'{path} is not in {HOME}: it could not be installed')
     return HOME/path
 
 
@@ -47,14 +49,16 @@ def says(path, binary):
     return subprocess.run([binary, '--version'], capture_output=True, text=True, env=os.environ | dict(HOME=str(path/'home'))).stdout.split()[0]
 
 
-def turns_of(l): return [t for s in l.sessions() for t in s.turns.values() if t.finish != 'client']
+def turns_of(l):
+    return [t for s in l.sessions() for t in s.turns.values() if t.finish != 'client']
 
 
 def shape(s):
     "The reasons of a session's turns by agent, in the order of the requests; ~ where a turn is realigned."
     out = {}
     for t in sorted(s.turns.values(), key=lambda t: t.began):
-        if t.finish != 'client': out.setdefault(t.agent, []).append(t.reason + '~' * (t.drift == 'realigned'))
+        if t.finish != 'client':
+            out.setdefault(t.agent, []).append(t.reason + '~' * (t.drift == 'realigned'))
     return out
 
 
@@ -240,8 +244,10 @@ async def smol_lab(path, smol):
     model, tok = smol
     engine = Listening(model, max_len=4096, slots=2, tokenizer=tok)
     try:
-        async with real_lab(path, engine, tok, 4096) as l: yield l
-    finally: await engine.close()
+        async with real_lab(path, engine, tok, 4096) as l:
+            yield l
+    finally:
+        await engine.close()
 
 
 def real_check(l, model, name, of, shown, reasons):
@@ -249,7 +255,8 @@ def real_check(l, model, name, of, shown, reasons):
     s, = l.sessions()
     assert shape(s) == {'': reasons}
     tree, worst, n = s.tree(), 0, sum(t.n_answer for t in s.turns.values())
-    with torch.no_grad(): lp = tree_logprobs(model, tree).logprob.numpy()
+    with torch.no_grad():
+        lp = tree_logprobs(model, tree).logprob.numpy()
     for i, t in enumerate(s.trajectories()):
         at = tree.path(i)
         assert np.array_equal(tree.ids[at], t.ids)
@@ -279,7 +286,8 @@ def test_opencode_with_a_real_model(tmp_path, smol):
     config = dict(limit=dict(context=4096, output=24), agent=dict(title=dict(disable=True), build=dict(prompt='You are a helpful assistant.')))
     async def go():
         async with smol_lab(tmp_path, smol) as l:
-            for args in (['Say hello.'], ['--continue', 'Say it again.']): await opencode(l, d, *args, **config)
+            for args in (['Say hello.'], ['--continue', 'Say it again.']):
+                await opencode(l, d, *args, **config)
             real_check(l, smol[0], 'opencode', says(tmp_path, binary), 'continue', ['start', 'append'])
     run(go())
 

@@ -30,8 +30,10 @@ ROOT = Path(__file__).parents[2]
 USER = [dict(role='user', content='hello')]
 
 
-def run(coro): return asyncio.run(asyncio.wait_for(coro, 60))
-def error_of(r): return r['json']['error']['message']
+def run(coro):
+    return asyncio.run(asyncio.wait_for(coro, 60))
+def error_of(r):
+    return r['json']['error']['message']
 
 
 def world(tmp_path, text='an answer', **more):
@@ -81,7 +83,8 @@ def test_sessions_are_named_by_path_header_key_or_client():
     assert session_name('path', 'header', 'key', 'hint') == 'path' and session_name('', 'header', 'key', 'hint') == 'header'
     assert session_name('', '', 'key', 'hint') == 'key' and session_name('', '', '', 'hint') == 'hint' and session_name('', '', '', '') == 'default'
     for name in ('.', '..', 'a/b', 'a b', 'é', 'x' * 257):   # a browser makes /s/../x of the second, /x
-        with pytest.raises(BadRequest, match='at most 256 printable'): session_name('', name, '', '')
+        with pytest.raises(BadRequest, match='at most 256 printable'):
+            session_name('', name, '', '')
     assert session_name('', '...', '', '') == '...'
 
 
@@ -91,7 +94,8 @@ def test_a_session_named_each_way_is_one_session(tmp_path):
             key = dict(authorization='Bearer ann-secret')
             ways = [('/s/one' + PATH['chat'], key), (PATH['chat'], key | {'x-kat-session': 'one'}), (PATH['chat'], dict(authorization='Bearer ann-secret@one')),
                     (PATH['chat'], key | {'x-session-id': 'one'}), (PATH['chat'], key | {'x-claude-code-session-id': 'one'})]
-            for path, headers in ways: assert (await w.ask(path, chat_body(USER), headers))['status'] == 200
+            for path, headers in ways:
+                assert (await w.ask(path, chat_body(USER), headers))['status'] == 200
             assert len(w.session('one', 'ann').turns) == len(ways) and len(w.g.manager.sessions) == 1
             for bad in ('/s/a b/v1/messages', '/s/' + 'x'*300 + '/v1/messages', '/s/é/v1/messages'):
                 assert (await w.ask(bad, messages_body(USER), key))['status'] == 400
@@ -101,7 +105,8 @@ def test_a_session_named_each_way_is_one_session(tmp_path):
 def test_a_task_gathers_sessions(tmp_path):
     async def go():
         async with world(tmp_path) as w:
-            for name in 'ab': assert (await w.chat('x', name, {'x-kat-task': 't'}))['status'] == 200
+            for name in 'ab':
+                assert (await w.chat('x', name, {'x-kat-task': 't'}))['status'] == 200
             r = await w.chat('x', 'a', {'x-kat-task': 'other'})
             assert r['status'] == 400 and "belongs to task 't'" in error_of(r)
             assert [len(x) for x in w.store.groups()] == [2]
@@ -112,8 +117,10 @@ def test_a_task_gathers_sessions(tmp_path):
 
 def shape(r, dialect):
     e = r['json']
-    if dialect == 'messages': assert e['type'] == 'error' and set(e['error']) == {'type', 'message'}
-    else: assert set(e) == {'error'} and set(e['error']) == {'message', 'type', 'param', 'code'}
+    if dialect == 'messages':
+        assert e['type'] == 'error' and set(e['error']) == {'type', 'message'}
+    else:
+        assert set(e) == {'error'} and set(e['error']) == {'message', 'type', 'param', 'code'}
     return e['error']['message']
 
 
@@ -132,7 +139,9 @@ def test_mistakes_come_back_in_the_dialects_shape(tmp_path, dialect):
             r = await w.ask(path, chunks=[b' ' * 900] * 3)       # no length told
             assert r['status'] == 413 and 'more than 2000' in shape(r, dialect)
             assert (await w.ask(path, method='GET'))['status'] == 405
-            for bad in (path + 'x', '/s/a' + path + 'x'): shape(r := await w.ask(bad, good), dialect if dialect == 'messages' else 'chat'); assert r['status'] == 404
+            for bad in (path + 'x', '/s/a' + path + 'x'):
+                shape(r := await w.ask(bad, good), dialect if dialect == 'messages' else 'chat')
+                assert r['status'] == 404
             assert not w.engine.asked and not w.store.sessions()
     run(go())
 
@@ -142,9 +151,12 @@ def test_a_body_that_does_not_come_and_a_client_that_leaves_while_sending(tmp_pa
         async with world(tmp_path, patience=.001) as w:
             scope = dict(type='http', http_version='1.1', method='POST', path=PATH['chat'], raw_path=b'', root_path='', query_string=b'', headers=[])
             sent, left = [], [dict(type='http.request', body=b'{', more_body=True), dict(type='http.disconnect')]
-            async def never(): await asyncio.Event().wait()
-            async def leaves(): return left.pop(0)
-            async def send(m): sent.append(m)
+            async def never():
+                await asyncio.Event().wait()
+            async def leaves():
+                return left.pop(0)
+            async def send(m):
+                sent.append(m)
             await w.g.app(dict(scope), never, send)
             assert sent[0]['status'] == 408 and b'not here after 0.001 seconds' in sent[1]['body']
             await w.g.app(dict(scope), leaves, send)
@@ -176,7 +188,8 @@ def test_so_many_at_a_time(tmp_path):
     async def go():
         async with world(tmp_path, concurrent=3, per_owner=2, **KEYS) as w:
             hold = asyncio.Event()
-            for n in range(3): w.hold[n] = 0, hold
+            for n in range(3):
+                w.hold[n] = 0, hold
             ann, bob = ({'x-api-key': f'{k}-secret'} for k in ('ann', 'bob'))
             first = [asyncio.ensure_future(w.chat('x', f's{i}', ann)) for i in range(2)]
             await until(lambda: w.engine.live == 2)
@@ -200,7 +213,8 @@ def test_an_answer_leaves_after_its_turn_is_on_the_disk(tmp_path):
                 body = dict(chat=chat_body(USER), messages=messages_body(USER), completions=dict(model='kat', prompt='a'))[dialect] | dict(stream=stream)
                 on_disk = []
                 class Watch:   # what an agent sees, and what another reader of the database sees at that moment
-                    def __init__(self, app): self.app = app
+                    def __init__(self, app):
+                        self.app = app
                     async def __call__(self, scope, receive, send):
                         async def tell(m):
                             if m['type'] == 'http.response.body':
@@ -211,7 +225,8 @@ def test_an_answer_leaves_after_its_turn_is_on_the_disk(tmp_path):
                 r = await ask(Watch(w.g.app), f'/s/n{n}{PATH[dialect]}', body)
                 assert r['status'] == 200 and on_disk[-1] == (False, 1)
                 assert all(k == 0 for more, k in on_disk if more)
-                if stream: assert (b'[DONE]' in r['parts'][-1] or b'message_stop' in r['parts'][-1]) and not any(b'[DONE]' in p or b'message_stop' in p for p in r['parts'][:-1])
+                if stream:
+                    assert (b'[DONE]' in r['parts'][-1] or b'message_stop' in r['parts'][-1]) and not any(b'[DONE]' in p or b'message_stop' in p for p in r['parts'][:-1])
     run(go())
 
 
@@ -240,8 +255,10 @@ def test_a_store_that_cannot_write_refuses_clearly_and_recovers(tmp_path):
                 w.store.error = None     # as before the first failed write
                 body = dict(chat=chat_body, messages=messages_body)[dialect]([dict(role='user', content='y')], stream=stream)
                 r = await w.ask(f'/s/s{PATH[dialect]}', body)
-                if not stream: assert r['status'] == 507 and 'no room left' in shape(r, dialect)
-                else: assert r['status'] == 200 and r['events'][-1]['type'] == 'error' and b'message_stop' not in r['body']
+                if not stream:
+                    assert r['status'] == 507 and 'no room left' in shape(r, dialect)
+                else:
+                    assert r['status'] == 200 and r['events'][-1]['type'] == 'error' and b'message_stop' not in r['body']
             n = len(w.engine.asked)
             for dialect in ('chat', 'messages'):
                 r = await w.ask(f'/s/s{PATH[dialect]}', dict(chat=chat_body, messages=messages_body)[dialect](USER, stream=True))
@@ -257,7 +274,8 @@ def test_a_store_that_cannot_write_refuses_clearly_and_recovers(tmp_path):
 
 def test_a_read_only_store_refuses_clearly(tmp_path):
     async def go():
-        async with world(tmp_path) as w: await w.chat('x', 's')
+        async with world(tmp_path) as w:
+            await w.chat('x', 's')
         async with World(f'sqlite:///file:{tmp_path}/store.db?mode=ro&uri=true') as w:
             w.engine.answer = lambda r: say(w.tok, 'an answer')
             for dialect, body in (('chat', chat_body(USER)), ('messages', messages_body(USER)), ('completions', dict(model='kat', prompt='a'))):
@@ -272,13 +290,15 @@ def test_a_read_only_store_refuses_clearly(tmp_path):
 def test_an_engine_that_fails_is_not_the_agents_fault(tmp_path, caplog):
     async def go():
         async with world(tmp_path) as w:
-            def fail(r): raise RuntimeError('the secret prompt was: hello')
+            def fail(r):
+                raise RuntimeError('the secret prompt was: hello')
             w.engine.answer = fail
             r = await w.ask(PATH['messages'], messages_body(USER))
             assert r['status'] == 503 and r['json']['error']['type'] == 'overloaded_error'
             r = await w.ask(PATH['chat'], chat_body(USER, stream=True))
             assert r['status'] == 200 and 'the engine failed' in r['events'][-1]['error']['message']
-            def refuse(r): raise ValueError('top_k must be smaller')
+            def refuse(r):
+                raise ValueError('top_k must be smaller')
             w.engine.answer = refuse
             assert (await w.ask(PATH['chat'], chat_body(USER)))['status'] == 400
             w.engine.answer = lambda r: 3     # not what an engine returns
@@ -295,7 +315,8 @@ def test_nothing_secret_is_logged(tmp_path, caplog):
             for headers in ({'x-api-key': 'ann-secret'}, {'authorization': 'Bearer wrong-secret'}):
                 r = await w.ask(PATH['chat'], chat_body([dict(role='user', content='classified')], SCENARIO_TOOLS[0]), headers)
                 assert r['status'] in (401, 500) and 'classified' not in r['body'].decode()
-    with caplog.at_level(logging.DEBUG): run(go())
+    with caplog.at_level(logging.DEBUG):
+        run(go())
     ours = [r.getMessage() for r in caplog.records if r.name.startswith('kat')]
     assert len(ours) == 1 and 'KeyError at' in ours[0] and 'secret' not in caplog.text and 'classified' not in caplog.text
 
@@ -307,7 +328,8 @@ def test_after_a_restart_the_next_turn_is_clean(tmp_path):
             async with world(tmp_path, f'answer {i}') as w:
                 r = await w.ask(f'/s/s{PATH["chat"]}', chat_body(m))
                 before = [t for t in w.session().turns.values()][-2:-1]
-                if before: assert np.array_equal(w.engine.asked[0].ids[:len(before[0].ids)], before[0].ids)
+                if before:
+                    assert np.array_equal(w.engine.asked[0].ids[:len(before[0].ids)], before[0].ids)
                 m += [heard('chat', r), dict(role='user', content=f'and {i}')]
         assert [t.reason for t in w.session().turns.values()] == ['start', 'append', 'append']
     run(go())
@@ -321,13 +343,15 @@ def test_sessions_that_left_memory_come_back(tmp_path):
                     m = [x for k in range(i) for x in (dict(role='user', content=f'{n}{k}'), dict(role='assistant', content='an answer'))]
                     assert (await w.ask(f'/s/{n}{PATH["chat"]}', chat_body([*m, dict(role='user', content=f'{n}{i}')])))['status'] == 200
                     assert len(w.g.manager.sessions) <= 1
-            for n in 'abc': assert [t.reason for t in w.store.load(w.tok, '', n).turns.values()] == ['start', 'append', 'append']
+            for n in 'abc':
+                assert [t.reason for t in w.store.load(w.tok, '', n).turns.values()] == ['start', 'append', 'append']
     run(go())
 
 
 def test_requests_that_come_together_load_a_session_once(tmp_path):
     async def go():
-        async with world(tmp_path) as w: await w.chat('a')
+        async with world(tmp_path) as w:
+            await w.chat('a')
         async with world(tmp_path) as w:
             await asyncio.gather(*[w.chat(f'b{i}') for i in range(5)])
             assert len(w.g.manager.sessions) == 1 and len(w.session().turns) == 6 and not w.g.loading
@@ -426,7 +450,8 @@ def test_what_claude_code_does_to_its_history_stays_clean(tmp_path):
                 b = messages_body(messages) | dict(system=system, thinking=dict(type='adaptive', display='omitted'), metadata=dict(user_id='{"session_id": "cc"}'))
                 note = 'the environment: Linux' if i else [dict(type='text', text='the environment: Linux')]
                 b['messages'].insert(1, dict(role='system', content=note))     # a system message in mid-list
-                if i: b['messages'][0]['content'] = 'hello'      # now as a plain string
+                if i:
+                    b['messages'][0]['content'] = 'hello'      # now as a plain string
                 b['messages'][-1]['content'][0]['cache_control'] = dict(type='ephemeral')
                 return b
             m = list(USER)
@@ -444,7 +469,8 @@ def test_silence_is_broken_by_signs_of_life(tmp_path):
             w.hold[0], pings = (2, asyncio.Event()), []
             async def app(scope, receive, send):
                 async def hear(m):
-                    if b'event: ping' in m.get('body', b''): pings.append(m)
+                    if b'event: ping' in m.get('body', b''):
+                        pings.append(m)
                     await send(m)
                 await w.g.app(scope, receive, hear)
             task = asyncio.ensure_future(ask(app, PATH['messages'], messages_body(USER, stream=True)))
@@ -500,10 +526,12 @@ def test_a_group_is_given_to_trainers_once_as_it_is_and_by_its_owner_only(tmp_pa
         async with world(tmp_path, **KEYS) as w:
             ann, bob = ({'x-api-key': f'{k}-secret'} for k in ('ann', 'bob'))
             finish = lambda who, **body: w.ask('/groups', body, who)
-            for name in 'ab': assert (await w.chat('x', name, ann | {'x-kat-task': 't'}))['status'] == 200
+            for name in 'ab':
+                assert (await w.chat('x', name, ann | {'x-kat-task': 't'}))['status'] == 200
             r = await finish(ann, key='k', sessions=['a', 'b'])
             assert r['status'] == 400 and "session 'a' is not finished" in error_of(r)
-            for name, value in (('a', 1), ('b', 0)): await w.ask(f'/s/{name}/reward', dict(reward=value), ann)
+            for name, value in (('a', 1), ('b', 0)):
+                await w.ask(f'/s/{name}/reward', dict(reward=value), ann)
             r = await finish(bob, key='k', sessions=['a', 'b'])
             assert r['status'] == 400 and "there is no session 'a'" in error_of(r)
             for new in (True, False):                                # the second time is a client that heard no answer
@@ -556,7 +584,8 @@ def test_over_a_real_socket_with_a_real_disconnect(tmp_path):
             assert [t.reason for t in w.session().turns.values()] == ['start', 'retry']
             assert (await client.get('/nowhere')).status_code == 404
             with pytest.raises(OSError):
-                async with running(w.g, port=int(address.rpartition(':')[2])): pass
+                async with running(w.g, port=int(address.rpartition(':')[2])):
+                    pass
     run(go())
 
 
@@ -567,7 +596,8 @@ def test_stopping_the_server_records_what_was_under_way(tmp_path):
             async with running(w.g, grace=0) as address, httpx2.AsyncClient(base_url=address) as client:
                 task = asyncio.ensure_future(client.post('/s/s/v1/chat/completions', json=chat_body(USER)))
                 await until(lambda: w.hold[0][1]._waiters)
-            with pytest.raises(httpx2.HTTPError): await task
+            with pytest.raises(httpx2.HTTPError):
+                await task
             await w.g.close()
             assert [(t.finish, t.n_answer) for t in w.store.load(w.tok, '', 's').turns.values()] == [('abort', 4)]
     run(go())
@@ -592,7 +622,8 @@ def test_a_real_model_behind_it(tmp_path):
         for name in 'abc':
             t, = store.load(tok, '', name).trajectories()
             assert t.n_turns == 3 and {x['drift'] for x in t.info['turns']} <= {'clean', 'realigned'}
-            with torch.no_grad(): lp = (model.float()(torch.tensor(t.ids[None]).long()).logits[0] / .8).log_softmax(-1)
+            with torch.no_grad():
+                lp = (model.float()(torch.tensor(t.ids[None]).long()).logits[0] / .8).log_softmax(-1)
             at = np.flatnonzero(t.mask)
             np.testing.assert_allclose(t.logprobs[at], lp[at - 1, t.ids[at].astype(int)].numpy(), atol=1e-4)
         await g.close()
@@ -613,7 +644,9 @@ def test_kat_serve_and_kat_sessions(tmp_path, capsys, monkeypatch):
         return ''.join(printed)
     async def go():
         task = asyncio.ensure_future(cli._serve(ROOT/'data'/'base', '127.0.0.1', 0, 'here.db', tmp_path/'keys.txt', 512, 4))
-        while 'OPENAI_BASE_URL' not in out(): assert not task.done(), task; await asyncio.sleep(.02)
+        while 'OPENAI_BASE_URL' not in out():
+            assert not task.done(), task
+            await asyncio.sleep(.02)
         address = out().split('OPENAI_BASE_URL=')[1].split()[0]
         async with httpx2.AsyncClient(headers=dict(authorization='Bearer ann-secret@s')) as c:
             r = await c.post(f'{address}/chat/completions', json=chat_body(USER, max_tokens=8, temperature=0))
@@ -625,7 +658,8 @@ def test_kat_serve_and_kat_sessions(tmp_path, capsys, monkeypatch):
     assert '/live\n' in ''.join(printed) and 'ANTHROPIC_BASE_URL=' in ''.join(printed) and 'ann-secret' not in ''.join(printed)
 
     def kat(*args):
-        with pytest.raises(SystemExit) as e: cli.main(list(args))
+        with pytest.raises(SystemExit) as e:
+            cli.main(list(args))
         return e.value.code, *capsys.readouterr()
     code, text, _ = kat('sessions', 'list', '--store', 'here.db')
     assert code == 0 and [x for x in ('session', 'ann', 'realigned') if x not in text] == []

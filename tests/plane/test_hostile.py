@@ -75,7 +75,8 @@ class Gate:
         self.store = Store(path)
         self.g = Gateway(self.engine, self.tok, self.store, 4000, keys=KEYS, limits=RequestLimits(bytes=50_000))
 
-    async def __aenter__(self): return self
+    async def __aenter__(self):
+        return self
     async def __aexit__(self, *exc):
         await self.g.close()
         self.store.close()
@@ -86,9 +87,12 @@ class Gate:
         assert r['status'] == 200 or 400 <= r['status'] < 500, (r, raw)
         other = dict(ann='bob', bob='ann')[owner]
         assert f'of-{other}'.encode() not in r['body'] and b'-secret' not in r['body'], (path, r)
-        if r['status'] == 200: assert r.get('events') or 'json' in r or r['headers']['content-type'] == 'application/x-ndjson', r
-        elif dialect == 'messages': assert r['json']['type'] == 'error' and {'type', 'message'} == set(r['json']['error']) and r['json']['error']['message'], r
-        else: assert set(r['json']) == {'error'} and set(r['json']['error']) == {'message', 'type', 'param', 'code'} and r['json']['error']['message'], r
+        if r['status'] == 200:
+            assert r.get('events') or 'json' in r or r['headers']['content-type'] == 'application/x-ndjson', r
+        elif dialect == 'messages':
+            assert r['json']['type'] == 'error' and {'type', 'message'} == set(r['json']['error']) and r['json']['error']['message'], r
+        else:
+            assert set(r['json']) == {'error'} and set(r['json']['error']) == {'message', 'type', 'param', 'code'} and r['json']['error']['message'], r
         return r['status']
 
     def rest(self):
@@ -103,13 +107,19 @@ def requests(rng, n):
     kinds = {o: seeds(o) for o in KEYS.values()}
     for i in range(n):
         owner, session = rng.choice(list(kinds)), rng.choice(['a', 'b', 'c', f's{i}', '%00', 'x' * 300, 'é', '..', 'a b'])
-        if i % 20 == 0: yield owner, f'/s/{session}{rng.choice(["", "/trajectories"])}', 'chat', None, {}; continue
+        if i % 20 == 0:
+            yield owner, f'/s/{session}{rng.choice(["", "/trajectories"])}', 'chat', None, {}
+            continue
         path, dialect, body = rng.choice(kinds[owner])
         raw = json.dumps(mutated(rng, body, rng.choice([.005, .02, .1]))).encode()
-        if i % 9 == 0: raw = broken(rng, raw)
-        if i % 500 == 1: raw = b' ' * 60_000 + raw
-        if path == 'reward': path = f'/s/{session}/reward'
-        elif path != '/groups' and rng.random() < .5: path = f'/s/{session}{path}'
+        if i % 9 == 0:
+            raw = broken(rng, raw)
+        if i % 500 == 1:
+            raw = b' ' * 60_000 + raw
+        if path == 'reward':
+            path = f'/s/{session}/reward'
+        elif path != '/groups' and rng.random() < .5:
+            path = f'/s/{session}{path}'
         names = ['x-kat-session', 'x-session-id', 'x-kat-task', 'anthropic-beta', 'x-claude-code-agent-id', 'content-length', 'content-type', 'user-agent']
         yield owner, path, dialect, raw, {rng.choice(names): rng.choice(['a', 'a/b', '\xff', '', 'x' * 300, '-1', '9' * 30, '\u0660'])} if i % 7 == 0 else {}
 
@@ -121,14 +131,17 @@ def test_two_thousand_hostile_requests(tmp_path, caplog, seed):
         async with Gate(tmp_path/'s.db') as w:
             todo = list(requests(rng, 2000))
             for i in range(0, len(todo), 25):   # as many at a time, as from so many clients
-                async with asyncio.timeout(DEADLINE): got = await asyncio.gather(*[w.try_(*x) for x in todo[i:i + 25]])
-                for x in got: seen[x] = seen.get(x, 0) + 1
+                async with asyncio.timeout(DEADLINE):
+                    got = await asyncio.gather(*[w.try_(*x) for x in todo[i:i + 25]])
+                for x in got:
+                    seen[x] = seen.get(x, 0) + 1
             w.rest()
             for owner, other in (('ann', 'bob'), ('bob', 'ann')):
                 rows = w.store.sessions(owner=owner)
                 texts = [json.dumps([t.context for t in w.store.load(w.tok, owner, r['name']).turns.values()]) for r in rows]
                 assert rows and any(f'of-{owner}' in x for x in texts) and not any(f'of-{other}' in x for x in texts)
-    with caplog.at_level(logging.DEBUG): asyncio.run(go())
+    with caplog.at_level(logging.DEBUG):
+        asyncio.run(go())
     assert sum(seen.values()) == 2000 and seen[200] > 200 and seen[400] > 200 and seen.get(413) and seen.get(404)
     ours = [r.getMessage() for r in caplog.records if r.name != 'asyncio']
     assert not [x for x in ours if '-secret' in x or 'of-' in x] and not [r for r in caplog.records if r.name.startswith('kat')]

@@ -17,7 +17,8 @@ KEYS = dict(keys={'ann-secret': 'ann', 'bob-secret': 'bob'})
 ANN, BOB = ({'authorization': f'Bearer {k}-secret'} for k in ('ann', 'bob'))
 
 
-def run(coro): return asyncio.run(asyncio.wait_for(coro, 60))
+def run(coro):
+    return asyncio.run(asyncio.wait_for(coro, 60))
 
 def world(tmp_path, **more):
     w = World(tmp_path/'store.db', **more)
@@ -69,7 +70,8 @@ def test_blocks_are_the_token_tree(turns):
     for i, (parent, top, length, count, runs) in enumerate(blocks):
         assert parent < i and length == sum(runs[1::2]) > 0 and count > 0 and top == (sum(blocks[parent][1:3]) if parent >= 0 else 0)
         assert all(a != b for a, b in zip(runs[::2], runs[2::2]))
-    for t in turns: assert sum(blocks[end[t.id]][1:3]) == len(t.ids)
+    for t in turns:
+        assert sum(blocks[end[t.id]][1:3]) == len(t.ids)
 
 
 def test_labels_and_text():
@@ -145,7 +147,8 @@ def test_a_tree_is_sent_again_only_when_it_changed(tmp_path):
 def test_only_the_latest_sessions_are_listed(tmp_path):
     async def go():
         async with world(tmp_path) as w:
-            for i in range(205): await w.store.update(Session(w.tok, f's{i}'))
+            for i in range(205):
+                await w.store.update(Session(w.tok, f's{i}'))
             await w.chat('x', 's7')
             state = (await w.ask('/live/state'))['json']
             assert state['more'] and len(state['sessions']) == 200 and state['sessions'][0]['name'] == 's7'
@@ -157,7 +160,8 @@ def test_only_the_latest_sessions_are_listed(tmp_path):
 def test_the_page_is_closed(tmp_path):
     "No key is needed to get it; nothing but its own script may run in it; it is in the package; it makes no HTML of strings."
     async def go():
-        async with world(tmp_path, **KEYS) as w: return await w.ask('/live')
+        async with world(tmp_path, **KEYS) as w:
+            return await w.ask('/live')
     r = run(go())
     assert r['status'] == 200 and r['headers']['content-type'] == 'text/html; charset=utf-8'
     policy = dict(x.split(' ', 1) for x in r['headers']['content-security-policy'].split('; '))

@@ -19,7 +19,8 @@ TEXT = "<script>window.pwned=1</script><img src=x onerror=window.pwned=1> {{7*7}
 
 @pytest.fixture(scope='module')
 def chrome():
-    with browser() as b: yield b
+    with browser() as b:
+        yield b
 
 
 @pytest.fixture
@@ -101,12 +102,15 @@ def test_the_key_stays_where_it_belongs(open_page, tmp_path):
         page.wait_for_selector('text=of-ann')
         held = []   # an answer on its way while the key is forgotten
         page.route('**/live/state', lambda route: held.append(route))
-        with page.expect_request('**/live/state'): pass
+        with page.expect_request('**/live/state'):
+            pass
         page.click('text=Forget the key')
-        with page.expect_response('**/live/state') as late: held[0].continue_()
+        with page.expect_response('**/live/state') as late:
+            held[0].continue_()
         assert late.value.json()['sessions']
         page.unroute('**/live/state')
-        for _ in range(3): page.evaluate("fetch('live').then(r => r.text())")   # the page has had its turn
+        for _ in range(3):
+            page.evaluate("fetch('live').then(r => r.text())")   # the page has had its turn
         assert page.is_visible('#key') and page.is_hidden('#page')
         assert page.evaluate('sessionStorage.length') == 0 and 'of-ann' not in page.content()
         assert not any('secret' in x or '?' in x for x in page.asked) and {x.split('/')[2] for x in page.asked if x.startswith('http')} == {address.split('/')[2]}

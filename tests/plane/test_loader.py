@@ -34,10 +34,12 @@ def rollout(i, version=0, ids=(3, 4, 5)):
     return s, s.plan([dict(role='user', content='do it')]).turn(done, dict(role='assistant', content='done'))
 
 def write(store, rollouts):
-    async def all_(): await asyncio.gather(*[store.write(s, [t]) for s, t in rollouts])
+    async def all_():
+        await asyncio.gather(*[store.write(s, [t]) for s, t in rollouts])
     asyncio.run(all_())
 
-def finish(store, i): return store.finish(str(i), [f's{i}'])
+def finish(store, i):
+    return store.finish(str(i), [f's{i}'])
 
 @pytest.fixture
 def stores(url):
@@ -47,15 +49,19 @@ def stores(url):
         out.append(Store(url))
         return out[-1]
     yield again
-    for s in out: s.close()
+    for s in out:
+        s.close()
 
 def fill(store, versions):
     write(store, [rollout(i, v) for i, v in enumerate(versions)])
-    for i in range(len(versions)): assert finish(store, i)
+    for i in range(len(versions)):
+        assert finish(store, i)
 
-def tasks(groups): return [g.task for g in groups]
+def tasks(groups):
+    return [g.task for g in groups]
 
-def none(): return False
+def none():
+    return False
 
 def test_order_and_restart(stores):
     store = stores()
@@ -73,7 +79,8 @@ def test_waits_for_more(stores):
     write(store, [rollout(k) for k in range(5)])
     def wait():
         n = next(i, None)
-        if n is not None and n != 2: finish(store, n)
+        if n is not None and n != 2:
+            finish(store, n)
         return n is not None
     assert tasks(Loader(store, lambda: 0, wait=wait)) == ['t0', 't1', 't3', 't4']
 
@@ -89,7 +96,8 @@ def train(store, disk, steps_left, versions, bound, per_step, save_every, over):
             if next(life, None) is None: return disk
         if len(batch) < per_step and not over: return disk  # the rest is to come
         now = dict(seen=now['seen'] + len(batch), version=now['version'] + 1, weights=now['weights'] + tasks(batch), dropped=loader.dropped)
-        if now['version'] % save_every == 0: disk = now
+        if now['version'] % save_every == 0:
+            disk = now
     return now | dict(dropped=loader.dropped) if over else disk
 
 @given(st.lists(st.tuples(st.integers(0, 12), st.integers(0, 30)), max_size=8), st.integers(1, 4), st.integers(1, 3),
@@ -103,10 +111,12 @@ def test_exactly_once(tmp_path_factory, kills, per_step, save_every, versions, b
     write(store, [rollout(i, v) for i, v in enumerate(versions)])
     disk, arrived, more = dict(seen=0, weights=[], version=0, dropped=0), 0, dict(versions=versions, bound=bound, per_step=per_step, save_every=save_every)
     for n, life in kills:
-        for arrived in range(arrived, min(arrived + n, len(versions))): finish(store, arrived)
+        for arrived in range(arrived, min(arrived + n, len(versions))):
+            finish(store, arrived)
         arrived = sum(1 for _ in store.finished_groups(0, 99))
         disk = train(store, disk, life, over=False, **more)
-    for i in range(arrived, len(versions)): finish(store, i)
+    for i in range(arrived, len(versions)):
+        finish(store, i)
     disk = train(store, disk, 10**9, over=True, **more)
     store.close()
     seen = disk['weights']
@@ -117,9 +127,12 @@ def test_a_checkpoint_of_another_run(stores):
     store = stores()
     fill(store, [0]*3)
     list(Loader(store, lambda: 0, wait=none))
-    with pytest.raises(ValueError, match="'trainer' was never given 9 groups"): Loader(store, lambda: 0, start=9)
-    with pytest.raises(ValueError, match="'x' was never given 2"): Loader(store, lambda: 0, start=2, consumer='x')
-    with pytest.raises(ValueError, match='max_staleness'): Loader(store, lambda: 0, max_staleness=-1)
+    with pytest.raises(ValueError, match="'trainer' was never given 9 groups"):
+        Loader(store, lambda: 0, start=9)
+    with pytest.raises(ValueError, match="'x' was never given 2"):
+        Loader(store, lambda: 0, start=2, consumer='x')
+    with pytest.raises(ValueError, match='max_staleness'):
+        Loader(store, lambda: 0, max_staleness=-1)
 
 def test_going_back_forgets_what_came_after(stores):
     store = stores()
@@ -128,7 +141,8 @@ def test_going_back_forgets_what_came_after(stores):
     stricter = Loader(store, lambda: 1, start=1, max_staleness=0, wait=none)  # back to the first; now every other one is too old
     assert tasks(stricter) == ['t1', 't3', 't5'] and stricter.dropped == 2
     assert store.given('trainer', 4) == (6, 2)
-    with pytest.raises(ValueError): store.given('trainer', 5)
+    with pytest.raises(ValueError):
+        store.given('trainer', 5)
 
 def test_what_could_not_be_written_down_is_not_handed_out(tmp_path):
     path = tmp_path/'s.db'
@@ -139,7 +153,8 @@ def test_what_could_not_be_written_down_is_not_handed_out(tmp_path):
     read_only = lambda raw, _: raw.execute('PRAGMA query_only=1')
     SA.event.listen(store.engine, 'connect', read_only)
     store.engine.dispose()
-    with pytest.raises(StoreError, match='read-only'): next(loader)
+    with pytest.raises(StoreError, match='read-only'):
+        next(loader)
     store.close()
     store = Store(path)
     assert tasks(groups + list(Loader(store, lambda: 0, start=1, wait=none))) == ['t0', 't1', 't2']
@@ -148,9 +163,11 @@ def test_what_could_not_be_written_down_is_not_handed_out(tmp_path):
 def test_staleness():
     assert staleness(make_group(0, versions=[3, 5, 4]), 7) == 4
     assert staleness(make_group(0, versions=[1], mask=False), 7) == 0
-    with pytest.raises(ValueError, match='task t0: trajectory 0 .* without a weight version'): staleness(make_group(0, versions=[3, -1]), 7)
+    with pytest.raises(ValueError, match='task t0: trajectory 0 .* without a weight version'):
+        staleness(make_group(0, versions=[3, -1]), 7)
     bare = Group('t', [Trajectory('t', [Segment([1], 'assistant', trainable=True)])])
-    with pytest.raises(ValueError, match='without a weight version'): staleness(bare, 1)
+    with pytest.raises(ValueError, match='without a weight version'):
+        staleness(bare, 1)
 
 def test_killed_for_real(tmp_path):
     "a process with SIGKILL in the middle of handing out"
@@ -173,7 +190,8 @@ def test_the_real_trainer_killed_and_resumed(tmp_path):
         two = [rollout(f'{i}-{k}', ids=rng.integers(0, 64, 6)) for k in range(2)]
         for k, (x, t) in enumerate(two):
             x.task, x.reward = f't{i}', float(k)
-            for part in t.prompt: part.ids = part.ids % 64   # the model's vocabulary is small
+            for part in t.prompt:
+                part.ids = part.ids % 64   # the model's vocabulary is small
         write(store, two)
         assert store.finish(str(i), [x.name for x, _ in two])
     def train(out, consumer, die_at=None):
@@ -189,7 +207,8 @@ def test_the_real_trainer_killed_and_resumed(tmp_path):
         return m
     want = train('a', 'a')
     for die_at in (1, 3, 5):
-        with pytest.raises(KeyboardInterrupt): train('b', 'b', die_at)
+        with pytest.raises(KeyboardInterrupt):
+            train('b', 'b', die_at)
     got = train('b', 'b')
     store.close()
     assert all(torch.equal(x, y) for x, y in zip(want.parameters(), got.parameters()))
@@ -214,7 +233,8 @@ def test_in_order_nothing_gets_too_old(per_step, bound, makers):
             ages += [version - await queue.get() for _ in range(per_step)]
             version += 1
             await gate.advance(version)
-        for t in tasks: t.cancel()
+        for t in tasks:
+            t.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
         return ages
     assert max(asyncio.run(go())) <= bound
@@ -225,7 +245,8 @@ def test_gate_counts_what_is_lost():
         await gate.enter()
         await gate.enter()
         third = asyncio.create_task(gate.enter())
-        for _ in range(5): await asyncio.sleep(0)
+        for _ in range(5):
+            await asyncio.sleep(0)
         assert not third.done() and gate.room == 0
         await gate.leave(False)  # lost: another may be made
         await third

@@ -14,8 +14,10 @@ from kat.plane.manager import Manager, Session, Turn, _key, answer_ids, changes,
 from kat.plane.scenarios import SCENARIOS, SCENARIO_TOOLS, play_scenario
 
 
-def user(text): return dict(role='user', content=text)
-def said(text, **more): return dict(role='assistant', content=text) | more
+def user(text):
+    return dict(role='user', content=text)
+def said(text, **more):
+    return dict(role='assistant', content=text) | more
 
 
 def reply(plan, text, finish='stop', ids=None, **more):
@@ -23,12 +25,14 @@ def reply(plan, text, finish='stop', ids=None, **more):
     tok = plan.session.tokenizer
     ids = np.array(say(tok, text) if ids is None else ids, np.int32)
     done = Completion(ids, z(len(ids), -1), z(len(ids), 1), finish, 3)
-    with plan: return plan.session.add(plan.turn(done, said(text) | more)).message
+    with plan:
+        return plan.session.add(plan.turn(done, said(text) | more)).message
 
 
 # --- keys
 
-def calls(*ids, **arguments): return [dict(id=i, type='function', function=dict(name='f', arguments=arguments)) for i in ids]
+def calls(*ids, **arguments):
+    return [dict(id=i, type='function', function=dict(name='f', arguments=arguments)) for i in ids]
 
 
 def test_a_key_that_is_looked_up_is_the_key():
@@ -43,7 +47,8 @@ def test_a_key_that_is_looked_up_is_the_key():
         assert changes([m], [old]) == set(explain(old, m)) - {'ids renamed'}
     assert _key(s, old) == canonical_key(old) and any(known is old for known, _ in s.known.values())
     new = Session(tokenizer(), 's')
-    for t in s.turns.values(): new.restore(t)
+    for t in s.turns.values():
+        new.restore(t)
     assert {k for _, k in new.known.values()} == {k for _, k in s.known.values()}
 
 
@@ -56,7 +61,8 @@ def search(s, messages):
     for t in s.turns.values():
         path = [m for x in t.path for m in (*x.context, x.message)]
         if t.answer and list(map(canonical_key, path)) == list(map(canonical_key, past[:len(path)])):
-            if best is None or t.number >= best.number: best = t
+            if best is None or t.number >= best.number:
+                best = t
     return best
 
 
@@ -88,16 +94,19 @@ def test_the_walk_finds_what_a_search_finds(todo):
         found = [t for t in p.parent.path if t.id in s.turns] if p.parent else []
         assert (found[-1] if found else None) is want
         assert len(p.made) == len(split(messages)[0]) - len(found)
-        if found: assert np.array_equal(p.ids[:len(found[-1].ids)], found[-1].ids)
+        if found:
+            assert np.array_equal(p.ids[:len(found[-1].ids)], found[-1].ids)
         known = {t.id: t for t in s.turns.values()}
         for t in p.made:
             assert t.finish == 'client' and not any(x.trainable for x in t.answer)
-            if t.copied and t.reason != 'cut': assert np.array_equal(ids_of(t.answer), ids_of(known[t.copied].answer))
+            if t.copied and t.reason != 'cut':
+                assert np.array_equal(ids_of(t.answer), ids_of(known[t.copied].answer))
         text = answer[:3] if finish == 'abort' else answer
         m = reply(p, text, finish, say(s.tokenizer, text)[:-1 if finish != 'stop' else None])
         histories.append([*messages, m])
     assert s.busy == 0 and sum(s.agents.values()) == len(s.turns)
-    for leaf, t in zip(s.leaves, s.trajectories()): assert np.array_equal(leaf.ids, t.ids)
+    for leaf, t in zip(s.leaves, s.trajectories()):
+        assert np.array_equal(leaf.ids, t.ids)
 
 
 def test_a_request_in_flight_holds_its_place_and_gives_it_back():
@@ -121,7 +130,8 @@ def test_an_id_is_recorded_once():
     p = s.plan([user('a')])
     t = p.turn(Completion(np.array([300], np.int32) % 300, z(1), z(1), 'stop', 0), said(''), id='one')
     s.add(t)
-    with pytest.raises(ValueError, match='turn one: recorded already'): s.add(t)
+    with pytest.raises(ValueError, match='turn one: recorded already'):
+        s.add(t)
 
 
 # --- tokens
@@ -151,7 +161,8 @@ def test_a_beginning_is_cut_between_tokens_or_encoded():
         reply(s.plan([user('q')]), text, ids=[*ids, tok.eos_token_id])
         p = s.plan([user('q'), said(keep), user('go on')])
         assert p.reason == ('cut' if cut else 'edited_answer')
-        if cut: assert ids_of(p.made[0].answer).tolist() == ids[:len([i for c in keep for i in tok.encode(c)])]
+        if cut:
+            assert ids_of(p.made[0].answer).tolist() == ids[:len([i for c in keep for i in tok.encode(c)])]
 
 
 def test_errors_of_tools_are_marked():
@@ -190,12 +201,14 @@ def test_token_ids_are_taken_as_they_are():
     tok = tokenizer()
     s, ids = Session(tok), [i for c in 'return' for i in tok.encode(c)]
     assert plan_text(s, ids).ids.tolist() == ids
-    with pytest.raises(ValueError, match=f'token id 9999; {len(tok)} ids are known'): plan_text(s, [1, 9999])
+    with pytest.raises(ValueError, match=f'token id 9999; {len(tok)} ids are known'):
+        plan_text(s, [1, 9999])
 
 
 # --- rewards
 
-def rewards(s): return [(t.info['status'], t.reward) for t in s.trajectories()]
+def rewards(s):
+    return [(t.info['status'], t.reward) for t in s.trajectories()]
 
 
 def test_a_reward_goes_to_what_led_to_it():
@@ -226,7 +239,8 @@ def test_sampling_that_differs_stays_with_the_turns():
     for i, t in enumerate((1.0, 0.5)):
         m = [user('a')] + ([said('one'), user('b')] if i else [])
         p = s.plan(m)
-        with p: s.add(p.turn(Completion(np.array(say(s.tokenizer, 'one'), np.int32), None, None, 'stop', 0), said('one'), sampling=dict(temperature=t, top_p=1.0)))
+        with p:
+            s.add(p.turn(Completion(np.array(say(s.tokenizer, 'one'), np.int32), None, None, 'stop', 0), said('one'), sampling=dict(temperature=t, top_p=1.0)))
     t, = s.trajectories()
     assert t.sampling == dict(top_p=1.0) and [x['sampling']['temperature'] for x in t.info['turns']] == [1.0, 0.5]
 
@@ -240,7 +254,8 @@ def test_the_manager_lets_go_what_was_used_least_and_never_what_is_at_work():
     m.put(Session(tok, 'c'))
     assert m.get('', 'b') is None and m.get('', 'a') is a and m.n_bytes == 8000
     a.busy = 1
-    for n in 'de': m.put(Session(tok, n))
+    for n in 'de':
+        m.put(Session(tok, n))
     assert m.get('', 'a') is a and list(m.sessions) == [('', 'e'), ('', 'a')]
     m.note(b)                                # let go before: not counted
     assert m.n_bytes == sum(m.sizes.values()) == 8000
@@ -250,7 +265,8 @@ def test_the_manager_lets_go_what_was_used_least_and_never_what_is_at_work():
     assert list(m.sessions) == [('', 'a')] and m.n_bytes == a.n_bytes > 10_000
     f, g = (m.put(Session(tok, n)) for n in 'fg')
     assert list(m.sessions) == [('', 'f'), ('', 'g')] and m.n_bytes == 8000
-    for s, n in ((f, 10), (g, 5000)): reply(s.plan([user('q')]), '', ids=[1], tool_calls=calls('c', text='x' * n))
+    for s, n in ((f, 10), (g, 5000)):
+        reply(s.plan([user('q')]), '', ids=[1], tool_calls=calls('c', text='x' * n))
     assert g.n_bytes - f.n_bytes == 2 * 4990     # what is written in calls counts too, also as it is looked up
 
 
@@ -264,13 +280,15 @@ def test_a_session_that_is_let_go_is_gone_at_once():
             kept = [weakref.ref(x) for s in played.sessions.values() for x in (s, *s.turns.values())]
             del played
             assert not any(x() for x in kept), sc.name
-    finally: gc.enable()
+    finally:
+        gc.enable()
 
 
 def test_show_is_readable_and_narrow():
     s = Session(tokenizer(), 'demo')
     a = reply(s.plan([user('a')]), 'one ' * 100)
-    for q in ('b', 'c'): reply(s.plan([user('a'), a, user(q)]), 'two\nlines')
+    for q in ('b', 'c'):
+        reply(s.plan([user('a'), a, user(q)]), 'two\nlines')
     lines = show(s, 60).split('\n')
     assert max(map(len, lines)) <= 60 and [x.partition(':')[0].strip() for x in lines[1:]] == ['0 start', '1 append', '+ 1 rewind']
     assert isinstance(next(iter(s.turns.values())), Turn)

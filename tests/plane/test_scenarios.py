@@ -18,7 +18,8 @@ TOOLS_SHOWN = [
 CASES = [('kat', sc) for sc in SCENARIOS] + [('hermes', sc) for sc in [x for x in SCENARIOS if x.name not in SHOWN] + TOOLS_SHOWN]
 
 
-def test_there_are_enough(): assert len(SCENARIOS) >= 40 and len({x.name for x in SCENARIOS}) == len(SCENARIOS)
+def test_there_are_enough():
+    assert len(SCENARIOS) >= 40 and len({x.name for x in SCENARIOS}) == len(SCENARIOS)
 
 
 @pytest.mark.parametrize('kind, sc', CASES, ids=[f'{k}-{x.name}' for k, x in CASES])
@@ -48,7 +49,8 @@ def check_trajectories(s: Session):
             a, b = at + turn.n_prompt, at + turn.n_prompt + turn.n_answer
             model = turn.finish in ('stop', 'length')
             assert not t.mask[at:a].any() and t.mask[a:b].all() == model and t.mask[a:b].any() == model
-            if model: assert np.allclose(t.logprobs[a:b], -1) and np.allclose(t.entropy[a:b], .5)
+            if model:
+                assert np.allclose(t.logprobs[a:b], -1) and np.allclose(t.entropy[a:b], .5)
             trained[turn.id] = model
             at = b
         assert at == len(t)
@@ -61,7 +63,8 @@ def check_trajectories(s: Session):
 def check_restored(s: Session):
     "Out of rows comes a session that places every request as this one does."
     new = Session(s.tokenizer, s.name, s.owner, s.task, s.uid)
-    for t in s.turns.values(): new.restore(row_turn(turn_row(s, t), new.turns))
+    for t in s.turns.values():
+        new.restore(row_turn(turn_row(s, t), new.turns))
     assert new.trajectories() == s.trajectories() and new.clock == s.clock and new.n_tokens == s.n_tokens
     assert (new.prompts, new.agents, new.openings) == (+s.prompts, +s.agents, +s.openings)
     for t in s.turns.values():
@@ -86,7 +89,8 @@ def test_gateway(dialect, stream, step, tmp_path):
                 got = {k: t for s in sessions for t in s.turns.values() if (k := turns.get(t.id)) is not None}
                 assert [(got[i].drift, got[i].reason) for i in range(len(steps))] == [(x.drift, x.reason) for x in steps], sc.name
                 assert paths_of(sessions, turns) == ' '.join(sorted(sc.paths.split())), sc.name
-                for s in sessions: assert s.trajectories() == w.session(s.name).trajectories(), sc.name
+                for s in sessions:
+                    assert s.trajectories() == w.session(s.name).trajectories(), sc.name
             assert w.engine.live == 0 and not w.g.lanes and not sum(w.g.active.values())
             assert all(s.busy == 0 and not any(v < 0 for v in s.prompts.values()) for s in w.g.manager.sessions.values())
             text = w.g.metrics.text({})
@@ -98,4 +102,5 @@ def test_gateway(dialect, stream, step, tmp_path):
 def test_clean_means_clean():
     "Reasons that leave the record as it is are the only ones not called forks."
     for sc in SCENARIOS:
-        for x in sc.read(): assert (x.drift == 'forked') == (x.reason not in CLEAN)
+        for x in sc.read():
+            assert (x.drift == 'forked') == (x.reason not in CLEAN)

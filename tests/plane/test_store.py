@@ -28,18 +28,23 @@ SA = pytest.importorskip('sqlalchemy')
 
 class Opened:
     "A store that is closed at the end."
-    def __init__(self, *args, **more): self.store = Store(*args, **more)
-    def __enter__(self): return self.store
-    def __exit__(self, *exc): self.store.close()
+    def __init__(self, *args, **more):
+        self.store = Store(*args, **more)
+    def __enter__(self):
+        return self.store
+    def __exit__(self, *exc):
+        self.store.close()
 
 
-def session_of(name): return next(iter(play_scenario(next(x for x in SCENARIOS if x.name == name), tokenizer()).sessions.values()))
+def session_of(name):
+    return next(iter(play_scenario(next(x for x in SCENARIOS if x.name == name), tokenizer()).sessions.values()))
 
 
 def turn(s, text='x', **more):
     p = s.plan([dict(role='user', content=text)])
     ids = np.array(say(s.tokenizer, text), np.int32)
-    with p: return p.turn(Completion(ids, z(len(ids)), z(len(ids)), 'stop', 1), dict(role='assistant', content=text), **more)
+    with p:
+        return p.turn(Completion(ids, z(len(ids)), z(len(ids)), 'stop', 1), dict(role='assistant', content=text), **more)
 
 
 # --- rows
@@ -66,11 +71,13 @@ def test_a_session_is_the_same_after_a_restart(url, name):
     s = session_of(name)
     s.name, s.uid = name, name
     with Opened(url) as store:
-        for t in s.turns.values(): asyncio.run(store.write(s, [t]))
+        for t in s.turns.values():
+            asyncio.run(store.write(s, [t]))
     with Opened(url) as store:
         new = store.load(s.tokenizer, '', name)
         assert new.trajectories() == s.trajectories() and list(new.turns) == list(s.turns)
-        for t in s.turns.values(): assert turn_row(new, new.turns[t.id]) | dict(created=0) == turn_row(s, t) | dict(created=0)
+        for t in s.turns.values():
+            assert turn_row(new, new.turns[t.id]) | dict(created=0) == turn_row(s, t) | dict(created=0)
         assert store.load(s.tokenizer, '', 'none') is None and store.load(s.tokenizer, 'else', name) is None
 
 
@@ -99,7 +106,8 @@ def test_a_bad_row_fails_alone(url):
     good, bad = Session(tokenizer(), 'good'), Session(tokenizer(), 'bad')
     broken = turn(bad)
     broken.drift = None
-    async def run(store): return await asyncio.gather(store.write(bad, [broken]), store.write(good, [turn(good)]), return_exceptions=True)
+    async def run(store):
+        return await asyncio.gather(store.write(bad, [broken]), store.write(good, [turn(good)]), return_exceptions=True)
     with Opened(url) as store:
         a, b = asyncio.run(run(store))
         assert isinstance(a, SA.exc.IntegrityError) and b is None and store.error is None
@@ -138,7 +146,8 @@ def test_export(url, tmp_path, form):
 def test_the_most_recent_sessions(url):
     with Opened(url) as store:
         all_ = [Session(tokenizer(), f's{i}', owner='ann' if i else 'bob') for i in range(6)]
-        for i in (0, 1, 2, 3, 4, 1): asyncio.run(store.write(all_[i], [turn(all_[i])]))
+        for i in (0, 1, 2, 3, 4, 1):
+            asyncio.run(store.write(all_[i], [turn(all_[i])]))
         asyncio.run(store.update(all_[5]))   # no turn yet
         names = lambda n, **where: [(r['name'], r['turns']) for r in store.sessions(recent=n, **where)]
         assert names(3, owner='ann') == [('s1', 2), ('s3', 1), ('s4', 1)] and names(9, owner='ann')[-1] == ('s5', 0)
@@ -173,13 +182,15 @@ def test_a_group_is_what_its_sessions_were(url):
 
 def test_what_is_no_group(url):
     with Opened(url) as store:
-        for name, more in (('a', {}), ('b', dict(task='u')), ('c', {}), ('d', dict(owner='ann')), ('empty', dict(n=0))): finished(store, name, **more)
+        for name, more in (('a', {}), ('b', dict(task='u')), ('c', {}), ('d', dict(owner='ann')), ('empty', dict(n=0))):
+            finished(store, name, **more)
         asyncio.run(store.update(Session(tokenizer(), 'open', task='t')))
         store.finish('first', ['c'])
         for names, why in (([], 'different sessions expected'), (['a', 'a'], 'different sessions expected'), (['a', 'x'], "no session 'x'"),
                            (['a', 'd'], "no session 'd'"), (['a', 'open'], "'open' is not finished"), (['a', 'b'], "'b' is of task 'u', 'a' of 't'"),
                            (['a', 'c'], "'c' is in another group"), (['empty'], 'no turn')):
-            with pytest.raises(ValueError, match=f"group 'k': .*{why}"): store.finish('k', names)
+            with pytest.raises(ValueError, match=f"group 'k': .*{why}"):
+                store.finish('k', names)
         assert [g.info['key'] for _, g in store.finished_groups(0, 9)] == ['first']
         assert store.finish('k', ['a', 'empty']) and store.finish('l', ['d'], owner='ann')
         assert [len(g) for _, g in store.finished_groups(1, 9)] == [1, 1]
@@ -188,7 +199,8 @@ def test_what_is_no_group(url):
 def test_a_group_that_is_committed_later_has_a_later_cursor(url):
     "one finisher is between its insert and its commit while another one comes: nobody may see the second one's group first"
     with Opened(url) as one, Opened(url) as two:
-        for name in 'ab': finished(one, name)
+        for name in 'ab':
+            finished(one, name)
         with one.writing.begin() as conn:
             assert module._finish(one, conn, 'slow', ['a'], '')
             other = threading.Thread(target=two.finish, args=('quick', ['b']))
@@ -201,17 +213,23 @@ def test_a_group_that_is_committed_later_has_a_later_cursor(url):
 def test_a_reader_beside_many_finishers_skips_nothing(url):
     stores, n = [Store(url) for _ in range(3)], 12
     for i in range(3):
-        for k in range(n): finished(stores[0], f'{i}-{k}', f'{i}-{k}')
+        for k in range(n):
+            finished(stores[0], f'{i}-{k}', f'{i}-{k}')
     def work(i):
-        for k in range(n): assert stores[i].finish(f'{i}-{k}', [f'{i}-{k}'])
+        for k in range(n):
+            assert stores[i].finish(f'{i}-{k}', [f'{i}-{k}'])
     threads = [threading.Thread(target=work, args=(i,)) for i in range(3)]
-    for t in threads: t.start()
+    for t in threads:
+        t.start()
     seen, at = [], 0
     with Opened(url) as reader:
         while len(seen) < 3*n and (any(t.is_alive() for t in threads) or reader.finished_groups(at, 1)):
-            for at, g in reader.finished_groups(at, 5): seen.append((at, g.task))
-    for t in threads: t.join()
-    for s in stores: s.close()
+            for at, g in reader.finished_groups(at, 5):
+                seen.append((at, g.task))
+    for t in threads:
+        t.join()
+    for s in stores:
+        s.close()
     assert [c for c, _ in seen] == list(range(1, 3*n + 1)) and len({t for _, t in seen}) == 3*n
 
 
@@ -219,14 +237,18 @@ def test_a_reader_beside_many_finishers_skips_nothing(url):
 
 def test_an_older_store_is_brought_up_and_a_newer_one_refused(url, monkeypatch):
     s = Session(tokenizer(), 's')
-    with Opened(url) as store: asyncio.run(store.write(s, [turn(s)]))
-    def add_column(conn): conn.exec_driver_sql("ALTER TABLE sessions ADD COLUMN colour TEXT DEFAULT 'red'")
+    with Opened(url) as store:
+        asyncio.run(store.write(s, [turn(s)]))
+    def add_column(conn):
+        conn.exec_driver_sql("ALTER TABLE sessions ADD COLUMN colour TEXT DEFAULT 'red'")
     with monkeypatch.context() as m:
         m.setattr(module, 'MIGRATIONS', [*module.MIGRATIONS, add_column])
         for _ in range(2):   # the second time there is nothing to do
             with Opened(url) as store:
-                with store.engine.begin() as c: assert c.exec_driver_sql('SELECT colour FROM sessions').scalar() == 'red'
-    with pytest.raises(ValueError, match='store has schema version 3, this kat knows 2: upgrade kat'): Store(url)
+                with store.engine.begin() as c:
+                    assert c.exec_driver_sql('SELECT colour FROM sessions').scalar() == 'red'
+    with pytest.raises(ValueError, match='store has schema version 3, this kat knows 2: upgrade kat'):
+        Store(url)
 
 
 def test_a_store_of_the_first_version_gets_groups(url, monkeypatch):
@@ -247,14 +269,17 @@ def test_a_migration_that_fails_leaves_the_store_as_it_was(url, monkeypatch):
         raise RuntimeError('stop')
     with monkeypatch.context() as m:
         m.setattr(module, 'MIGRATIONS', [*module.MIGRATIONS, half])
-        with pytest.raises(RuntimeError): Store(url)
+        with pytest.raises(RuntimeError):
+            Store(url)
     with Opened(url) as store:
         assert not SA.inspect(store.engine).has_table('half')
 
 
 def test_addresses():
-    with pytest.raises(ValueError, match='in memory would not last'): Store('sqlite:///:memory:')
-    with pytest.raises(ValueError, match=r'mysql://u:\*\*\*@h/d: sqlite or postgresql expected'): Store('mysql://u:secret@h/d')
+    with pytest.raises(ValueError, match='in memory would not last'):
+        Store('sqlite:///:memory:')
+    with pytest.raises(ValueError, match=r'mysql://u:\*\*\*@h/d: sqlite or postgresql expected'):
+        Store('mysql://u:secret@h/d')
 
 
 # --- faults
@@ -265,9 +290,11 @@ def test_a_full_disk_is_said_and_gets_over(tmp_path):
         async def run():
             await store.write(s, [s.add(turn(s, 'small'))])
             full_store(store, 4)
-            with pytest.raises(StoreError, match='no room left') as e: await store.write(s, [turn(s, big)])
+            with pytest.raises(StoreError, match='no room left') as e:
+                await store.write(s, [turn(s, big)])
             assert e.value.status == 507
-            with pytest.raises(StoreError, match='no room left'): await store.check()
+            with pytest.raises(StoreError, match='no room left'):
+                await store.check()
             full_store(store, None)
             await store.check()
             await store.write(s, [turn(s, big)])
@@ -278,33 +305,40 @@ def test_a_full_disk_is_said_and_gets_over(tmp_path):
 
 def test_a_read_only_store_is_read_and_says_so_to_writers(tmp_path):
     s = Session(tokenizer(), 's')
-    with Opened(tmp_path/'s.db') as store: asyncio.run(store.write(s, [s.add(turn(s))]))
+    with Opened(tmp_path/'s.db') as store:
+        asyncio.run(store.write(s, [s.add(turn(s))]))
     with Opened(f'sqlite:///file:{tmp_path}/s.db?mode=ro&uri=true') as store:
         assert len(store.load(s.tokenizer, '', 's').turns) == 1
         for work in (lambda: store.check(now=True), lambda: store.write(s, [turn(s)]), store.check):
-            with pytest.raises(StoreError, match='read-only') as e: asyncio.run(work())
+            with pytest.raises(StoreError, match='read-only') as e:
+                asyncio.run(work())
             assert e.value.status == 503
 
 
 def test_damage_and_absence_are_said(tmp_path):
     (tmp_path/'no.db').write_bytes(b'this is not a database' * 200)
-    with pytest.raises(StoreError, match='SQLITE_NOTADB'): Store(tmp_path/'no.db')
-    with pytest.raises(StoreError, match='SQLITE_CANTOPEN'): Store(f'sqlite:///{tmp_path}/none/there.db')
+    with pytest.raises(StoreError, match='SQLITE_NOTADB'):
+        Store(tmp_path/'no.db')
+    with pytest.raises(StoreError, match='SQLITE_CANTOPEN'):
+        Store(f'sqlite:///{tmp_path}/none/there.db')
     assert store_error(SA.exc.IntegrityError('x', {}, ValueError())) is None
 
 
 def test_postgres_that_dies_is_said_and_comes_back(postgres):
     import psycopg
-    with psycopg.connect(postgres, autocommit=True) as c: c.execute('CREATE DATABASE dies')
+    with psycopg.connect(postgres, autocommit=True) as c:
+        c.execute('CREATE DATABASE dies')
     with Opened(postgres.rpartition('/')[0] + '/dies') as store:
         s = Session(tokenizer(), 's')
         asyncio.run(store.write(s, [s.add(turn(s))]))
         with psycopg.connect(postgres, autocommit=True) as c:
             c.execute("SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = 'dies'")
         asyncio.run(store.write(s, [s.add(turn(s))]))    # a new connection, and the write goes through
-        with psycopg.connect(postgres, autocommit=True) as c: c.execute('ALTER DATABASE dies SET default_transaction_read_only = on')
+        with psycopg.connect(postgres, autocommit=True) as c:
+            c.execute('ALTER DATABASE dies SET default_transaction_read_only = on')
         store.engine.dispose()
-        with pytest.raises(StoreError, match='read-only'): asyncio.run(store.write(s, [turn(s)]))
+        with pytest.raises(StoreError, match='read-only'):
+            asyncio.run(store.write(s, [turn(s)]))
         assert len(store.load(s.tokenizer, '', 's').turns) == 2
 
 

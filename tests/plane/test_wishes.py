@@ -18,7 +18,8 @@ CHOICE = dict(chat={'': 'required', 'view': dict(type='function', function=dict(
 THINKS = "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n"
 
 
-def run(coro): return asyncio.run(asyncio.wait_for(coro, 60))
+def run(coro):
+    return asyncio.run(asyncio.wait_for(coro, 60))
 
 
 @pytest.mark.parametrize('format', FORMATS)
@@ -41,7 +42,8 @@ def test_a_demanded_call_begins_as_one_and_only_what_was_sampled_trains(tmp_path
     format = 'kat' if kind == 'kat' else 'hermes'
     async def go():
         async with World(tmp_path/'s.db', format) as w:
-            if kind == 'thinking': w.g.tokenizer.chat_template = tokenizer('hermes').chat_template.replace(THINKS, THINKS + '<think>\n')
+            if kind == 'thinking':
+                w.g.tokenizer.chat_template = tokenizer('hermes').chat_template.replace(THINKS, THINKS + '<think>\n')
             head = ('\n</think>\n\n' if kind == 'thinking' else '') + open_call(format, name)
             rest = write_call('view', ARGS, format)[len(open_call(format, name)):]
             second = write_call('view', dict(path='b', line=4), format)
@@ -67,8 +69,10 @@ def test_a_demanded_call_begins_as_one_and_only_what_was_sampled_trains(tmp_path
             assert [x.drift for x in w.session().turns.values()] == ['clean', 'clean'] and np.array_equal(w.engine.asked[1].ids[:len(t.ids)], t.ids)
             got, = w.store.load(w.tok, '', 's').trajectories()
             assert int(got.mask.sum()) == len(say(w.tok, rest + second)) + len(say(w.tok, 'done')) and np.isfinite(got.logprobs[got.mask]).all()
-    try: run(go())
-    finally: tokenizer.cache_clear()
+    try:
+        run(go())
+    finally:
+        tokenizer.cache_clear()
 
 
 def test_a_demand_that_is_not_met_is_marked(tmp_path):
@@ -139,8 +143,10 @@ def test_where_one_call_is_wanted_the_answer_ends_with_its_first(tmp_path, forma
                 r = await w.ask('/s/s' + PATH[dialect], BODY[dialect](back, SCENARIO_TOOLS[0], **more))
                 assert len(heard(dialect, r)['tool_calls']) == calls and np.array_equal(w.engine.asked[-1].ids[:len(t.ids)], t.ids)
             assert [x.reason for x in w.session().turns.values()] == ['start', 'append', 'retry']
-    try: run(go())
-    finally: tokenizer.cache_clear()
+    try:
+        run(go())
+    finally:
+        tokenizer.cache_clear()
 
 
 def test_one_call_of_a_model_that_ends_its_answer_with_its_calls_is_refused(tmp_path):
@@ -151,13 +157,16 @@ def test_one_call_of_a_model_that_ends_its_answer_with_its_calls_is_refused(tmp_
             r = await w.ask(PATH['chat'], BODY['chat'](USER, SCENARIO_TOOLS[0], **ONE['chat']))
             assert (r['status'], r['json']['error']['param']) == (400, 'parallel_tool_calls') and not w.engine.asked
             assert (await w.ask(PATH['chat'], BODY['chat'](USER, **ONE['chat'])))['status'] == 200   # without tools there is nothing to limit
-    try: run(go())
-    finally: tokenizer.cache_clear()
+    try:
+        run(go())
+    finally:
+        tokenizer.cache_clear()
 
 
 # --- reminders
 
-def reminded(text, *notes): return dict(role='user', content=''.join(f'<system-reminder>\n{n}\n</system-reminder>\n' for n in notes) + text)
+def reminded(text, *notes):
+    return dict(role='user', content=''.join(f'<system-reminder>\n{n}\n</system-reminder>\n' for n in notes) + text)
 ANSWER = dict(role='assistant', content='an answer')
 
 
@@ -174,7 +183,8 @@ def test_only_what_the_model_was_shown_may_vanish(tmp_path, dialect, sent, reaso
                 path = '/s/s' + PATH[dialect]
                 await w.ask(path, BODY[dialect]([reminded('hello', 'one', 'two', 'today is 2026-11-23')]))
                 first, = w.session().turns.values()
-                if again: w.g.manager.sessions.clear()
+                if again:
+                    w.g.manager.sessions.clear()
                 r = await w.ask(path, BODY[dialect]([sent, ANSWER, *USER]))
                 assert r['status'] == 200
                 t = list(w.session().turns.values())[-1]
@@ -206,7 +216,8 @@ def test_reminders_are_taken_out_in_linear_time_and_only_where_they_are_closed()
         text = ''.join(rng.choice(parts) for _ in range(8))
         (m, *_), left = without_reminders([dict(role='user', content=text), ANSWER])
         assert left or m == dict(role='user', content=text.strip()), text
-    for s in ('<system-reminder>', '</system-reminder>', '\n', '<system-reminder></system-reminder>'): without_reminders([dict(role='user', content=s * 200_000)])
+    for s in ('<system-reminder>', '</system-reminder>', '\n', '<system-reminder></system-reminder>'):
+        without_reminders([dict(role='user', content=s * 200_000)])
     assert without_reminders([reminded('', 'x'), dict(role='tool', tool_call_id='a', content='<system-reminder>y</system-reminder>')]) == (
         [dict(role='tool', tool_call_id='a', content='')], dict(x=1, y=1))
 

@@ -16,16 +16,19 @@ from kat.plane.store import Store
 class Echo(Env):
     "Says what it was called with; `end` ends the episode."
     tools = [tool('say', 'repeat', text='string'), tool('end', 'finish')]
-    async def reset(self, task): return Observation([dict(role='system', content='Repeat.'), dict(role='user', content=task)])
+    async def reset(self, task):
+        return Observation([dict(role='system', content='Repeat.'), dict(role='user', content=task)])
     async def step(self, calls):
         return Observation([], [ToolResult(c.id, c.arguments.get('text', 'nothing')) for c in calls], any(c.name == 'end' for c in calls))
 
 
 def against(answer, **kw):
     "Play against a server that is a function: request -> (status, JSON)."
-    def server(request): return httpx2.Response((r := answer(json.loads(request.content)))[0], json=r[1])
+    def server(request):
+        return httpx2.Response((r := answer(json.loads(request.content)))[0], json=r[1])
     async def go():
-        async with httpx2.AsyncClient(transport=httpx2.MockTransport(server)) as client: return await play(client, 'http://x/v1', Echo(), 'hello', **kw)
+        async with httpx2.AsyncClient(transport=httpx2.MockTransport(server)) as client:
+            return await play(client, 'http://x/v1', Echo(), 'hello', **kw)
     return asyncio.run(go())
 
 
@@ -41,7 +44,8 @@ def test_a_dialogue_of_any_openai_server_only_grows():
         return next(answers)
     finish, messages = against(server, seed=5, model='m', temperature=0.5)
     assert finish == 'submit' and [len(b['messages']) for b in asked] == [2, 5, 7] and len(messages) == 8
-    for a, b in zip(asked, asked[1:]): assert b['messages'][:len(a['messages'])] == a['messages']
+    for a, b in zip(asked, asked[1:]):
+        assert b['messages'][:len(a['messages'])] == a['messages']
     assert asked[1]['messages'][3:] == [dict(role='tool', tool_call_id='c0', content='a'), dict(role='tool', tool_call_id='c1', content='nothing')]
     assert asked[2]['messages'][5:] == [dict(role='assistant', content='hm', reasoning_content='why'), dict(role='user', content='no tool call')]
     assert len({b['seed'] for b in asked}) == 3 and all((b['model'], b['temperature'], b['tools']) == ('m', 0.5, Echo.tools) for b in asked)
@@ -51,7 +55,8 @@ def test_how_it_ends():
     assert against(lambda b: says('hm'))[0] == 'lost'
     finish, messages = against(lambda b: says(None, ('say', '{}')), max_turns=4)
     assert finish == 'cap' and sum(m['role'] == 'assistant' for m in messages) == 4
-    with pytest.raises(Refused, match='401.*no such key'): against(lambda b: (401, dict(error='no such key')))
+    with pytest.raises(Refused, match='401.*no such key'):
+        against(lambda b: (401, dict(error='no such key')))
     assert 'seed' not in (seen := [])
     against(lambda b: seen.append(b) or says(None, ('end', '{}')))
     assert 'seed' not in seen[0]
@@ -81,5 +86,6 @@ def test_every_turn_is_recorded_clean_by_the_gateway(tmp_path):
     turns = list(session.turns.values())
     assert finish == 'submit' and [(t.drift, t.reason) for t in turns] == [('clean', 'start')] + [('clean', 'append')] * 4
     assert [t.finish for t in turns] == ['stop', 'stop', 'stop', 'length', 'stop'] and len(session.leaves) == 1
-    for t, r in zip(turns, engine.asked): assert (t.ids[:len(r.ids)] == r.ids).all()
+    for t, r in zip(turns, engine.asked):
+        assert (t.ids[:len(r.ids)] == r.ids).all()
     assert [m['content'] for m in messages if m['role'] == 'user'] == ['hello', "unknown tool 'fly'; tools: say, end", 'no tool call']

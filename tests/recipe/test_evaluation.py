@@ -17,7 +17,8 @@ from kat.learn.rft import with_logprobs
 
 
 @pytest.fixture(scope='module')
-def base(): return load_model(ROOT / 'data/base')
+def base():
+    return load_model(ROOT / 'data/base')
 
 
 def test_the_shipped_base_is_whole_and_small(base):
@@ -31,15 +32,20 @@ def test_pairs_round_trip_and_damage_is_named(tmp_path):
     save_pairs(tmp_path / 'a.npz', pairs)
     assert [(list(i), list(m)) for i, m in load_pairs(tmp_path / 'a.npz')] == pairs
     (tmp_path / 'a.npz').write_bytes(b'junk')
-    with pytest.raises(UserError, match="a.npz"): load_pairs(tmp_path / 'a.npz')
+    with pytest.raises(UserError, match="a.npz"):
+        load_pairs(tmp_path / 'a.npz')
 
 
 def test_damaged_checkpoints_are_named(tmp_path, base):
-    with pytest.raises(UserError, match="no checkpoint here"): load_model(tmp_path)
+    with pytest.raises(UserError, match="no checkpoint here"):
+        load_model(tmp_path)
     model, tok = base
-    model.save_pretrained(tmp_path); tok.save_pretrained(tmp_path)
-    f = tmp_path / 'model.safetensors'; f.write_bytes(f.read_bytes()[:1000])
-    with pytest.raises(UserError, match="damaged checkpoint"): load_model(tmp_path)
+    model.save_pretrained(tmp_path)
+    tok.save_pretrained(tmp_path)
+    f = tmp_path / 'model.safetensors'
+    f.write_bytes(f.read_bytes()[:1000])
+    with pytest.raises(UserError, match="damaged checkpoint"):
+        load_model(tmp_path)
 
 
 def test_ground_truths_get_the_models_own_log_probs(base):

@@ -76,9 +76,11 @@ def wait_for_kernel(command, fifo):
     try:
         assert fd in select.select([fd, os.pidfd_open(command.pid)], [], [], 300)[0], command.communicate()
         return int(os.read(fd, 20))
-    finally: os.close(fd)
+    finally:
+        os.close(fd)
 
-def ended(pidfd): return bool(select.select([pidfd], [], [], 60)[0])
+def ended(pidfd):
+    return bool(select.select([pidfd], [], [], 60)[0])
 
 def metrics(run):
     lines = [json.loads(l) for l in (run/'metrics.jsonl').read_text().splitlines()]
@@ -132,7 +134,8 @@ def test_a_failed_cell_leaves_what_was_finished(repo):
     run, stages, log = repo/'runs'/'r', repo/'nbs'/'runs', io.StringIO()
     run.parent.mkdir()
     (run.parent/'break').touch()
-    with pytest.raises(Exception) as e: run_pipeline(PRESET, run, stages, console=Console(file=log))
+    with pytest.raises(Exception) as e:
+        run_pipeline(PRESET, run, stages, console=Console(file=log))
     assert str(e.value) == '10_sum: cell [3]: ValueError: first line second line'
     assert e.value.saved == run/'10_sum.failed.ipynb' and e.value.saved.exists()
     before = snapshot(run)
@@ -147,13 +150,17 @@ def test_a_failed_cell_leaves_what_was_finished(repo):
     run_pipeline(PRESET, run, stages, console=Console(file=log))
     assert (run/'report.html').read_bytes() == page
     stage(stages/'00_count.ipynb', 'run_dir: str = ""\nseed: int = 0\nsteps: int = 2', COUNT + '\n# edited')
-    with pytest.raises(UserError, match='the notebook of 00_count changed'): run_pipeline(PRESET, run, stages)
+    with pytest.raises(UserError, match='the notebook of 00_count changed'):
+        run_pipeline(PRESET, run, stages)
     (run/'00_count.done.json').write_text('{')
-    with pytest.raises(UserError, match='00_count.done.json is damaged'): run_pipeline(PRESET, run, stages)
+    with pytest.raises(UserError, match='00_count.done.json is damaged'):
+        run_pipeline(PRESET, run, stages)
     (run/'00_count.done.json').unlink()
-    with pytest.raises(UserError, match='10_sum has finished, but 00_count'): run_pipeline(PRESET, run, stages)
+    with pytest.raises(UserError, match='10_sum has finished, but 00_count'):
+        run_pipeline(PRESET, run, stages)
     (run/'config.json').write_text('')
-    with pytest.raises(UserError, match='config.json is damaged'): run_pipeline(PRESET, run, stages)
+    with pytest.raises(UserError, match='config.json is damaged'):
+        run_pipeline(PRESET, run, stages)
 
 
 def test_a_lock_held_by_an_orphan_is_respected(tmp_path):
@@ -170,16 +177,19 @@ with locked(Path({str(tmp_path/'r')!r})) as fd: print(subprocess.Popen(['cat'], 
     os.close(r)
     orphan = os.pidfd_open(int(pid))
     with pytest.raises(UserError, match=f'left over from a dead command .process {pid}.'):
-        with locked(tmp_path/'r', patience=0): pass
+        with locked(tmp_path/'r', patience=0):
+            pass
     os.close(w)                                                       # `cat` reads its end of file and goes
-    with locked(tmp_path/'r', patience=30): assert ended(orphan)
+    with locked(tmp_path/'r', patience=30):
+        assert ended(orphan)
 
 
 def test_a_foreign_folder_is_not_taken_over(repo):
     (repo/'mine').mkdir()
     (repo/'mine'/'thesis.tex').touch()
     for path in repo/'mine', repo/'mine'/'thesis.tex':
-        with pytest.raises(UserError, match='in the way'): run_pipeline(PRESET, path, repo/'nbs/runs')
+        with pytest.raises(UserError, match='in the way'):
+            run_pipeline(PRESET, path, repo/'nbs/runs')
     assert [p.name for p in (repo/'mine').iterdir()] == ['thesis.tex']
 
 
@@ -195,9 +205,11 @@ def test_plans(repo):
             (PRESET, ['20_sft.steps=3'], ["stage '20_sft'", '10_sum']),
             (PRESET, ['steps=3.5'], ['steps=3.5', 'int']), (PRESET, ['run_dir=x'], ["'run_dir'"]),
             ({'00_count': dict(seed=1)}, [], ['00_count', 'steps']), ({'30_rft': {}}, [], ['30_rft.ipynb'])]:
-        with pytest.raises(UserError) as e: make_plan(preset, stages, pairs)
+        with pytest.raises(UserError) as e:
+            make_plan(preset, stages, pairs)
         assert all(p in str(e.value) for p in parts) and '\n' not in str(e.value), str(e.value)
-    with pytest.raises(UserError, match='clone of the repository'): make_plan('tiny', repo/'elsewhere', [])
+    with pytest.raises(UserError, match='clone of the repository'):
+        make_plan('tiny', repo/'elsewhere', [])
 
 @pytest.mark.parametrize('preset', PRESETS)
 def test_presets_are_complete_and_name_only_what_exists(preset):
@@ -207,10 +219,12 @@ def test_presets_are_complete_and_name_only_what_exists(preset):
 def test_metrics_are_rewound_exactly(tmp_path):
     path = tmp_path/'metrics.jsonl'
     a = Progress(tmp_path, 'a', 3)
-    for n in 1, 2, 3: a.step(n, x=n)
+    for n in 1, 2, 3:
+        a.step(n, x=n)
     of_a = path.read_bytes()
     b = Progress(tmp_path, 'b', 4)
-    for n in 1, 2, 3: b.step(n, x=float('nan'), y=1)
+    for n in 1, 2, 3:
+        b.step(n, x=float('nan'), y=1)
     two = path.read_bytes().splitlines(keepends=True)[:5]
     path.write_bytes(path.read_bytes() + b'{"stage": "b", "st')        # killed while writing
     Progress(tmp_path, 'b', 4, resume_step=2)
@@ -218,14 +232,16 @@ def test_metrics_are_rewound_exactly(tmp_path):
     Progress(tmp_path, 'b', 4)
     assert path.read_bytes() == of_a
     path.write_bytes(b'oops\n' + of_a)
-    with pytest.raises(UserError, match='metrics.jsonl:1: '): Progress(tmp_path, 'b', 4)
+    with pytest.raises(UserError, match='metrics.jsonl:1: '):
+        Progress(tmp_path, 'b', 4)
 
 def test_progress_refuses_steps_out_of_order(tmp_path):
     p = Progress(tmp_path, 'a', 3, resume_step=1)
     p.step(2)
     p.step(2, extra=1)
     for n in 1, 4:
-        with pytest.raises(ValueError, match=f'a: step {n} after step 2 of 3'): p.step(n)
+        with pytest.raises(ValueError, match=f'a: step {n} after step 2 of 3'):
+            p.step(n)
     assert json.loads((tmp_path/'progress.json').read_text())['step'] in (1, 2)
 
 
@@ -235,7 +251,8 @@ def test_bars_and_lines():
         console = Console(file=file, force_terminal=display is Bars, width=width)
         with (Bars(['a', 'b'], console) if display is Bars else Lines(console, every=0)) as d:
             d.start('a')
-            for n in 1, 2, 3, 3: d.step('a', n, 4, 'loss 0.1')
+            for n in 1, 2, 3, 3:
+                d.step('a', n, 4, 'loss 0.1')
             d.done('a', 'finished in 0:02')
             d.start('b')
         text = file.getvalue()

@@ -20,7 +20,8 @@ def mode(rate):
 @pytest.fixture
 def run(tmp_path):
     run = tmp_path/'<b>my run'
-    for d in 'eval', 'figures': (run/d).mkdir(parents=True)
+    for d in 'eval', 'figures':
+        (run/d).mkdir(parents=True)
     config = dict(preset='tiny', stages={s: dict(seed=0, note='</script><i>') for s in STAGES},
                   command='kat pipeline --preset tiny', machine=dict(cores=2, memory_gib=8., cpu='some & other'))
     (run/'config.json').write_text(json.dumps(config))
@@ -41,11 +42,13 @@ class Page(HTMLParser):
         self.open, self.links, self.text = [], [], []
         self.feed(text)
     def handle_starttag(self, tag, attrs):
-        if tag not in ('meta', 'img', 'br'): self.open.append(tag)
+        if tag not in ('meta', 'img', 'br'):
+            self.open.append(tag)
         self.links += [v for k, v in attrs if k in ('src', 'href')]
     def handle_endtag(self, tag):
         assert self.open.pop() == tag
-    def handle_data(self, data): self.text.append(data)
+    def handle_data(self, data):
+        self.text.append(data)
 
 def test_page_is_whole_escaped_and_asks_nobody(run):
     text = write_report(run).read_text()
@@ -66,7 +69,8 @@ def test_evaluations_come_in_the_order_of_the_stages(run):
     assert [stage_of(n, STAGES) for n in ('base', 'mid', '20_sft', 'rl')] == [None, '10_midtrain', '20_sft', '40_rl']
 
 def test_a_run_that_has_only_begun_has_a_page(run):
-    for p in [*run.glob('eval/*'), *run.glob('figures/*'), *run.glob('*.done.json')]: p.unlink()
+    for p in [*run.glob('eval/*'), *run.glob('figures/*'), *run.glob('*.done.json')]:
+        p.unlink()
     assert '0 of 4' in write_report(run).read_text()
 
 @pytest.mark.parametrize('name, text', [
@@ -75,5 +79,6 @@ def test_a_run_that_has_only_begun_has_a_page(run):
 def test_damage_is_named_and_the_old_page_stays(run, name, text):
     old = write_report(run).read_text()
     (run/name).write_text(text)
-    with pytest.raises(UserError, match=name) as e: write_report(run)
+    with pytest.raises(UserError, match=name) as e:
+        write_report(run)
     assert '\n' not in str(e.value) and (run/'report.html').read_text() == old

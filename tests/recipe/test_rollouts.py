@@ -23,7 +23,8 @@ from kat.learn.training import load_model
 
 
 @pytest.fixture(scope='module')
-def tok(): return train_tokenizer(['def total(a, b):\n    return a + b\n'] * 3, 320)
+def tok():
+    return train_tokenizer(['def total(a, b):\n    return a + b\n'] * 3, 320)
 
 
 @pytest.fixture(scope='module')
@@ -35,20 +36,24 @@ def pool():
 
 class Recorder:
     "A policy around a policy that keeps every prompt."
-    def __init__(self, inner): self.inner, self.seen, self.sampling = inner, {}, inner.sampling
+    def __init__(self, inner):
+        self.inner, self.seen, self.sampling = inner, {}, inner.sampling
     def act(self, episodes):
-        for e in episodes: self.seen.setdefault(e.name, []).append(e.ids)
+        for e in episodes:
+            self.seen.setdefault(e.name, []).append(e.ids)
         return self.inner.act(episodes)
 
 
-def script(tok): return ScriptPolicy(tok, lambda e: Expert(e.task, e.seed))
+def script(tok):
+    return ScriptPolicy(tok, lambda e: Expert(e.task, e.seed))
 
 
 def test_prompts_extend_the_record(tok, pool):
     policy = Recorder(script(tok))
     out = rollout(policy, tok, [make_task('train', i) for i in range(12)], lambda: MicroEnv(pool), max_len=10**5)
     for t, prompts in zip(out, policy.seen.values()):
-        for p in prompts: assert np.array_equal(t.ids[:len(p)], p)
+        for p in prompts:
+            assert np.array_equal(t.ids[:len(p)], p)
         assert sum(t.mask) == sum(u['tokens'] for u in t.info['turns'])
         assert t.info['finish'] == 'submit' and t.reward in (0.0, 1.0)
         assert [s.trainable for s in t.segments] == [s.kind in ('assistant', 'tool_call') and s.trainable for s in t.segments]
@@ -63,7 +68,8 @@ def test_repeatable(tok, pool):
 class Fixed:
     "Says the same text each turn."
     sampling = dict(temperature=0.5)
-    def __init__(self, tok, text, finish='stop'): self.ids, self.finish = np.array(tok.encode(text), np.int32), finish
+    def __init__(self, tok, text, finish='stop'):
+        self.ids, self.finish = np.array(tok.encode(text), np.int32), finish
     def act(self, episodes):
         z = np.zeros(len(self.ids), np.float32)
         return [Completion(self.ids, z, z, self.finish, 7) for _ in episodes]
@@ -78,7 +84,8 @@ def test_trajectories_say_how_they_were_sampled(tok, pool):
     "The policy's temperature, greedy ones 0; a script has none."
     say = Fixed(tok, '<tool_call>list</tool_call><|im_end|>')
     for policy, want in ((say, dict(temperature=0.5)), (script(tok), {}), (ModelPolicy(None, 0.0), dict(temperature=0.0, max_tokens=48))):
-        if isinstance(policy, ModelPolicy): policy.act = say.act
+        if isinstance(policy, ModelPolicy):
+            policy.act = say.act
         t, = rollout(policy, tok, [make_task('train', 0)], lambda: MicroEnv(pool), max_turns=4, max_len=10**5)
         assert t.sampling == want
 
@@ -104,9 +111,12 @@ def test_context_limit(tok, pool):
 class Wordy(Env):
     "Results longer than any context."
     tools = MicroEnv.tools
-    async def reset(self, task): return Observation([dict(role='user', content='a')])
-    async def step(self, calls): return Observation([], [ToolResult(c.id, 'word ' * 3000, True) for c in calls])
-    async def grade(self): return Grade(1.0, {})
+    async def reset(self, task):
+        return Observation([dict(role='user', content='a')])
+    async def step(self, calls):
+        return Observation([], [ToolResult(c.id, 'word ' * 3000, True) for c in calls])
+    async def grade(self):
+        return Grade(1.0, {})
 
 
 def test_a_result_longer_than_the_context_ends_its_episode_and_no_other(tok, pool):
@@ -130,7 +140,8 @@ def test_watch_stops(tok, pool):
 
 
 class Broken(MicroEnv):
-    async def _run(self, tests): raise InfraError('sandbox gone')
+    async def _run(self, tests):
+        raise InfraError('sandbox gone')
 
 
 def test_infrastructure_failure_is_no_reward(tok, pool):
@@ -173,15 +184,19 @@ async def lockstep(engine, tok, tasks, make_env, seed, max_turns, max_len, tempe
             turns[i].append([(c.name, c.arguments, r.ok) for c, r in zip(calls, obs.results)])
             ends[i] = 'submit' if obs.done else 'lost' if n >= 2 and not any(turns[i][-3:]) else 'cap' if n + 1 == max_turns else None
             if not obs.done and (said := watch(i, n + 1)) is not None:
-                if isinstance(said, str): ends[i] = 'stopped'
-                else: given[i].append(Completion(said, None, None, 'stop', -1))
+                if isinstance(said, str):
+                    ends[i] = 'stopped'
+                else:
+                    given[i].append(Completion(said, None, None, 'stop', -1))
             if ends[i]: continue
             wrong = [w.partition(': ')[2].replace(' with </tool_call>', '') for w in wrong] or ([] if obs.results else ['no tool call'])
             new = [dict(role='tool', content=r.text) for r in obs.results] + ([dict(role='user', content='\n'.join(wrong))] if wrong else [])
             bad = wrong or not all(r.ok for r in obs.results)
             new = [Segment(s.ids, s.kind, n, False, event='error' if bad else 'tool') for s in extend_segments(tok, ids(i), new, n)]
-            if len(ids(i)) + sum(map(len, new)) > max_len - 64: ends[i] = 'length'
-            else: segs[i] += new
+            if len(ids(i)) + sum(map(len, new)) > max_len - 64:
+                ends[i] = 'length'
+            else:
+                segs[i] += new
         live = [i for i in live if not ends[i]]
     return [(s, e, t) for s, e, t in zip(segs, ends, turns)]
 
@@ -197,9 +212,11 @@ def test_the_same_tokens_as_a_loop_without_http(pool, temperature, max_len):
     out = []
     for http in (False, True):
         engine = HFEngine(lm, max_len=1024, slots=8, dtype=torch.bfloat16, version=3)
-        if http: out.append(rollout(ModelPolicy(engine, temperature), tok, tasks, lambda: MicroEnv(pool), 7, 6, max_len,
-                                    watch=lambda e: watch(int(e.name.split('-')[1]), len(e.turns))))
-        else: out.append(asyncio.run(lockstep(engine, tok, tasks, lambda: MicroEnv(pool), 7, 6, max_len, temperature, watch)))
+        if http:
+            out.append(rollout(ModelPolicy(engine, temperature), tok, tasks, lambda: MicroEnv(pool), 7, 6, max_len,
+                               watch=lambda e: watch(int(e.name.split('-')[1]), len(e.turns))))
+        else:
+            out.append(asyncio.run(lockstep(engine, tok, tasks, lambda: MicroEnv(pool), 7, 6, max_len, temperature, watch)))
         engine.close()
     for (segments, finish, turns), t in zip(*out):
         assert Trajectory('', segments) == Trajectory('', t.segments) and finish == t.info['finish']
@@ -221,7 +238,8 @@ def test_a_socket_makes_no_difference(tok, pool):
 
 def test_an_error_of_the_policy_or_of_the_environment_is_raised_as_it_is(tok, pool):
     class Sick(Fixed):
-        def act(self, episodes): raise FloatingPointError('not finite')
+        def act(self, episodes):
+            raise FloatingPointError('not finite')
     with pytest.raises(FloatingPointError, match='not finite'):
         rollout(Sick(tok, 'x'), tok, [make_task('train', i) for i in range(3)], lambda: MicroEnv(pool), max_len=10**5)
     class Bug(MicroEnv):
@@ -231,7 +249,9 @@ def test_an_error_of_the_policy_or_of_the_environment_is_raised_as_it_is(tok, po
     waves, say = [], Fixed(tok, '<tool_call>list</tool_call><|im_end|>')
     class Counted:
         sampling = {}
-        def act(self, episodes): waves.append(len(episodes)); return say.act(episodes)
+        def act(self, episodes):
+            waves.append(len(episodes))
+            return say.act(episodes)
     with pytest.raises(KeyError, match='a bug'):
         rollout(Counted(), tok, [make_task('train', i) for i in range(3)], lambda: Bug(pool), max_len=10**5)
     assert waves == [3]   # the others aren't played on
@@ -243,16 +263,22 @@ def test_a_session_that_is_not_one_clean_path_is_refused(tok):
     class Liar(Env):
         "Changes, in the dialogue, what it said before."
         tools = []
-        async def reset(self, task): self.said = [dict(role='user', content='a')]; return Observation(self.said)
-        async def step(self, calls): self.said[0]['content'] += 'b'; return Observation()
-        async def grade(self): raise InfraError('nothing to grade')
+        async def reset(self, task):
+            self.said = [dict(role='user', content='a')]
+            return Observation(self.said)
+        async def step(self, calls):
+            self.said[0]['content'] += 'b'
+            return Observation()
+        async def grade(self):
+            raise InfraError('nothing to grade')
     with pytest.raises(RuntimeError, match='not one clean path'):
         rollout(Fixed(tok, 'x<|im_end|>'), tok, [make_task('train', 0)], Liar, max_len=10**5)
 
 
 def test_sessions_are_dropped_and_progress_is_told(tok, pool):
     held, told = [], []
-    def watch(e): held.append(weakref.ref(e.session))
+    def watch(e):
+        held.append(weakref.ref(e.session))
     rollout(script(tok), tok, [make_task('train', i) for i in range(4)], lambda: MicroEnv(pool), max_len=10**5, watch=watch, progress=lambda *x: told.append(x))
     gc.collect()
     assert held and not any(r() for r in held) and told == [(i, 4) for i in (1, 2, 3, 4)]

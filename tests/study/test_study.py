@@ -16,7 +16,8 @@ from kat.study.evaluate import (METRICS, count_episode, eval_record, load_eval, 
 few = settings(max_examples=40, deadline=None)
 
 
-def call(name='view', ok=True, **arguments): return dict(name=name, arguments=arguments, ok=ok)
+def call(name='view', ok=True, **arguments):
+    return dict(name=name, arguments=arguments, ok=ok)
 
 
 def turn(*names, tokens=10, errors=0, entropy=None):
@@ -49,7 +50,8 @@ def test_wilson_solves_the_score_equation(kn, conf):
     assert 0 <= lo <= k / n <= hi <= 1
     z = NormalDist().inv_cdf((1 + conf) / 2)
     for p, edge in ((lo, 0), (hi, 1)):
-        if p != edge: assert math.isclose((k / n - p) ** 2, z * z * p * (1 - p) / n, rel_tol=1e-6, abs_tol=1e-12)
+        if p != edge:
+            assert math.isclose((k / n - p) ** 2, z * z * p * (1 - p) / n, rel_tol=1e-6, abs_tol=1e-12)
 
 
 def test_wilson_published_values():
@@ -61,7 +63,8 @@ def test_wilson_published_values():
 
 @pytest.mark.parametrize('args', [(3, 2), (-1, 2), (1, 2, 1.)])
 def test_wilson_refuses(args):
-    with pytest.raises(ValueError, match='wilson'): wilson(*args)
+    with pytest.raises(ValueError, match='wilson'):
+        wilson(*args)
 
 
 @few
@@ -74,8 +77,10 @@ def test_pass_at_k_is_the_mean_over_all_draws(nck):
 
 def test_pass_at_k_refuses():
     for n, c, k in ((4, 1, 5), (4, 5, 1), (4, 1, 0)):
-        with pytest.raises(ValueError, match='pass_at_k'): pass_at_k(n, c, k)
-    with pytest.raises(ValueError): pass_at_k(np.array([]), np.array([]), 1)
+        with pytest.raises(ValueError, match='pass_at_k'):
+            pass_at_k(n, c, k)
+    with pytest.raises(ValueError):
+        pass_at_k(np.array([]), np.array([]), 1)
 
 
 # counting
@@ -98,7 +103,8 @@ def test_infra_is_excluded_and_counted_and_a_cap_is_not():
 
 
 def test_solved_needs_tests_and_reward():
-    def s(tests, reward): return summary([Trajectory('t', [], reward, info=dict(turns=[], tests=tests))])['solved']
+    def s(tests, reward):
+        return summary([Trajectory('t', [], reward, info=dict(turns=[], tests=tests))])['solved']
     assert s({'a': True}, .95) == 1                            # a shaped reward
     assert s({'a': True, 'b': False}, .9) == 0
     assert s({'a': True}, 0.) == 0 and s({'a': True}, None) == 0   # passes, but the environment did not pay
@@ -106,7 +112,8 @@ def test_solved_needs_tests_and_reward():
 
 
 def test_missing_turns_name_the_task():
-    with pytest.raises(ValueError, match="task 'x7'.*turns"): summary([Trajectory('x7', [], 0.)])
+    with pytest.raises(ValueError, match="task 'x7'.*turns"):
+        summary([Trajectory('x7', [], 0.)])
 
 
 def test_table_splits_add_up():
@@ -130,7 +137,8 @@ def test_record_round_trip_and_faults(tmp_path):
     for text, why in faults.items():
         f = tmp_path / 'bad.json'
         f.write_text(text)
-        with pytest.raises(ValueError, match=why) as err: load_eval(f)
+        with pytest.raises(ValueError, match=why) as err:
+            load_eval(f)
         assert str(f) in str(err.value)
 
 
@@ -147,10 +155,12 @@ def test_measure_is_plain_counting(seed, samples):
     tasks = by_task(es)
     m = measure(*task_rows(tasks, list(tasks)), bootstrap_weights(len(tasks), 3))
     s = summary(es)
-    for k in METRICS: assert math.isclose(m[k][0], s[k], abs_tol=1e-12), k
+    for k in METRICS:
+        assert math.isclose(m[k][0], s[k], abs_tol=1e-12), k
     widths = sorted(w for e in es for w in count_episode(e)['widths'])
     assert m['width_max'][0] == max(widths, default=0)
-    if widths: assert m['width_p95'][0] == widths[math.ceil(.95 * len(widths) - 1e-9) - 1]
+    if widths:
+        assert m['width_p95'][0] == widths[math.ceil(.95 * len(widths) - 1e-9) - 1]
 
 
 def test_a_replicate_is_a_resampled_data_set():
@@ -190,7 +200,8 @@ def test_views():
     cut = rows['first 4 turns', 'turns']
     assert (cut['before'], cut['after']) == (3, 3)
     assert rows['first 4 turns', 'truncated']['before'] == .5 and rows['first 4 turns', 'rate']['before'] == 0
-    with pytest.raises(ValueError, match='no task'): compare_models(b[:1], a[1:2])
+    with pytest.raises(ValueError, match='no task'):
+        compare_models(b[:1], a[1:2])
 
 
 def test_patterns_add_up_to_the_parallel_rate():
@@ -239,8 +250,12 @@ def test_figures_are_small_and_the_same_each_time(tmp_path):
 def test_figures_name_what_is_missing(monkeypatch):
     from kat.study.plots import curve, plot_families, plot_stages, stage_order
     assert stage_order([dict(stage=s) for s in ('own', 'rl', 'base')]) == ['base', 'rl', 'own']
-    with pytest.raises(ValueError, match="'reward'.*'loss', 'step'"): curve([dict(step=1, loss=2)], 'reward')
-    with pytest.raises(ValueError, match='no evaluation'): plot_stages([])
-    with pytest.raises(ValueError, match='families'): plot_families([synthetic_eval('sft') | dict(families={})])
+    with pytest.raises(ValueError, match="'reward'.*'loss', 'step'"):
+        curve([dict(step=1, loss=2)], 'reward')
+    with pytest.raises(ValueError, match='no evaluation'):
+        plot_stages([])
+    with pytest.raises(ValueError, match='families'):
+        plot_families([synthetic_eval('sft') | dict(families={})])
     monkeypatch.setitem(sys.modules, 'seaborn', None)
-    with pytest.raises(MissingExtra, match=r"pip install 'kat-rl\[notebooks\]'"): plot_stages([synthetic_eval('sft')])
+    with pytest.raises(MissingExtra, match=r"pip install 'kat-rl\[notebooks\]'"):
+        plot_stages([synthetic_eval('sft')])

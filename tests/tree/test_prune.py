@@ -37,11 +37,13 @@ def options(draw, policies=POLICIES, corrections=("none", "reweight")):
     return Pruning(policy, **read, results=draw(st.booleans()), window=draw(st.integers(0, 4)), correction=draw(st.sampled_from(corrections)))
 
 
-def closed(tree, kept): return not (kept & (tree.prev >= 0) & ~kept[tree.prev]).any()
+def closed(tree, kept):
+    return not (kept & (tree.prev >= 0) & ~kept[tree.prev]).any()
 
 
 def same(a, b):
-    for f in ("ids", "position", "end", "prev", "node", "count", "paths", "offsets"): np.testing.assert_array_equal(getattr(a, f), getattr(b, f), err_msg=f)
+    for f in ("ids", "position", "end", "prev", "node", "count", "paths", "offsets"):
+        np.testing.assert_array_equal(getattr(a, f), getattr(b, f), err_msg=f)
 
 
 @some
@@ -52,12 +54,14 @@ def test_budget_closure_and_something_to_train(f, how, x, seed):
     assert cut.cost <= cut.budget and cut.cost == pytest.approx(f.cost[cut.kept].sum())
     assert closed(f.tree, cut.kept) and (f.mass[cut.kept] > 0).any()
     assert ((cut.factor > 0) == cut.kept).all()
-    if how.correction == "none": assert set(cut.factor[cut.kept]) == {1.0}
+    if how.correction == "none":
+        assert set(cut.factor[cut.kept]) == {1.0}
     else:
         assert np.isclose((cut.factor * f.mass).sum(), f.mass.sum())
         assert len(set(cut.factor[cut.kept])) == 1
     assert all(0 <= v <= 1 for v in cut.metrics.values())
-    with pytest.raises(ValueError, match=r"the cheapest unit with a loss term costs"): prune(f, least * (1 - 1e-6), how)
+    with pytest.raises(ValueError, match=r"the cheapest unit with a loss term costs"):
+        prune(f, least * (1 - 1e-6), how)
 
 
 @few
@@ -98,15 +102,18 @@ def slow_keepers(f, units, results, window):
     tree, of, out = f.tree, units.of, []
     scored = [f.scored[a:b].any() for a, b in zip(units.start, units.stop)]
     def owner(u):  # the unit that an event unit goes with, else itself
-        while results and f.event[units.start[u]] and units.parent[u] >= 0: u = units.parent[u]
+        while results and f.event[units.start[u]] and units.parent[u] >= 0:
+            u = units.parent[u]
         return u
     for t in range(len(tree)):
         path = [t]
-        while tree.prev[path[-1]] >= 0: path.append(int(tree.prev[path[-1]]))
+        while tree.prev[path[-1]] >= 0:
+            path.append(int(tree.prev[path[-1]]))
         best = owner(of[t])
         for a in {of[p] for p in path} - {of[t]}:
             end = max(tree.position[p] for p in path if a in (of[p], owner(of[p])))  # of the unit and its results on this path
-            if scored[a] and tree.position[t] - end <= window: best = min(best, a)
+            if scored[a] and tree.position[t] - end <= window:
+                best = min(best, a)
         out.append(best)
     return np.array(out)
 
@@ -129,7 +136,8 @@ def test_units_are_whole_and_of_one_kind(f):
     for i in range(len(u)):
         t = np.arange(u.start[i], u.stop[i])
         assert (u.of[t] == i).all() and (f.tree.prev[t[1:]] == t[:-1]).all() and not f.cuts[t[1:]].any()
-        for x in (f.trainable, f.event, f.tree.node): assert len(set(x[t])) == 1
+        for x in (f.trainable, f.event, f.tree.node):
+            assert len(set(x[t])) == 1
         assert u.parent[i] == (u.of[f.tree.prev[t[0]]] if f.tree.prev[t[0]] >= 0 else -1) and u.parent[i] < i
 
 
@@ -137,16 +145,19 @@ def test_units_are_whole_and_of_one_kind(f):
 @given(facts(), options(("entropy", "advantage")))
 def test_importance_by_its_formula(f, how):
     tree, u = f.tree, cut_units(f)
-    def signal(t): return (f.entropy[t] if how.policy == "entropy" else 1) * (abs(f.weight[t]) / tree.count[t] if how.by_advantage or how.policy == "advantage" else 1)
+    def signal(t):
+        return (f.entropy[t] if how.policy == "entropy" else 1) * (abs(f.weight[t]) / tree.count[t] if how.by_advantage or how.policy == "advantage" else 1)
     def h(n):
         s = [signal(t) for t in range(u.start[n], u.stop[n]) if f.scored[t]]
         return (sum(s) if how.pool == "sum" else np.mean(s)) if s else 0
-    def S(n): return h(n) + how.gamma * sum(tree.count[u.start[c]] / tree.count[u.start[n]] * S(c) for c in range(len(u)) if u.parent[c] == n)
+    def S(n):
+        return h(n) + how.gamma * sum(tree.count[u.start[c]] / tree.count[u.start[n]] * S(c) for c in range(len(u)) if u.parent[c] == n)
     def reach(n):
         chance, m = 1, n
         while m >= 0:
             t = u.start[m]
-            if f.scored[t] and sum(tree.prev == tree.prev[t]) > 1: chance *= np.exp(f.logprob[t])
+            if f.scored[t] and sum(tree.prev == tree.prev[t]) > 1:
+                chance *= np.exp(f.logprob[t])
             m = u.parent[m]
         return (tree.count[u.start[n]] / tree.n_sequences) ** (1 - how.alpha) * chance ** how.alpha
     np.testing.assert_allclose(importance(f, u, how), [reach(n) * S(n) for n in range(len(u))], rtol=1e-9, atol=1e-12)
@@ -158,7 +169,8 @@ def test_gradient_mass_of_what_is_kept_together(f, results, window):
     u, how = cut_units(f), Pruning(results=results, window=window)
     keeper, want = kept_with(f, u, results, window), [0.0] * len(u)
     for t in range(len(f.tree)):
-        if f.trainable[t] and f.tree.prev[t] >= 0: want[keeper[t]] += abs(f.weight[t]) * (1 - np.exp(f.logprob[t]))
+        if f.trainable[t] and f.tree.prev[t] >= 0:
+            want[keeper[t]] += abs(f.weight[t]) * (1 - np.exp(f.logprob[t]))
     np.testing.assert_allclose(importance(f, u, how), want, atol=1e-12)
 
 
@@ -173,7 +185,8 @@ def closed_sets(parent, root=None):
     free = [u for u in range(U) if root is None or (inside(u) and u != root)]
     for bits in product([False, True], repeat=len(free)):
         chosen = {u for u, b in zip(free, bits) if b} | ({root} if root is not None else set())
-        if all(u == root or parent[u] in chosen or (root is None and parent[u] < 0) for u in chosen): yield sorted(chosen)
+        if all(u == root or parent[u] in chosen or (root is None and parent[u] < 0) for u in chosen):
+            yield sorted(chosen)
 
 
 forests = st.lists(st.tuples(st.integers(0, 10), st.integers(0, 5), st.sampled_from([0, 1, 2, 3])), min_size=1, max_size=8)
@@ -192,7 +205,9 @@ def test_density_is_that_of_the_best_subtree(rows):
     parent, value, cost = forest(rows)
     start, final = _blocks(parent, value, cost)
     for u in range(len(parent)):
-        if cost[u] == 0: assert start[u] == np.inf; continue
+        if cost[u] == 0:
+            assert start[u] == np.inf
+            continue
         best = max(value[s].sum() / cost[s].sum() for s in closed_sets(parent, u))
         assert start[u] == pytest.approx(best)
     below = parent >= 0
@@ -218,7 +233,8 @@ def test_inclusion_probabilities_are_the_best_ones(f, how, x, seed):
     spread = lambda q: (v[live] / q[live]).sum()
     other = np.where(live, np.random.default_rng(seed).uniform(how.floor, 1, len(p)), 0)  # another choice of the same cost or less
     for u in range(len(p)):
-        if parent[u] >= 0: other[u] = min(other[u], other[parent[u]])
+        if parent[u] >= 0:
+            other[u] = min(other[u], other[parent[u]])
     mixed = lambda a: np.where(live, how.floor + a * (other - how.floor), 0)
     a = 1.0 if s.cost @ other <= cut.budget else (cut.budget - s.cost @ mixed(0)) / (s.cost @ mixed(1) - s.cost @ mixed(0))
     assert spread(p) <= spread(mixed(max(a, 0))) * (1 + 1e-6) + 1e-12
@@ -231,9 +247,12 @@ def outcomes(parent, p):
     for chosen in closed_sets(parent):
         chance = 1.0
         for u in range(len(parent)):
-            if u in chosen: chance *= rho[u]
-            elif parent[u] < 0 or parent[u] in chosen: chance *= 1 - rho[u]
-        if chance > 0: yield chosen, chance
+            if u in chosen:
+                chance *= rho[u]
+            elif parent[u] < 0 or parent[u] in chosen:
+                chance *= 1 - rho[u]
+        if chance > 0:
+            yield chosen, chance
 
 
 @few
@@ -297,7 +316,8 @@ def test_the_budget_holds_to_the_last_bit():
     assert 0.1 + 0.1 + 0.1 > 0.3 and len(cut.index) == 2 and cut.cost <= 0.3
 
 
-def tokens(cut): return cut.facts.tree.ids[cut.index].tolist()
+def tokens(cut):
+    return cut.facts.tree.ids[cut.index].tolist()
 
 
 def test_the_orders_by_hand():
@@ -334,7 +354,8 @@ def test_density_looks_behind_what_costs():
     tree = TokenTree.from_sequences([[0, 1, 2], [0, 3, 4], [0, 3, 5]])
     order = {int(i): t for t, i in enumerate(tree.ids)}
     entropy, cost = np.zeros(6), np.ones(6)
-    for i, h in {1: 0.5, 2: 0.5, 4: 9, 5: 9}.items(): entropy[order[i]] = h
+    for i, h in {1: 0.5, 2: 0.5, 4: 9, 5: 9}.items():
+        entropy[order[i]] = h
     cost[order[3]] = 2
     f = TokenFacts(tree, np.ones(6, bool), entropy, cost=cost, cuts=np.ones(6, bool))
     assert tokens(prune(f, 4, Pruning("entropy", gamma=0.0, window=0))) == [0, 1, 2]
@@ -353,7 +374,8 @@ def test_results_stay_with_their_call():
     assert tokens(prune(f, 5, Pruning("entropy", gamma=0.0, window=0, event_factor=1000.0))) == [0, 1, 2, 2, 3]
     assert tokens(prune(f, 4, Pruning("entropy", gamma=0.0, window=0, event_factor=1000.0))) == [0, 4, 5]  # the call does not fit with its results
     assert tokens(prune(f, 2, Pruning("depth_first", window=0, results=False))) == [0, 1]
-    with pytest.raises(ValueError, match="budget 1: .* costs 2 "): prune(f, 1, Pruning("entropy", window=0))
+    with pytest.raises(ValueError, match="budget 1: .* costs 2 "):
+        prune(f, 1, Pruning("entropy", window=0))
 
 
 def test_events_gain_priority():
@@ -366,7 +388,8 @@ def test_a_window_follows_a_decision_and_its_results():
     f = call_tree()
     assert tokens(prune(f, 6, Pruning("entropy", gamma=0.0, window=1, event_factor=100.0))) == [0, 1, 2, 2, 3, 5]
     assert tokens(prune(f, 3, Pruning("breadth_first", window=1))) == [0, 4, 5]
-    with pytest.raises(ValueError, match=r"costs 3 with .* whole tree 8"): prune(f, 2, Pruning("entropy", window=1))
+    with pytest.raises(ValueError, match=r"costs 3 with .* whole tree 8"):
+        prune(f, 2, Pruning("entropy", window=1))
 
 
 def test_something_is_trained_where_a_policy_would_buy_context_only():
@@ -390,7 +413,8 @@ def test_deep_chains_and_many_nodes():
         for how in ways:
             cut = prune(f, 0.4 * len(tree), how)
             assert closed(tree, cut.kept)
-            if how.correction == "none": assert 0.39 * len(tree) <= cut.cost <= cut.budget
+            if how.correction == "none":
+                assert 0.39 * len(tree) <= cut.cost <= cut.budget
 
 
 def make(**changes):
@@ -414,7 +438,8 @@ def make(**changes):
     (dict(weight=np.zeros(4)), "no token has a loss term: there is nothing to train, drop the tree"),
 ])
 def test_bad_facts_are_named(changes, message):
-    with pytest.raises(ValueError, match=message): make(**changes)
+    with pytest.raises(ValueError, match=message):
+        make(**changes)
 
 
 def test_numbers_are_read_at_trained_tokens_only():
@@ -442,8 +467,10 @@ def test_numbers_are_read_at_trained_tokens_only():
     (dict(policy="longest_path", correction="horvitz_thompson"), "needs importances, policy 'longest_path' has none: take one of gradient, entropy"),
 ])
 def test_bad_options_are_refused(changes, message):
-    with pytest.raises(ValueError, match=message): Pruning(**changes)
-    with pytest.raises(TypeError): Pruning(lookahead=2)
+    with pytest.raises(ValueError, match=message):
+        Pruning(**changes)
+    with pytest.raises(TypeError):
+        Pruning(lookahead=2)
 
 
 @pytest.mark.parametrize("facts, budget, how, message", [
@@ -459,7 +486,8 @@ def test_bad_options_are_refused(changes, message):
     ({}, 0.1, dict(policy="entropy", correction="horvitz_thompson"), "budget 0.1: .* raise the budget or lower `floor`"),
 ])
 def test_what_cannot_be_pruned_is_said(facts, budget, how, message):
-    with pytest.raises(ValueError, match=message): prune(make(**facts), budget, Pruning(**how))
+    with pytest.raises(ValueError, match=message):
+        prune(make(**facts), budget, Pruning(**how))
 
 
 def test_policies_without_scores_need_no_entropy():
@@ -473,10 +501,14 @@ def test_an_empty_draw_says_so():
     f = make()
     cut = next(c for c in (prune(f, 1, Pruning("entropy", correction="horvitz_thompson"), s) for s in range(99)) if not c.kept.any())
     assert cut.cost == 0 and not cut.factor.any() and len(cut.index) == 0
-    with pytest.raises(ValueError, match="no token is kept"): cut.tree
-    with pytest.raises(ValueError, match="variance: nothing was drawn"): prune(f, 4, Pruning("entropy")).variance(f.weight)
-    with pytest.raises(ValueError, match="terms: 4 rows expected"): cut.variance(np.ones(3))
-    with pytest.raises(ValueError, match="token 2 is kept without token 1"): subtree(f.tree, np.array([True, False, True, False]))
+    with pytest.raises(ValueError, match="no token is kept"):
+        cut.tree
+    with pytest.raises(ValueError, match="variance: nothing was drawn"):
+        prune(f, 4, Pruning("entropy")).variance(f.weight)
+    with pytest.raises(ValueError, match="terms: 4 rows expected"):
+        cut.variance(np.ones(3))
+    with pytest.raises(ValueError, match="token 2 is kept without token 1"):
+        subtree(f.tree, np.array([True, False, True, False]))
 
 
 def test_zero_entropy_everywhere_is_drawn_at_the_floor():
@@ -511,15 +543,19 @@ def test_facts_of_trajectories():
     ts[0].segments[3].entropy = None   # one trained token lacks it
     some = token_facts(tree, ts)
     assert some.entropy is None and some.logprob[by[7]] == -0.5 and prune(some, 9).kept.all()
-    with pytest.raises(ValueError, match="entropy: missing, .* every trained token"): prune(some, 9, Pruning("entropy"))
+    with pytest.raises(ValueError, match="entropy: missing, .* every trained token"):
+        prune(some, 9, Pruning("entropy"))
 
 
 def test_facts_of_other_trajectories_are_refused():
     ts = trajectories()
     tree = TokenTree.from_sequences([t.ids for t in ts])
-    with pytest.raises(ValueError, match="trajectory 0: its ids are not those of the tree's sequence 0"): token_facts(tree, ts[::-1])
-    with pytest.raises(ValueError, match="1 trajectories and 2 weights for a tree of 2 sequences"): token_facts(tree, ts[:1])
-    with pytest.raises(ValueError, match=r"weights\[1\]: a number or 7 of them expected, got shape \(2,\)"): token_facts(tree, ts, [1, [1, 2]])
+    with pytest.raises(ValueError, match="trajectory 0: its ids are not those of the tree's sequence 0"):
+        token_facts(tree, ts[::-1])
+    with pytest.raises(ValueError, match="1 trajectories and 2 weights for a tree of 2 sequences"):
+        token_facts(tree, ts[:1])
+    with pytest.raises(ValueError, match=r"weights\[1\]: a number or 7 of them expected, got shape \(2,\)"):
+        token_facts(tree, ts, [1, [1, 2]])
 
 
 def test_fidelity_with_gradients_per_edge():
@@ -529,7 +565,8 @@ def test_fidelity_with_gradients_per_edge():
     rows = gradient_fidelity(f, lambda cut: cut.factor @ G, ways, shares=(0.01, 0.5, 1.0), draws=200)
     assert [(r["how"], r["share"]) for r in rows] == [(h, s) for h in ways for s in (0.01, 0.5, 1.0)]
     assert all(np.isnan(r["cosine"]) for r in rows if r["share"] == 0.01)
-    for r in rows[2::3]: assert r["cosine"] == pytest.approx(1) and r["norm_ratio"] == pytest.approx(1) and [r["error"], r["bias"]] == pytest.approx([0, 0], abs=1e-12)
+    for r in rows[2::3]:
+        assert r["cosine"] == pytest.approx(1) and r["norm_ratio"] == pytest.approx(1) and [r["error"], r["bias"]] == pytest.approx([0, 0], abs=1e-12)
     best, chance, drawn = rows[1::3]
     cut = prune(f, 0.5 * f.cost.sum(), ways[0])
     g, whole = cut.factor @ G, G.sum(0)
@@ -538,4 +575,5 @@ def test_fidelity_with_gradients_per_edge():
     ht = prune(f, 0.5 * f.cost.sum(), ways[2])
     assert drawn["error"] == pytest.approx(ht.variance(G) ** 0.5 / np.linalg.norm(whole), rel=0.15)
     assert drawn["bias"] < 3 * drawn["error"] / 200**0.5 and chance["bias"] > 0.2  # a random choice leans, a draw with weights does not
-    with pytest.raises(ValueError, match="gradient: that of the whole tree is 0"): gradient_fidelity(f, lambda cut: np.zeros(3), ways)
+    with pytest.raises(ValueError, match="gradient: that of the whole tree is 0"):
+        gradient_fidelity(f, lambda cut: np.zeros(3), ways)

@@ -24,7 +24,8 @@ SEQUENCES = st.lists(st.lists(st.integers(0, 2), min_size=1, max_size=8), min_si
 
 
 @pytest.fixture(scope='module')
-def tokenizer(): return AutoTokenizer.from_pretrained(ROOT/'data'/'base')
+def tokenizer():
+    return AutoTokenizer.from_pretrained(ROOT/'data'/'base')
 
 @pytest.fixture(scope='module')
 def logs(tokenizer):
@@ -57,7 +58,8 @@ CASES = [('llama', {}), ('mistral', dict(sliding_window=5)), ('qwen2', NONE), ('
          ('mixtral', dict(num_local_experts=6, num_experts_per_tok=2)),
          ('qwen2_moe', MOE | NONE | dict(num_experts=8, shared_expert_intermediate_size=20, decoder_sparse_step=2))]
 
-def test_every_family_is_checked(): assert {n for n, _ in CASES} == set(FAMILIES)
+def test_every_family_is_checked():
+    assert {n for n, _ in CASES} == set(FAMILIES)
 
 @pytest.mark.parametrize('name, more', CASES)
 def test_flops_equal_the_counter_of_pytorch(name, more):
@@ -65,7 +67,8 @@ def test_flops_equal_the_counter_of_pytorch(name, more):
     config = AutoConfig.for_model(name, **{k: v for k, v in (SMALL | more).items() if v is not None}, pad_token_id=0)
     config._experts_implementation = 'eager'
     model = AutoModelForCausalLM.from_config(config)
-    with FlopCounterMode(display=False) as counter, torch.no_grad(): model(torch.arange(n)[None], use_cache=False)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model(torch.arange(n)[None], use_cache=False)
     rotary = sum(sum(f.values()) for k, f in counter.flop_counts.items() if k.endswith('.rotary_emb'))
     shape = model_shape(config)
     square = 4 * shape.heads * shape.head_dim * n * n * len(shape.windows)     # eager attention computes the whole square
@@ -79,11 +82,13 @@ def test_flops_equal_the_counter_of_pytorch(name, more):
     (AutoConfig.for_model('gpt2'), "model type 'gpt2'.*qwen3"), (AutoConfig.for_model('qwen3_next'), "model type 'qwen3_next'"),
     (AutoConfig.for_model('qwen3', num_hidden_layers=1, layer_types=['chunked_attention']), 'layers of kind chunked_attention')])
 def test_other_models_are_refused_by_name(config, says):
-    with pytest.raises(ValueError, match=says): model_shape(config)
+    with pytest.raises(ValueError, match=says):
+        model_shape(config)
 
 def test_a_model_from_its_folder_or_file():
     assert model_shape(ROOT/'data'/'base') == model_shape(str(ROOT/'data'/'base'/'config.json'))
-    with pytest.raises(FileNotFoundError, match='nbs/config.json.*a config.json'): model_shape(ROOT/'nbs')
+    with pytest.raises(FileNotFoundError, match='nbs/config.json.*a config.json'):
+        model_shape(ROOT/'nbs')
 
 
 @few
@@ -115,7 +120,8 @@ def test_compare_by_hand():
     assert por(flat, trees) == pytest.approx(1 / 3) and por(merged, whole) == pytest.approx(3 / 7)
     assert flat.forward > merged.forward > trees.forward > whole.forward
     assert [w.forward for w in compare_baselines(calls)] == [None] * 4 and len(compare_baselines(calls[:3])) == 3
-    with pytest.raises(ValueError, match='no calls'): compare_baselines([])
+    with pytest.raises(ValueError, match='no calls'):
+        compare_baselines([])
 
 
 def test_the_real_logs(logs):
@@ -151,10 +157,12 @@ def test_any_chat_template(tokenizer, logs):
         assert said('tool') == ''.join(m['content'].strip() for m in messages if m['role'] == 'tool')
         written = messages[-1]['content'], messages[-1]['tool_calls'][0]['function']['name']
         assert all(w in said('model') for w in written)
-    with pytest.raises(ValueError, match='pandas.*: call 1: no tools here'): calls_with(REFUSES)
+    with pytest.raises(ValueError, match='pandas.*: call 1: no tools here'):
+        calls_with(REFUSES)
 
 
-def trajectory(*segments): return Trajectory('t', [Segment(*s) for s in segments])
+def trajectory(*segments):
+    return Trajectory('t', [Segment(*s) for s in segments])
 
 def test_calls_of_our_own_records(tmp_path):
     failed = [5], 'tool_result', 0, False, None, None, None, 'error'
@@ -169,8 +177,10 @@ def test_calls_of_our_own_records(tmp_path):
         write_records(tmp_path/name, records)
         assert [(c.episode, c.ids.tolist()) for c in log_calls(tmp_path/name)] == want
     write_records(tmp_path/'none.jsonl', [trajectory(([1], 'user'))])
-    with pytest.raises(ValueError, match='none.jsonl: no model call'): log_calls(tmp_path/'none.jsonl')
-    with pytest.raises(ValueError, match='tau_bench.*pass the tokenizer'): log_calls(LOGS/'tau_bench_gpt4o_airline.json')
+    with pytest.raises(ValueError, match='none.jsonl: no model call'):
+        log_calls(tmp_path/'none.jsonl')
+    with pytest.raises(ValueError, match='tau_bench.*pass the tokenizer'):
+        log_calls(LOGS/'tau_bench_gpt4o_airline.json')
 
 
 @few
@@ -183,17 +193,20 @@ def test_blocks_cover_the_flat_tokens_and_nothing_twice(sequences, narrow):
     height = np.diff(tree.node_bounds())
     assert (height * width)[drawn].sum() + (pools[:, 1] * pools[:, 3]).sum() == pytest.approx(tree.n_flat)
     grid = np.zeros((int(tree.position.max()) + 1, len(sequences)), int)
-    for n, p in enumerate(tree.position[tree.node_bounds()[:-1]]): grid[p:p + height[n], left[n]:left[n] + width[n]] += 1
+    for n, p in enumerate(tree.position[tree.node_bounds()[:-1]]):
+        grid[p:p + height[n], left[n]:left[n] + width[n]] += 1
     assert grid.max() == 1 and grid.sum() == tree.n_flat
     for n, p in enumerate(tree.node_parent()):
         assert p < 0 or left[p] <= left[n] and left[n] + width[n] <= left[p] + width[p]
-    for x, wide, top, *_ in pools: assert grid[int(top), int(x):int(x + wide)].all()
+    for x, wide, top, *_ in pools:
+        assert grid[int(top), int(x):int(x + wide)].all()
 
 
 def test_labels_of_a_tree():
     tree = TokenTree.from_sequences([[1, 2], [1, 3]])
     assert tree_labels(tree, [np.array([0, 1], np.uint8), np.array([4, 2], np.uint8)]).tolist() == [4, 1, 2]
-    with pytest.raises(ValueError, match='one for each token'): tree_labels(tree, [np.zeros(2, np.uint8), np.zeros(3, np.uint8)])
+    with pytest.raises(ValueError, match='one for each token'):
+        tree_labels(tree, [np.zeros(2, np.uint8), np.zeros(3, np.uint8)])
 
 
 def test_pictures_of_logs_and_of_thousands_of_nodes(logs, tmp_path):
@@ -211,5 +224,6 @@ def test_pictures_of_logs_and_of_thousands_of_nodes(logs, tmp_path):
     fig = draw_tree(tree)
     blocks, borders, pools = fig.axes[0].collections
     assert tree.n_nodes > 4500 and len(blocks.get_paths()) + len(pools.get_paths()) < 3000   # fewer boxes than nodes
-    with pytest.raises(ValueError, match='b.bmp'): save_picture(fig, tmp_path/'b.bmp')
+    with pytest.raises(ValueError, match='b.bmp'):
+        save_picture(fig, tmp_path/'b.bmp')
     assert sorted(p.name for p in tmp_path.rglob('*.*')) == ['a.png']

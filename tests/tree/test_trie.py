@@ -53,7 +53,8 @@ def test_nodes_mask_edges_and_the_way_back(sequences):
     for n, s in enumerate(sequences):
         path = tree.path(n)
         assert tree.ids[path].tolist() == s
-        for i, t in enumerate(path): assert np.flatnonzero(sees[t]).tolist() == path[:i + 1].tolist()
+        for i, t in enumerate(path):
+            assert np.flatnonzero(sees[t]).tolist() == path[:i + 1].tolist()
     pairs = set(zip(*(e.tolist() for e in tree.edges())))
     assert pairs == {(int(a), int(b)) for n in range(len(sequences)) for a, b in zip(tree.path(n), tree.path(n)[1:])}
 
@@ -64,8 +65,10 @@ def test_order_of_the_sequences_changes_only_the_paths(sequences, random):
     order = list(range(len(sequences)))
     random.shuffle(order)
     a, b = TokenTree.from_sequences(sequences), TokenTree.from_sequences([sequences[k] for k in order])
-    for name in ('ids', 'position', 'end', 'prev', 'node', 'count'): assert (getattr(a, name) == getattr(b, name)).all()
-    for i, k in enumerate(order): assert (b.path(i) == a.path(k)).all()
+    for name in ('ids', 'position', 'end', 'prev', 'node', 'count'):
+        assert (getattr(a, name) == getattr(b, name)).all()
+    for i, k in enumerate(order):
+        assert (b.path(i) == a.path(k)).all()
 
 
 @few
@@ -102,7 +105,8 @@ def test_a_million_tokens():
     ([[2**31]], 'sequence 0: token id 2147483648 at 0'), ([[1.5]], 'sequence 0: whole numbers'), ([[[1]]], 'sequence 0: one dimension'),
     ([[1], [True]], 'sequence 1: whole numbers'), ([['a']], 'sequence 0: whole numbers')])
 def test_bad_sequences_are_named(sequences, says):
-    with pytest.raises(ValueError, match=says): TokenTree.from_sequences(sequences)
+    with pytest.raises(ValueError, match=says):
+        TokenTree.from_sequences(sequences)
 
 
 @st.composite
@@ -123,8 +127,10 @@ def flat_loss(kind, tree, new, old, w, a, semantics, entropy):
         w_k = torch.tensor(w_k, dtype=torch.float64) / (torch.tensor(g) if semantics == 'node' else 1)
         a_k, d = torch.tensor(a_k, dtype=torch.float64), lp - torch.as_tensor(lo)
         r = d.exp()
-        if kind == 'pg': term = -a_k * lp
-        else: term = -torch.minimum(r * a_k, r.clamp(1 - LOW, 1 + HIGH) * a_k) + .1 * ((-d).exp() - 1 + d) - .01 * h
+        if kind == 'pg':
+            term = -a_k * lp
+        else:
+            term = -torch.minimum(r * a_k, r.clamp(1 - LOW, 1 + HIGH) * a_k) + .1 * ((-d).exp() - 1 + d) - .01 * h
         total = total + (w_k * term).sum()
     return total
 
@@ -203,7 +209,8 @@ def test_tolerance_moves_no_old_log_prob_by_more_than_half_of_it(problem, tolera
     exact, joined = (clip_terms(tree, w, a, old, tolerance=x) for x in (0, tolerance))
     for name in ('positive', 'negative', 'total'):
         np.testing.assert_allclose(*(np.bincount(x.token, getattr(x, name), len(tree)) for x in (exact, joined)), atol=1e-12)
-    for t, o in zip(exact.token, exact.old): assert abs(joined.old[joined.token == t] - o).min() <= tolerance / 2 + 1e-12
+    for t, o in zip(exact.token, exact.old):
+        assert abs(joined.old[joined.token == t] - o).min() <= tolerance / 2 + 1e-12
     wide = clip_terms(tree, w, a, [o - 9 for o in old], tolerance=10.)
     assert len(set(wide.token)) == len(wide.token) == (tree_weights(tree, w, a).total > 0).sum()
 
@@ -219,7 +226,8 @@ def test_path_sums_are_those_of_the_sequences(problem, by_turn):
     units = path_units(tree, masks, turns if by_turn else None)
     want = {}
     for k, (v, m, u) in enumerate(zip(tree.gather(x), masks, turns)):
-        for i in np.flatnonzero(m): want.setdefault((k, int(u[i]) if by_turn else 0), []).append(v[i])
+        for i in np.flatnonzero(m):
+            want.setdefault((k, int(u[i]) if by_turn else 0), []).append(v[i])
     assert list(zip(units.sequence, units.turn)) == sorted(want) and units.size.tolist() == [len(want[k]) for k in sorted(want)]
     got, c = units.sum(x), torch.tensor(rng.normal(size=len(want)))
     if not want: return
@@ -254,7 +262,8 @@ NAN = float('nan')
     (lambda: path_units(TWO, [[0, 1, 1]]), 'masks: 1 given'),
 ])
 def test_what_does_not_fit_is_named(call, says):
-    with pytest.raises(ValueError, match=says): call()
+    with pytest.raises(ValueError, match=says):
+        call()
 
 
 def test_nothing_trained_is_no_error():

@@ -15,7 +15,8 @@ def ask(messages, i, stream, **more):
     args = dict(model='kat', max_tokens=4096, tools=TOOLS, messages=messages,
                 system=[dict(type='text', text=f'x-anthropic-billing-header: cc_version={i};'), dict(type='text', text='You are an agent.')]) | more
     if not stream: return client.messages.create(**args).content
-    with client.messages.stream(**args) as s: return s.get_final_message().content
+    with client.messages.stream(**args) as s:
+        return s.get_final_message().content
 
 
 messages, calls = [dict(role='user', content=[dict(type='text', text='<system-reminder>\none reminder\n</system-reminder>'), dict(type='text', text='STEP-ONE')])], []

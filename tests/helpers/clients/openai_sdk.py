@@ -12,14 +12,17 @@ TOOLS = [dict(type='function', function=dict(name=name, parameters=dict(type='ob
 def ask(messages, stream, **more):
     "The answer's message, as the SDK would send it back; arguments written in another way, thinking left out."
     if stream:
-        with client.chat.completions.stream(model='kat', messages=messages, **more) as s: m = s.get_final_completion().choices[0].message
-    else: m = client.chat.completions.create(model='kat', messages=messages, **more).choices[0].message
+        with client.chat.completions.stream(model='kat', messages=messages, **more) as s:
+            m = s.get_final_completion().choices[0].message
+    else:
+        m = client.chat.completions.create(model='kat', messages=messages, **more).choices[0].message
     calls = [dict(id=c.id, type='function', function=dict(name=c.function.name, arguments=json.dumps(dict(reversed(json.loads(c.function.arguments).items())), indent=1)))
              for c in m.tool_calls or ()]
     return dict(role='assistant', content=m.content) | (dict(tool_calls=calls) if calls else {})
 
 
-def results(m): return [dict(role='tool', tool_call_id=c['id'], content='RESULT') for c in m['tool_calls']]
+def results(m):
+    return [dict(role='tool', tool_call_id=c['id'], content='RESULT') for c in m['tool_calls']]
 
 
 messages = [dict(role='system', content='You are an agent. Today is 2026-11-23.'), dict(role='user', content='STEP-ONE')]
