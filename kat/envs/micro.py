@@ -18,7 +18,7 @@ __all__ = ['RUNNER', 'LIMITS', 'TOOLS', 'SYSTEM', 'test_job', 'verdicts', 'fixed
            'heldout', 'train_task']
 
 # %% ../../nbs/envs/05_micro.ipynb #7ddccbe0
-_HELPERS = r"""
+_START = r"""
 import ast
 import importlib
 import linecache
@@ -40,7 +40,7 @@ def forget():
 """
 
 # %% ../../nbs/envs/05_micro.ipynb #d37ccc2d
-_HELPERS += r"""
+_HELPERS = r"""
 def runs(path, other=None, new=None):
     old = open(other).read() if other else None
     if other:
@@ -56,7 +56,7 @@ def runs(path, other=None, new=None):
             open(other, 'w').write(old)
         forget()
 
-def steps(f, *a):
+def steps(func, *given):
     n = 0
     def trace(frame, event, arg):
         nonlocal n
@@ -64,7 +64,7 @@ def steps(f, *a):
         return trace
     sys.settrace(trace)
     try:
-        f(*a)
+        func(*given)
     finally:
         sys.settrace(None)
     return n
@@ -96,7 +96,7 @@ def outcome(name, source, space):
 """
 
 # %% ../../nbs/envs/05_micro.ipynb #ecb19492
-RUNNER = _HELPERS + _WORDS + r"""
+RUNNER = _START + _HELPERS + _WORDS + r"""
 out = {}
 for path in args:
     source = text(path) + '\n'
@@ -172,7 +172,7 @@ def _search(files: dict[str, str], word: str) -> tuple[bool, str]:
             for i, line in enumerate(text.splitlines(), 1) if word and word in line]
     return bool(hits), '\n'.join(hits[:6]) or 'nothing found'
 
-def _edit(files: dict[str, str], path: str, line: int, text: str) -> tuple[bool, str]:
+def _replace(files: dict[str, str], path: str, line: int, text: str) -> tuple[bool, str]:
     old = files[path].splitlines()
     if not 1 <= line <= len(old): return False, f"{path} has {len(old)} lines"
     if old[line - 1] == text: return False, 'nothing changed'
@@ -184,7 +184,7 @@ def _use(files: dict[str, str], name: str, args: dict) -> tuple[bool, str]:
     if name == 'search': return _search(files, args['word'])
     if args['path'] not in files: return False, f"no file {args['path']}"
     if name == 'view': return True, view(files[args['path']])
-    return _edit(files, **args)
+    return _replace(files, **args)
 
 # %% ../../nbs/envs/05_micro.ipynb #b8131d73
 async def _outcomes(pool: WarmPool, files: dict[str, str], tests: dict[str, str]) -> dict[str, str]:

@@ -162,6 +162,7 @@ def _broken(files, edit, text) -> dict[str, str]:
 
 # %% ../../nbs/envs/04_micro_tasks.ipynb #804fa2d3
 def _binary(repo: Repo) -> list[Fn]:
+    "Functions of two arguments."
     return [func for func in repo.fns if len(func.args) == 2]
 
 def _caller(rng, repo: Repo, func: Fn) -> Fn:
@@ -172,6 +173,7 @@ def _caller(rng, repo: Repo, func: Fn) -> Fn:
     return other
 
 def _in(path: str, level: int) -> str:
+    "Where to look, if the statement says so."
     return f" in {path}" if level == 1 else ''
 
 def _says(rng, call, want, got, where='') -> str:
