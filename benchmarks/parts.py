@@ -17,7 +17,8 @@ from kat.recipe import rollouts
 from kat.compute.attention import use_kat_attention
 from kat.core.io import read_records, write_records
 from kat.core.types import Segment, Trajectory
-from kat.envs.micro import make_task, test_job
+from kat.envs.micro import test_job
+from kat.envs.micro_tasks import make_task
 from kat.envs.sandbox import WarmPool
 from kat.recipe.pipeline import ROOT
 from kat.recipe.rollouts import expert_data

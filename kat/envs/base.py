@@ -22,9 +22,10 @@ class Task:
     data: dict = field(default_factory=dict)  # what the environment needs; JSON types only
 
     def __post_init__(self):
-        for k in ('id', 'env'):
-            v = getattr(self, k)
-            if not (isinstance(v, str) and v): raise ValueError(f'Task.{k} must be a non-empty string, got {v!r}')
+        for name in ('id', 'env'):
+            value = getattr(self, name)
+            if not (isinstance(value, str) and value):
+                raise ValueError(f'Task.{name} must be a non-empty string, got {value!r}')
         if not isinstance(self.data, dict): raise ValueError(f'Task.data must be a dict, got {self.data!r:.40}')
 
 # %% ../../nbs/envs/01_base.ipynb #e1a86f50
@@ -74,15 +75,15 @@ def tool(
     **parameters,  # name='string' | 'integer' | 'number' | 'boolean', in order; a trailing '?' makes it optional
 ) -> dict:
     "OpenAI's schema of one tool. Raises `ValueError` for an unknown parameter type."
-    props, needed = {}, []
-    for k, t in parameters.items():
-        kind = t.removesuffix('?')
+    properties, required = {}, []
+    for parameter, said in parameters.items():
+        kind = said.removesuffix('?')
         if kind not in _TYPES:
-            raise ValueError(f'tool {name!r}, parameter {k!r}: type {t!r}, use one of {", ".join(_TYPES)}')
-        props[k] = dict(type=kind)
-        if kind == t:
-            needed.append(k)
-    schema = dict(type='object', properties=props, required=needed)
+            raise ValueError(f'tool {name!r}, parameter {parameter!r}: type {said!r}, use one of {", ".join(_TYPES)}')
+        properties[parameter] = dict(type=kind)
+        if kind == said:
+            required.append(parameter)
+    schema = dict(type='object', properties=properties, required=required)
     return dict(type='function', function=dict(name=name, description=description, parameters=schema))
 
 _TYPES = dict(string=str, integer=int, number=(int, float), boolean=bool)
@@ -93,17 +94,17 @@ def bad_call(
     tools: list,  # schemas, see `tool`
 ) -> str | None:  # what is wrong, in words for the agent; None: nothing
     "Check a call against the schemas: known tool, no missing, unknown or wrongly typed argument."
-    known = {t['function']['name']: t['function']['parameters'] for t in tools}
+    known = {schema['function']['name']: schema['function']['parameters'] for schema in tools}
     if call.name not in known: return f'no tool {call.name!r}; the tools are {", ".join(known)}'
     schema = known[call.name]
-    for k in schema.get('required', ()):
-        if k not in call.arguments: return f'{call.name}: argument {k!r} is missing'
-    for k, v in call.arguments.items():
-        if k not in schema['properties']: return f'{call.name}: no argument {k!r}'
-        kind = schema['properties'][k].get('type')
+    for name in schema.get('required', ()):
+        if name not in call.arguments: return f'{call.name}: argument {name!r} is missing'
+    for name, value in call.arguments.items():
+        if name not in schema['properties']: return f'{call.name}: no argument {name!r}'
+        kind = schema['properties'][name].get('type')
         want = _TYPES.get(kind, object)
-        if not isinstance(v, want) or isinstance(v, bool) and kind in ('integer', 'number'):
-            return f'{call.name}: {k!r} must be of type {kind}, got {v!r}'
+        if not isinstance(value, want) or isinstance(value, bool) and kind in ('integer', 'number'):
+            return f'{call.name}: {name!r} must be of type {kind}, got {value!r}'
     return None
 
 # %% ../../nbs/envs/01_base.ipynb #fe5bd226

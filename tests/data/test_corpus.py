@@ -8,7 +8,7 @@ import pytest
 from kat.core.chat import train_tokenizer
 from kat.data.corpus import (DRILLS, INSTRUCTIONS, base_documents, commit, encode, identifiers, instruction, reasoning,
                              source_files, drill_pairs)
-from kat.envs.micro import make_task
+from kat.envs.micro_tasks import make_task
 
 WORDS = 'total price count area speed level margin offset width height depth power'.split()
 

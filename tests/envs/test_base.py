@@ -29,11 +29,12 @@ class Count(Env):
 
     async def step(self, calls):
         results = []
-        for c in calls:
-            wrong = bad_call(c, self.tools)
+        for call in calls:
+            wrong = bad_call(call, self.tools)
             if not wrong:
-                self.total += c.arguments['n']
-            results.append(ToolResult(c.id, wrong or str(self.total), ok=not wrong, event='error' if wrong else None))
+                self.total += call.arguments['n']
+            event = 'error' if wrong else None
+            results.append(ToolResult(call.id, wrong or str(self.total), ok=not wrong, event=event))
         return Observation(results=results, done=self.total >= self.goal)
 
     async def grade(self):
@@ -48,10 +49,11 @@ def test_an_episode_of_parallel_calls():
             obs = await env.reset(Task('t', 'test-count', data=dict(goal=6)))
             assert obs.messages == [dict(role='user', content='Reach 6.')] and not obs.done
             arguments = dict(a=dict(n=2), b={}, c=dict(n=3))
-            obs = await env.step([ToolCall('add', v, k) for k, v in arguments.items()])
+            obs = await env.step([ToolCall('add', values, name) for name, values in arguments.items()])
             return env, obs, await env.grade()
     env, obs, grade = asyncio.run(episode())
-    assert [(r.id, r.ok, r.event) for r in obs.results] == [('a', True, None), ('b', False, 'error'), ('c', True, None)]
+    told = [(result.id, result.ok, result.event) for result in obs.results]
+    assert told == [('a', True, None), ('b', False, 'error'), ('c', True, None)]
     assert obs.done and grade == Grade(1.0, dict(exact=True)) and env.closed == 1
 
 

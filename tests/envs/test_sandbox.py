@@ -28,10 +28,10 @@ bwrap = pytest.mark.skipif(not features().works, reason=f'bubblewrap does not wo
 KINDS = [pytest.param('walls', marks=bwrap), 'bare']
 
 
-def make(kind, **kw):
+def make(kind, **options):
     with warnings.catch_warnings():
         warnings.simplefilter('ignore', SandboxWarning)
-        pool = WarmPool(**{'limits': QUICK, 'bwrap': None if kind == 'walls' else FAIL, **kw})
+        pool = WarmPool(**{'limits': QUICK, 'bwrap': None if kind == 'walls' else FAIL, **options})
     assert pool.walls == (kind == 'walls')
     return pool
 
@@ -39,8 +39,8 @@ def make(kind, **kw):
 @pytest.fixture(scope='module', params=KINDS)
 def pool(request):
     "A pool of either kind."
-    with make(request.param) as p:
-        yield p
+    with make(request.param) as made:
+        yield made
 
 
 @pytest.fixture(scope='module')
@@ -48,22 +48,22 @@ def walled():
     "A pool in bubblewrap."
     if not features().works:
         pytest.skip(f'bubblewrap does not work here: {features().reason}')
-    with make('walls') as p:
-        yield p
+    with make('walls') as made:
+        yield made
 
 
-def value(pool, main, **kw):
-    r = pool.run(Job(main, **kw))
-    assert r.status == 'ok', r
-    return r.value
+def value(pool, main, **job):
+    done = pool.run(Job(main, **job))
+    assert done.status == 'ok', done
+    return done.value
 
 
 def ended(pids, seconds=10):
     "Whether all these processes end in time."
     until = time.monotonic() + seconds
-    for p in pids:
+    for pid in pids:
         try:
-            fd = os.pidfd_open(p)
+            fd = os.pidfd_open(pid)
         except ProcessLookupError:
             continue
         if not select.select([fd], [], [], max(0, until - time.monotonic()))[0]: return False
@@ -77,8 +77,8 @@ def test_files_args_value_and_output(pool):
     files = {'pkg/__init__.py': '', 'pkg/m.py': 'def f(x): return x * 2\n', 'data/ü.txt': 'naïve ✓\r\n'}
     main = ('import sys, pkg.m\nprint("out"); print("err", file=sys.stderr)\n'
             'result([pkg.m.f(args["x"]), open("data/ü.txt", newline="").read(), __name__])')
-    r = pool.run(Job(main, files, dict(x=21)))
-    assert r == JobResult('ok', [42, 'naïve ✓\r\n', '__main__'], 'out\nerr\n') and r.wall_s > 0
+    done = pool.run(Job(main, files, dict(x=21)))
+    assert done == JobResult('ok', [42, 'naïve ✓\r\n', '__main__'], 'out\nerr\n') and done.wall_s > 0
 
 
 def test_no_result_is_none(pool):
@@ -139,13 +139,13 @@ def test_every_job_starts_the_same(pool):
     ('import os; os.write(3, b\'{"end": "error", "error": [1]}\\n\'); os._exit(0)', '[1]'),
 ])
 def test_errors_are_told(pool, main, says):
-    r = pool.run(Job(main))
-    assert (r.status, r.value) == ('error', None) and says in r.error
+    done = pool.run(Job(main))
+    assert (done.status, done.value) == ('error', None) and says in done.error
 
 
 def test_a_traceback_shows_the_jobs_own_lines_only(pool):
-    r = pool.run(Job('import m\nm.f()', {'m.py': 'def f():\n    raise ValueError("ü")\n'}))
-    assert r.error.splitlines() == [
+    done = pool.run(Job('import m\nm.f()', {'m.py': 'def f():\n    raise ValueError("ü")\n'}))
+    assert done.error.splitlines() == [
         'Traceback (most recent call last):', '  File "<main>", line 2, in <module>', '    m.f()',
         '  File "m.py", line 2, in f', '    raise ValueError("ü")', 'ValueError: ü']
 
@@ -153,41 +153,41 @@ def test_a_traceback_shows_the_jobs_own_lines_only(pool):
 @pytest.mark.parametrize('main', ['while True: pass', 'import time; time.sleep(60)',
                                   'import threading\nthreading.Event().wait()', 'open(0).read()\nwhile True: pass'])
 def test_time(pool, main):
-    r = pool.run(Job('print("begun")\n' + main, limits=SHORT))
-    assert r == JobResult('timeout', None, 'begun\n', 'longer than 0.5 s')
+    done = pool.run(Job('print("begun")\n' + main, limits=SHORT))
+    assert done == JobResult('timeout', None, 'begun\n', 'longer than 0.5 s')
 
 
 def test_cpu_time_counts_without_the_clock(walled):
-    r = walled.run(Job('while True: pass', limits=Limits(cpu_s=1, wall_s=30)))
-    assert r == JobResult('timeout', error='more than 1 s of CPU time')
+    done = walled.run(Job('while True: pass', limits=Limits(cpu_s=1, wall_s=30)))
+    assert done == JobResult('timeout', error='more than 1 s of CPU time')
 
 
 @pytest.mark.parametrize('main', ['x = bytearray(10**9)', 'x = [0] * 10**9', 'import mmap\nmmap.mmap(-1, 10**9)\n'])
 def test_memory(pool, main):
-    r = pool.run(Job(main))
-    assert r.status == ('memory' if 'mmap' not in main else 'error') and r.value is None
-    if r.status == 'memory':
-        assert r.error == 'more than 256 MB of memory'
+    done = pool.run(Job(main))
+    assert done.status == ('memory' if 'mmap' not in main else 'error') and done.value is None
+    if done.status == 'memory':
+        assert done.error == 'more than 256 MB of memory'
 
 
 def test_output_is_capped(pool):
     lim = Limits(output_kb=3, wall_s=5)
     for main in ('while True: print("x" * 99)', 'import os\nwhile True: os.write(2, b"x" * 5000)', 'print("x" * 4000)'):
-        r = pool.run(Job(main, limits=lim))
-        assert (r.status, len(r.stdout), r.error) == ('output', 3072, 'more than 3 kB printed or returned')
+        done = pool.run(Job(main, limits=lim))
+        assert (done.status, len(done.stdout), done.error) == ('output', 3072, 'more than 3 kB printed or returned')
     assert pool.run(Job('result("x" * 4000)', limits=lim)).status == 'output'
     assert pool.run(Job('import os; os.write(1, b"x" * 3071 + b"\\n")', limits=lim)).status == 'ok'
     assert pool.run(Job(r'print("\udc80 ok"); import os; os.write(1, b"\xff")')).stdout == '\\udc80 ok\n\ufffd'
 
 
 def test_files_are_capped(pool):
-    r = pool.run(Job('f = open("x", "wb", 0)\nfor i in range(20): f.write(bytes(10**6))'))
-    assert r.status == 'error' and ('File too large' in r.error or 'No space left' in r.error)
+    done = pool.run(Job('f = open("x", "wb", 0)\nfor i in range(20): f.write(bytes(10**6))'))
+    assert done.status == 'error' and ('File too large' in done.error or 'No space left' in done.error)
 
 
 def test_all_files_together_are_capped(walled):
-    r = walled.run(Job('for i in range(20): open(str(i), "wb").write(bytes(10**6))'))
-    assert r.status == 'error' and 'No space left' in r.error
+    done = walled.run(Job('for i in range(20): open(str(i), "wb").write(bytes(10**6))'))
+    assert done.status == 'error' and 'No space left' in done.error
 
 
 def test_crashes_are_told(pool):
@@ -198,17 +198,18 @@ def test_crashes_are_told(pool):
 
 def test_too_many_processes(pool):
     "A bomb with a bound: every child sleeps."
-    r = pool.run(Job('import os, time\nfor i in range(40):\n  if os.fork() == 0:\n    time.sleep(60)\ntime.sleep(60)'))
-    assert (r.status, r.error) == ('killed', 'more than 8 processes') or 'BlockingIOError' in r.error
+    main = 'import os, time\nfor i in range(40):\n  if os.fork() == 0:\n    time.sleep(60)\ntime.sleep(60)'
+    done = pool.run(Job(main))
+    assert (done.status, done.error) == ('killed', 'more than 8 processes') or 'BlockingIOError' in done.error
     assert value(pool, 'result(1)') == 1
 
 
 def test_a_fork_bomb_harms_nobody(walled):
     with make('walls') as other:
-        t = threading.Thread(target=walled.run, args=[Job('import os\nwhile True: os.fork()')])
-        t.start()
+        bomb = threading.Thread(target=walled.run, args=[Job('import os\nwhile True: os.fork()')])
+        bomb.start()
         assert all(value(other, 'result(args)', args=i) == i for i in range(20))
-        t.join()
+        bomb.join()
     main = 'import os; result(sum(p.isdigit() for p in os.listdir("/proc")))'
     assert value(walled, main) == 2  # the zygote and this job
 
@@ -258,13 +259,13 @@ def test_threads_do_not_hold_a_job_up(pool):
 ])
 def test_walls(walled, main, says):
     with socket.create_server(('127.0.0.1', 0)) as server:
-        r = walled.run(Job(main, args=server.getsockname()[1]))
-    assert r.status == 'error' and says in r.error, r
+        done = walled.run(Job(main, args=server.getsockname()[1]))
+    assert done.status == 'error' and says in done.error, done
 
 
 def test_system_calls_are_filtered(walled):
     machine = platform.machine()
-    col = sandbox._MACHINES[machine][0]
+    column = sandbox._MACHINES[machine][0]
     main = '''
 import ctypes
 libc, got = ctypes.CDLL(None, use_errno=True), {}
@@ -272,8 +273,8 @@ for name, n in args.items():
     got[name] = [libc.syscall(n, 0, 0, 0, 0, 0, 0), ctypes.get_errno()]
 result(got)
 '''
-    got = value(walled, main, args={k: v[col] for k, v in sandbox._DENIED.items()})
-    assert got == {k: [-1, 1] for k in sandbox._DENIED}
+    got = value(walled, main, args={name: numbers[column] for name, numbers in sandbox._DENIED.items()})
+    assert got == {name: [-1, 1] for name in sandbox._DENIED}
 
 
 def test_bare_jobs_have_neither_signals_nor_sockets():
@@ -351,15 +352,15 @@ def test_order_and_results_do_not_depend_on_workers(pool):
 def test_two_pools_and_many_threads(pool):
     with make('walls' if pool.walls else 'bare', workers=2) as other:
         got = {}
-        def work(k):
-            p = (pool, other)[k % 2]
-            got[k] = [p.run(Job('result(args)', args=[k, i])).value for i in range(8)]
-        threads = [threading.Thread(target=work, args=[k]) for k in range(6)]
-        for t in threads:
-            t.start()
-        for t in threads:
-            t.join()
-    assert got == {k: [[k, i] for i in range(8)] for k in range(6)}
+        def work(number):
+            mine = (pool, other)[number % 2]
+            got[number] = [mine.run(Job('result(args)', args=[number, i])).value for i in range(8)]
+        threads = [threading.Thread(target=work, args=[number]) for number in range(6)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    assert got == {number: [[number, i] for i in range(8)] for number in range(6)}
 
 
 def test_coroutines(pool):
@@ -378,12 +379,13 @@ def test_a_dead_worker_is_replaced(pool):
 
 def test_a_worker_killed_in_mid_job_is_replaced_and_the_job_runs_again(pool):
     before, got, known = pool._live[0].proc, [], set(zygote.descendants())
-    t = threading.Thread(target=lambda: got.append(pool.run(Job('import time; time.sleep(.7); result("done")'))))
-    t.start()
+    job = Job('import time; time.sleep(.7); result("done")')
+    caller = threading.Thread(target=lambda: got.append(pool.run(job)))
+    caller.start()
     while set(zygote.descendants()) <= known:
         pass  # until the job has its process
     before.kill()
-    t.join()
+    caller.join()
     assert got[0].value == 'done' and pool._live[0].proc is not before
 
 
@@ -395,8 +397,8 @@ def test_a_job_that_always_ends_its_worker_is_killed_and_not_void(pool, monkeypa
             os.kill(pool._live[0].proc.pid, signal.SIGKILL)
         return exchange(ctl, job, lim, stop)
     monkeypatch.setattr(sandbox, '_exchange', dying)
-    r = pool.run(Job('import time; time.sleep(9)  # poison'))
-    assert r == JobResult('killed', error='the job ended its worker, twice')
+    done = pool.run(Job('import time; time.sleep(9)  # poison'))
+    assert done == JobResult('killed', error='the job ended its worker, twice')
     assert len(lost) == 2 and value(pool, 'result(1)') == 1
 
 
@@ -464,12 +466,12 @@ while len(mine := set(zygote.descendants())) < len(before) + 2: pass
 print(*mine, flush=True)
 threading.Event().wait()
 '''
-    p = subprocess.Popen([sys.executable, '-W', 'ignore', '-c', script], stdout=subprocess.PIPE, text=True,
-                         env={**os.environ, 'TMPDIR': str(tmp_path)})
-    pids = [int(x) for x in p.stdout.readline().split()]
+    host = subprocess.Popen([sys.executable, '-W', 'ignore', '-c', script], stdout=subprocess.PIPE, text=True,
+                            env={**os.environ, 'TMPDIR': str(tmp_path)})
+    pids = [int(pid) for pid in host.stdout.readline().split()]
     assert len(pids) >= 3 and any(tmp_path.iterdir()) == (kind == 'bare')
-    p.kill()
-    p.wait()
+    host.kill()
+    host.wait()
     assert ended(pids) and not any(tmp_path.iterdir())
 
 
@@ -524,11 +526,11 @@ def test_paths_stay_inside(path):
         Job('', files={'a.py': b''})
 
 
-@pytest.mark.parametrize('k', ['memory_mb', 'cpu_s', 'wall_s', 'processes', 'output_kb', 'files_mb'])
-def test_limits_are_checked(k):
-    for v in (0, -1, float('nan')):
-        with pytest.raises(ValueError, match=f'Limits.{k}'):
-            Limits(**{k: v})
+@pytest.mark.parametrize('name', ['memory_mb', 'cpu_s', 'wall_s', 'processes', 'output_kb', 'files_mb'])
+def test_limits_are_checked(name):
+    for limit in (0, -1, float('nan')):
+        with pytest.raises(ValueError, match=f'Limits.{name}'):
+            Limits(**{name: limit})
 
 
 def test_bad_arguments(pool):
@@ -555,11 +557,11 @@ def repo(tmp_path):
 
 def test_exec(repo):
     box = Bubblewrap()
-    r = box.exec(['sh', '-c', 'pwd; id -un; echo $A $HOME; echo no >&2; exit 3'], repo, env=dict(A='b'))
-    assert (r.rc, r.stdout, r.stderr, r.error) == (3, '/workspace\nagent\nb /tmp\n', 'no\n', None)
+    done = box.exec(['sh', '-c', 'pwd; id -un; echo $A $HOME; echo no >&2; exit 3'], repo, env=dict(A='b'))
+    assert (done.rc, done.stdout, done.stderr, done.error) == (3, '/workspace\nagent\nb /tmp\n', 'no\n', None)
     assert box.exec(['nothing-such'], repo).rc == 127
-    r = box.exec(['cat', str(repo.parent / 'secret'), str(repo / 'calc.py')], repo)
-    assert r.rc == 1 and r.stdout == ''
+    done = box.exec(['cat', str(repo.parent / 'secret'), str(repo / 'calc.py')], repo)
+    assert done.rc == 1 and done.stdout == ''
     assert box.exec(['sh', '-c', 'kill -9 $$'], repo).error == 'ended by SIGKILL'
 
 
@@ -575,10 +577,10 @@ def test_exec_writes(repo, monkeypatch):
 
 def test_exec_limits(repo):
     box = Bubblewrap()
-    r = box.exec(['sh', '-c', 'echo begun; (setsid sleep 600 &) ; sleep 600'], repo, SHORT)
-    assert (r.timed_out, r.stdout, r.error) == (True, 'begun\n', 'longer than 0.5 s')
-    r = box.exec(['sh', '-c', 'yes | head -c 9000; echo done >&2'], repo, Limits(output_kb=2))
-    assert (r.rc, len(r.stdout), r.stderr, r.truncated) == (0, 2048, 'done\n', True)
+    done = box.exec(['sh', '-c', 'echo begun; (setsid sleep 600 &) ; sleep 600'], repo, SHORT)
+    assert (done.timed_out, done.stdout, done.error) == (True, 'begun\n', 'longer than 0.5 s')
+    done = box.exec(['sh', '-c', 'yes | head -c 9000; echo done >&2'], repo, Limits(output_kb=2))
+    assert (done.rc, len(done.stdout), done.stderr, done.truncated) == (0, 2048, 'done\n', True)
     python = lambda code, *a: box.exec([os.path.realpath(sys.executable), '-S', '-c', code], repo, *a)
     assert 'MemoryError' in python('x = bytearray(10**9)', QUICK).stderr
     assert python('while True: pass', Limits(cpu_s=1, wall_s=30)).error == 'more than 1 s of CPU time'

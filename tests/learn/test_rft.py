@@ -14,7 +14,8 @@ from kat.core.io import write_jsonl
 from kat.core.types import Segment, Trajectory
 from kat.envs.base import ToolCall
 from kat.envs.expert import Expert
-from kat.envs.micro import SYSTEM, MicroEnv, make_task
+from kat.envs.micro import SYSTEM, MicroEnv
+from kat.envs.micro_tasks import make_task
 from kat.learn.rft import (Alignment, Attempt, GroundTruth, Monitor, discrepancy, rft_advantages, load_ground_truths,
                            normal_turn, parts, patch_facts, rft_reward, save_ground_truths, savings, shadow, shared, squeeze)
 from kat.learn.rl import make_row

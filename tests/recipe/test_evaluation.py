@@ -5,7 +5,7 @@ import torch
 
 from kat.recipe.rollouts import ModelPolicy, rollout
 from kat.core.io import read_parquet
-from kat.envs.micro import make_task
+from kat.envs.micro_tasks import make_task
 from kat.recipe.pipeline import ROOT, UserError
 from kat.infer.engines import HFEngine
 from kat.recipe.evaluation import evaluate

@@ -12,7 +12,8 @@ from kat.core.chat import extend_segments, generation_segments, parse_calls, ren
 from kat.core.types import Segment, Trajectory
 from kat.envs.base import Env, Grade, InfraError, Observation, ToolCall, ToolResult
 from kat.envs.expert import Expert
-from kat.envs.micro import SYSTEM, MicroEnv, make_task
+from kat.envs.micro import SYSTEM, MicroEnv
+from kat.envs.micro_tasks import make_task
 from kat.envs.sandbox import WarmPool
 from kat.recipe.pipeline import ROOT
 from kat.infer.engines import Completion, HFEngine, Request
