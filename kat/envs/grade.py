@@ -7,10 +7,10 @@ __all__ = ['MACHINE', 'COMPARE', 'DECIDE', 'ASK', 'CONFIGURES', 'TESTS', 'CACHES
            'ARGUMENTS', 'CHANNEL_KB', 'PASSED', 'settle', 'Verdict', 'together', 'Check', 'checks_of', 'plain',
            'unplain', 'holds', 'ask_job', 'judge_answers', 'grade_answers', 'decides', 'read_tree', 'hides',
            'known_modules', 'merge_trees', 'write_tree', 'literal', 'another', 'inverted', 'Candidate', 'candidates',
-           'exchange', 'canary', 'new_name', 'plant', 'read_reports', 'judge_tests', 'Suite', 'Prepared', 'prepare',
-           'Run', 'run_tests', 'grade_tests']
+           'exchange', 'canary', 'new_name', 'plant', 'read_reports', 'judge_tests', 'Suite', 'package_folders',
+           'Prepared', 'prepare', 'Run', 'run_tests', 'grade_tests']
 
-# %% ../../nbs/envs/07_grade.ipynb #dc9a471d
+# %% ../../nbs/envs/07_grade.ipynb #f37e4883
 import ast
 import asyncio
 import hmac
@@ -539,7 +539,7 @@ def read_reports(
             found.append(said if number == len(found) else ['disorder'])
     return found
 
-# %% ../../nbs/envs/07_grade.ipynb #78e45592
+# %% ../../nbs/envs/07_grade.ipynb #aaa7710b
 PASSED = ['setup passed', 'call passed', 'teardown passed']
 
 def judge_tests(
@@ -558,7 +558,7 @@ def judge_tests(
             ends.append(said[0])
         disorder += kind == 'disorder'
     good = {n for n, runs in seen.items() if all(set(r) == set(PASSED) for r in runs)}
-    bad = {n for n, runs in seen.items() if any('failed' in part for r in runs for part in r)}
+    bad = {n for n, runs in seen.items() if all(any('failed' in part for part in r) for r in runs)}
     tests = {name: now in good for name, now in expected.items()}
     if not all(tests.values()): return Verdict(tests)
     ids = lambda name: {n for n in seen if n.split('[')[0] == name}
@@ -568,7 +568,7 @@ def judge_tests(
         wrong.append(f'exit code {ends} told, {code} seen, 1 expected')
     return Verdict(tests, '; '.join([*wrong, *['reports out of order'][:disorder]][:3]))
 
-# %% ../../nbs/envs/07_grade.ipynb #c76f826c
+# %% ../../nbs/envs/07_grade.ipynb #e7f27b6b
 @dataclass(frozen=True)
 class Suite:
     "Tests that are code, and where they run."
@@ -584,7 +584,8 @@ class Suite:
             if '::' not in name: raise ValueError(f"Suite.expected: {name!r} must be a test's id such as test_a.py::test_b")
         if not self.expected: raise ValueError('Suite.expected is empty: without an expected test every state would pass')
 
-def _sites(suite: Suite) -> list:
+def package_folders(suite: Suite) -> list:
+    "Folders of installed packages. Raises `InfraError` where there is no pytest."
     if suite.site: return [str(s) for s in suite.site]
     found = importlib.util.find_spec('pytest')
     if not found: raise InfraError('grade: pytest is not installed here: pip install pytest, or name Suite.site')
@@ -671,7 +672,7 @@ def run_tests(
         return Run(got.rc, messages, 'output', f'more than {suite.limits.output_kb} kB printed')
     return Run(got.rc, messages, got.cause, got.error)
 
-# %% ../../nbs/envs/07_grade.ipynb #b8249dc2
+# %% ../../nbs/envs/07_grade.ipynb #0070d7d5
 async def grade_tests(
     suite: Suite,
     agent: Path | dict,  # folder that the agent left, or its tree
@@ -679,7 +680,7 @@ async def grade_tests(
     right: Path | dict | None = None,  # a state known to be right, for control runs; None: the task's own state
 ) -> Verdict:
     "Grade a state by tests that are code. Raises `InfraError` when the machine or the task failed."
-    sites, draw = _sites(suite), random.Random(secrets.randbits(64))
+    sites, draw = package_folders(suite), random.Random(secrets.randbits(64))
     tree = lambda state: state if isinstance(state, dict) else read_tree(state)
     done = prepare(suite, tree(agent), sites, draw)
     run = lambda what: asyncio.to_thread(run_tests, what, suite, sites, box)

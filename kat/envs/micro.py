@@ -188,7 +188,7 @@ def _bound(node: ast.stmt, files: dict) -> list:
 
 # %% ../../nbs/envs/05_micro.ipynb #2ebc5ea6
 LIMITS = Limits(memory_mb=256, cpu_s=1, wall_s=3)
-QUICK_S = .25  # CPU seconds for an answer that takes microseconds
+QUICK_S = .1  # CPU seconds for an answer that takes microseconds
 TIMER = f'import signal\nsignal.setitimer(signal.ITIMER_PROF, {QUICK_S})\n'
 
 async def _quick(pool, checks: list, files: dict, right: dict) -> Verdict:
