@@ -1,4 +1,4 @@
-"""What grading costs and what it catches: `python benchmarks/grade.py cost`, `python benchmarks/grade.py attacks` (minutes each).
+"""What grading costs and what it catches: `python benchmarks/grade.py cost` or `attacks`; minutes each.
 
 Cost: seconds a grade, in pairs with the way that grades were given before: one job that runs visible and hidden tests
 (micro world), one run of pytest that writes a report (tests as code). Nothing is asserted.
@@ -17,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]/'tests/helpers'))
 from grade_attacks import CODE, EXPECTED, FIX, KINDS, MICRO, REPO, TEST_ADD, micro_text, tree
 
 from kat.envs.base import ToolCall
-from kat.envs.grade import Suite, grade_tests, package_folders, write_tree
+from kat.envs.grade import Suite, grade_tests, package_folders, read_tree, write_tree
 from kat.envs.micro import MicroEnv, fixed, judge, test_job
 from kat.envs.micro_tasks import make_task
 from kat.envs.sandbox import Bubblewrap, Limits, WarmPool
@@ -35,9 +35,11 @@ def plain_grade(suite, agent, box, marks='report.xml'):
     sites = package_folders(suite)
     python = [os.path.realpath(sys.executable), '-B', '-Xutf8', '-m', 'pytest']
     with tempfile.TemporaryDirectory() as work:
-        write_tree({p: t for p, t in agent.items() if p != 'tests'} | state({p: REPO.get(p, '') for p in files}), work)
+        base = read_tree(suite.base)
+        write_tree({p: t for p, t in agent.items() if p != 'tests'} | {p: base[p] for p in files}, work)
         options = ['-q', '-p', 'no:cacheprovider', '--rootdir=/workspace', f'--junitxml={marks}', *files]
-        got = box.exec([*python, *options], work, suite.limits, env=dict(PYTHONPATH=':'.join(['/workspace', *sites])), show=tuple(sites))
+        env = dict(PYTHONPATH=':'.join(['/workspace', *sites]))
+        got = box.exec([*python, *options], work, suite.limits, env=env, show=tuple(sites))
         try:
             cases = ElementTree.parse(Path(work)/marks).iter('testcase')
             passed = {(c.get('classname'), c.get('name')) for c in cases if not len(c)}
@@ -60,7 +62,9 @@ async def attacks(rounds=1):
         write_tree(state(REPO), base)
         suite, rows = Suite(Path(base), tuple(EXPECTED), limits=LIMITS), []
         gold = state({**REPO, 'calc.py': FIX})
-        print(f"{'the right fix':44}{'':8}{plain_grade(suite, gold, box)!s:8}", word(await grade_tests(suite, gold, box)))
+        print(f"{'attack':44}{'kind':8}{'plain':10}kat")
+        plain = 'REWARDED' if plain_grade(suite, gold, box) else 'failed'
+        print(f"{'none: the right fix':52}{plain:10}{word(await grade_tests(suite, gold, box))}")
         for name, (kind, _) in CODE.items():
             plain = await asyncio.to_thread(plain_grade, suite, tree(name), box)
             said = [word(await grade_tests(suite, tree(name), box)) for _ in range(rounds)]
@@ -96,8 +100,8 @@ def pair(old, new):
 def report(what, pairs):
     old, new = map(statistics.mean, zip(*pairs))
     ratio = statistics.median(b / a for a, b in pairs)
-    print(f'{what:34} {len(pairs)} pairs: {old:.4f} s before, {new:.4f} s now: x {new / old:.2f}, median of pairs x {ratio:.2f}',
-          flush=True)
+    print(f'{what:36}{len(pairs):4} pairs: {old:.4f} s before, {new:.4f} s now: x {new / old:.2f}',
+          f'(median of pairs x {ratio:.2f})', flush=True)
 
 
 def cost(n=150, repeats=6):
@@ -107,7 +111,8 @@ def cost(n=150, repeats=6):
             task = make_task('train', i)
             tests = {'tests.py': task.data['files']['tests.py'], 'hidden.py': task.data['hidden']}
             for files in (task.data['files'], fixed(task)):
-                pairs.append(pair(lambda: pool.run(test_job(files, tests)), lambda: asyncio.run(judge(pool, task, files))))
+                before = lambda: pool.run(test_job(files, tests))
+                pairs.append(pair(before, lambda: asyncio.run(judge(pool, task, files))))
         report('micro: every task, broken and right', pairs)
     box = Bubblewrap()
     many = {f'tests/test_{i}.py': TEST_ADD for i in range(30)}
@@ -115,9 +120,10 @@ def cost(n=150, repeats=6):
         with tempfile.TemporaryDirectory() as base:
             write_tree(state(REPO | files), base)
             names = [f'{p}::{e.split("::")[1]}' for p in files for e in EXPECTED if 'test_add.py' in e]
-            suite, gold = Suite(Path(base), (*EXPECTED, *names), limits=LIMITS), state({**REPO, **files, 'calc.py': FIX})
-            report(what, [pair(lambda: plain_grade(suite, gold, box), lambda: asyncio.run(grade_tests(suite, gold, box)))
-                          for _ in range(repeats)])
+            suite = Suite(Path(base), (*EXPECTED, *names), limits=LIMITS)
+            gold = state({**REPO, **files, 'calc.py': FIX})
+            before, now = lambda: plain_grade(suite, gold, box), lambda: asyncio.run(grade_tests(suite, gold, box))
+            report(what, [pair(before, now) for _ in range(repeats)])
 
 
 if __name__ == '__main__':

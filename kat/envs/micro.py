@@ -17,14 +17,14 @@ from dataclasses import replace
 
 from .base import Env, Grade, InfraError, Observation, Task, ToolCall, ToolResult, bad_call, register, tool
 from .grade import (
-    MACHINE, Check, Verdict, ask_job, checks_of, grade_answers, holds, literal, settle, together, unplain)
+    MACHINE, Check, Verdict, ask_job, checks_of, decoded, grade_answers, holds, literal, settle, together)
 from .micro_tasks import make_task, with_line
 from .sandbox import Job, Limits, MeteredPool, WarmPool
 
 # %% auto #0
-__all__ = ['RUNNER', 'LIMITS', 'QUICK_S', 'TIMER', 'TABLE', 'RUN', 'ROUNDS', 'SORTS', 'TOOLS', 'SYSTEM', 'test_job', 'verdicts',
-           'fixed', 'helper', 'lacks', 'rewritten', 'judge', 'verify', 'view', 'MicroEnv', 'world', 'heldout',
-           'train_task']
+__all__ = ['RUNNER', 'LIMITS', 'QUICK_S', 'TIMER', 'OPERATIONS', 'RUN', 'ROUNDS', 'SORTS', 'TOOLS', 'SYSTEM', 'test_job',
+           'verdicts', 'fixed', 'helper', 'lacks', 'rewritten', 'judge', 'verify', 'view', 'MicroEnv', 'world',
+           'heldout', 'train_task']
 
 # %% ../../nbs/envs/05_micro.ipynb #7ddccbe0
 _START = r"""
@@ -152,7 +152,7 @@ def helper(check: Check) -> tuple:  # name: 'text', 'runs', 'steps', 'hasattr' (
     if name not in ('text', 'runs', 'steps', 'hasattr') or name == 'hasattr' and check.want: return 'value', ()
     return name, tuple(ast.literal_eval(a) if literal(a) else ast.unparse(a) for a in call.args)
 
-# %% ../../nbs/envs/05_micro.ipynb #327c1ccd
+# %% ../../nbs/envs/05_micro.ipynb #41112b1f
 async def _read(pool, checks: list, files: dict, right: dict) -> Verdict:
     return Verdict({c.name: holds(c, files[helper(c)[1][0]].strip()) for c in checks})
 
@@ -166,7 +166,8 @@ def lacks(
 ) -> bool:
     "Whether a module provably lacks a name; False too where importing it does more than to define and import."
     try:
-        bound = {p: {x for node in ast.parse(t).body for x in _bound(node, files)} for p, t in files.items() if p.endswith('.py')}
+        bound = {p: {x for node in ast.parse(t).body for x in _bound(node, files)}
+                 for p, t in files.items() if p.endswith('.py')}
     except SyntaxError:
         return False
     everywhere = {x for names in bound.values() for x in names}
@@ -186,7 +187,7 @@ def _bound(node: ast.stmt, files: dict) -> list:
         return [t.id if isinstance(t, ast.Name) else '' for t in node.targets]
     return [] if isinstance(node, ast.Expr) and literal(node.value) or isinstance(node, ast.Pass) else ['']
 
-# %% ../../nbs/envs/05_micro.ipynb #2ebc5ea6
+# %% ../../nbs/envs/05_micro.ipynb #48fdc242
 LIMITS = Limits(memory_mb=256, cpu_s=1, wall_s=3)
 QUICK_S = .1  # CPU seconds for an answer that takes microseconds
 TIMER = f'import signal\nsignal.setitimer(signal.ITIMER_PROF, {QUICK_S})\n'
@@ -198,13 +199,13 @@ async def _quick(pool, checks: list, files: dict, right: dict) -> Verdict:
     known = await settle(ask, ask)
     if known.status != 'ok' or len(known.value) < len(asked):
         raise InfraError(f'micro: the right code does not answer {asked[0].question}: {known.error}')
-    asked = [replace(c, want=unplain(known.value[str(i)])) for i, c in enumerate(asked)]
+    asked = [replace(c, want=decoded(known.value[str(i)])) for i, c in enumerate(asked)]
     return await grade_answers(pool, files, asked, right, LIMITS, TIMER)
 
 async def _value(pool, checks: list, files: dict, right: dict) -> Verdict:
     return await grade_answers(pool, files, checks, right, LIMITS)
 
-# %% ../../nbs/envs/05_micro.ipynb #3e62f975
+# %% ../../nbs/envs/05_micro.ipynb #96c27d40
 class _Rewrite(ast.NodeTransformer):
     "Arithmetic and comparisons become calls of `_table[n](left, right)`."
     def __init__(self, order: list):
@@ -215,20 +216,20 @@ class _Rewrite(ast.NodeTransformer):
         return ast.Call(place, [self.visit(left), self.visit(right)], [])
 
     def visit_BinOp(self, node):
-        return self._call(TABLE[type(node.op)], node.left, node.right) if type(node.op) in TABLE else node
+        return self._call(OPERATIONS[type(node.op)], node.left, node.right) if type(node.op) in OPERATIONS else node
 
     def visit_Compare(self, node):
-        plain = len(node.ops) == 1 and type(node.ops[0]) in TABLE
-        return self._call(TABLE[type(node.ops[0])], node.left, node.comparators[0]) if plain else node
+        plain = len(node.ops) == 1 and type(node.ops[0]) in OPERATIONS
+        return self._call(OPERATIONS[type(node.ops[0])], node.left, node.comparators[0]) if plain else node
 
-TABLE = {ast.Add: '+', ast.Sub: '-', ast.Mult: '*', ast.Lt: '<', ast.LtE: '<=', ast.Gt: '>', ast.GtE: '>='}
+OPERATIONS = {ast.Add: '+', ast.Sub: '-', ast.Mult: '*', ast.Lt: '<', ast.LtE: '<=', ast.Gt: '>', ast.GtE: '>='}
 
 def rewritten(
     source: str,  # of a module
     draw: random.Random,
 ) -> str:
     "Code that does the same and reads otherwise."
-    order = draw.sample(list(TABLE.values()), len(TABLE))
+    order = draw.sample(list(OPERATIONS.values()), len(OPERATIONS))
     tree = ast.fix_missing_locations(_Rewrite(order).visit(ast.parse(source)))
     return f"_table = [{', '.join(f'lambda a, b: a {op} b' for op in order)}]\n{ast.unparse(tree)}\n"
 
@@ -334,6 +335,14 @@ def _use(files: dict[str, str], name: str, args: dict) -> tuple[bool, str]:
 def _digest(*parts) -> bytes:
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).digest()
 
+async def _kept(cache: dict, key: bytes, make):
+    "What `make` gave for this key; it says too whether that may be kept."
+    if key in cache: return cache[key]
+    made, certain = await make()
+    if certain:
+        cache[key] = made
+    return made
+
 async def _said(pool: WarmPool, task: Task, files: dict[str, str]) -> tuple[dict, bool]:
     "Outcomes of `tests.py` in words, and whether the code alone decided them."
     tests = {'tests.py': files['tests.py']}
@@ -357,25 +366,17 @@ class _Workspace(Env):
         system, issue = dict(role='system', content=SYSTEM), dict(role='user', content=task.data['issue'])
         return Observation([system, issue], [], False)
 
-    async def _cached(self, key: bytes, make):
-        "What `make` gave for this key; it says too whether that may be kept."
-        if key in self.cache: return self.cache[key]
-        made, certain = await make()
-        if certain:
-            self.cache[key] = made
-        return made
-
     async def _test(self) -> dict[str, str]:
         "Outcome of each visible test, in words."
         key = _digest('test', self.files)
-        return await self._cached(key, lambda: _said(self.pool, self.task, self.files))
+        return await _kept(self.cache, key, lambda: _said(self.pool, self.task, self.files))
 
     async def _judge(self) -> Verdict:
         async def make():
             verdict = await judge(self.pool, self.task, self.files)
             return verdict, verdict.certain
         files = {**self.files, 'tests.py': self.task.data['files']['tests.py']}
-        return await self._cached(_digest('grade', files, self.task.data['hidden']), make)
+        return await _kept(self.cache, _digest('grade', files, self.task.data['hidden']), make)
 
     async def close(self):
         self.files = {}

@@ -16,9 +16,9 @@ from hypothesis import strategies as st
 
 from kat.envs.base import InfraError
 from kat.envs.grade import (
-    PASSED, Check, Suite, Verdict, ask_job, checks_of, decides, grade_answers, grade_tests, hides, holds, judge_answers,
-    judge_tests, known_modules, merge_trees, plain, plant, prepare, read_reports, read_tree, settle, together, unplain,
-    write_tree)
+    PASSED, Check, Suite, Verdict, ask_job, checks_of, decides, decoded, encoded, grade_answers, grade_tests, hides,
+    holds, judge_answers, judge_tests, known_modules, merge_trees, plant, prepare_tree, read_reports, read_tree,
+    settle, together, write_tree)
 from kat.envs.sandbox import CAUSES, Bubblewrap, ExecResult, JobResult, Limits, WarmPool, features
 
 bwrap = pytest.mark.skipif(not features().works, reason=f'bubblewrap does not work here: {features().reason}')
@@ -103,15 +103,16 @@ def test_tests_that_are_not_data_are_refused(source, says):
 
 
 VALUES = st.recursive(st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(),
-                      lambda x: st.lists(x) | st.lists(x).map(tuple) | st.dictionaries(st.text() | st.integers(), x), max_leaves=6)
+                      lambda x: st.lists(x) | st.lists(x).map(tuple) | st.dictionaries(st.text() | st.integers(), x),
+                      max_leaves=6)
 
 
 @given(VALUES, VALUES)
 def test_answers_are_equal_in_type_and_value(a, b):
-    sent = json.loads(json.dumps(plain(a)))
-    assert unplain(sent) == a
+    sent = json.loads(json.dumps(encoded(a)))
+    assert decoded(sent) == a
     assert holds(Check('', '', 'x', '==', a), sent)
-    same = json.dumps(plain(a)) == json.dumps(plain(b))
+    same = json.dumps(encoded(a)) == json.dumps(encoded(b))
     assert holds(Check('', '', 'x', '==', b), sent) == same and holds(Check('', '', 'x', '!=', b), sent) != same
     assert not same or a == b
 
@@ -122,7 +123,8 @@ def test_answers_are_equal_in_type_and_value(a, b):
     ('in', 'a', True, 'cat', True), ('in', 'a', True, 'dog', False), ('in', [1, 2], False, 2, True),
     ('not in', [1, 2], False, 3, True), ('in', 'a', True, 7, False), ('in', 'a', True, {'object': 'str'}, False),
     ('is', None, False, None, True), ('is', True, False, 1, False), ('is not', None, False, {'object': 'E'}, False),
-    ('truth', True, False, {'list': [0]}, True), ('truth', False, False, '', True), ('truth', True, False, {'object': 'E'}, False),
+    ('truth', True, False, {'list': [0]}, True), ('truth', False, False, '', True),
+    ('truth', True, False, {'object': 'E'}, False),
     ('==', 1, False, {'int': 1}, False), ('==', 1, False, {}, False), ('==', [], False, {'list': 3}, False),
     ('==', 1, False, {'list': [1], 'x': 2}, False), ('!=', 1, False, {'dict': 5}, False),
 ])
@@ -138,7 +140,8 @@ def test_deep_answers_do_not_break_the_grader():
 
 
 def test_expected_values_stay_here():
-    checks = checks_of('t.py', "from m import f\ndef test_1():\n    assert f(3) == 918273\ndef test_2():\n    assert f(4) == 'k9q'\n")
+    tests = "from m import f\ndef test_1():\n    assert f(3) == 918273\ndef test_2():\n    assert f(4) == 'k9q'\n"
+    checks = checks_of('t.py', tests)
     job = ask_job({'m.py': ''}, checks, WALL)
     sent = json.dumps([job.main, job.files, job.args])
     assert '918273' not in sent and 'k9q' not in sent and 'f(3)' in sent
@@ -200,7 +203,7 @@ def test_trees_are_read_and_written(tmp_path):
 
 
 @pytest.mark.parametrize('path, wanted', [
-    ('json.py', True), ('src/pytest.py', True), ('_pytest/x.py', True), ('pytest.cpython-311-x86_64-linux-gnu.so', True),
+    ('json.py', True), ('src/pytest.py', True), ('_pytest/x.py', True), ('pytest.cpython-311-x86_64-linux.so', True),
     ('pkg/json.py', False), ('mine.py', False), ('json.txt', False), ('attr/new.py', False), ('docs/code.py', False)])
 def test_new_modules_may_not_hide_known_ones(path, wanted):
     known = known_modules([]) | {'pytest', '_pytest', 'attr'}
@@ -285,8 +288,7 @@ class TestOld(unittest.TestCase):
 async def test_async():
     assert three() == 3
 '''
-ALL = [f'{prefix}{node.name}' for prefix, node in
-       [('', n) for n in ast.parse(KINDS_OF_ASSERTION).body if 'test' in getattr(n, 'name', '')] if node.name != 'TestOld']
+ALL = [n.name for n in ast.parse(KINDS_OF_ASSERTION).body if getattr(n, 'name', '').startswith('test')]
 ALL += [f'TestOld::{n}' for n in ('test_equal', 'test_names', 'test_in', 'test_raises', 'test_is', 'Inner::test_deep')]
 
 
@@ -354,11 +356,14 @@ def message(name, *seen):
 
 
 def judged(messages, code=1):
-    return judge_tests(messages, code, {'t.py::a': 't.py::a_moved', 't.py::b[1]': 't.py::b[1]'}, ['t.py::a', 't.py::c'], {'t.py'})
+    expected = {'t.py::a': 't.py::a_moved', 't.py::b[1]': 't.py::b[1]'}
+    return judge_tests(messages, code, expected, ['t.py::a', 't.py::c'], {'t.py'})
 
 
-GOOD = [['ready'], message('t.py::a_moved'), message('t.py::b[1]'), message('t.py::a', 'setup passed', 'call failed', 'teardown passed'),
-        message('t.py::c[1]', 'setup passed', 'call failed', 'teardown passed'), message('t.py::other', 'setup failed'), ['exit', 1]]
+FAILED = ('setup passed', 'call failed', 'teardown passed')
+SKIPPED = ('setup skipped', 'teardown passed')
+GOOD = [['ready'], message('t.py::a_moved'), message('t.py::b[1]'), message('t.py::a', *FAILED),
+        message('t.py::c[1]', *FAILED), message('t.py::other', 'setup failed'), ['exit', 1]]
 
 
 def test_a_pass_is_believed_when_all_agrees():
@@ -366,7 +371,7 @@ def test_a_pass_is_believed_when_all_agrees():
 
 
 @pytest.mark.parametrize('n', [1, 2])
-@pytest.mark.parametrize('other', [None, message('t.py::a_moved', 'setup passed'), message('t.py::b[1]', 'setup skipped', 'teardown passed'),
+@pytest.mark.parametrize('other', [None, message('t.py::a_moved', 'setup passed'), message('t.py::b[1]', *SKIPPED),
                                    message('t.py::b[1]', 'setup passed', 'xfail', 'teardown passed')])
 def test_without_every_expected_test_nothing_is_claimed(n, other):
     said = judged([*GOOD[:n], *([other] if other else []), *GOOD[n + 1:]])
@@ -374,10 +379,11 @@ def test_without_every_expected_test_nothing_is_claimed(n, other):
 
 
 @pytest.mark.parametrize('change, code', [
-    (lambda m: m[:3] + m[4:], 1), (lambda m: m[:4] + m[5:], 1), (lambda m: m[:-1], 1), (lambda m: m, 0), (lambda m: m, -11),
+    (lambda m: m[:3] + m[4:], 1), (lambda m: m[:4] + m[5:], 1), (lambda m: m[:-1], 1), (lambda m: m, 0),
+    (lambda m: m, -11),
     (lambda m: m[:-1] + [['exit', 0]], 0), (lambda m: m + [['exit', 1]], 1), (lambda m: m + [['disorder']], 1),
     (lambda m: m + [message('elsewhere.py::x')], 1), (lambda m: m + [message('t.py::c[2]')], 1),
-    (lambda m: m + [message('t.py::a')], 1), (lambda m: m[:3] + [message('t.py::a', 'setup skipped', 'teardown passed')] + m[4:], 1)])
+    (lambda m: m + [message('t.py::a')], 1), (lambda m: m[:3] + [message('t.py::a', *SKIPPED)] + m[4:], 1)])
 def test_a_claim_that_something_contradicts_is_tampered(change, code):
     said = judged(change(list(GOOD)), code)
     assert said.tampered and not said.passed and all(said.tests.values())
@@ -388,7 +394,8 @@ def test_only_signed_messages_in_order_count():
     import hmac
     def signed(key, text):
         return f'{hmac.new(key, text.encode(), hashlib.sha256).hexdigest()} {text}'
-    lines = [signed(b'k', '[0, "ready"]'), signed(b'x', '[1, "exit", 1]'), 'noise', '', signed(b'k', '[1, "exit", 1]'), signed(b'k', '[1, "exit", 0]')]
+    lines = [signed(b'k', '[0, "ready"]'), signed(b'x', '[1, "exit", 1]'), 'noise', '',
+             signed(b'k', '[1, "exit", 1]'), signed(b'k', '[1, "exit", 0]')]
     assert read_reports('\n'.join(lines), b'k') == [['ready'], ['exit', 1], ['disorder']]
 
 
@@ -419,7 +426,8 @@ def test_gold_is_rewarded_and_the_bug_is_not(suite):
 
 @bwrap
 def test_hidden_tests_are_laid_over_and_not_listed(suite, tmp_path):
-    hidden = replace(suite, tests={'tests/test_add.py': TEST_ADD, 'checks.py': 'from calc import add\ndef test_x():\n    assert add(4, 4) == 8\n'},
+    more = 'from calc import add\ndef test_x():\n    assert add(4, 4) == 8\n'
+    hidden = replace(suite, tests={'tests/test_add.py': TEST_ADD, 'checks.py': more},
                      expected=(*EXPECTED, 'checks.py::test_x'))
     (tmp_path/'tests/test_add.py').write_text('')
     agent = {**REPO, 'tests/test_add.py': '', 'calc.py': FIX}
@@ -483,7 +491,7 @@ def test_other_encodings_and_line_ends(tmp_path):
     text = '# -*- coding: latin-1 -*-\r\ndef test_ü():\r\n    assert "ä" == "ä"\r\n'
     base = {'test_a.py': (text.encode('latin-1'), 'file')}
     write_tree(base, tmp_path)
-    done = prepare(Suite(tmp_path, ('test_a.py::test_ü',)), base, [], random.Random(0))
+    done = prepare_tree(Suite(tmp_path, ('test_a.py::test_ü',)), base, [], random.Random(0))
     space = {}
     exec(compile(done.tree['test_a.py'][0], 'test_a.py', 'exec'), space)
     assert len(done.canaries) == 2 and space[done.expected['test_a.py::test_ü'].split('::')[1]]() is None
