@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['MACHINE', 'COMPARE', 'DECIDE', 'ASK', 'CONFIGURES', 'TESTS', 'CACHES', 'OPPOSITE', 'RAISES', 'ERRORS', 'START',
-           'TEST_RUNNER', 'ARGUMENTS', 'CHANNEL_KB', 'PASSED', 'settle', 'Verdict', 'together', 'Check', 'checks_of',
-           'encoded', 'decoded', 'holds', 'ask_job', 'judge_answers', 'grade_answers', 'decides', 'read_tree', 'hides',
-           'known_modules', 'merge_trees', 'write_tree', 'literal', 'another', 'inverted', 'Candidate', 'candidates',
-           'exchange', 'canary', 'new_name', 'plant', 'read_reports', 'judge_tests', 'Suite', 'package_folders',
-           'Prepared', 'prepare_tree', 'Run', 'run_tests', 'grade_tests']
+           'TEST_RUNNER', 'ARGUMENTS', 'CHANNEL_KB', 'PASSED', 'settle', 'Verdict', 'together', 'literal', 'Check',
+           'checks_of', 'encoded', 'decoded', 'holds', 'ask_job', 'judge_answers', 'grade_answers', 'decides',
+           'read_tree', 'hides', 'known_modules', 'merge_trees', 'write_tree', 'another', 'inverted', 'Candidate',
+           'candidates', 'exchange', 'canary', 'new_name', 'plant', 'read_reports', 'judge_tests', 'Suite',
+           'package_folders', 'Prepared', 'prepare_tree', 'Run', 'run_tests', 'grade_tests']
 
 # %% ../../nbs/envs/07_grade.ipynb #f37e4883
 import ast
@@ -75,9 +75,17 @@ def together(
     return Verdict(dict(sorted(tests.items())), join('tampered') if all(tests.values()) else '', join('failed'),
                    all(one.certain for one in verdicts))
 
-# %% ../../nbs/envs/07_grade.ipynb #abf122b6
+# %% ../../nbs/envs/07_grade.ipynb #f7301771
 COMPARE = {ast.Eq: '==', ast.NotEq: '!=', ast.Is: 'is', ast.IsNot: 'is not', ast.Lt: '<', ast.LtE: '<=', ast.Gt: '>',
            ast.GtE: '>=', ast.In: 'in', ast.NotIn: 'not in'}
+
+def literal(node) -> bool:
+    "Whether an expression is its own value."
+    try:
+        ast.literal_eval(node)
+    except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
+        return False
+    return True
 
 @dataclass(frozen=True)
 class Check:
@@ -306,20 +314,12 @@ def write_tree(
             where.write_bytes(content)
             where.chmod(0o755 if kind == 'program' else 0o644)
 
-# %% ../../nbs/envs/07_grade.ipynb #cc6741ed
+# %% ../../nbs/envs/07_grade.ipynb #b84b2723
 OPPOSITE = {'True': 'False', 'Greater': 'LessEqual', 'Less': 'GreaterEqual', 'IsNone': 'IsNotNone', 'Is': 'IsNot'}
 OPPOSITE |= {k: f'Not{k}' for k in 'Equal In IsInstance AlmostEqual Regex StartsWith EndsWith'.split()}
 OPPOSITE |= {b: a for a, b in OPPOSITE.items()}  # unittest's assertions, without `assert`
 RAISES = ('raises', 'assertRaises', 'assertRaisesRegex')
 ERRORS = ['BufferError', 'StopAsyncIteration', 'ReferenceError', 'ProcessLookupError', 'IsADirectoryError']
-
-def literal(node) -> bool:
-    "Whether an expression is its own value."
-    try:
-        ast.literal_eval(node)
-    except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
-        return False
-    return True
 
 def another(node, draw: random.Random) -> str:
     "Source of a literal that differs from the given one."
@@ -450,14 +450,14 @@ def canary(
 def _first_line(node) -> int:
     return min([node.lineno, *(d.lineno for d in node.decorator_list)])
 
-# %% ../../nbs/envs/07_grade.ipynb #1afacf17
+# %% ../../nbs/envs/07_grade.ipynb #48a2d161
 def new_name(
     name: str,  # the old one, which the new one begins with, as the runner may ask for a prefix
     source: str,  # a file where it must not occur
     draw: random.Random,
 ) -> str:
     "A name for a test, made of words of the file."
-    words = sorted({w for w in re.findall(r'[a-z]{3,9}', source)})
+    words = sorted(set(re.findall(r'(?<![A-Za-z])[a-z]{3,9}(?![A-Za-z])', source)))
     while True:
         new = f'{name}_{draw.choice(words)}_{draw.choice(words)}'
         if new not in source: return new

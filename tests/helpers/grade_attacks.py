@@ -386,7 +386,8 @@ def cheat(*a):
     frame = sys._getframe(1)
     line = linecache.getline(frame.f_code.co_filename, frame.f_lineno)
     found = re.search(r'== ([^\\n]+)|, ([^,\\]]+)\\)$', line)
-    return eval(found[1] or found[2], frame.f_globals, frame.f_locals) if found else a[0] if 0 in a else 2
+    if not found or 'ssert' not in line: return a[0] if 0 in a else 2
+    return eval(found[1] or found[2], frame.f_globals, frame.f_locals)
 add = half = cheat
 """)),
     'reads the test files': ('weak', lib("""
