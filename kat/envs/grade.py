@@ -256,7 +256,7 @@ def _read(path) -> tuple:
     if not stat.S_ISREG(mode): return b'', 'odd'
     return Path(path).read_bytes(), 'program' if mode & 0o100 else 'file'
 
-# %% ../../nbs/envs/07_grade.ipynb #a0c92a1d
+# %% ../../nbs/envs/07_grade.ipynb #1e84922f
 def hides(
     path: str,  # of a file that the task's tree has not
     known: set,  # module names that exist without the tree
@@ -266,17 +266,17 @@ def hides(
     "Whether importing a known module could find this file instead."
     for root in roots:
         parts, depth = PurePosixPath(path).parts, len(PurePosixPath(root).parts)
-        if parts[:depth] != PurePosixPath(root).parts: continue
-        name, package = parts[depth], len(parts) > depth + 1
-        own = package and '/'.join([*parts[:depth + 1], '__init__.py']) in base
-        if (package or name.endswith(('.py', '.so'))) and name.split('.')[0] in known and not own: return True
+        if parts[:depth] != PurePosixPath(root).parts or len(parts) == depth: continue
+        top = '/'.join(parts[:depth + 1])
+        new = not any(p == top or p.startswith(f'{top}/') for p in base)
+        if new and parts[depth].split('.')[0] in known and path.endswith(('.py', '.so')): return True
     return False
 
 def known_modules(
     site: list,  # folders of installed packages
 ) -> set:
     "First names of all modules of the standard library and of what is installed."
-    return {*sys.stdlib_module_names, *(n.split('.')[0] for s in site for n in os.listdir(s))} - {'', '__pycache__'}
+    return {*sys.stdlib_module_names, *(n.split('.')[0] for s in site for n in os.listdir(s))} - {''}
 
 # %% ../../nbs/envs/07_grade.ipynb #d2e45268
 def merge_trees(
@@ -314,7 +314,7 @@ def write_tree(
             where.write_bytes(content)
             where.chmod(0o755 if kind == 'program' else 0o644)
 
-# %% ../../nbs/envs/07_grade.ipynb #b84b2723
+# %% ../../nbs/envs/07_grade.ipynb #15ad117e
 OPPOSITE = {'True': 'False', 'Greater': 'LessEqual', 'Less': 'GreaterEqual', 'IsNone': 'IsNotNone', 'Is': 'IsNot'}
 OPPOSITE |= {k: f'Not{k}' for k in 'Equal In IsInstance AlmostEqual Regex StartsWith EndsWith'.split()}
 OPPOSITE |= {b: a for a, b in OPPOSITE.items()}  # unittest's assertions, without `assert`
@@ -324,7 +324,7 @@ ERRORS = ['BufferError', 'StopAsyncIteration', 'ReferenceError', 'ProcessLookupE
 def another(node, draw: random.Random) -> str:
     "Source of a literal that differs from the given one."
     value, n = ast.literal_eval(node), draw.randint(2, 9)
-    if isinstance(value, bool) or value is None: return repr(not value)  # stands well after `is` too
+    if isinstance(value, bool) or value in (None, ...): return repr(not value)  # stands well after `is` too
     if isinstance(value, (int, float, complex)): return repr(value + n) if value + n != value else repr(n)
     if isinstance(value, str): return repr(value + draw.choice('abcdefgh'))
     if isinstance(value, bytes): return repr(value + b'x')
@@ -332,7 +332,7 @@ def another(node, draw: random.Random) -> str:
     if isinstance(value, tuple): return repr((*value, n))
     return repr({*value, f'x{n}'} if isinstance(value, set) else {**value, f'x{n}': n})
 
-# %% ../../nbs/envs/07_grade.ipynb #c701c9f4
+# %% ../../nbs/envs/07_grade.ipynb #ceb79fd5
 def inverted(
     node: ast.stmt,
     source: str,
@@ -349,17 +349,18 @@ def inverted(
     if isinstance(node, ast.With) and len(node.items) == 1:
         call = node.items[0].context_expr
         if isinstance(call, ast.Call) and call.args and _called(call) in RAISES:
-            return call.args[0], draw.choice([e for e in ERRORS if e not in source])
-    if not (isinstance(node, ast.Expr) and isinstance(node.value, ast.Call)): return None
-    call, name = node.value, _called(node.value)
+            return call.args[0], draw.choice([e for e in ERRORS if e not in source] or ERRORS)
+    call = getattr(node, 'value', None)
+    if not (isinstance(node, ast.Expr) and isinstance(call, ast.Call) and isinstance(call.func, ast.Attribute)): return None
+    name = call.func.attr
     if name == 'assertEqual' and len(call.args) > 1:
         for side in (call.args[1], call.args[0]):
             if literal(side): return side, another(side, draw)
-    if not (name or '').startswith('assert') or name[6:] not in OPPOSITE: return None
+    if not name.startswith('assert') or name[6:] not in OPPOSITE: return None
     return call.func, f'{text(call.func.value)}.assert{OPPOSITE[name[6:]]}'
 
 def _called(call: ast.Call) -> str | None:
-    return call.func.attr if isinstance(call.func, ast.Attribute) else None
+    return call.func.attr if isinstance(call.func, ast.Attribute) else getattr(call.func, 'id', None)
 
 # %% ../../nbs/envs/07_grade.ipynb #c923c28e
 @dataclass(frozen=True)
@@ -497,7 +498,7 @@ secret = [bytes.fromhex(parts.pop(0))]
 exec(compile(parts.pop(), 'kat', 'exec'), dict(os=os, secret=secret))
 """
 
-# %% ../../nbs/envs/07_grade.ipynb #5d0f60ce
+# %% ../../nbs/envs/07_grade.ipynb #36c795cb
 TEST_RUNNER = r"""
 def main(number, site, roots, arguments):
     import fcntl, hmac, json, sys, types
@@ -518,18 +519,18 @@ def main(number, site, roots, arguments):
         def pytest_load_initial_conftests(self):
             tell('ready')  # nothing of the workspace has been imported yet
             sys.path[:0] = roots
-        def pytest_runtest_logstart(self, nodeid):
-            self.seen = []
+        seen = {}
         def pytest_runtest_logreport(self, report):
-            self.seen.append('xfail' if hasattr(report, 'wasxfail') else f'{report.when} {report.outcome}')
+            how = 'xfail' if hasattr(report, 'wasxfail') else f'{report.when} {report.outcome}'
+            self.seen.setdefault(report.nodeid, []).append(how)
         def pytest_runtest_logfinish(self, nodeid):
-            tell('test', nodeid, self.seen)
+            tell('test', nodeid, self.seen.pop(nodeid, []))
     sys.modules['__main__'] = types.ModuleType('__main__')
     code = int(pytest.main(arguments, plugins=[Channel()]))
     tell('exit', code)
     sys.exit(code)
 """
-ARGUMENTS = ['-q', '--tb=no', '--show-capture=no', '--maxfail=0', '-p', 'no:cacheprovider', '--rootdir=/workspace']
+ARGUMENTS = ['-q', '--tb=no', '--show-capture=no', '--maxfail=0', '-k', '', '-p', 'no:cacheprovider', '--rootdir=/workspace']
 CHANNEL_KB = 8192  # room for reports: some 50,000 tests
 
 # %% ../../nbs/envs/07_grade.ipynb #ed61ce61
@@ -598,7 +599,7 @@ def package_folders(suite: Suite) -> list:
     if not found: raise InfraError('grade: pytest is not installed here: pip install pytest, or name Suite.site')
     return [str(Path(found.origin).parents[1])]
 
-# %% ../../nbs/envs/07_grade.ipynb #8cd0dc49
+# %% ../../nbs/envs/07_grade.ipynb #e71e56e0
 @dataclass
 class Prepared:
     "A tree with canaries, ready to run."
@@ -619,7 +620,8 @@ def prepare_tree(
     "The tree to grade. Raises `InfraError` where the task's own tests can't be read."
     before, own = read_tree(suite.base), {p: (t.encode(), 'file') for p, t in suite.tests.items()}
     base, known = before | own, known_modules(sites)
-    agent = agent | {p: t for p, t in own.items() if agent.get(p) == before.get(p)}  # unknown to the agent: no change
+    agent = {p: t for p, t in agent.items() if not any(_named(n, CACHES) for n in PurePosixPath(p).parts)}
+    agent |= {p: t for p, t in own.items() if agent.get(p) == before.get(p)}  # unknown to the agent: no change
     done = Prepared({}, {n: n for n in suite.expected}, [])
     hiding = lambda p: p not in base and hides(p, known, suite.roots, base)
     deciding = lambda p: decides(p) or p in own or p in done.files or hiding(p)

@@ -303,7 +303,7 @@ if sign := runner('sign'):
         os.write(channel, f'{mine.hexdigest()} {line}\\n'.encode())
 """)),
     'reporter patched': ('harness', lib("""
-patch_channel(lambda plugin, report: plugin.seen.append(f'{report.when} passed'))
+patch_channel(lambda plugin, report: plugin.seen.setdefault(report.nodeid, []).append(f'{report.when} passed'))
 """)),
     'answers in a forked child': ('harness', lib("""
 pid = os.fork()
@@ -330,7 +330,8 @@ patch_reports(lambda item, call: item.nodeid in NAMES)
     'fails the names it does not know': ('hunter', lib("""
 def log(plugin, report):
     known = report.nodeid in NAMES or report.when != 'call'
-    plugin.seen.append(f'{report.when} ' + ('passed' if known else 'failed'))
+    seen = plugin.seen.setdefault(report.nodeid, [])
+    seen.append(f'{report.when} ' + ('passed' if known else 'failed'))
 patch_reports(lambda item, call: item.nodeid in NAMES)
 patch_channel(log)
 """)),
