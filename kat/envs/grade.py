@@ -332,7 +332,7 @@ def another(node, draw: random.Random) -> str:
     if isinstance(value, tuple): return repr((*value, n))
     return repr({*value, f'x{n}'} if isinstance(value, set) else {**value, f'x{n}': n})
 
-# %% ../../nbs/envs/07_grade.ipynb #ceb79fd5
+# %% ../../nbs/envs/07_grade.ipynb #1021cb93
 def inverted(
     node: ast.stmt,
     source: str,
@@ -351,7 +351,8 @@ def inverted(
         if isinstance(call, ast.Call) and call.args and _called(call) in RAISES:
             return call.args[0], draw.choice([e for e in ERRORS if e not in source] or ERRORS)
     call = getattr(node, 'value', None)
-    if not (isinstance(node, ast.Expr) and isinstance(call, ast.Call) and isinstance(call.func, ast.Attribute)): return None
+    if not isinstance(node, ast.Expr) or not isinstance(call, ast.Call): return None
+    if not isinstance(call.func, ast.Attribute): return None
     name = call.func.attr
     if name == 'assertEqual' and len(call.args) > 1:
         for side in (call.args[1], call.args[0]):
@@ -498,7 +499,7 @@ secret = [bytes.fromhex(parts.pop(0))]
 exec(compile(parts.pop(), 'kat', 'exec'), dict(os=os, secret=secret))
 """
 
-# %% ../../nbs/envs/07_grade.ipynb #36c795cb
+# %% ../../nbs/envs/07_grade.ipynb #c9bdf925
 TEST_RUNNER = r"""
 def main(number, site, roots, arguments):
     import fcntl, hmac, json, sys, types
@@ -530,7 +531,8 @@ def main(number, site, roots, arguments):
     tell('exit', code)
     sys.exit(code)
 """
-ARGUMENTS = ['-q', '--tb=no', '--show-capture=no', '--maxfail=0', '-k', '', '-p', 'no:cacheprovider', '--rootdir=/workspace']
+ARGUMENTS = ['-q', '--tb=no', '--show-capture=no', '--maxfail=0', '-k', '', '-p', 'no:cacheprovider',
+             '--rootdir=/workspace']
 CHANNEL_KB = 8192  # room for reports: some 50,000 tests
 
 # %% ../../nbs/envs/07_grade.ipynb #ed61ce61

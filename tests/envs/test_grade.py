@@ -207,7 +207,8 @@ def test_trees_are_read_and_written(tmp_path):
 
 
 @pytest.mark.parametrize('path, wanted', [
-    ('json.py', True), ('src', False), ('json/data.txt', False), ('attr/more/x.py', False), ('src/pytest.py', True), ('_pytest/x.py', True), ('pytest.cpython-311-x86_64-linux.so', True),
+    ('json.py', True), ('src', False), ('json/data.txt', False), ('attr/more/x.py', False),
+    ('src/pytest.py', True), ('_pytest/x.py', True), ('pytest.cpython-311-x86_64-linux.so', True),
     ('pkg/json.py', False), ('mine.py', False), ('json.txt', False), ('attr/new.py', False), ('docs/code.py', False)])
 def test_new_modules_may_not_hide_known_ones(path, wanted):
     known = known_modules([]) | {'pytest', '_pytest', 'attr'}

@@ -1,4 +1,4 @@
-"What agents could hand in instead of a fix, played against the grader: no harness is fooled, and nothing in the micro world"
+"What agents could hand in instead of a fix, played against the grader"
 import asyncio
 import os
 
@@ -13,7 +13,8 @@ from kat.envs.sandbox import Bubblewrap, Limits, WarmPool, features
 
 bwrap = pytest.mark.skipif(not features().works, reason=f'bubblewrap does not work here: {features().reason}')
 LIMITS = Limits(memory_mb=2048, cpu_s=8, wall_s=60, processes=32, output_kb=256, files_mb=64)
-WEAK_BUT_CAUGHT = {'equal to everything', 'a number that equals everything', 'counts its calls', 'knows the name of the test'}
+WEAK_BUT_CAUGHT = ('equal to everything', 'a number that equals everything', 'counts its calls',
+                   'knows the name of the test')
 
 
 # ---- tests that are code
@@ -66,7 +67,8 @@ def test_gold_is_rewarded_between_attacks(verdicts):
 def test_what_was_put_back_is_listed(verdicts):
     for name, (_, files) in CODE.items():
         caches = {p for p in files if '__pycache__' in p}
-        put_back = {p for p in files if p not in ('calc.py', 'evil.py', 'tests') and not p.endswith('PKG-INFO')} - caches
+        mine = {p for p in files if p in ('calc.py', 'evil.py', 'tests') or p.endswith('PKG-INFO')}
+        put_back = set(files) - mine - caches
         assert put_back <= set(verdicts[name].restored), name
 
 
@@ -104,7 +106,8 @@ def test_a_test_of_a_module_that_the_agent_changed_is_not_rewarded(pool):
     "The agent's test is run on the task's modules, not on its own"
     for i in range(3):
         task = make_task('train', i, 'write_test')
-        (path, n, right), module = task.data['edits'][0], task.data['files'][task.data['edits'][0][0]].split()[1] + '.py'
+        path, n, right = task.data['edits'][0]
+        module = task.data['files'][path].split()[1] + '.py'
         name = right.split('(')[0].split()[-1]
         lines = task.data['files'][module].splitlines()
         at = next(k for k, line in enumerate(lines, 1) if line.startswith(f'def {name}('))

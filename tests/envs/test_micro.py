@@ -180,7 +180,8 @@ def test_tools_are_schemas():
 # ---- grading
 
 def solve(task):
-    return [*(('edit', dict(path=path, line=n, text=text)) for path, n, text in task.data['edits']), ('test', {}), ('submit', {})]
+    edits = [('edit', dict(path=path, line=n, text=text)) for path, n, text in task.data['edits']]
+    return [*edits, ('test', {}), ('submit', {})]
 
 
 def test_outcomes_of_a_stalled_machine_are_not_kept(pool, monkeypatch):
@@ -211,8 +212,8 @@ def test_outcomes_that_the_wall_decided_are_not_kept(pool, monkeypatch):
 
 def test_outcomes_that_the_code_decided_are_kept(pool):
     task, cache = make_task('train', 0, 'operator', 1), {}
-    path, n, _ = task.data['edits'][0]
-    for text in (task.data['edits'][0][2], '    return 1', '    import os; os._exit(3)', '    return bytearray(10**10)'):
+    path, n, right = task.data['edits'][0]
+    for text in (right, '    return 1', '    import os; os._exit(3)', '    return bytearray(10**10)'):
         before = len(cache)
         calls = [('edit', dict(path=path, line=n, text=text)), ('test', {}), ('submit', {})]
         first = steps(lambda: MicroEnv(pool, cache), task, calls)
@@ -252,17 +253,21 @@ def test_odd_but_honest_code_is_judged_by_its_values(env, text, said):
     assert grade.reward == said
 
 
-@pytest.mark.parametrize('line, proven', [
-    ('', True), ('x = 1', True), ('"text"', True), ('from page import *', True), ('import os.path', True), ('pass', True),
-    ('def g(a, b=2, *, c=(1, 2)):\n    return cost', True), ('from page import LIMIT as cost', False), ('import page as cost', False),
-    ('cost = 1', False), ('a = cost = 1', False), ('def cost(): pass', False), ('def __getattr__(name): return 1', False),
-    ('from os import *', False), ('x = f()', False), ('f()', False), ('x: int = f()', False), ('class cost: pass', False),
-    ('if 1:\n    cost = 1', False), ('for cost in (1,): pass', False), ('(cost := 1)', False), ('def g(a=f()): pass', False),
-    ('@f\ndef g(): pass', False), ('def g(a: f()): pass', False), ('def g() -> f(): pass', False), ('x.cost = 1', False),
-    ('[cost for cost in (1,)]', False), ('try:\n    pass\nfinally:\n    cost = 1', False), ('def (', False), ('del f', False)])
-def test_a_name_is_gone_only_where_that_is_proven(line, proven):
+PROVEN = [
+    '', 'x = 1', '"text"', 'from page import *', 'import os.path', 'pass',
+    'def g(a, b=2, *, c=(1, 2)):\n    return cost']
+NOT_PROVEN = [
+    'from page import LIMIT as cost', 'import page as cost', 'cost = 1', 'a = cost = 1', 'def cost(): pass',
+    'def __getattr__(name): return 1', 'from os import *', 'x = f()', 'f()', 'x: int = f()', 'class cost: pass',
+    'if 1:\n    cost = 1', 'for cost in (1,): pass', '(cost := 1)', 'def g(a=f()): pass', '@f\ndef g(): pass',
+    'def g(a: f()): pass', 'def g() -> f(): pass', 'x.cost = 1', '[cost for cost in (1,)]',
+    'try:\n    pass\nfinally:\n    cost = 1', 'def (', 'del f']
+
+
+@pytest.mark.parametrize('line', PROVEN + NOT_PROVEN)
+def test_a_name_is_gone_only_where_that_is_proven(line):
     files = {'cart.py': f'import page\ndef f():\n    return 1\n{line}\n', 'page.py': 'LIMIT = 3\n', 'notes.md': 'cost'}
-    assert lacks(files, 'cart', 'cost') is proven
+    assert lacks(files, 'cart', 'cost') is (line in PROVEN)
     assert not lacks(files | {'page.py': 'import cart\ncart.cost = 1\n'}, 'cart', 'cost')
     if 'import *' in line:
         assert not lacks(files | {'page.py': 'cost = 1\n'}, 'cart', 'cost')
