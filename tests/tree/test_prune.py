@@ -6,9 +6,10 @@ import pytest
 from hypothesis import assume, given, settings, strategies as st
 
 from kat.core.types import Segment, Trajectory
-from kat.tree.prune import (CORRECTIONS, POLICIES, SCORED, Pruning, TokenFacts, _blocks, cut_units, gradient_fidelity,
-                            importance, kept_with, least_budget, prune, subtree, token_facts)
+from kat.tree.prune import (CORRECTIONS, POLICIES, SCORED, Pruning, _blocks, gradient_fidelity, importance,
+                            least_budget, prune, subtree)
 from kat.tree.trie import TokenTree
+from kat.tree.units import TokenFacts, cut_units, kept_with, token_facts
 
 few, some = settings(max_examples=60, deadline=None), settings(max_examples=150, deadline=None)
 
