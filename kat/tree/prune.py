@@ -113,8 +113,9 @@ def _signal(facts: TokenFacts, options: Pruning) -> np.ndarray:  # float64[N], 0
     if policy == "advantage": return visit
     return np.maximum(facts.entropy, 0) * (visit if options.by_advantage else 1)
 
-# %% ../../nbs/tree/06_prune.ipynb #dff66d5f
+# %% ../../nbs/tree/06_prune.ipynb #145c61d7
 def _reach(facts: TokenFacts, units: Units, alpha: float) -> np.ndarray:  # float64[U]
+    "R(n): by visits, by the policy's own probability, or between the two."
     tree, t = facts.tree, units.start
     visits = tree.count[t] / tree.n_sequences
     if alpha == 0: return visits
@@ -126,6 +127,7 @@ def _reach(facts: TokenFacts, units: Units, alpha: float) -> np.ndarray:  # floa
     chosen = _down(units.parent, np.where(branch, facts.logprob[t], 0.0))
     return visits ** (1 - alpha) * np.exp(alpha * chosen)
 
+# %% ../../nbs/tree/06_prune.ipynb #49c5bc19
 def importance(
     facts: TokenFacts,
     units: Units,
