@@ -539,8 +539,8 @@ def to_trajectories(
     return out
 
 # %% ../../nbs/core/03_chat.ipynb #5e1e2cc6
-def error_mask(trajectory: Trajectory) -> Trajectory:
-    "A copy of `trajectory` in which every turn that has a segment with event 'error' is not trained."
-    failed = {segment.turn for segment in trajectory.segments if segment.event == 'error'}
+def error_mask(t: Trajectory) -> Trajectory:
+    "A copy of `t` in which every turn that has a segment with event 'error' is not trained."
+    failed = {segment.turn for segment in t.segments if segment.event == 'error'}
     keep = lambda segment: segment.trainable and not (segment.kind in GENERATED and segment.turn in failed)
-    return replace(trajectory, segments=[replace(segment, trainable=keep(segment)) for segment in trajectory.segments])
+    return replace(t, segments=[replace(segment, trainable=keep(segment)) for segment in t.segments])
