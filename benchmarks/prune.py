@@ -6,8 +6,9 @@ import time
 
 import numpy as np
 
-from kat.tree.prune import POLICIES, Pruning, TokenFacts, cut_units, prune
+from kat.tree.prune import POLICIES, Pruning, prune
 from kat.tree.trie import TokenTree
+from kat.tree.units import TokenFacts, cut_units
 
 rng = np.random.default_rng(0)
 

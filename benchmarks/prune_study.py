@@ -41,9 +41,10 @@ from kat.recipe.pipeline import ROOT, machine
 from kat.infer.engines import HFEngine
 from kat.learn.training import load_model
 from kat.envs.micro import train_task, world
-from kat.tree.prune import CORRECTIONS, POLICIES, SCORED, Pruning, cut_units, gradient_fidelity, kept_with, token_facts
+from kat.tree.prune import CORRECTIONS, POLICIES, SCORED, Pruning, gradient_fidelity
 from kat.tree.stats import model_shape
 from kat.tree.trie import TokenTree
+from kat.tree.units import cut_units, kept_with, token_facts
 
 OUT, SKETCH = ROOT / "data/runs/prune_study", 2**17
 SHARES, DRAWS = [0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9], 32

@@ -26,9 +26,10 @@ from .advantage import MASK_REASONS, group_advantages, is_live, masked_rewards
 from .objective import Objective, TreeLoss, merge_metrics
 from .training import (adapter_settings, has_adapter, latest_checkpoint, load_finished, load_weights, lr_factor, make_optimizer,
                                 merged, rng_state, save_checkpoint, save_finished, save_weights, set_rng_state, weights_checksum)
-from ..tree.prune import Pruning, least_budget, prune, scored_by, token_facts
+from ..tree.prune import Pruning, least_budget, prune, scored_by
 from ..tree.stats import model_shape
 from ..tree.trie import TokenTree
+from ..tree.units import token_facts
 
 # %% ../../nbs/learn/07_rl.ipynb #0cffc1c8
 def graded_rewards(

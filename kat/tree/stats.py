@@ -61,9 +61,9 @@ class ModelShape:
     @property
     def per_token(self) -> int:
         "FLOPs of one token's forward, attention pairs apart."
-        width = self.head_dim * (2 * self.heads + 2 * self.kv_heads)
-        layers = sum(2 * self.hidden * (width + 3 * f + e) for f, e in zip(self.ffn, self.experts))
-        return layers + 2 * self.hidden * self.vocab
+        projections = self.head_dim * (2 * self.heads + 2 * self.kv_heads)
+        layers = (2 * self.hidden * (projections + 3 * width + n) for width, n in zip(self.ffn, self.experts))
+        return sum(layers) + 2 * self.hidden * self.vocab
 
     def forward(self,
         profile: np.ndarray,   # tokens at each position
@@ -74,11 +74,16 @@ class ModelShape:
         return self.per_token * int(profile.sum()) + attention
 
     def __str__(self) -> str:
-        moe = f", {max(self.experts)} experts" if any(self.experts) else ""
-        slides = sum(w is not None for w in self.windows)
-        window = f", {slides} with a window" if slides else ""
-        return (f"{len(self.ffn)} layers{window}, hidden {self.hidden}, {self.heads}/{self.kv_heads} heads of "
-                f"{self.head_dim}, ffn {max(self.ffn)} active{moe}, vocabulary {self.vocab:,}")
+        return _shape_text(self)
+
+# %% ../../nbs/tree/02_stats.ipynb #764e51ef
+def _shape_text(shape: ModelShape) -> str:
+    "The sizes in a line."
+    experts = f", {max(shape.experts)} experts" if any(shape.experts) else ""
+    slides = sum(w is not None for w in shape.windows)
+    window = f", {slides} with a window" if slides else ""
+    return (f"{len(shape.ffn)} layers{window}, hidden {shape.hidden}, {shape.heads}/{shape.kv_heads} heads of "
+            f"{shape.head_dim}, ffn {max(shape.ffn)} active{experts}, vocabulary {shape.vocab:,}")
 
 # %% ../../nbs/tree/02_stats.ipynb #089f6d8c
 FAMILIES = ("gemma3_text", "llama", "mistral", "mixtral", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe", "smollm3")
@@ -93,31 +98,32 @@ def model_shape(
         path = Path(config)/"config.json" if Path(config).is_dir() else Path(config)
         if not path.is_file(): raise FileNotFoundError(f"{path}: no such file; a config.json, or its folder, is needed")
         config = AutoConfig.from_pretrained(path)
-    c = config.get_text_config()
-    if c.model_type not in FAMILIES:
-        raise ValueError(f"model type {c.model_type!r}: FLOPs are known for {', '.join(FAMILIES)}")
-    ffn, experts = zip(*(_feed_forward(c, i) for i in range(c.num_hidden_layers)))
-    dim = getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads
-    return ModelShape(c.hidden_size, c.num_attention_heads, c.num_key_value_heads, dim, c.vocab_size, ffn, experts,
-                      _windows(c))
+    config = config.get_text_config()
+    if config.model_type not in FAMILIES:
+        raise ValueError(f"model type {config.model_type!r}: FLOPs are known for {', '.join(FAMILIES)}")
+    ffn, experts = zip(*(_feed_forward(config, layer) for layer in range(config.num_hidden_layers)))
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return ModelShape(config.hidden_size, config.num_attention_heads, config.num_key_value_heads, head_dim,
+                      config.vocab_size, ffn, experts, _windows(config))
 
 # %% ../../nbs/tree/02_stats.ipynb #6f61acc3
-def _windows(c) -> tuple[int | None, ...]:
+def _windows(config) -> tuple[int | None, ...]:
     "The sliding window of each layer."
-    kinds = getattr(c, "layer_types", None)
-    if kinds is None: return (getattr(c, "sliding_window", None),) * c.num_hidden_layers
+    kinds = getattr(config, "layer_types", None)
+    if kinds is None: return (getattr(config, "sliding_window", None),) * config.num_hidden_layers
     if odd := set(kinds) - {"full_attention", "sliding_attention"}:
         raise ValueError(f"layers of kind {', '.join(sorted(odd))}: only full and sliding attention are known")
-    return tuple(c.sliding_window if k == "sliding_attention" else None for k in kinds)
+    return tuple(config.sliding_window if k == "sliding_attention" else None for k in kinds)
 
-def _feed_forward(c, layer: int) -> tuple[int, int]:
+def _feed_forward(config, layer: int) -> tuple[int, int]:
     "Active width and number of experts of a layer."
-    n = getattr(c, "num_experts", 0)
-    sparse = layer not in getattr(c, "mlp_only_layers", ()) and (layer + 1) % getattr(c, "decoder_sparse_step", 1) == 0
-    if not n or not sparse: return c.intermediate_size, 0
-    shared = getattr(c, "shared_expert_intermediate_size", 0)
-    width = getattr(c, "moe_intermediate_size", c.intermediate_size)
-    return c.num_experts_per_tok * width + shared, n + bool(shared)  # a shared expert has a gate of its own
+    n = getattr(config, "num_experts", 0)
+    dense = getattr(config, "mlp_only_layers", ())
+    sparse = layer not in dense and (layer + 1) % getattr(config, "decoder_sparse_step", 1) == 0
+    if not n or not sparse: return config.intermediate_size, 0
+    shared = getattr(config, "shared_expert_intermediate_size", 0)
+    width = getattr(config, "moe_intermediate_size", config.intermediate_size)
+    return config.num_experts_per_tok * width + shared, n + bool(shared)  # a shared expert has a gate of its own
 
 # %% ../../nbs/tree/02_stats.ipynb #36704eb4
 LABELS = ("context", "model", "tool", "memory", "error")  # what a token is part of: the index is stored
@@ -131,52 +137,55 @@ class ModelCall:
     ids: np.ndarray     # int32[n]
     label: np.ndarray   # uint8[n], index into LABELS
 
-def _label(s: Segment) -> int:
+def _label(segment: Segment) -> int:
     "What a segment's tokens are."
-    if s.event in ("memory", "error"): return LABELS.index(s.event)
-    return 1 if s.kind in GENERATED else 2 if s.kind == "tool_result" else 0
+    if segment.event in ("memory", "error"): return LABELS.index(segment.event)
+    return 1 if segment.kind in GENERATED else 2 if segment.kind == "tool_result" else 0
 
 def _joined(segments: list[Segment]) -> tuple[np.ndarray, np.ndarray]:
     "Ids and labels of segments."
-    ids = np.concatenate([np.zeros(0, np.int32), *(s.ids for s in segments)])
-    return ids, np.repeat(np.array([_label(s) for s in segments], np.uint8), list(map(len, segments)))
+    ids = np.concatenate([np.zeros(0, np.int32), *(segment.ids for segment in segments)])
+    labels = np.array([_label(segment) for segment in segments], np.uint8)
+    return ids, np.repeat(labels, list(map(len, segments)))
 
 # %% ../../nbs/tree/02_stats.ipynb #408fcb23
 def record_calls(
     records: Iterable[Trajectory | Group],
 ) -> Iterator[ModelCall]:
     "The calls of recorded trajectories. A trajectory is an episode; what follows its last answer belongs to no call."
-    trajectories = (t for r in records for t in (r if isinstance(r, Group) else [r]))
-    for episode, t in enumerate(trajectories):
-        made = [i for i, s in enumerate(t.segments) if s.kind in GENERATED and len(s)]
-        trained = {t.segments[i].turn for i in made if t.segments[i].trainable}
-        last = {t.segments[i].turn: i for i in made if not trained or t.segments[i].turn in trained}
-        ids, label = _joined(t.segments)
-        stop = np.cumsum(list(map(len, t.segments)))
+    trajectories = (t for record in records for t in (record if isinstance(record, Group) else [record]))
+    for episode, trajectory in enumerate(trajectories):
+        segments = trajectory.segments
+        made = [i for i, segment in enumerate(segments) if segment.kind in GENERATED and len(segment)]
+        trained = {segments[i].turn for i in made if segments[i].trainable}
+        last = {segments[i].turn: i for i in made if not trained or segments[i].turn in trained}
+        ids, label = _joined(segments)
+        stop = np.cumsum(list(map(len, segments)))
         for i in last.values():
-            yield ModelCall(t.task, episode, ids[:stop[i]], label[:stop[i]])
+            yield ModelCall(trajectory.task, episode, ids[:stop[i]], label[:stop[i]])
 
 # %% ../../nbs/tree/02_stats.ipynb #db7f5062
 def _template_call(tokenizer, messages: list[dict], tools) -> tuple[np.ndarray, np.ndarray]:
     "Ids and labels of a call under any chat template."
     text = tokenizer.apply_chat_template(messages, tools=tools, tokenize=False)
-    enc = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-    label, at, answer = np.zeros(len(text) + 1, np.uint8), 0, None
+    encoding = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+    label, done, answer = np.zeros(len(text) + 1, np.uint8), 0, None
     for m in messages:
         if m["role"] == "assistant":
-            answer = at if answer is None else answer
+            answer = done if answer is None else answer
             continue
-        start = text.find(m["content"].strip(), at)
-        if start < 0 or not m["content"].strip(): continue
+        content = m["content"].strip()
+        start = text.find(content, done)
+        if start < 0 or not content: continue
         if answer is not None:
             label[answer:start] = 1
-        at, answer = start + len(m["content"].strip()), None
+        done, answer = start + len(content), None
         if m["role"] == "tool":
-            label[start:at] = LABELS.index("error" if m.get("event") == "error" else "tool")
+            label[start:done] = LABELS.index("error" if m.get("event") == "error" else "tool")
     if answer is not None:
         label[answer:] = 1
-    starts = np.array([a for a, _ in enc["offset_mapping"]], np.int64)
-    return np.array(enc["input_ids"], np.int32), label[starts]
+    starts = np.array([start for start, _ in encoding["offset_mapping"]], np.int64)
+    return np.array(encoding["input_ids"], np.int32), label[starts]
 
 # %% ../../nbs/tree/02_stats.ipynb #582b755b
 def conversation_calls(
@@ -186,16 +195,16 @@ def conversation_calls(
     "The calls of an agent's log. ValueError names the task and call that the template refuses."
     from jinja2 import TemplateError
     ours = getattr(tokenizer, "chat_template", None) == KAT_TEMPLATE
-    for episode, c in enumerate(conversations):
-        for i, messages in enumerate(c.calls):
+    for episode, talk in enumerate(conversations):
+        for i, messages in enumerate(talk.calls):
             try:
                 if ours:
-                    parts = _joined(render(tokenizer, messages, c.tools))
+                    parts = _joined(render(tokenizer, messages, talk.tools))
                 else:
-                    parts = _template_call(tokenizer, messages, c.tools)
+                    parts = _template_call(tokenizer, messages, talk.tools)
             except (TemplateError, ValueError) as e:
-                raise ValueError(f"{c.task}: call {i}: {e}") from None
-            yield ModelCall(c.task, episode, *parts)
+                raise ValueError(f"{talk.task}: call {i}: {e}") from None
+            yield ModelCall(talk.task, episode, *parts)
 
 # %% ../../nbs/tree/02_stats.ipynb #458f6f32
 def holds_records(
@@ -203,8 +212,8 @@ def holds_records(
 ) -> bool:
     "Are these our own records, which hold ids? (Another agent's log needs a tokenizer.) Looks at name and first line."
     if Path(path).suffix == ".parquet": return True
-    with open(path, "rb") as f:
-        line = f.readline()
+    with open(path, "rb") as file:
+        line = file.readline()
     try:
         first = json.loads(line)
     except ValueError:
@@ -231,8 +240,9 @@ def merge_calls(
     calls: Sequence[ModelCall],
 ) -> list[ModelCall]:
     "The calls that are left when one that begins with the whole call before it, in the same episode, takes its place."
-    extends = lambda a, b: a.episode == b.episode and np.array_equal(a.ids, b.ids[:len(a.ids)])
-    return [a for a, b in zip(calls, [*calls[1:], None]) if b is None or not extends(a, b)]
+    def goes_on(call, after):
+        return call.episode == after.episode and np.array_equal(call.ids, after.ids[:len(call.ids)])
+    return [call for call, after in zip(calls, [*calls[1:], None]) if after is None or not goes_on(call, after)]
 
 # %% ../../nbs/tree/02_stats.ipynb #44ac2cde
 @dataclass(frozen=True)
@@ -250,8 +260,8 @@ def _work(name: str, n: int, profile: np.ndarray, shape: ModelShape | None) -> W
 def _total(profiles: list[np.ndarray]) -> np.ndarray:
     "Sum of profiles of different depth."
     out = np.zeros(max(map(len, profiles)), np.int64)
-    for p in profiles:
-        out[:len(p)] += p
+    for profile in profiles:
+        out[:len(profile)] += profile
     return out
 
 # %% ../../nbs/tree/02_stats.ipynb #fdf4fdda
@@ -262,14 +272,16 @@ def compare_baselines(
     "Tokens, attention pairs and FLOPs of a log, computed in three ways."
     if not calls: raise ValueError("no calls to compare: the log holds none")
     kept, tasks = merge_calls(calls), {}
-    for c in kept:
-        tasks.setdefault(c.task, []).append(c)
-    tree = lambda cs: tree_profile(TokenTree.from_sequences([c.ids for c in cs]))
-    flat = lambda cs: flat_profile([len(c.ids) for c in cs])
-    out = [_work("per-call flat", len(calls), flat(calls), shape),
-           _work("linearly merged", len(kept), flat(kept), shape),
-           _work("tree, one per task", len(tasks), _total([tree(cs) for cs in tasks.values()]), shape)]
-    return out + ([_work("tree of the whole log", 1, tree(kept), shape)] if len(tasks) > 1 else [])
+    for call in kept:
+        tasks.setdefault(call.task, []).append(call)
+    flat = lambda some: flat_profile([len(call.ids) for call in some])
+    tree = lambda some: tree_profile(TokenTree.from_sequences([call.ids for call in some]))
+    works = [_work("per-call flat", len(calls), flat(calls), shape),
+             _work("linearly merged", len(kept), flat(kept), shape),
+             _work("tree, one per task", len(tasks), _total([tree(some) for some in tasks.values()]), shape)]
+    if len(tasks) > 1:
+        works.append(_work("tree of the whole log", 1, tree(kept), shape))
+    return works
 
 # %% ../../nbs/tree/02_stats.ipynb #5e301cef
 def por(base: Work, other: Work) -> float:
@@ -287,31 +299,32 @@ def _short(n: int | None) -> str:
 
 def _table(head: Sequence[str], left: int) -> Table:
     "An empty table, all but the first columns aligned to the right."
-    t = Table(box=None, pad_edge=False)
-    for i, h in enumerate(head):
-        t.add_column(h, justify="left" if i < left else "right")
-    return t
+    table = Table(box=None, pad_edge=False)
+    for i, heading in enumerate(head):
+        table.add_column(heading, justify="left" if i < left else "right")
+    return table
 
 # %% ../../nbs/tree/02_stats.ipynb #65e511fe
 def work_table(
     works: Sequence[Work],  # from `compare_baselines`
 ) -> Table:
     "What each way costs, as a table for the terminal."
-    t = _table(("", "sequences", "tokens", "pairs", "FLOPs forward", "fwd + bwd"), 1)
-    for w in works:
-        both = None if w.forward is None else 3 * w.forward
-        t.add_row(w.name, str(w.sequences), f"{w.tokens:,}", _short(w.pairs), _short(w.forward), _short(both))
-    return t
+    table = _table(("", "sequences", "tokens", "pairs", "FLOPs forward", "fwd + bwd"), 1)
+    for work in works:
+        both = None if work.forward is None else 3 * work.forward
+        table.add_row(work.name, str(work.sequences), f"{work.tokens:,}",
+                      *(_short(n) for n in (work.pairs, work.forward, both)))
+    return table
 
 # %% ../../nbs/tree/02_stats.ipynb #46c3ded7
 def saving_table(
     works: Sequence[Work],  # from `compare_baselines`
 ) -> Table:
     "POR, its ceiling, and by how much pairs and FLOPs shrink, of each way against each baseline."
-    t = _table(("", "against", "POR", "1/(1−POR)", "pairs", "FLOPs"), 2)
+    table = _table(("", "against", "POR", "1/(1−POR)", "pairs", "FLOPs"), 2)
     for i, base in enumerate(works[:2]):
-        for w in works[i + 1:]:
-            flops = "–" if w.forward is None else f"{base.forward / w.forward:.2f}×"
-            ratios = f"{base.tokens / w.tokens:.2f}×", f"{base.pairs / w.pairs:.2f}×", flops
-            t.add_row(w.name, base.name, f"{por(base, w):.3f}", *ratios)
-    return t
+        for work in works[i + 1:]:
+            flops = "–" if work.forward is None else f"{base.forward / work.forward:.2f}×"
+            ratios = f"{base.tokens / work.tokens:.2f}×", f"{base.pairs / work.pairs:.2f}×", flops
+            table.add_row(work.name, base.name, f"{por(base, work):.3f}", *ratios)
+    return table
