@@ -84,7 +84,7 @@ def test_a_public_name_is_defined_once():
 def names_defined(statement):
     if isinstance(statement, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
         return [statement.name]
-    targets = statement.targets if isinstance(statement, ast.Assign) else []
+    targets = getattr(statement, 'targets', [statement.target] if isinstance(statement, ast.AnnAssign) else [])
     return [x.id for t in targets for x in ast.walk(t) if isinstance(x, ast.Name) and x.id != '__all__']
 
 
