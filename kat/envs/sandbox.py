@@ -357,7 +357,7 @@ class _Worker:
         self.base = None if box else tempfile.mkdtemp(prefix='kat-')  # inside a box it is the box's own /tmp
         base = self.base or '/tmp'
         filt = b'' if box else seccomp_filter(platform.machine(), bare=True)  # bubblewrap installs the filter itself
-        source = f'{inspect.getsource(zygote)}\nserve({theirs.fileno()}, {base!r}, {warm}, {filt!r})\n'
+        source = f'{inspect.getsource(zygote)}\nserve_jobs({theirs.fileno()}, {base!r}, {warm}, {filt!r})\n'
         with tempfile.TemporaryFile() as err:
             env = dict(_ENV, HOME=base, TMPDIR=base)
             try:
