@@ -16,7 +16,8 @@ PRESETS['smoke'] = {
     '20_sft': dict(seed=0, steps=3, batch_tokens=4096, muon_lr=0.01, lr=0.0015, n_eval=8, max_turns=14),
     '30_rft': dict(seed=0, steps=2, tasks=4, rollouts=4, teachers=2, lr=0.00015, threshold=0.6, patience=2,
                    corrections=0, train_corrections=False, n_finish=4, n_eval=8, max_turns=14),
-    '40_rl': dict(seed=0, steps=2, tasks=4, rollouts=4, lr=0.0001, normalise='sequence', budget=1.0, prune='gradient', n_eval=8, max_turns=14),
+    '40_rl': dict(seed=0, steps=2, tasks=4, rollouts=4, lr=0.0001, normalise='sequence', budget=1.0, prune='gradient',
+                  n_eval=8, max_turns=14),
     '50_evaluate': dict(seed=0),
     '60_emergence': dict(seed=0, max_turns=14),
 }
@@ -28,9 +29,9 @@ PRESETS['tiny'] = {
                         n_eval=256, max_turns=14),
     '20_sft': dict(seed=0, steps=280, batch_tokens=4096, muon_lr=0.01, lr=0.0015, n_eval=512, max_turns=14),
     '30_rft': dict(seed=0, steps=12, tasks=16, rollouts=6, teachers=3, lr=0.00015, threshold=0.6, patience=2,
-                   corrections=0, train_corrections=False, n_finish=64,
-                   n_eval=512, max_turns=14),
-    '40_rl': dict(seed=0, steps=60, tasks=16, rollouts=8, lr=0.00015, normalise='sequence', budget=1.0, prune='gradient', n_eval=512, max_turns=14),
+                   corrections=0, train_corrections=False, n_finish=64, n_eval=512, max_turns=14),
+    '40_rl': dict(seed=0, steps=60, tasks=16, rollouts=8, lr=0.00015, normalise='sequence', budget=1.0,
+                  prune='gradient', n_eval=512, max_turns=14),
     '50_evaluate': dict(seed=0),
     '60_emergence': dict(seed=0, max_turns=14),
 }
