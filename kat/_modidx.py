@@ -2,6 +2,7 @@
 
 d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_url': '', 'lib_path': 'kat'},
   'syms': { 'kat.cli': { 'kat.cli._calls': ('cli.html#_calls', 'kat/cli.py'),
+                         'kat.cli._check_serve': ('cli.html#_check_serve', 'kat/cli.py'),
                          'kat.cli._columns': ('cli.html#_columns', 'kat/cli.py'),
                          'kat.cli._explain': ('cli.html#_explain', 'kat/cli.py'),
                          'kat.cli._hf': ('cli.html#_hf', 'kat/cli.py'),
