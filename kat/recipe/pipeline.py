@@ -250,16 +250,16 @@ def _override(plan: dict, declared: dict, pair: str):
     key, text = split_pair(pair)
     stage, dot, name = key.rpartition('.')
     if dot and stage not in plan: raise unknown('stage', stage, list(plan))
-    stages = [one for one in ([stage] if dot else plan) if name in declared[one]]
-    if not stages:
-        known = declared[stage] if dot else {known: 0 for parameters in declared.values() for known in parameters}
+    owners = [owner for owner in ([stage] if dot else plan) if name in declared[owner]]
+    if not owners:
+        known = declared[stage] if dot else dict.fromkeys(one for names in declared.values() for one in names)
         raise unknown('parameter', name, list(known), f' of {stage}' if dot else ' of any stage')
-    for one in stages:
-        kind = declared[one][name].type
+    for owner in owners:
+        kind = declared[owner][name].type
         try:
-            plan[one][name] = parse_value(text, kind)
+            plan[owner][name] = parse_value(text, kind)
         except ValueError:
-            raise UserError(f'-p {pair}: {name} of {one} is of type {kind}') from None
+            raise UserError(f'-p {pair}: {name} of {owner} is of type {kind}') from None
 
 # %% ../../nbs/recipe/06_pipeline.ipynb #68233309
 def make_plan(
