@@ -7,8 +7,9 @@ import torch
 from hypothesis import given, settings, strategies as st
 
 from kat.learn.advantage import dr_grpo, group_advantages, grpo, is_live, rloo
-from kat.learn.objective import (LIMIT, LOSSES, Objective, cispo, importance_weights, k3, merge_metrics, mismatch, policy_gradient,
-                                 ppo_clip, token_weights, unit_clip)
+from kat.learn.losses import (LIMIT, cispo, importance_weights, k3, mismatch, policy_gradient, ppo_clip, token_weights,
+                             unit_clip)
+from kat.learn.objective import LOSSES, Objective, merge_metrics
 
 NAN = float("nan")
 REWARDS = st.lists(st.one_of(st.just(NAN), st.floats(-3, 3)), min_size=1, max_size=12)

@@ -435,7 +435,7 @@ def test_killed_at_any_point_a_run_ends_with_the_same_bits(tmp_path, make):
 
 # -- the page of metrics
 
-PAGE = Path(__file__).parents[2] / "nbs/learn/07_rl.ipynb"
+PAGE = Path(__file__).parents[2] / "nbs/learn/08_rl.ipynb"
 
 
 def explained() -> list[str]:  # names in the order of their paragraphs

@@ -93,7 +93,7 @@ def test_a_stopped_run_ends_with_the_same_bits(straight, tmp_path, stops):
 
 
 def test_a_killed_process_loses_nothing_finished(straight, tmp_path):
-    code = "import os, signal, test_learn_sft as t; t.train({!r}, 8, lambda: os.kill(os.getpid(), signal.SIGKILL))"
+    code = "import os, signal, test_sft as t; t.train({!r}, 8, lambda: os.kill(os.getpid(), signal.SIGKILL))"
     done = subprocess.run([sys.executable, "-c", code.format(str(tmp_path))], cwd=os.path.dirname(__file__),
                           capture_output=True, env={**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())})
     assert done.returncode == -signal.SIGKILL, done.stderr.decode()[-2000:]
