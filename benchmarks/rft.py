@@ -2,7 +2,7 @@
 
 For each finished run of a preset, makes the run without the stage (unless it is there): RL straight from the same SFT model, with the same settings and as many updates
 as RFT and RL had together; about nine minutes each for `tiny` on one core. It goes to `--without DIR/NAME` (default: `norft` beside the first run).
-Writes `figures/rft.json`, which `nbs/learn/06_rft.ipynb` reads, draws `figures/rft.png`, and prints tables.
+Writes `figures/rft.json`, which `nbs/learn/07_rft.ipynb` reads, draws `figures/rft.png`, and prints tables.
 """
 import argparse
 import json

@@ -9,50 +9,54 @@ __all__ = ['WEIGHTS', 'PASS', 'FAIL', 'PROVENANCE', 'squeeze', 'normal_call', 'n
            'shadow', 'savings']
 
 # %% ../../nbs/learn/07_rft.ipynb #3b4703b4
-import difflib, json, posixpath, re
+import difflib
+import json
+import posixpath
+import re
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from functools import cached_property
+
 import numpy as np
 import torch
 
-# %% ../../nbs/learn/07_rft.ipynb #a7643723
+from ..compute.logprob import tree_logprobs
 from ..core.io import read_records, write_records
 from ..core.types import GENERATED, Trajectory
+from ..tree.trie import TokenTree
 
 # %% ../../nbs/learn/07_rft.ipynb #95221d2e
 def squeeze(
-    text, # an argument or a line of code; anything but a string goes through JSON
-) -> str: # the same without white space that carries no meaning
+    text,      # an argument or a line of code; anything but a string goes through JSON
+) -> str:      # the same without white space that carries no meaning
     "Text up to its formatting."
     if not isinstance(text, str):
         text = json.dumps(text, sort_keys=True, ensure_ascii=False)
     return re.sub(r' ?([^\w ]) ?', r'\1', ' '.join(text.split()))
 
-
 def normal_call(
-    call:dict, # name, arguments
-) -> tuple: # (name, ((key, value), …))
+    call: dict,  # name, arguments
+) -> tuple:      # (name, ((key, value), …))
     "A call up to formatting; hashable."
     return call['name'], tuple(sorted((k, squeeze(v)) for k, v in call['arguments'].items()))
 
-
 def normal_turn(
-    turn:dict, # calls, errors
-) -> Counter: # multiset of normal calls
+    turn: dict,  # calls, errors
+) -> Counter:    # multiset of normal calls
     "A turn as a multiset of calls. A malformed call, or no call at all, is an entry that no ground truth has."
-    calls = Counter(normal_call(c) for c in turn['calls'])
-    malformed = (turn.get('errors') or 0) - sum(not c['ok'] for c in turn['calls'])   # `errors` counts failed ones too
+    calls = Counter(normal_call(call) for call in turn['calls'])
+    failed = sum(not call['ok'] for call in turn['calls'])
+    malformed = (turn.get('errors') or 0) - failed   # `errors` counts failed ones too
     if malformed > 0:
         calls['malformed', ()] += malformed
     return calls or Counter({('no call', ()): 1})
 
 # %% ../../nbs/learn/07_rft.ipynb #cc219c81
 def shared(
-    a:Counter, # turn
-    b:Counter, # turn
-) -> float: # 1 per equal call + 1/2 per further call of the same tool
+    a: Counter,  # turn
+    b: Counter,  # turn
+) -> float:      # 1 per equal call + 1/2 per further call of the same tool
     "What two turns have in common."
     equal = (a & b).total()
     names = [Counter(), Counter()]
@@ -68,133 +72,139 @@ class Alignment:
     `best[j]` is the worth M of aligning what was added so far with the first j turns of the ground truth.
     """
     def __init__(self,
-        turns:list[Counter], # the ground truth's
+        turns: list[Counter],  # the ground truth's
     ):
         self.turns, self.size = turns, 0
-        self.sizes = np.cumsum([0] + [t.total() for t in turns])   # calls in the first j turns
+        self.sizes = np.cumsum([0] + [turn.total() for turn in turns])   # calls in the first j turns
         self.best = np.zeros(len(turns) + 1)
 
     def add(self,
-        turn:Counter, # the rollout's next turn
+        turn: Counter,         # the rollout's next turn
     ):
         "One more row of the usual dynamic programme."
         old, new = self.best, np.zeros(len(self.best))
-        for j, t in enumerate(self.turns, 1):
-            new[j] = max(old[j], new[j - 1], old[j - 1] + shared(turn, t))
+        for j, theirs in enumerate(self.turns, 1):
+            new[j] = max(old[j], new[j - 1], old[j - 1] + shared(turn, theirs))
         self.best, self.size = new, self.size + turn.total()
 
     def discrepancy(self,
-        prefix:bool=False, # compare with the best-matching prefix of the ground truth instead of all of it
-    ) -> float: # in [0, 1]
+        prefix: bool = False,  # compare with the best-matching prefix of the ground truth instead of all of it
+    ) -> float:                # in [0, 1]
         "1 − 2M / (|o| + |g|)."
         if self.size + self.sizes[-1] == 0 or (prefix and self.size == 0): return 0.
-        d = 1 - 2 * self.best / np.maximum(self.size + self.sizes, 1)
-        return float(d.min() if prefix else d[-1])
+        gaps = 1 - 2 * self.best / np.maximum(self.size + self.sizes, 1)
+        return float(gaps.min() if prefix else gaps[-1])
 
 # %% ../../nbs/learn/07_rft.ipynb #a6403a39
 def code_lines(
-    text:str, # of a file
-) -> tuple[list, list]: # (indentation, text up to formatting) of each line that isn't blank, and its number from 1
+    text: str,               # of a file
+) -> tuple[list, list]:      # (indentation, text up to formatting) of each line that isn't blank, and its number from 1
     "The lines of a file as they are compared."
-    kept = [(s.expandtabs(), n) for n, s in enumerate(text.splitlines(), 1) if s.strip()]
-    return [(len(s) - len(s.lstrip()), squeeze(s)) for s, _ in kept], [n for _, n in kept]
+    kept = [(line.expandtabs(), n) for n, line in enumerate(text.splitlines(), 1) if line.strip()]
+    return [(len(line) - len(line.lstrip()), squeeze(line)) for line, _ in kept], [n for _, n in kept]
 
-
+# %% ../../nbs/learn/07_rft.ipynb #efcafff5
 def patch_facts(
-    patch:dict|list|None, # {path: new text} or [(path, line, text)]
-    files:dict|None=None, # {path: original text}; a path that is missing here is a new file
-) -> tuple[Counter, Counter, Counter]: # files touched, (file, line) touched, (file, sign, text) removed or added
+    patch: dict | list | None,       # {path: new text} or [(path, line, text)]
+    files: dict | None = None,       # {path: original text}; a path that is missing here is a new file
+) -> tuple[Counter, Counter, Counter]:  # files touched, (file, line) touched, (file, sign, text) removed or added
     "What a patch changes, as three multisets."
     where, what = Counter(), Counter()
     if isinstance(patch, dict):
-        originals = {posixpath.normpath(p): text for p, text in (files or {}).items()}
+        originals = {posixpath.normpath(path): text for path, text in (files or {}).items()}
         for path, text in patch.items():
             path = posixpath.normpath(path)
-            (old, number), (new, _) = code_lines(originals.get(path, '')), code_lines(text)
-            number.append(number[-1] + 1 if number else 1)   # where lines at the end go
-            for op, i, i2, j, j2 in difflib.SequenceMatcher(None, old, new, autojunk=False).get_opcodes():
-                if op == 'equal': continue
-                where.update((path, number[n]) for n in range(i, max(i2, i + 1)))
-                what.update((path, '-', s) for _, s in old[i:i2])
-                what.update((path, '+', s) for _, s in new[j:j2])
+            _compare(path, originals.get(path, ''), text, where, what)
     else:
         for path, line, text in patch or []:
             path = posixpath.normpath(path)
             where[path, line] = 1
             what[path, '+', squeeze(text)] += 1
-    return Counter({p: 1 for p, _ in where}), where, what
+    return Counter({path: 1 for path, _ in where}), where, what
 
+def _compare(path, before, after, where, what) -> None:  # counts what differs into `where` and `what`
+    (old, number), (new, _) = code_lines(before), code_lines(after)
+    number.append(number[-1] + 1 if number else 1)   # where lines at the end go
+    for kind, start, stop, new_start, new_stop in difflib.SequenceMatcher(None, old, new, autojunk=False).get_opcodes():
+        if kind == 'equal': continue
+        where.update((path, number[n]) for n in range(start, max(stop, start + 1)))
+        what.update((path, '-', line) for _, line in old[start:stop])
+        what.update((path, '+', line) for _, line in new[new_start:new_stop])
 
+# %% ../../nbs/learn/07_rft.ipynb #9e724432
 def overlap(
-    o:Counter, # facts of the rollout
-    g:Counter, # facts of the ground truth
-    prefix:bool=False, # count only what the rollout has: the best-matching part of g
-) -> float: # in [0, 1]; two empty ones overlap fully
+    o: Counter,              # facts of the rollout
+    g: Counter,              # facts of the ground truth
+    prefix: bool = False,    # count only what the rollout has: the best-matching part of g
+) -> float:                  # in [0, 1]; two empty ones overlap fully
     "Dice overlap, or on a prefix the share of the rollout's facts that the ground truth has as well."
     both, n = (o & g).total(), o.total()
     if prefix: return both / n if n else 1.
     return 2 * both / (n + g.total()) if n + g.total() else 1.
 
+def _patch_gap(ours, theirs, prefix=False) -> float:  # of two results of `patch_facts`
+    return 1 - sum(overlap(own, other, prefix) for own, other in zip(ours, theirs)) / 3
+
 # %% ../../nbs/learn/07_rft.ipynb #788408b7
 @dataclass(frozen=True)
 class Attempt:
     "What a discrepancy looks at. Build it with `Attempt.of`."
-    turns: tuple       # multisets of normal calls
-    tests: dict        # {name: passed}; empty when nothing was graded
-    facts: tuple|None  # from `patch_facts`; None when no patch was recorded
-    prefix: bool       # stopped before its end: outcome at its worst, actions compared with prefixes
-    tokens: int = 0    # written by the model
-    ids: tuple = ()    # the token ids of each turn, where they are recorded; what a correction splices in
+    turns: tuple         # multisets of normal calls
+    tests: dict          # {name: passed}; empty when nothing was graded
+    facts: tuple | None  # from `patch_facts`; None when no patch was recorded
+    prefix: bool         # stopped before its end: outcome at its worst, actions compared with prefixes
+    tokens: int = 0      # written by the model
+    ids: tuple = ()      # the token ids of each turn, where they are recorded; what a correction splices in
 
     @classmethod
     def of(cls,
-        source, # `Trajectory`, or the `info` of one: turns, tests, patch, files, finish
+        source,          # `Trajectory`, or the `info` of one: turns, tests, patch, files, finish
     ) -> 'Attempt':
         "Read a trajectory; ValueError names what is missing, and a trajectory that must be masked."
         info, task = getattr(source, 'info', source), getattr(source, 'task', '?')
         turns = info.get('turns')
-        if not isinstance(turns, list): raise ValueError(f"task {task!r}: info['turns'] is {turns!r}, not a list of turns")
-        if info.get('finish') == 'infra': raise ValueError(f"task {task!r}: its infrastructure failed ('infra'); mask it, it can't be scored")
+        if not isinstance(turns, list):
+            raise ValueError(f"task {task!r}: info['turns'] is {turns!r}, not a list of turns")
+        if info.get('finish') == 'infra':
+            raise ValueError(f"task {task!r}: its infrastructure failed ('infra'); mask it, it can't be scored")
         facts = None if info.get('patch') is None else patch_facts(info['patch'], info.get('files'))
         tests, stopped = dict(info.get('tests') or {}), info.get('finish') == 'stopped'
         ids = turn_ids(source) if isinstance(source, Trajectory) else []
-        own = [i for i, t in enumerate(turns) if not t.get('corrected')]
-        return cls(tuple(normal_turn(turns[i]) for i in own), tests, facts, stopped, sum(t.get('tokens') or 0 for t in turns),
-                   tuple(ids[i] for i in own) if len(ids) == len(turns) else ())
+        own = [i for i, turn in enumerate(turns) if not turn.get('corrected')]
+        calls, tokens = tuple(normal_turn(turns[i]) for i in own), sum(turn.get('tokens') or 0 for turn in turns)
+        return cls(calls, tests, facts, stopped, tokens, tuple(ids[i] for i in own) if len(ids) == len(turns) else ())
 
-
+# %% ../../nbs/learn/07_rft.ipynb #5828f5f8
 def turn_ids(
-    t:Trajectory,
-) -> list[tuple]: # token ids of each turn
+    t: Trajectory,
+) -> list[tuple]:  # token ids of each turn
     "What the model (or a correction) wrote, turn by turn."
     turns = {}
-    for s in t.segments:
-        if s.kind in GENERATED and (s.trainable or s.event == 'correction'):
-            turns.setdefault(s.turn, []).extend(s.ids.tolist())
+    for segment in t.segments:
+        if segment.kind in GENERATED and (segment.trainable or segment.event == 'correction'):
+            turns.setdefault(segment.turn, []).extend(segment.ids.tolist())
     return [tuple(ids) for ids in turns.values()]
 
 # %% ../../nbs/learn/07_rft.ipynb #13a66872
 WEIGHTS = dict(outcome=.5, patch=.3, actions=.2)   # own design: the outcome first, then where and what, then how
 PASS, FAIL = .1, .2                                # largest d of a passing rollout, smallest d of a failing one
 
-
 def parts(
-    o:Attempt, # rollout
-    g:Attempt, # ground truth
-) -> dict: # outcome, actions, and patch where both recorded one; each in [0, 1]
+    o: Attempt,  # rollout
+    g: Attempt,  # ground truth
+) -> dict:       # outcome, actions, and patch where both recorded one; each in [0, 1]
     "The parts of the discrepancy, unweighted."
     names = o.tests.keys() | g.tests.keys()
-    passed = 0 if o.prefix else sum(o.tests.get(t, False) for t in names)
-    al = Alignment(g.turns)
-    for t in o.turns:
-        al.add(t)
-    out = dict(outcome=1 - passed / len(names) if names else 1., actions=al.discrepancy(o.prefix))
+    passed = 0 if o.prefix else sum(o.tests.get(name, False) for name in names)
+    alignment = Alignment(g.turns)
+    for turn in o.turns:
+        alignment.add(turn)
+    out = dict(outcome=1 - passed / len(names) if names else 1., actions=alignment.discrepancy(o.prefix))
     if o.facts is not None and g.facts is not None:
-        out['patch'] = 1 - sum(overlap(x, y) for x, y in zip(o.facts, g.facts)) / 3
+        out['patch'] = _patch_gap(o.facts, g.facts)
     return out
 
-
-def blend(parts:dict, weights:dict) -> float:
+def blend(parts: dict, weights: dict) -> float:
     "Weighted mean of the parts that are there. ValueError for weights that are not three numbers from 0."
     if weights.keys() != WEIGHTS.keys() or not all(w >= 0 for w in weights.values()):
         raise ValueError(f'weights {weights}: a number from 0 for each of {", ".join(WEIGHTS)} expected')
@@ -203,47 +213,50 @@ def blend(parts:dict, weights:dict) -> float:
 
 # %% ../../nbs/learn/07_rft.ipynb #c0443b10
 def discrepancy(
-    o:Attempt, # rollout
-    g:Attempt, # ground truth
-    weights:dict=WEIGHTS, # of outcome, patch and actions
-) -> float: # in [0, 1]; <= 0.1 if all tests pass, >= 0.2 if not
+    o: Attempt,               # rollout
+    g: Attempt,               # ground truth
+    weights: dict = WEIGHTS,  # of outcome, patch and actions
+) -> float:                   # in [0, 1]; <= 0.1 if all tests pass, >= 0.2 if not
     "How far a rollout is from one ground truth. *own design*"
-    p = parts(o, g)
-    if p['outcome'] == 0: return PASS * blend({k: v for k, v in p.items() if k != 'outcome'}, weights)
-    return FAIL + (1 - FAIL) * blend(p, weights)
+    found = parts(o, g)
+    if found['outcome'] == 0: return PASS * blend({k: v for k, v in found.items() if k != 'outcome'}, weights)
+    return FAIL + (1 - FAIL) * blend(found, weights)
 
 # %% ../../nbs/learn/07_rft.ipynb #a1aded10
 def rft_reward(
-    o:Attempt, # rollout
-    ground_truths:list[Attempt], # of the same task, all passing
-    weights:dict=WEIGHTS, # of outcome, patch and actions
-) -> float: # 1 − discrepancy from the nearest ground truth, in [0, 1]
+    o: Attempt,                    # rollout
+    ground_truths: list[Attempt],  # of the same task, all passing
+    weights: dict = WEIGHTS,       # of outcome, patch and actions
+) -> float:                        # 1 − discrepancy from the nearest ground truth, in [0, 1]
     "Relative reward. ValueError when there is no ground truth, or one that does not pass its own tests."
     if not ground_truths: raise ValueError('reward: a task needs at least one ground truth')
-    for i, g in enumerate(ground_truths):
-        if not g.tests or not all(g.tests.values()):
-            raise ValueError(f'reward: ground truth {i} does not pass its tests ({g.tests}); drop it from the task')
-    return 1 - min(discrepancy(o, g, weights) for g in ground_truths)
+    for i, truth in enumerate(ground_truths):
+        if not truth.tests or not all(truth.tests.values()):
+            raise ValueError(f'reward: ground truth {i} does not pass its tests ({truth.tests}); '
+                             'drop it from the task')
+    return 1 - min(discrepancy(o, truth, weights) for truth in ground_truths)
 
 # %% ../../nbs/learn/07_rft.ipynb #59090bd8
 @dataclass(frozen=True)
 class GroundTruth:
     "A trajectory to be measured against, and where it comes from. ValueError when it can't be one. *own design*"
-    trajectory:Trajectory # handed in, all its tests passing
-    source:str # 'person' or 'teacher' (a model or a script)
-    author:str # who: a name, a model and its version, a script
-    verified:str # how it was checked that the tests pass
-    style:str = '' # how the author works, where that is known
+    trajectory: Trajectory  # handed in, all its tests passing
+    source: str             # 'person' or 'teacher' (a model or a script)
+    author: str             # who: a name, a model and its version, a script
+    verified: str           # how it was checked that the tests pass
+    style: str = ''         # how the author works, where that is known
 
     def __post_init__(self):
         who, info = f'ground truth of {self.trajectory.task!r} by {self.author!r}', self.trajectory.info
-        if self.source not in ('person', 'teacher'): raise ValueError(f"{who}: source {self.source!r}; 'person' or 'teacher' expected")
+        if self.source not in ('person', 'teacher'):
+            raise ValueError(f"{who}: source {self.source!r}; 'person' or 'teacher' expected")
         for k in ('author', 'verified'):
             if not getattr(self, k): raise ValueError(f'{who}: {k} is empty; say who made it and how it was checked')
         tests = info.get('tests') or {}
         if failed := [k for k, ok in tests.items() if not ok] if tests else ['none recorded']:
             raise ValueError(f'{who}: tests do not pass ({", ".join(failed)}); grade it again or drop it')
-        if info.get('finish', 'submit') != 'submit': raise ValueError(f"{who}: ended with {info['finish']!r}; only work handed in counts")
+        if info.get('finish', 'submit') != 'submit':
+            raise ValueError(f"{who}: ended with {info['finish']!r}; only work handed in counts")
         self.episode
 
     @cached_property
@@ -254,154 +267,192 @@ class GroundTruth:
 PROVENANCE = ('source', 'author', 'verified', 'style')
 
 def save_ground_truths(
-    path, # .jsonl or .parquet
-    truths:Iterable[GroundTruth],
-) -> int: # records written
+    path,                           # .jsonl or .parquet
+    truths: Iterable[GroundTruth],
+) -> int:                           # records written
     "Write ground truths with their provenance; atomic."
-    def record(g):
-        return replace(g.trajectory, info=g.trajectory.info | dict(ground_truth={k: getattr(g, k) for k in PROVENANCE}))
+    def record(truth):
+        provenance = {k: getattr(truth, k) for k in PROVENANCE}
+        return replace(truth.trajectory, info=truth.trajectory.info | dict(ground_truth=provenance))
     return write_records(path, map(record, truths))
 
-
+# %% ../../nbs/learn/07_rft.ipynb #de635944
 def load_ground_truths(
-    path, # written by `save_ground_truths`
-) -> dict[str, list[GroundTruth]]: # by task
+    path,                              # written by `save_ground_truths`
+) -> dict[str, list[GroundTruth]]:     # by task
     "Read ground truths. ValueError names the record that has no provenance or can't be one."
-    by = {}
+    found = {}
     for i, t in enumerate(read_records(path)):
         info = dict(t.info) if isinstance(t, Trajectory) else {}
         said = info.pop('ground_truth', None)
         if not isinstance(said, dict) or said.keys() != set(PROVENANCE):
-            raise ValueError(f"{path}: record {i}: info['ground_truth'] is {said!r}; {', '.join(PROVENANCE)} expected")
+            raise ValueError(f"{path}: record {i}: info['ground_truth'] is {said!r}; "
+                             f"{', '.join(PROVENANCE)} expected")
         try:
-            by.setdefault(t.task, []).append(GroundTruth(replace(t, info=info), **said))
-        except ValueError as e:
-            raise ValueError(f'{path}: record {i}: {e}') from None
-    return by
+            found.setdefault(t.task, []).append(GroundTruth(replace(t, info=info), **said))
+        except ValueError as error:
+            raise ValueError(f'{path}: record {i}: {error}') from None
+    return found
 
 # %% ../../nbs/learn/07_rft.ipynb #b8393433
 def rft_advantages(
-    rewards, # of the rollouts, in [0, 1]; nan: masked, advantage 0
-    n_gt:int, # ground truths in the group, each with reward 1
-    std:bool=True, # divide by the group's standard deviation, as GRPO does (False: Dr. GRPO)
-    eps:float=1e-6, # groups whose deviation is not above `eps` get advantage 0
-) -> np.ndarray: # float64[len(rewards) + n_gt]: the rollouts', then the ground truths'
+    rewards,             # of the rollouts, in [0, 1]; nan: masked, advantage 0
+    n_gt: int,           # ground truths in the group, each with reward 1
+    std: bool = True,    # divide by the group's standard deviation, as GRPO does (False: Dr. GRPO)
+    eps: float = 1e-6,   # groups whose deviation is not above `eps` get advantage 0
+) -> np.ndarray:         # float64[len(rewards) + n_gt]: the rollouts', then the ground truths'
     "Group-relative advantages (GRPO, arXiv 2402.03300) with the ground truths inside the group. *own design*"
-    r = np.concatenate([np.asarray(rewards, float), np.ones(n_gt)])
-    live = ~np.isnan(r)
-    if not live.any() or r[live].std() <= eps: return np.zeros(len(r))
-    a = np.where(live, r - r[live].mean(), 0.)
-    return a / r[live].std() if std else a
+    group = np.concatenate([np.asarray(rewards, float), np.ones(n_gt)])
+    live = ~np.isnan(group)
+    if not live.any() or group[live].std() <= eps: return np.zeros(len(group))
+    centred = np.where(live, group - group[live].mean(), 0.)
+    return centred / group[live].std() if std else centred
 
 # %% ../../nbs/learn/07_rft.ipynb #d633f99f
-def with_logprobs(model, trajectories: list[Trajectory], dtype=torch.bfloat16, event: str | None = None) -> list[Trajectory]:
-    "Set the log-probs and entropies of trained tokens (with `event`: of its segments only) to the model's own, so that a ground truth can stand in a group."
-    from kat.compute.logprob import tree_logprobs
-    from kat.tree.trie import TokenTree
+def with_logprobs(
+    model,                              # the policy
+    trajectories: list[Trajectory],     # changed in place
+    dtype=torch.bfloat16,               # compute dtype
+    event: str | None = None,           # of its segments only; None: of all, as if sampled at temperature 1
+) -> list[Trajectory]:                  # the same ones
+    """Set the log-probs and entropies of trained tokens (with `event`: of its segments only) to the model's own,
+
+    so that a ground truth can stand in a group.
+    """
     for t in trajectories:
         if event is None:
             t.sampling = dict(temperature=1.0)
     for temperature in {t.sampling['temperature'] for t in trajectories}:
-        some = [t for t in trajectories if t.sampling['temperature'] == temperature]
-        tree = TokenTree.from_sequences([t.ids for t in some])
-        with torch.no_grad():
-            scored = tree_logprobs(model, tree, temperature, dtype=dtype, max_tokens=8192)
-        values = np.stack([x.float().cpu().numpy() for x in (scored.logprob, scored.entropy)], 1)
-        for t, both in zip(some, tree.gather(values)):
-            for s, x in zip(t.segments, np.split(both, np.cumsum([len(s) for s in t.segments])[:-1])):
-                if s.trainable and event in (None, s.event):
-                    s.logprobs, s.entropy = x.T.copy()
+        alike = [t for t in trajectories if t.sampling['temperature'] == temperature]
+        _set_scores(model, alike, temperature, dtype, event)
     return trajectories
+
+def _set_scores(model, trajectories, temperature, dtype, event) -> None:
+    tree = TokenTree.from_sequences([t.ids for t in trajectories])
+    with torch.no_grad():
+        scored = tree_logprobs(model, tree, temperature, dtype=dtype, max_tokens=8192)
+    values = np.stack([x.float().cpu().numpy() for x in (scored.logprob, scored.entropy)], 1)
+    for t, both in zip(trajectories, tree.gather(values)):
+        ends = np.cumsum([len(segment) for segment in t.segments])[:-1]
+        for segment, columns in zip(t.segments, np.split(both, ends)):
+            if segment.trainable and event in (None, segment.event):
+                segment.logprobs, segment.entropy = columns.T.copy()
 
 # %% ../../nbs/learn/07_rft.ipynb #94ba1a77
 class Monitor:
-    "Watches one rollout and says when it clearly deviates from every ground truth: stop it, or correct it. *own design*"
+    "Watches one rollout and says when it clearly deviates from every ground truth: stop, or correct it. *own design*"
     def __init__(self,
-        ground_truths:list[Attempt], # of the task; they may be shared between monitors
-        threshold:float=.6, # running discrepancy above which a turn counts as deviating
-        patience:int=2, # deviating turns in a row that stop the rollout
-        weights:dict=WEIGHTS, # of patch and actions; the outcome is not known yet
-        corrections:int=0, # how often the rollout is corrected before it is stopped
+        ground_truths: list[Attempt],  # of the task; they may be shared between monitors
+        threshold: float = .6,         # running discrepancy above which a turn counts as deviating
+        patience: int = 2,             # deviating turns in a row that stop the rollout
+        weights: dict = WEIGHTS,       # of patch and actions; the outcome is not known yet
+        corrections: int = 0,          # how often the rollout is corrected before it is stopped
     ):
-        if not ground_truths: raise ValueError('Monitor: a task needs at least one ground truth')
-        if not 0 < threshold <= 1 or patience < 1:
-            raise ValueError(f'Monitor: threshold={threshold} must lie in (0, 1], patience={patience} be 1 or more')
-        if corrections < 0: raise ValueError(f'Monitor: corrections={corrections} must be 0 or more')
-        if bad := [i for i, g in enumerate(ground_truths) if corrections and len(g.ids) != len(g.turns)]:
-            raise ValueError(f'Monitor: ground truth {bad[0]} has no token ids of its turns; to correct, build it from a recorded trajectory')
-        self.ground_truths, self.threshold, self.patience, self.weights = ground_truths, threshold, patience, weights
-        self.left, self.made, self.correction = corrections, Counter(), None   # `correction`: ids to splice in after 'correct'
-        self.alignments = [Alignment(g.turns) for g in ground_truths]
+        _check(ground_truths, threshold, patience, corrections)
+        self.ground_truths, self.threshold, self.patience = ground_truths, threshold, patience
+        self.weights, self.left, self.made = weights, corrections, Counter()
+        self.correction = None   # ids to splice in after 'correct'
+        self.alignments = [Alignment(truth.turns) for truth in ground_truths]
         self.running, self.turns, self.tokens, self.strikes = [], 0, 0, 0   # `running`: discrepancy after each turn
 
     def observe(self,
-        turn:dict, # the turn just made: calls, errors, tokens
-        patch=None, # files changed so far, as in `patch_facts`
-        files:dict|None=None, # their originals
-    ) -> str: # 'go', 'stop' or 'correct' (then `self.correction` holds the turn to splice in)
+        turn: dict,                    # the turn just made: calls, errors, tokens
+        patch=None,                    # files changed so far, as in `patch_facts`
+        files: dict | None = None,     # their originals
+    ) -> str:                          # 'go', 'stop' or 'correct' (then `self.correction` holds the turn to splice in)
         "Take one more turn into account; one that was spliced in is no strike."
-        calls, facts = normal_turn(turn), None if patch is None else patch_facts(patch, files)
-        d = []
-        for g, al in zip(self.ground_truths, self.alignments):
-            al.add(calls)
-            p = dict(actions=al.discrepancy(prefix=True))
-            if facts is not None and g.facts is not None:
-                p['patch'] = 1 - sum(overlap(x, y, True) for x, y in zip(facts, g.facts)) / 3
-            d.append(blend(p, self.weights))
-        self.running.append(min(d))
-        self.turns, self.tokens = self.turns + 1, self.tokens + (turn.get('tokens') or 0)
-        self.made, self.correction = self.made + calls, None
-        self.strikes = self.strikes + 1 if min(d) > self.threshold and not turn.get('corrected') else 0
-        if self.strikes < self.patience: return 'go'
-        if self.left:
-            self.correction = self.next_turn(self.ground_truths[int(np.argmin(d))])
-        if self.correction is None: return 'stop'
-        self.left, self.strikes = self.left - 1, 0
-        return 'correct'
+        return _observe(self, turn, patch, files)
 
     def next_turn(self,
-        g:Attempt, # ground truth
-    ) -> np.ndarray|None: # int32[n], ids of its first turn with readable calls that the rollout hasn't made; None: all are made
+        g: Attempt,                    # ground truth
+    ) -> np.ndarray | None:            # int32[n], its first turn with readable calls that weren't made; None: all were
         "Where the ground truth would go on."
-        made = Counter(self.made)
-        for turn, ids in zip(g.turns, g.ids):
-            if any(name not in ('no call', 'malformed') for name, _ in turn - made): return np.array(ids, np.int32)
-            made -= turn
+        return _next_turn(g, self.made)
+
+# %% ../../nbs/learn/07_rft.ipynb #773b49e5
+def _check(ground_truths, threshold, patience, corrections) -> None:
+    if not ground_truths: raise ValueError('Monitor: a task needs at least one ground truth')
+    if not 0 < threshold <= 1 or patience < 1:
+        raise ValueError(f'Monitor: threshold={threshold} must lie in (0, 1], patience={patience} be 1 or more')
+    if corrections < 0: raise ValueError(f'Monitor: corrections={corrections} must be 0 or more')
+    bare = [i for i, truth in enumerate(ground_truths) if corrections and len(truth.ids) != len(truth.turns)]
+    if bare:
+        raise ValueError(f'Monitor: ground truth {bare[0]} has no token ids of its turns; '
+                         'to correct, build it from a recorded trajectory')
+
+# %% ../../nbs/learn/07_rft.ipynb #cab4c0ce
+def _observe(monitor: Monitor, turn, patch, files) -> str:
+    calls = normal_turn(turn)
+    gaps = _running(monitor, calls, None if patch is None else patch_facts(patch, files))
+    monitor.running.append(min(gaps))
+    monitor.turns, monitor.tokens = monitor.turns + 1, monitor.tokens + (turn.get('tokens') or 0)
+    monitor.made, monitor.correction = monitor.made + calls, None
+    strays = min(gaps) > monitor.threshold and not turn.get('corrected')
+    monitor.strikes = monitor.strikes + 1 if strays else 0
+    if monitor.strikes < monitor.patience: return 'go'
+    if monitor.left:
+        monitor.correction = monitor.next_turn(monitor.ground_truths[int(np.argmin(gaps))])
+    if monitor.correction is None: return 'stop'
+    monitor.left, monitor.strikes = monitor.left - 1, 0
+    return 'correct'
+
+def _running(monitor: Monitor, calls: Counter, facts) -> list[float]:  # discrepancy from each ground truth
+    gaps = []
+    for truth, alignment in zip(monitor.ground_truths, monitor.alignments):
+        alignment.add(calls)
+        found = dict(actions=alignment.discrepancy(prefix=True))
+        if facts is not None and truth.facts is not None:
+            found['patch'] = _patch_gap(facts, truth.facts, prefix=True)
+        gaps.append(blend(found, monitor.weights))
+    return gaps
+
+# %% ../../nbs/learn/07_rft.ipynb #e8f9d6dd
+def _next_turn(truth: Attempt, made: Counter) -> np.ndarray | None:
+    left = Counter(made)
+    for turn, ids in zip(truth.turns, truth.ids):
+        if any(name not in ('no call', 'malformed') for name, _ in turn - left): return np.array(ids, np.int32)
+        left -= turn
 
 # %% ../../nbs/learn/07_rft.ipynb #5db0e1f2
 def shadow(
-    rollouts:list, # finished trajectories, or their `info`
-    ground_truths:list[list[Attempt]], # for each rollout those of its task
-    **settings, # of `Monitor`
-) -> dict: # n, stopped, false_stops (they passed), turns and tokens saved, and their shares of the total
-    "Exact savings and false stops of a monitor, on rollouts that were not stopped; infrastructure failures are left out."
-    if settings.get('corrections'): raise ValueError("shadow: what follows a correction can't be replayed; leave `corrections` out")
-    pairs = [(o, g) for o, g in zip(rollouts, ground_truths, strict=True) if getattr(o, 'info', o).get('finish') != 'infra']
-    n = Counter(stopped=0, false_stops=0, turns_saved=0, tokens_saved=0)
-    turns_total = tokens_total = 0
-    for o, truths in pairs:
-        rec, e, m = getattr(o, 'info', o), Attempt.of(o), Monitor(truths, **settings)
-        turns_total, tokens_total = turns_total + len(e.turns), tokens_total + e.tokens
-        for t in rec['turns']:
-            if m.observe(t) == 'stop' and m.turns < len(e.turns):
-                passed = bool(e.tests) and all(e.tests.values())
-                n.update(stopped=1, false_stops=int(passed),
-                         turns_saved=len(e.turns) - m.turns, tokens_saved=e.tokens - m.tokens)
+    rollouts: list,                      # finished trajectories, or their `info`
+    ground_truths: list[list[Attempt]],  # for each rollout those of its task
+    **settings,                          # of `Monitor`
+) -> dict:  # n, stopped, false_stops (they passed), turns and tokens saved, and their shares of the total
+    """Exact savings and false stops of a monitor, on rollouts that were not stopped.
+
+    Infrastructure failures are left out.
+    """
+    if settings.get('corrections'):
+        raise ValueError("shadow: what follows a correction can't be replayed; leave `corrections` out")
+    pairs = [(rollout, truths) for rollout, truths in zip(rollouts, ground_truths, strict=True)
+             if getattr(rollout, 'info', rollout).get('finish') != 'infra']
+    total = Counter(stopped=0, false_stops=0, turns_saved=0, tokens_saved=0)
+    turns = tokens = 0
+    for rollout, truths in pairs:
+        whole, monitor = Attempt.of(rollout), Monitor(truths, **settings)
+        turns, tokens = turns + len(whole.turns), tokens + whole.tokens
+        for turn in getattr(rollout, 'info', rollout)['turns']:
+            if monitor.observe(turn) == 'stop' and monitor.turns < len(whole.turns):
+                passed = bool(whole.tests) and all(whole.tests.values())
+                total.update(stopped=1, false_stops=int(passed), turns_saved=len(whole.turns) - monitor.turns,
+                             tokens_saved=whole.tokens - monitor.tokens)
                 break
-    return dict(n, n=len(pairs), turns_share=n['turns_saved'] / max(turns_total, 1),
-                tokens_share=n['tokens_saved'] / max(tokens_total, 1))
+    return dict(total, n=len(pairs), turns_share=total['turns_saved'] / max(turns, 1),
+                tokens_share=total['tokens_saved'] / max(tokens, 1))
 
 # %% ../../nbs/learn/07_rft.ipynb #7280825b
 def savings(
-    rollouts:list, # trajectories of a training step, some with finish 'stopped'
-) -> dict: # n, stopped, corrected (turns spliced in), sampled_tokens (the policy's own), and the estimates turns_saved and tokens_saved
+    rollouts: list,  # trajectories of a training step, some with finish 'stopped'
+) -> dict:           # n, stopped, corrected (turns), sampled_tokens (the policy's own), estimated turns_, tokens_saved
     "Estimated savings: a stopped rollout is taken to have cost what the finished ones cost on average."
-    infos = [getattr(o, 'info', o) for o in rollouts]
-    tokens = [sum(t.get('tokens') or 0 for t in i['turns']) for i in infos]
-    cost = np.array([(len(i['turns']), k) for i, k in zip(infos, tokens)], float).reshape(-1, 2)
-    cut = np.array([i.get('finish') == 'stopped' for i in infos], bool)
-    live = np.array([i.get('finish') not in ('stopped', 'infra') for i in infos], bool)
+    infos = [getattr(rollout, 'info', rollout) for rollout in rollouts]
+    tokens = [sum(turn.get('tokens') or 0 for turn in info['turns']) for info in infos]
+    cost = np.array([(len(info['turns']), k) for info, k in zip(infos, tokens)], float).reshape(-1, 2)
+    cut = np.array([info.get('finish') == 'stopped' for info in infos], bool)
+    live = np.array([info.get('finish') not in ('stopped', 'infra') for info in infos], bool)
     mean = cost[live].mean(0) if live.any() else np.zeros(2)
-    saved = np.clip(mean - cost[cut], 0, None).sum(0)
-    spliced = sum(bool(t.get('corrected')) for i in infos for t in i['turns'])
-    return dict(n=len(infos), stopped=int(cut.sum()), corrected=spliced, sampled_tokens=int(sum(tokens)), turns_saved=float(saved[0]), tokens_saved=float(saved[1]))
+    turns_saved, tokens_saved = np.clip(mean - cost[cut], 0, None).sum(0)
+    spliced = sum(bool(turn.get('corrected')) for info in infos for turn in info['turns'])
+    return dict(n=len(infos), stopped=int(cut.sum()), corrected=spliced, sampled_tokens=int(sum(tokens)),
+                turns_saved=float(turns_saved), tokens_saved=float(tokens_saved))

@@ -34,11 +34,17 @@ class _TreeScores(torch.autograd.Function):
         return tuple(x.new_zeros(len(tree)).index_copy(0, edges.index, x) for x in (edges.logprob, edges.entropy))
 
     @staticmethod
-    def backward(ctx, g_logprob, g_entropy):
+    def backward(ctx, grad_logprob, grad_entropy):
         engine, tree, score = ctx.walk
-        engine.forward_backward(tree, lambda e: (g_logprob[e.index] * e.logprob).sum() + (g_entropy[e.index] * e.entropy).sum(), score)
+
+        def loss(edges):
+            by_logprob = (grad_logprob[edges.index] * edges.logprob).sum()
+            return by_logprob + (grad_entropy[edges.index] * edges.entropy).sum()
+
+        engine.forward_backward(tree, loss, score)
         return None, None, None, None
 
+# %% ../../nbs/learn/09_trl_plugin.ipynb #f46f3e72
 def tree_scores(
     model,                       # a causal language model, or PEFT's
     tree: TokenTree,
@@ -46,7 +52,10 @@ def tree_scores(
     temperature: float = 1.0,
     max_tokens: int | None = None,  # most new tokens in a pack; None: one pack, whose graph is kept
 ) -> tuple[torch.Tensor, torch.Tensor]:  # log-probs, entropies [N]; differentiable where grad is on
-    "Log-probs and entropies whose backward works in one pack or many. With many, gradients go to the parameters' `.grad` directly."
+    """Log-probs and entropies whose backward works in one pack or many.
+
+    With many, gradients go to the parameters' `.grad` directly.
+    """
     checkpointed = torch.is_grad_enabled() and model.training and model.is_activation_checkpointing
     if torch.is_grad_enabled() and ((max_tokens is not None and len(tree) > max_tokens) or checkpointed):
         anchor = torch.zeros((), requires_grad=True)
@@ -56,72 +65,97 @@ def tree_scores(
 
 # %% ../../nbs/learn/09_trl_plugin.ipynb #b119eecf
 def _refuse(**features) -> None:
-    if on := [k for k, v in features.items() if v]: raise ValueError(f"trees don't know {', '.join(on)}: use TRL's own trainer")
+    on = [name for name, wanted in features.items() if wanted]
+    if on: raise ValueError(f"trees don't know {', '.join(on)}: use TRL's own trainer")
 
+def _grpo_scores(trainer, model, input_ids, attention_mask, logits_to_keep, with_entropy):  # each [B, n]
+    tree, at = rows_tree(input_ids, attention_mask)
+    keep = at[:, -logits_to_keep:]
+    score = np.zeros(len(tree), bool)
+    score[keep[keep >= 0]] = True
+    with trainer.accelerator.autocast():
+        plain = trainer.accelerator.unwrap_model(model)
+        logps, entropy = tree_scores(plain, tree, score, trainer.temperature, trainer.tree_max_tokens)
+    if trainer.model.training:
+        trainer._metrics["train"]["tree/tokens_ratio"].append(tree.n_flat / len(tree))
+    return to_rows(logps, keep), to_rows(entropy, keep) if with_entropy else None
+
+# %% ../../nbs/learn/09_trl_plugin.ipynb #82f7ec76
 @cache
 def _grpo():
     trl = need("trl", "train")
     from trl.trainer.utils import split_tensor_dict
 
     class TreeGRPOTrainer(trl.GRPOTrainer):
-        """TRL's GRPOTrainer whose log-probs are computed on prefix trees. ValueError for images, MoE's auxiliary loss and
-        several processes with `tree_max_tokens`. Source: Tree Training (arXiv:2511.00413); TRL for everything else."""
+        """TRL's GRPOTrainer whose log-probs are computed on prefix trees.
+
+        ValueError for images, MoE's auxiliary loss and several processes with `tree_max_tokens`.
+        Source: Tree Training (arXiv:2511.00413); TRL for everything else.
+        """
 
         def __init__(self, *args, tree_max_tokens: int | None = None, **kwargs):
             super().__init__(*args, **kwargs)
             self.tree_max_tokens = tree_max_tokens
+            many = tree_max_tokens is not None and self.accelerator.num_processes > 1
             _refuse(**{"the auxiliary loss of MoE models (router_aux_loss_coef)": self.aux_loss_enabled,
-                       "tree_max_tokens with several processes": tree_max_tokens is not None and self.accelerator.num_processes > 1})
+                       "tree_max_tokens with several processes": many})
 
         def _get_per_token_logps_and_entropies(self, model, input_ids, attention_mask, logits_to_keep, batch_size=None,
                                                compute_entropy=False, compute_aux_loss=False, **images):
-            _refuse(**{k: v is not None for k, v in images.items()})
-            tree, at = rows_tree(input_ids, attention_mask)
-            keep = at[:, -logits_to_keep:]
-            score = np.zeros(len(tree), bool)
-            score[keep[keep >= 0]] = True
-            with self.accelerator.autocast():
-                logps, entropy = tree_scores(self.accelerator.unwrap_model(model), tree, score, self.temperature, self.tree_max_tokens)
-            if self.model.training:
-                self._metrics["train"]["tree/tokens_ratio"].append(tree.n_flat / len(tree))
-            return to_rows(logps, keep), to_rows(entropy, keep) if compute_entropy else None, None
+            _refuse(**{name: image is not None for name, image in images.items()})
+            scores = _grpo_scores(self, model, input_ids, attention_mask, logits_to_keep, compute_entropy)
+            return *scores, None
 
         def _prepare_inputs(self, generation_batch):
             if not self.model.training: return super()._prepare_inputs(generation_batch)
             steps = self.args.steps_per_generation
             if self._buffered_inputs is None or self._step % (steps * self.num_iterations) == 0:
-                self._buffered_inputs = split_tensor_dict(self._generate_and_score_completions(generation_batch), steps)
+                scored = self._generate_and_score_completions(generation_batch)
+                self._buffered_inputs = split_tensor_dict(scored, steps)
             return self._buffered_inputs[self._step % steps]
 
     return TreeGRPOTrainer
 
 # %% ../../nbs/learn/09_trl_plugin.ipynb #22354a67
+def _sft_loss(trainer, model, inputs, num_items_in_batch):
+    tree, at = rows_tree(inputs["input_ids"], inputs["attention_mask"])
+    labels = inputs["labels"].cpu().numpy() != -100
+    labels[:, 0] = False  # nothing predicts a row's first token
+    wanted = at[labels & (at >= 0)]
+    times = np.bincount(wanted, minlength=len(tree))
+    weight = torch.as_tensor(times, dtype=torch.float32, device=inputs["input_ids"].device)
+    with trainer.accelerator.autocast():
+        plain, score = trainer.accelerator.unwrap_model(model), (weight > 0).cpu().numpy()
+        logps, _ = tree_scores(plain, tree, score, 1.0, trainer.tree_max_tokens)
+    return -(weight * logps).sum() / (len(wanted) if num_items_in_batch is None else num_items_in_batch)
+
+# %% ../../nbs/learn/09_trl_plugin.ipynb #8d356112
 @cache
 def _sft():
     trl = need("trl", "train")
 
     class TreeSFTTrainer(trl.SFTTrainer):
-        "TRL's SFTTrainer whose loss is computed on the prefix tree of each batch. ValueError for packed rows, images and other losses than 'nll'."
+        """TRL's SFTTrainer whose loss is computed on the prefix tree of each batch.
+
+        ValueError for packed rows, images and other losses than 'nll'.
+        """
 
         def __init__(self, *args, tree_max_tokens: int | None = None, **kwargs):
             super().__init__(*args, **kwargs)
             self.tree_max_tokens = tree_max_tokens
-            _refuse(**{"packing": self.args.packing, "padding_free": self.args.padding_free, "several processes": self.accelerator.num_processes > 1,
-                       f"loss_type {self.args.loss_type!r}": self.args.loss_type not in (None, "nll", "chunked_nll")})
+            kind = self.args.loss_type
+            _refuse(**{"packing": self.args.packing, "padding_free": self.args.padding_free,
+                       "several processes": self.accelerator.num_processes > 1,
+                       f"loss_type {kind!r}": kind not in (None, "nll", "chunked_nll")})
 
         def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-            if return_outputs: raise ValueError("evaluation with predictions needs logits: set prediction_loss_only=True")
-            tree, at = rows_tree(inputs["input_ids"], inputs["attention_mask"])
-            labels = inputs["labels"].cpu().numpy() != -100
-            labels[:, 0] = False  # nothing predicts a row's first token
-            wanted = at[labels & (at >= 0)]
-            weight = torch.as_tensor(np.bincount(wanted, minlength=len(tree)), dtype=torch.float32, device=inputs["input_ids"].device)
-            with self.accelerator.autocast():
-                logps, _ = tree_scores(self.accelerator.unwrap_model(model), tree, (weight > 0).cpu().numpy(), 1.0, self.tree_max_tokens)
-            return -(weight * logps).sum() / (len(wanted) if num_items_in_batch is None else num_items_in_batch)
+            if return_outputs:
+                raise ValueError("evaluation with predictions needs logits: set prediction_loss_only=True")
+            return _sft_loss(self, model, inputs, num_items_in_batch)
 
     return TreeSFTTrainer
 
+# %% ../../nbs/learn/09_trl_plugin.ipynb #59d68cfa
 def __getattr__(name):  # classes are made when asked for: TRL is an extra
     made = {"TreeGRPOTrainer": _grpo, "TreeSFTTrainer": _sft}
     if name in made: return made[name]()
