@@ -80,18 +80,15 @@ def _grpo_scores(trainer, model, input_ids, attention_mask, logits_to_keep, with
         trainer._metrics["train"]["tree/tokens_ratio"].append(tree.n_flat / len(tree))
     return to_rows(logps, keep), to_rows(entropy, keep) if with_entropy else None
 
-# %% ../../nbs/learn/09_trl_plugin.ipynb #82f7ec76
+# %% ../../nbs/learn/09_trl_plugin.ipynb #4810d3a6
 @cache
 def _grpo():
     trl = need("trl", "train")
     from trl.trainer.utils import split_tensor_dict
 
     class TreeGRPOTrainer(trl.GRPOTrainer):
-        """TRL's GRPOTrainer whose log-probs are computed on prefix trees.
-
-        ValueError for images, MoE's auxiliary loss and several processes with `tree_max_tokens`.
-        Source: Tree Training (arXiv:2511.00413); TRL for everything else.
-        """
+        """TRL's GRPOTrainer whose log-probs are computed on prefix trees. ValueError for images, MoE's auxiliary loss
+        and several processes with `tree_max_tokens`. Source: Tree Training (arXiv:2511.00413); TRL for the rest."""
 
         def __init__(self, *args, tree_max_tokens: int | None = None, **kwargs):
             super().__init__(*args, **kwargs)
