@@ -58,7 +58,8 @@ def show_stops(played, truths):
             found = shadow(seen, [truths[t.task] for t in played], threshold=threshold, patience=patience)
             stopped, wrong = found['stopped'], found['false_stops']
             lo, hi = wilson(wrong, stopped)
-            print(f"{threshold:9} {patience:8} {stopped:8}  {wrong:3} [{lo:.3f}, {hi:.3f}] {found['tokens_share']:23.1%}")
+            saved = found['tokens_share']
+            print(f'{threshold:9} {patience:8} {stopped:8}  {wrong:3} [{lo:.3f}, {hi:.3f}] {saved:23.1%}')
 
 
 def show_corrections(played, corrected):

@@ -33,7 +33,8 @@ def rows(run, stages):
     "Lines of the table: a run's held-out solve rates, sampled and greedy."
     rate, family, n = weakest(run, "rft")
     for mode in ("sampled", "greedy"):
-        cells = [f"{held['rate']:.3f} [{held['lo']:.3f}, {held['hi']:.3f}]" for held in (stages[s][mode] for s in STAGES)]
+        held = [stages[stage][mode] for stage in STAGES]
+        cells = [f"{x['rate']:.3f} [{x['lo']:.3f}, {x['hi']:.3f}]" for x in held]
         above = "yes" if stages["rl"][mode]["lo"] > stages["sft"][mode]["hi"] else "no"
         yield f"| {run.name} | {mode} | " + " | ".join(cells) + f" | {above} | {family} {rate:.2f} of {n} |"
 
@@ -43,10 +44,11 @@ def draw(records):
     fig, axes = plt.subplots(1, 2, figsize=(8, 3.4), sharey=True)
     for ax, mode in zip(axes, ("sampled", "greedy")):
         for i, (run, stages) in enumerate(records.items()):
-            rate, lo, hi = ([stages[s][mode][key] for s in STAGES] for key in ("rate", "lo", "hi"))
+            rate, lo, hi = ([stages[stage][mode][key] for stage in STAGES] for key in ("rate", "lo", "hi"))
             error = [[100 * (y - low) for y, low in zip(rate, lo)], [100 * (high - y) for y, high in zip(rate, hi)]]
             at = [x + 0.09 * (i - (len(records) - 1) / 2) for x in range(len(STAGES))]
-            ax.errorbar(at, [100 * y for y in rate], error, marker="o", ms=4, capsize=2, lw=1.2, label=f"run {run.name}")
+            ax.errorbar(at, [100 * y for y in rate], error, marker="o", ms=4, capsize=2, lw=1.2,
+                        label=f"run {run.name}")
         ax.set(xticks=range(len(STAGES)), title=f"{mode}" + (", T = 1" if mode == "sampled" else ""), ylim=(-2, 102))
         ax.set_xticklabels(NAMES, rotation=20)
     axes[0].set_ylabel("held-out tasks solved (%)")
