@@ -51,7 +51,6 @@ def make_without(run, folder):
 
 def tokens_of_rft(run, row):
     """Tokens that the policy sampled in an update of RFT: as logged, or what was trained without the teachers' part,
-
     scaled from live groups to all."""
     if "sampled_tokens" in row: return row["sampled_tokens"]
     truths = read_parquet(run / f"30_rft/ground_truths/{row['step'] - 1:04}.parquet")
@@ -62,7 +61,6 @@ def tokens_of_rft(run, row):
 
 def tokens_of_rl(rows, per_turn):
     """The same for RL: as logged, or turns (logged) times tokens a turn,
-
     which move in a straight line between the evaluations before and after."""
     rate = np.linspace(*per_turn, len(rows))
     return [row["sampled_tokens"] if "sampled_tokens" in row else row["turns"] * row["trajectories"] * p

@@ -315,10 +315,8 @@ def with_logprobs(
     dtype=torch.bfloat16,               # compute dtype
     event: str | None = None,           # of its segments only; None: of all, as if sampled at temperature 1
 ) -> list[Trajectory]:                  # the same ones
-    """Set the log-probs and entropies of trained tokens (with `event`: of its segments only) to the model's own,
-
-    so that a ground truth can stand in a group.
-    """
+    """Set the log-probs and entropies of trained tokens (with `event`: of its segments only) to the model's own, so
+    that a ground truth can stand in a group."""
     for t in trajectories:
         if event is None:
             t.sampling = dict(temperature=1.0)

@@ -129,10 +129,8 @@ def check_combination(
     budget: float | None,  # as in `prepare`
     reference,             # as in `prepare`
 ) -> None:
-    """ValueError for a budget with an objective that needs what it cuts away,
-
-    and for a KL without a reference or the other way round.
-    """
+    """ValueError for a budget with an objective that needs what it cuts away, and for a KL without a reference or the
+    other way round."""
     kl, correct = objective.kl, objective.correct
     if budget is not None and not 0 < budget <= 1:
         raise ValueError(f"budget {budget}: a share of the cost above 0, at most 1, expected")

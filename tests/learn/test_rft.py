@@ -588,7 +588,6 @@ def test_stopped_rollouts_played_to_their_end(tok, make_env):
 
 def test_corrections_that_are_trained_get_the_models_own_log_probs(make_env):
     """A corrected rollout of a model: without log-probs on the correction trainers refuse it,
-
     with them the sampled ones stay as recorded."""
     lm, tok = load_model(ROOT / 'data/base')
     task, engine = make_task('train', 0), HFEngine(lm, max_len=1024, slots=1)

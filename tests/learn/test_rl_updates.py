@@ -306,7 +306,6 @@ def test_only_what_is_kept_is_computed_when_the_record_is_exact():
 
 def test_equal_rollouts_with_different_rewards_do_not_end_a_run_with_a_budget(tmp_path):
     """A flaky grader: all weights cancel. Alone the tree is trained whole;
-
     beside another minibatch the run's log lacks what only that one knows."""
     model = tiny()
     batch = with_records(model, groups(model, 0, 2))
