@@ -23,8 +23,8 @@ def site(*pages):
 
 def test_names_link_to_the_page_that_documents_them():
     pages = site(('core/01_types.ipynb', 'core.types', ['Segment', 'load']),
-                 ('learn/07_rl.ipynb', 'learn.rl', ['rl_loss', 'load']))
-    here = 'learn/07_rl.ipynb'
+                 ('learn/08_rl.ipynb', 'learn.rl', ['rl_loss', 'load']))
+    here = 'learn/08_rl.ipynb'
     assert pages.linkify('a `Segment`', here) == 'a [`Segment`](../core/01_types.ipynb#segment)'
     assert pages.linkify('`Segment.ids`', here) == '[`Segment.ids`](../core/01_types.ipynb#segment)'
     assert pages.linkify('`rl_loss()`', here) == '[`rl_loss()`](#rl_loss)'
