@@ -16,7 +16,8 @@ from transformers import Qwen3Config, Qwen3ForCausalLM, StoppingCriteria
 from transformers.utils import logging
 
 from kat.infer import engines as engines
-from kat.infer.engines import HFEngine, Request
+from kat.infer.engines import HFEngine
+from kat.infer.requests import Request
 from kat.infer.serving import HFAsyncEngine
 
 V = 1536

@@ -16,7 +16,7 @@ from .agent import Refused, play
 from ..core.chat import ids_of, render
 from ..core.types import GENERATED, Trajectory
 from ..envs.base import Env, InfraError, Observation, Task, ToolCall
-from ..infer.engines import Completion, Engine, Request
+from ..infer.requests import Completion, Engine, Request
 from ..plane.gateway import Gateway
 from ..plane.writing import Writing
 from ..plane.manager import Manager, Session, show

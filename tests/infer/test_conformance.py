@@ -18,7 +18,7 @@ import torch
 from transformers import AutoTokenizer, Qwen3Config, Qwen3ForCausalLM
 
 from kat.compute.logprob import flat_logprobs
-from kat.infer.engines import Request
+from kat.infer.requests import Request
 from kat.infer.partial import sync_weights
 from kat.infer.serving import HFAsyncEngine
 from kat.infer.vllm import VLLMEngine, write_model

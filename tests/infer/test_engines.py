@@ -10,7 +10,11 @@ from transformers import (Gemma2Config, Gemma2ForCausalLM, Gemma3ForCausalLM, Ge
                           MistralForCausalLM, Qwen3Config, Qwen3ForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM)
 
 from kat.infer import engines
-from kat.infer.engines import HFEngine, Prefixes, Request, Settings, SlotTable, check_sessions, common, pick, prefill_groups, sample, truncate, uniforms
+from kat.infer.cache import prefill_groups
+from kat.infer.engines import HFEngine
+from kat.infer.requests import Request, check_sessions
+from kat.infer.sampling import Settings, pick, sample, truncate, uniforms
+from kat.infer.slots import Prefixes, SlotTable, common
 
 V = 64
 small = dict(vocab_size=V, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,

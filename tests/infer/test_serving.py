@@ -11,7 +11,8 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from kat.compute.logprob import flat_logprobs
 from kat.infer import engines
-from kat.infer.engines import Completion, HFEngine, Request, StopStrings
+from kat.infer.engines import HFEngine
+from kat.infer.requests import Completion, Request, StopStrings
 from kat.infer.partial import PartialRollout, Publisher
 from kat.infer.serving import EngineClosed, HFAsyncEngine
 

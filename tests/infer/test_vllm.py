@@ -20,7 +20,7 @@ from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.routing import Route
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
-from kat.infer.engines import Request
+from kat.infer.requests import Request
 from kat.infer.vllm import EngineError, VLLMEngine, sampling_params, server_command, vllm_python, vllm_server, write_model, write_weights
 
 def chunk(*tokens, **more):

@@ -19,7 +19,8 @@ from kat.learn.rft import (Alignment, Attempt, GroundTruth, Monitor, discrepancy
                            normal_turn, parts, patch_facts, rft_reward, save_ground_truths, savings, shadow, shared, squeeze)
 from kat.learn.rl import make_row
 from kat.recipe.pipeline import ROOT
-from kat.infer.engines import Completion, HFEngine
+from kat.infer.engines import HFEngine
+from kat.infer.requests import Completion
 from kat.envs.sandbox import MeteredPool
 from kat.recipe.evaluation import finish_stopped
 from kat.learn.training import load_model

@@ -19,7 +19,8 @@ from kat.learn.objective import Objective
 from kat.learn.rft import savings
 from kat.learn.rl import RLTrainer, accumulate, make_row, prepare, recorded_exactly
 from kat.learn.training import has_adapter, lr_factor, make_optimizer, merged, weights_checksum
-from kat.infer.engines import HFEngine, Request
+from kat.infer.engines import HFEngine
+from kat.infer.requests import Request
 from kat.recipe.rollouts import turn_facts
 from kat.tree.prune import Pruning
 

@@ -15,7 +15,8 @@ from kat.envs.expert import Expert
 from kat.envs.micro import SYSTEM, MicroEnv, make_task
 from kat.envs.sandbox import WarmPool
 from kat.recipe.pipeline import ROOT
-from kat.infer.engines import Completion, HFEngine, Request
+from kat.infer.engines import HFEngine
+from kat.infer.requests import Completion, Request
 from kat.plane.gateway import running
 from kat.plane.manager import Session
 from kat.recipe.rollouts import Episode, ModelPolicy, ScriptPolicy, Waves, _play, finished, rollout
