@@ -119,10 +119,13 @@ def _off(engine: EngineCore, text: np.ndarray) -> float:
 
 # %% ../../nbs/infer/05_engines.ipynb #00338be0
 class Prefill(EngineCore):
-    "Who waits comes in, and the missing tokens of turns in their slots are computed."
-    @property
-    def busy(self) -> bool:
-        return bool(self.waiting) or any(self.table.turn)
+    "Who waits comes in, the missing tokens of turns in their slots are computed, who is done leaves."
+    def leave(self, turn: Generation) -> None:
+        "Take a turn out, finished or not; what it has computed stays for the session's next one."
+        if turn.slot is not None:
+            self.table.leave(turn)
+        elif turn in self.waiting:
+            self.waiting.remove(turn)
 
     def _fill(self) -> bool:  # was there anything to do?
         "One forward over missing tokens of turns in their slots."
@@ -189,7 +192,7 @@ def _too_early(turns: list, vocab: int) -> list:  # (row, id)
 
 # %% ../../nbs/infer/05_engines.ipynb #4635a00f
 class Machine(Decode):
-    "Turns come in, `step` gives each a token, turns leave."
+    "Turns come in, and `step` gives each a token."
     def prepare(self, request: Request, i: int = 0) -> Generation:
         "Check a request; its turn isn't under way yet. ValueError calls it number `i`."
         ids = check_request(request, self.vocab, self.max_len, i)
@@ -203,12 +206,9 @@ class Machine(Decode):
         self.stats['prompt_tokens'] += turn.n
         self.waiting.append(turn)
 
-    def leave(self, turn: Generation) -> None:
-        "Take a turn out, finished or not; what it has computed stays for the session's next one."
-        if turn.slot is not None:
-            self.table.leave(turn)
-        elif turn in self.waiting:
-            self.waiting.remove(turn)
+    @property
+    def busy(self) -> bool:
+        return bool(self.waiting) or any(self.table.turn)
 
     def step(self, patient: bool = True) -> list[Generation]:
         """A token for every turn that is ready; returns these turns. Newcomers come in first: `patient`, the others
