@@ -174,9 +174,9 @@ async def _post(client, path: str, body: dict|None, query: dict):
     response = await _call(client, 'POST', path, json=body, params=query)
     if response.status_code == 404:
         raise EngineError(f"vLLM has no {path}: start it with VLLM_SERVER_DEV_MODE=1 in its environment")
-    body = _json(response.text)
-    if response.status_code != 200: raise EngineError(f"vLLM {path}: {response.status_code} {_message(body)}")
-    return body
+    answer = _json(response.text)
+    if response.status_code != 200: raise EngineError(f"vLLM {path}: {response.status_code} {_message(answer)}")
+    return answer
 
 async def _reload(post, keep: bool):
     "Have the server read its folder and drop what it computed with the old weights, or `keep` that."
