@@ -19,8 +19,9 @@ import numpy as np
 from .. import __version__
 from ..core.calls import FORMATS, call_format
 from ..core.io import dumps, need
-from ..wire.dialects import Answer, BadRequest, ApiCall, RequestLimits, Stream, count_tokens_answer, models_answer, parse_body, read_call, render_answer, render_error, too_long
-from ..infer.engines import Completion, Request
+from ..wire.dialects import Answer, ApiCall, Stream, count_tokens_answer, models_answer, read_call, render_answer, render_error, too_long
+from ..wire.fields import BadRequest, RequestLimits, parse_body
+from ..infer.requests import Completion, Request
 from .live import Pulse, live_page, session_view
 from .manager import Manager, Plan, Session, Turn, plan_text, show
 from .store import Store, StoreError

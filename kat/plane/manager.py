@@ -18,7 +18,7 @@ import numpy as np
 from ..core.chat import extend_segments, generation_segments, ids_of, render
 from ..core.types import Segment, Trajectory
 from ..wire.dialects import canonical_key, explain, without_reminders
-from ..infer.engines import Completion
+from ..infer.requests import Completion
 from ..tree.trie import TokenTree
 
 # %% ../../nbs/plane/01_manager.ipynb #de585c19

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from ..infer.engines import Completion
+from ..infer.requests import Completion
 from .manager import CLEAN, Plan, Session, Turn, answer_ids
 from ..wire.normalise import order_results
 

@@ -13,7 +13,7 @@ import numpy as np
 
 from ..core.calls import CallParser, Decoder, open_call
 from ..wire.dialects import Answer, ApiCall, TokenLogprob, call_prefix
-from ..infer.engines import Completion
+from ..infer.requests import Completion
 from .manager import Plan, Turn, new_id
 
 # %% ../../nbs/plane/05_writing.ipynb #77fe132c

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 from plane_world import tokenizer
 
-from kat.infer.engines import Completion
+from kat.infer.requests import Completion
 from kat.plane.gateway import Gateway, running
 from kat.plane.manager import Session
 from kat.infer.scripted import ScriptEngine

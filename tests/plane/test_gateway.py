@@ -18,7 +18,7 @@ from kat import cli
 from kat.core.calls import write_call
 from kat.core.io import read_records
 from kat.core.types import Trajectory
-from kat.wire.dialects import BadRequest, RequestLimits
+from kat.wire.fields import BadRequest, RequestLimits
 from kat.plane.gateway import Gateway, Metrics, running, session_name
 from kat.plane.manager import Manager
 from kat.plane.scenarios import SCENARIO_TOOLS

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from plane_world import PATH, SCENARIO_TOOLS, ask, chat_body, messages_body, say, tokenizer
 
-from kat.wire.dialects import RequestLimits
+from kat.wire.fields import RequestLimits
 from kat.plane.gateway import Gateway
 from kat.infer.scripted import ScriptEngine
 from kat.plane.store import Store

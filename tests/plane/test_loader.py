@@ -15,7 +15,7 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from kat.core.types import Group, Segment, Trajectory
 from kat.learn.rl import RLTrainer
-from kat.infer.engines import Completion
+from kat.infer.requests import Completion
 from kat.plane.loader import Gate, Loader, capacity, staleness
 from kat.plane.manager import Session
 from kat.plane.store import Store, StoreError

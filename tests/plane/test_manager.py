@@ -9,7 +9,7 @@ from plane_world import say, tokenizer, z
 
 from kat.core.chat import encode_prompt, ids_of
 from kat.wire.dialects import canonical_key, explain
-from kat.infer.engines import Completion
+from kat.infer.requests import Completion
 from kat.plane.manager import Manager, Session, Turn, _key, answer_ids, changes, plan_text, show, split, tool_mark
 from kat.plane.scenarios import SCENARIOS, SCENARIO_TOOLS, play_scenario
 

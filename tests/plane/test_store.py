@@ -14,7 +14,7 @@ from plane_world import full_store, say, tokenizer, z
 from kat.core.io import read_records
 from kat.core.types import groups_of
 from kat.plane import store as module
-from kat.infer.engines import Completion
+from kat.infer.requests import Completion
 from kat.plane.manager import Session
 from kat.plane.scenarios import SCENARIOS, play_scenario
 from kat.plane.store import Store, StoreError, export, pack, row_turn, store_error, turn_row, unpack
