@@ -109,7 +109,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                     'kat.compute.engine._Stack.leave': ('compute/engine.html#_stack.leave', 'kat/compute/engine.py'),
                                     'kat.compute.engine._Walk': ('compute/engine.html#_walk', 'kat/compute/engine.py'),
                                     'kat.compute.engine._Walk.__init__': ('compute/engine.html#_walk.__init__', 'kat/compute/engine.py'),
-                                    'kat.compute.engine._Walk.enter': ('compute/engine.html#_walk.enter', 'kat/compute/engine.py'),
                                     'kat.compute.engine._Walk.walk': ('compute/engine.html#_walk.walk', 'kat/compute/engine.py'),
                                     'kat.compute.engine._check_scalar': ('compute/engine.html#_check_scalar', 'kat/compute/engine.py'),
                                     'kat.compute.engine._concatenate': ('compute/engine.html#_concatenate', 'kat/compute/engine.py'),

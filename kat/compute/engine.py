@@ -238,23 +238,20 @@ class _Walk(_Stack):
     def walk(self):
         for pack in self.packs:
             self.leave(pack.start)
-            self.enter(pack)
+            waits = len(pack.open) > 0
+            if waits and self.again:
+                with torch.no_grad():
+                    self.stack.append(_Open(pack, self.forward(pack, self.stack, False)[1]))
+                continue
+            hidden, kept, leaves, sizes = self.forward(pack, self.stack, self.back)
+            value = self.value(pack, hidden)
+            if waits:
+                detached = {layer: [x.detach() for x in pair] for layer, pair in kept.items()}
+                self.stack.append(_Open(pack, detached, graph=(value, kept, leaves)))
+            elif self.back:
+                self.backward(value, {}, {}, leaves, self.stack, sizes)
         self.leave(len(self.tree))
         return torch.as_tensor(self.total)
-
-    def enter(self, pack):
-        waits = len(pack.open) > 0
-        if waits and self.again:
-            with torch.no_grad():
-                self.stack.append(_Open(pack, self.forward(pack, self.stack, False)[1]))
-            return
-        hidden, kept, leaves, sizes = self.forward(pack, self.stack, self.back)
-        value = self.value(pack, hidden)
-        if waits:
-            detached = {layer: [x.detach() for x in pair] for layer, pair in kept.items()}
-            self.stack.append(_Open(pack, detached, graph=(value, kept, leaves)))
-        elif self.back:
-            self.backward(value, {}, {}, leaves, self.stack, sizes)
 
 # %% ../../nbs/compute/08_engine.ipynb #04daef3a
 def _run(walk: _Walk) -> torch.Tensor:
