@@ -30,7 +30,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from kat.recipe.agent import ModelPolicy, rollout
+from kat.recipe.rollouts import ModelPolicy, rollout
 from kat.compute.cost import token_flops
 from kat.compute.engine import TreeEngine
 from kat.compute.logprob import flat_logprobs
