@@ -18,7 +18,7 @@ from plane_world import say
 
 from kat.compute.logprob import tree_logprobs
 from kat.core.chat import ids_of
-from kat.plane.manager import CLEAN
+from kat.plane.turns import CLEAN
 from kat.infer.serving import HFAsyncEngine
 
 pytestmark = pytest.mark.skipif('KAT_CLIENTS' not in os.environ, reason='real agents: run them with `make clients`')

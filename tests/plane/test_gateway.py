@@ -19,8 +19,10 @@ from kat.core.calls import write_call
 from kat.core.io import read_records
 from kat.core.types import Trajectory
 from kat.wire.dialects import BadRequest, RequestLimits
-from kat.plane.gateway import Gateway, Metrics, running, session_name
+from kat.plane.access import session_name
+from kat.plane.gateway import Gateway, running
 from kat.plane.manager import Manager
+from kat.plane.operations import Metrics
 from kat.plane.scenarios import SCENARIO_TOOLS
 from kat.infer.serving import HFAsyncEngine
 from kat.plane.store import Store
@@ -160,7 +162,7 @@ def test_a_body_that_does_not_come_and_a_client_that_leaves_while_sending(tmp_pa
             await w.g.app(dict(scope), never, send)
             assert sent[0]['status'] == 408 and b'not here after 0.001 seconds' in sent[1]['body']
             await w.g.app(dict(scope), leaves, send)
-            assert len(sent) == 2 and not sum(w.g.active.values())
+            assert len(sent) == 2 and not sum(w.g.access.active.values())
             assert 'status="499"} 1' in (await w.ask('/metrics'))['body'].decode()
     run(go())
 
@@ -252,7 +254,7 @@ def test_a_store_that_cannot_write_refuses_clearly_and_recovers(tmp_path):
             await w.chat('x', 's')
             full_store(w.store, 3)
             for dialect, stream in (('chat', False), ('messages', True)):
-                w.store.error = None     # as before the first failed write
+                w.store.writer.error = None     # as before the first failed write
                 body = dict(chat=chat_body, messages=messages_body)[dialect]([dict(role='user', content='y')], stream=stream)
                 r = await w.ask(f'/s/s{PATH[dialect]}', body)
                 if not stream:
@@ -303,7 +305,7 @@ def test_an_engine_that_fails_is_not_the_agents_fault(tmp_path, caplog):
             assert (await w.ask(PATH['chat'], chat_body(USER)))['status'] == 400
             w.engine.answer = lambda r: 3     # not what an engine returns
             assert (await w.ask(PATH['chat'], chat_body(USER)))['status'] == 503
-            assert not w.store.sessions() and w.engine.live == 0 and not w.g.lanes
+            assert not w.store.sessions() and w.engine.live == 0 and not w.g.lanes.taken
     run(go())
     assert 'RuntimeError at' in caplog.text and 'secret' not in caplog.text and 'hello' not in caplog.text
 
@@ -354,7 +356,7 @@ def test_requests_that_come_together_load_a_session_once(tmp_path):
             await w.chat('a')
         async with world(tmp_path) as w:
             await asyncio.gather(*[w.chat(f'b{i}') for i in range(5)])
-            assert len(w.g.manager.sessions) == 1 and len(w.session().turns) == 6 and not w.g.loading
+            assert len(w.g.manager.sessions) == 1 and len(w.session().turns) == 6 and not w.g.sessions.loading
     run(go())
 
 

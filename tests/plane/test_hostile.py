@@ -98,7 +98,7 @@ class Gate:
     def rest(self):
         "Nothing may be left over."
         g = self.g
-        assert not self.engine.live and not sum(g.active.values()) and not g.lanes and not g.loading and not g.tasks
+        assert not self.engine.live and not sum(g.access.active.values()) and not g.lanes.taken and not g.sessions.loading and not g.recorder.tasks
         assert all(s.busy == 0 and min(s.prompts.values(), default=0) >= 0 for s in g.manager.sessions.values())
 
 

@@ -9,7 +9,8 @@ from plane_world import World, say, until
 
 from kat.core.types import Segment
 from kat.plane.live import Pulse, live_page, text_of, tree_blocks
-from kat.plane.manager import Session, Turn
+from kat.plane.manager import Session
+from kat.plane.turns import Turn
 from kat.tree.trie import TokenTree
 
 pytest.importorskip('starlette')

@@ -10,8 +10,9 @@ from plane_world import say, tokenizer, z
 from kat.core.chat import encode_prompt, ids_of
 from kat.wire.dialects import canonical_key, explain
 from kat.infer.engines import Completion
-from kat.plane.manager import Manager, Session, Turn, _key, answer_ids, changes, plan_text, show, split, tool_mark
+from kat.plane.manager import Manager, Session, _key, plan_text, show
 from kat.plane.scenarios import SCENARIOS, SCENARIO_TOOLS, play_scenario
+from kat.plane.turns import Turn, answer_ids, changes, split, tool_mark
 
 
 def user(text):

@@ -6,9 +6,10 @@ import pytest
 from plane_world import World, play_http, tokenizer
 
 from kat.core.types import Trajectory
-from kat.plane.manager import CLEAN, Session
+from kat.plane.manager import Session
 from kat.plane.scenarios import SCENARIOS, Scenario, paths_of, play_scenario
-from kat.plane.store import row_turn, turn_row
+from kat.plane.schema import row_turn, turn_row
+from kat.plane.turns import CLEAN
 
 SHOWN = {'other tools that the prompt does not show'}  # where it does: below
 TOOLS_SHOWN = [
@@ -91,7 +92,7 @@ def test_gateway(dialect, stream, step, tmp_path):
                 assert paths_of(sessions, turns) == ' '.join(sorted(sc.paths.split())), sc.name
                 for s in sessions:
                     assert s.trajectories() == w.session(s.name).trajectories(), sc.name
-            assert w.engine.live == 0 and not w.g.lanes and not sum(w.g.active.values())
+            assert w.engine.live == 0 and not w.g.lanes.taken and not sum(w.g.access.active.values())
             assert all(s.busy == 0 and not any(v < 0 for v in s.prompts.values()) for s in w.g.manager.sessions.values())
             text = w.g.metrics.text({})
             assert sum(len(x.steps) for x in played) == len(w.engine.asked)

@@ -13,11 +13,12 @@ from plane_world import full_store, say, tokenizer, z
 
 from kat.core.io import read_records
 from kat.core.types import groups_of
-from kat.plane import store as module
+from kat.plane import schema
 from kat.infer.engines import Completion
 from kat.plane.manager import Session
 from kat.plane.scenarios import SCENARIOS, play_scenario
-from kat.plane.store import Store, StoreError, export, pack, row_turn, store_error, turn_row, unpack
+from kat.plane.schema import pack, row_turn, turn_row, unpack
+from kat.plane.store import Store, StoreError, export, store_error
 
 import numpy as np
 
@@ -110,7 +111,7 @@ def test_a_bad_row_fails_alone(url):
         return await asyncio.gather(store.write(bad, [broken]), store.write(good, [turn(good)]), return_exceptions=True)
     with Opened(url) as store:
         a, b = asyncio.run(run(store))
-        assert isinstance(a, SA.exc.IntegrityError) and b is None and store.error is None
+        assert isinstance(a, SA.exc.IntegrityError) and b is None and store.writer.error is None
         assert [r['name'] for r in store.sessions()] == ['good']
 
 
@@ -201,8 +202,8 @@ def test_a_group_that_is_committed_later_has_a_later_cursor(url):
     with Opened(url) as one, Opened(url) as two:
         for name in 'ab':
             finished(one, name)
-        with one.writing.begin() as conn:
-            assert module._finish(one, conn, 'slow', ['a'], '')
+        with one.writing() as conn:
+            assert one._finish(conn, 'slow', ['a'], '')
             other = threading.Thread(target=two.finish, args=('quick', ['b']))
             other.start()
             assert not two.finished_groups(0, 9)
@@ -242,7 +243,7 @@ def test_an_older_store_is_brought_up_and_a_newer_one_refused(url, monkeypatch):
     def add_column(conn):
         conn.exec_driver_sql("ALTER TABLE sessions ADD COLUMN colour TEXT DEFAULT 'red'")
     with monkeypatch.context() as m:
-        m.setattr(module, 'MIGRATIONS', [*module.MIGRATIONS, add_column])
+        m.setattr(schema, 'MIGRATIONS', [*schema.MIGRATIONS, add_column])
         for _ in range(2):   # the second time there is nothing to do
             with Opened(url) as store:
                 with store.engine.begin() as c:
@@ -254,7 +255,7 @@ def test_an_older_store_is_brought_up_and_a_newer_one_refused(url, monkeypatch):
 def test_a_store_of_the_first_version_gets_groups(url, monkeypatch):
     s = Session(tokenizer(), 's', finished=True)
     with monkeypatch.context() as m:
-        m.setattr(module, 'MIGRATIONS', module.MIGRATIONS[:1])
+        m.setattr(schema, 'MIGRATIONS', schema.MIGRATIONS[:1])
         with Opened(url) as store:
             asyncio.run(store.write(s, [s.add(turn(s))]))
             assert not SA.inspect(store.engine).has_table('finished_groups')
@@ -268,7 +269,7 @@ def test_a_migration_that_fails_leaves_the_store_as_it_was(url, monkeypatch):
         conn.exec_driver_sql('CREATE TABLE half (x INTEGER)')
         raise RuntimeError('stop')
     with monkeypatch.context() as m:
-        m.setattr(module, 'MIGRATIONS', [*module.MIGRATIONS, half])
+        m.setattr(schema, 'MIGRATIONS', [*schema.MIGRATIONS, half])
         with pytest.raises(RuntimeError):
             Store(url)
     with Opened(url) as store:
@@ -298,7 +299,7 @@ def test_a_full_disk_is_said_and_gets_over(tmp_path):
             full_store(store, None)
             await store.check()
             await store.write(s, [turn(s, big)])
-            assert store.error is None
+            assert store.writer.error is None
         asyncio.run(run())
         assert len(store.load(s.tokenizer, '', 's').turns) == 2
 
