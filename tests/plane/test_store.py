@@ -1,4 +1,5 @@
-"The store: durable when it says so, idempotent, the same tree after a restart, clear refusals; on SQLite and on a real PostgreSQL"
+"""The store: durable when it says so, idempotent, the same tree after a restart, clear refusals; on SQLite and on a
+real PostgreSQL"""
 import asyncio
 import multiprocessing
 import os
@@ -45,7 +46,8 @@ def turn(s, text='x', **more):
     p = s.plan([dict(role='user', content=text)])
     ids = np.array(say(s.tokenizer, text), np.int32)
     with p:
-        return p.turn(Completion(ids, z(len(ids)), z(len(ids)), 'stop', 1), dict(role='assistant', content=text), **more)
+        return p.turn(Completion(ids, z(len(ids)), z(len(ids)), 'stop', 1), dict(role='assistant', content=text),
+                      **more)
 
 
 # --- rows
@@ -67,7 +69,8 @@ def test_a_turn_comes_back():
 
 # --- writing and reading
 
-@pytest.mark.parametrize('name', ['compaction', 'two sub-agents side by side', 'old results elided, again and again', 'left in mid-answer, part of it kept'])
+@pytest.mark.parametrize('name', ['compaction', 'two sub-agents side by side', 'old results elided, again and again',
+                                  'left in mid-answer, part of it kept'])
 def test_a_session_is_the_same_after_a_restart(url, name):
     s = session_of(name)
     s.name, s.uid = name, name
@@ -123,8 +126,10 @@ def test_rewards_tasks_and_finish_are_kept(url):
         asyncio.run(store.write(s, [t]))
         asyncio.run(store.update(s, t))
         new = store.load(s.tokenizer, 'ann', 's')
-        assert (new.task, new.reward, new.finished, new.info, next(iter(new.turns.values())).reward) == ('t', 1.0, True, s.info, 0.5)
-        assert [r['name'] for r in store.sessions(finished=True, owner='ann')] == ['s'] and not store.sessions(finished=False)
+        assert (new.task, new.reward, new.finished, new.info,
+                next(iter(new.turns.values())).reward) == ('t', 1.0, True, s.info, 0.5)
+        assert [r['name'] for r in store.sessions(finished=True, owner='ann')] == ['s']
+        assert not store.sessions(finished=False)
         early = Session(tokenizer(), 'early', task='t')       # updated before its first turn
         asyncio.run(store.update(early))
         assert store.load(s.tokenizer, '', 'early').task == 't'
@@ -177,7 +182,8 @@ def test_a_group_is_what_its_sessions_were(url):
         asyncio.run(store.write(a, [a.add(turn(a, 'too late'))]))
     with Opened(url) as store:
         (cursor, group), = store.finished_groups(0, 9)
-        assert (cursor, group.task, group.trajectories, group.info) == (1, 't', want, dict(key='k')) and not store.finished_groups(1, 9)
+        assert (cursor, group.task, group.trajectories, group.info) == (1, 't', want, dict(key='k'))
+        assert not store.finished_groups(1, 9)
         assert len(next(store.groups(task='t'))) == len(want) + 1
 
 
@@ -187,8 +193,9 @@ def test_what_is_no_group(url):
             finished(store, name, **more)
         asyncio.run(store.update(Session(tokenizer(), 'open', task='t')))
         store.finish('first', ['c'])
-        for names, why in (([], 'different sessions expected'), (['a', 'a'], 'different sessions expected'), (['a', 'x'], "no session 'x'"),
-                           (['a', 'd'], "no session 'd'"), (['a', 'open'], "'open' is not finished"), (['a', 'b'], "'b' is of task 'u', 'a' of 't'"),
+        for names, why in (([], 'different sessions expected'), (['a', 'a'], 'different sessions expected'),
+                           (['a', 'x'], "no session 'x'"), (['a', 'd'], "no session 'd'"),
+                           (['a', 'open'], "'open' is not finished"), (['a', 'b'], "'b' is of task 'u', 'a' of 't'"),
                            (['a', 'c'], "'c' is in another group"), (['empty'], 'no turn')):
             with pytest.raises(ValueError, match=f"group 'k': .*{why}"):
                 store.finish('k', names)
@@ -198,7 +205,8 @@ def test_what_is_no_group(url):
 
 
 def test_a_group_that_is_committed_later_has_a_later_cursor(url):
-    "one finisher is between its insert and its commit while another one comes: nobody may see the second one's group first"
+    """one finisher is between its insert and its commit while another one comes: nobody may see the second one's group
+    first"""
     with Opened(url) as one, Opened(url) as two:
         for name in 'ab':
             finished(one, name)
