@@ -19,7 +19,7 @@ def _kat_body(body: str, tools: list[dict]) -> list[tuple[str, dict]]:
     "One call of our own template."
     _, calls, errors = parse_calls(f'<tool_call>{body}</tool_call>', tools)
     if errors: raise ValueError(errors[0].partition(': ')[2])
-    return [(c['function']['name'], c['function']['arguments']) for c in calls]
+    return [(call['function']['name'], call['function']['arguments']) for call in calls]
 
 # %% ../../nbs/core/04_calls.ipynb #c657395d
 def check_json(
@@ -27,35 +27,36 @@ def check_json(
     depth: int = 100,  # deepest nesting allowed
 ) -> None:
     "ValueError unless `x` is strict JSON that can be written again."
-    level, d = [[x]], 0
+    level, nested = [[x]], 0
     while level:  # all containers of one depth
-        if d > depth: raise ValueError(f'nested more than {depth} deep')
+        if nested > depth: raise ValueError(f'nested more than {depth} deep')
         inner = []
-        for c in level:
-            if type(c) is dict:
-                for k in c:
+        for container in level:
+            if type(container) is dict:
+                for k in container:
                     type(k) is str and k.isascii() or _whole(k)
-            for v in c.values() if type(c) is dict else c:
+            for v in container.values() if type(container) is dict else container:
                 if type(v) is str:
                     v.isascii() or _whole(v)
                 elif type(v) in (dict, list):
                     inner.append(v)
                 elif type(v) is not bool and v is not None:
                     _finite(v)
-        level, d = inner, d + 1
+        level, nested = inner, nested + 1
 
+# %% ../../nbs/core/04_calls.ipynb #4caff736
 def _finite(x) -> None:
     "ValueError for what is no number that a double can hold."
     if type(x) not in (int, float): raise ValueError(f'a {type(x).__name__} is not JSON')
     if not (math.isfinite(x) if type(x) is float else x.bit_length() < 1024): raise ValueError('a number too large')
 
-def _whole(s: str) -> None:
+def _whole(text: str) -> None:
     "ValueError for text that UTF-8 cannot hold."
-    if type(s) is not str: raise ValueError(f'key {s!r:.40} is not a string')
+    if type(text) is not str: raise ValueError(f'key {text!r:.40} is not a string')
     try:
-        s.encode()
+        text.encode()
     except UnicodeEncodeError as e:
-        raise ValueError(f'half of a surrogate pair at character {e.start} of {s[:20]!a}') from None
+        raise ValueError(f'half of a surrogate pair at character {e.start} of {text[:20]!a}') from None
 
 # %% ../../nbs/core/04_calls.ipynb #c512e48a
 def _no(constant):
@@ -68,22 +69,24 @@ def loads_strict(
 ):
     "JSON without the constants that Python adds to it. ValueError also where it is nested too deep to read."
     try:
-        return _STRICT.decode(text if isinstance(text, str) else text.decode(json.detect_encoding(text), 'surrogatepass'))
+        if not isinstance(text, str):
+            text = text.decode(json.detect_encoding(text), 'surrogatepass')
+        return _STRICT.decode(text)
     except (ValueError, RecursionError) as e:
         raise ValueError(f'not JSON ({e})') from None
 
 # %% ../../nbs/core/04_calls.ipynb #323f7641
-def _json_call(d) -> tuple[str, dict]:
+def _json_call(call) -> tuple[str, dict]:
     "Name and arguments of a decoded call."
-    if not isinstance(d, dict) or not isinstance(d.get('name'), str) or not d['name']:
+    if not isinstance(call, dict) or not isinstance(call.get('name'), str) or not call['name']:
         raise ValueError('an object with a "name" expected')
-    args = d.get('arguments', d.get('parameters'))
-    if isinstance(args, str):
-        args = loads_strict(args or '{}')
-    if args is None:
-        args = {}
-    if not isinstance(args, dict): raise ValueError(f'{d["name"]}: arguments must be an object')
-    return d['name'], args
+    arguments = call.get('arguments', call.get('parameters'))
+    if isinstance(arguments, str):
+        arguments = loads_strict(arguments or '{}')
+    if arguments is None:
+        arguments = {}
+    if not isinstance(arguments, dict): raise ValueError(f'{call["name"]}: arguments must be an object')
+    return call['name'], arguments
 
 # %% ../../nbs/core/04_calls.ipynb #766740b8
 def _hermes_body(body: str, tools: list[dict]) -> list[tuple[str, dict]]:
@@ -96,10 +99,10 @@ def _llama_body(body: str, tools: list[dict]) -> list[tuple[str, dict]]:
     out, rest = [], body.strip()
     while rest:
         try:
-            d, end = json.JSONDecoder().raw_decode(rest)
+            call, end = json.JSONDecoder().raw_decode(rest)
         except (ValueError, RecursionError) as e:
             raise ValueError(f'not JSON ({e})') from None
-        out.append(_json_call(d))
+        out.append(_json_call(call))
         rest = rest[end:].lstrip(' \n;')
     return out
 
@@ -109,20 +112,24 @@ _PARAMETER = re.compile(r'\s*<parameter=([^>\n]+)>(.*?)</parameter>(?=\s*(?:<par
 
 def _coder_body(body: str, tools: list[dict]) -> list[tuple[str, dict]]:
     "One call in XML."
-    m = _FUNCTION.fullmatch(body)
-    if not m: raise ValueError('<function=NAME>…</function> expected')
-    name, inner, args, at = m[1], m[2], {}, 0
+    call = _FUNCTION.fullmatch(body)
+    if not call: raise ValueError('<function=NAME>…</function> expected')
+    name, inner, arguments, read = call[1], call[2], {}, 0
     props = (_function(tools, name).get('parameters') or {}).get('properties') or {}
-    while inner[at:].strip():
-        p = _PARAMETER.match(inner, at)
-        if not p: raise ValueError(f'{name}: <parameter=NAME>…</parameter> expected at {inner[at:].strip()[:40]!r}')
-        args[p[1]], at = _value_of(p[2].removeprefix('\n').removesuffix('\n'), props.get(p[1])), p.end()
-    return [(name, args)]
+    while inner[read:].strip():
+        parameter = _PARAMETER.match(inner, read)
+        if not parameter:
+            raise ValueError(f'{name}: <parameter=NAME>…</parameter> expected at {inner[read:].strip()[:40]!r}')
+        text = parameter[2].removeprefix('\n').removesuffix('\n')
+        arguments[parameter[1]] = _value_of(text, props.get(parameter[1]))
+        read = parameter.end()
+    return [(name, arguments)]
 
 # %% ../../nbs/core/04_calls.ipynb #6c57864c
 def _function(tools: list[dict], name: str) -> dict:
     "The function called `name`; empty where there is none."
-    return next((f for t in tools for f in [t.get('function', t)] if f.get('name') == name), {})
+    functions = (tool.get('function', tool) for tool in tools)
+    return next((function for function in functions if function.get('name') == name), {})
 
 # %% ../../nbs/core/04_calls.ipynb #a5d07ccd
 _PYTHON = {'True': True, 'False': False, 'None': None}
@@ -144,11 +151,11 @@ def _value_of(text: str, schema: dict | None):
 def _kinds(schema) -> set[str]:
     "Types that a JSON schema names, also inside anyOf and oneOf."
     if not isinstance(schema, dict): return set()
-    t, some = schema.get('type'), [schema.get(k) for k in ('anyOf', 'oneOf')]
-    out = {x for x in (t if isinstance(t, list) else [t]) if isinstance(x, str)}
+    kind, nested = schema.get('type'), [schema.get(k) for k in ('anyOf', 'oneOf')]
+    out = {x for x in (kind if isinstance(kind, list) else [kind]) if isinstance(x, str)}
     if schema.get('nullable'):
         out.add('null')
-    return out.union(*(_kinds(s) for choices in some if isinstance(choices, list) for s in choices))
+    return out.union(*(_kinds(choice) for choices in nested if isinstance(choices, list) for choice in choices))
 
 # %% ../../nbs/core/04_calls.ipynb #f8778814
 @dataclass(frozen=True)
@@ -169,10 +176,11 @@ def _in_parameter(body: str) -> bool:
     return body.rfind('<parameter=') > body.rfind('</parameter>')
 
 # %% ../../nbs/core/04_calls.ipynb #d1f5b01b
-FORMATS = dict(kat=CallFormat('<tool_call>', '</tool_call>', _kat_body),
-               hermes=CallFormat('<tool_call>', '</tool_call>', _hermes_body, _in_string),
-               qwen3_coder=CallFormat('<tool_call>', '</tool_call>', _coder_body, _in_parameter),
-               llama3=CallFormat('<|python_tag|>', '', _llama_body))
+FORMATS = dict(
+    kat=CallFormat('<tool_call>', '</tool_call>', _kat_body),
+    hermes=CallFormat('<tool_call>', '</tool_call>', _hermes_body, _in_string),
+    qwen3_coder=CallFormat('<tool_call>', '</tool_call>', _coder_body, _in_parameter),
+    llama3=CallFormat('<|python_tag|>', '', _llama_body))
 
 # %% ../../nbs/core/04_calls.ipynb #18f885f9
 def call_format(
@@ -194,11 +202,12 @@ def write_call(
 ) -> str:
     "A call as a model of this format writes it, tags and all. ValueError for `kat` where it could not be read back."
     if format == 'kat': return f'<tool_call>{call_text(name, arguments)}</tool_call>'
-    js = lambda x: json.dumps(x, ensure_ascii=False)
-    if format == 'llama3': return js(dict(name=name, parameters=arguments))
-    if format == 'hermes': return f'<tool_call>\n{js(dict(name=name, arguments=arguments))}\n</tool_call>'
-    ps = [f'<parameter={k}>\n{v if isinstance(v, str) else js(v)}\n</parameter>\n' for k, v in arguments.items()]
-    return f'<tool_call>\n<function={name}>\n{"".join(ps)}</function>\n</tool_call>'
+    as_json = lambda x: json.dumps(x, ensure_ascii=False)
+    if format == 'llama3': return as_json(dict(name=name, parameters=arguments))
+    if format == 'hermes': return f'<tool_call>\n{as_json(dict(name=name, arguments=arguments))}\n</tool_call>'
+    text = lambda v: v if isinstance(v, str) else as_json(v)
+    inner = ''.join(f'<parameter={k}>\n{text(v)}\n</parameter>\n' for k, v in arguments.items())
+    return f'<tool_call>\n<function={name}>\n{inner}</function>\n</tool_call>'
 
 # %% ../../nbs/core/04_calls.ipynb #4d3f7829
 def open_call(
@@ -226,7 +235,7 @@ _SPACE = ' \t\r\n'
 def _held(text: str, tags: tuple[str, ...]) -> int:
     "How much of the end of `text` may be the beginning of a tag."
     longest = min(max(map(len, tags), default=0) - 1, len(text))
-    return next((n for n in range(longest, 0, -1) if any(t.startswith(text[-n:]) for t in tags)), 0)
+    return next((n for n in range(longest, 0, -1) if any(tag.startswith(text[-n:]) for tag in tags)), 0)
 
 # %% ../../nbs/core/04_calls.ipynb #af82783d
 class CallParser:
@@ -249,23 +258,28 @@ class CallParser:
 
     def feed(self, text: str) -> list[dict]:
         "The next piece; what can be shown now, each a dictionary with `text`, `reasoning` or `calls`."
-        return self._run(text, False)
+        return _run(self, text, False)
 
     def finish(self) -> list[dict]:
         "The end: what was held back."
-        return self._run('', True)
+        return _run(self, '', True)
 
     @property
     def reply(self) -> Reply:
         "What has been given out so far."
-        g = self.given
-        return Reply(''.join(g['text']), ''.join(g['reasoning']), list(g['calls']), list(self.malformed))
+        return _reply(self)
 
-    def _run(self, text: str, final: bool) -> list[dict]:
-        self.buf, self.out = self.buf + text, []
-        while _STATES[self.state](self, final):
-            pass
-        return self.out
+# %% ../../nbs/core/04_calls.ipynb #37ad0167
+def _reply(parser: CallParser) -> Reply:
+    given = parser.given
+    return Reply(''.join(given['text']), ''.join(given['reasoning']), list(given['calls']), list(parser.malformed))
+
+def _run(parser: CallParser, text: str, final: bool) -> list[dict]:
+    "Go from state to state as far as the text allows; what could be given out."
+    parser.buf, parser.out = parser.buf + text, []
+    while _STATES[parser.state](parser, final):
+        pass
+    return parser.out
 
 # %% ../../nbs/core/04_calls.ipynb #669803cd
 def in_thinking(
@@ -275,123 +289,128 @@ def in_thinking(
     return prompt.rstrip(_SPACE).endswith('<think>')
 
 # %% ../../nbs/core/04_calls.ipynb #f06298e8
-def _give(p: CallParser, kind: str, value) -> None:
+def _give(parser: CallParser, kind: str, value) -> None:
     "Append a piece to the output and to the reply."
     if not value: return
-    if kind == 'text' and p.joint and p.given['text']:
+    if kind == 'text' and parser.joint and parser.given['text']:
         value = '\n' + value
     if kind == 'text':
-        p.joint = False
-    if p.out and kind in p.out[-1]:
-        p.out[-1][kind] = p.out[-1][kind] + value
+        parser.joint = False
+    if parser.out and kind in parser.out[-1]:
+        parser.out[-1][kind] = parser.out[-1][kind] + value
     else:
-        p.out.append({kind: value})
-    p.given[kind] += value if kind == 'calls' else [value]
+        parser.out.append({kind: value})
+    parser.given[kind] += value if kind == 'calls' else [value]
 
 # %% ../../nbs/core/04_calls.ipynb #d4b954a6
-def _show(p: CallParser, kind: str, n: int, strip: bool) -> None:
+def _show(parser: CallParser, kind: str, n: int, strip: bool) -> None:
     "Give out the first `n` characters of the buffer, without white space at the end where `strip`."
-    s, p.buf = p.buf[:n], p.buf[n:]
-    if p.trim:
-        s = s.lstrip(_SPACE)
-    if s:
-        p.trim = False
-    _give(p, kind, s.rstrip(_SPACE) if strip else s)
+    shown, parser.buf = parser.buf[:n], parser.buf[n:]
+    if parser.trim:
+        shown = shown.lstrip(_SPACE)
+    if shown:
+        parser.trim = False
+    _give(parser, kind, shown.rstrip(_SPACE) if strip else shown)
 
 # %% ../../nbs/core/04_calls.ipynb #7e736b74
-def _start(p: CallParser, final: bool) -> bool:
+def _start(parser: CallParser, final: bool) -> bool:
     "White space, <think>, or something else."
-    s = p.buf.lstrip(_SPACE)
-    if not final and '<think>'.startswith(s): return False
-    if s.startswith('<think>'):
-        p.buf, p.state, p.trim = s[7:], 'think', True
-    elif p.format and not p.format.close and s.startswith('{'):
-        p.space = '' if p.trim else p.buf[:len(p.buf) - len(s)]
-        p.buf, p.opened, p.state, p.at = s, '', 'call', 0
+    rest = parser.buf.lstrip(_SPACE)
+    if not final and '<think>'.startswith(rest): return False
+    if rest.startswith('<think>'):
+        parser.buf, parser.state, parser.trim = rest[7:], 'think', True
+    elif parser.format and not parser.format.close and rest.startswith('{'):
+        parser.space = '' if parser.trim else parser.buf[:len(parser.buf) - len(rest)]
+        parser.buf, parser.opened, parser.state, parser.at = rest, '', 'call', 0
     else:
-        p.state = 'text' if p.format else 'raw'
+        parser.state = 'text' if parser.format else 'raw'
     return True
 
 # %% ../../nbs/core/04_calls.ipynb #c9bcc6e0
-def _think(p: CallParser, final: bool) -> bool:
+def _think(parser: CallParser, final: bool) -> bool:
     "Reasoning, up to </think>."
-    i = p.buf.find('</think>')
+    i = parser.buf.find('</think>')
     if i < 0:
-        n = len(p.buf) if final else len(p.buf[:len(p.buf) - _held(p.buf, ('</think>',))].rstrip(_SPACE))
-        _show(p, 'reasoning', n, final)
+        _show(parser, 'reasoning', _settled(parser.buf, '</think>', final), final)
         return False
-    _show(p, 'reasoning', i, True)
-    p.buf, p.state, p.trim = p.buf[8:], 'start', True
+    _show(parser, 'reasoning', i, True)
+    parser.buf, parser.state, parser.trim = parser.buf[8:], 'start', True
     return True
+
+def _settled(text: str, tag: str, final: bool) -> int:
+    "How many characters can be shown: all at the end, else what cannot be a tag or the space before it."
+    if final: return len(text)
+    return len(text[:len(text) - _held(text, (tag,))].rstrip(_SPACE))
 
 # %% ../../nbs/core/04_calls.ipynb #faef1987
-def _text(p: CallParser, final: bool) -> bool:
+def _text(parser: CallParser, final: bool) -> bool:
     "Text, up to a call."
-    tag = p.format.open
-    i = p.buf.find(tag)
+    tag = parser.format.open
+    i = parser.buf.find(tag)
     if i < 0:
-        n = len(p.buf) if final else len(p.buf[:len(p.buf) - _held(p.buf, (tag,))].rstrip(_SPACE))
-        _show(p, 'text', n, False)
+        _show(parser, 'text', _settled(parser.buf, tag, final), False)
         return False
-    before = p.buf[:i]
-    p.space = '' if p.trim and not before.strip(_SPACE) else before[len(before.rstrip(_SPACE)):]
-    _show(p, 'text', i, True)
-    p.buf, p.opened, p.state, p.at = p.buf[len(tag):], tag, 'call', 0
+    before = parser.buf[:i]
+    dropped = parser.trim and not before.strip(_SPACE)
+    parser.space = '' if dropped else before[len(before.rstrip(_SPACE)):]
+    _show(parser, 'text', i, True)
+    parser.buf, parser.opened, parser.state, parser.at = parser.buf[len(tag):], tag, 'call', 0
     return True
 
-def _raw(p: CallParser, final: bool) -> bool:
+def _raw(parser: CallParser, final: bool) -> bool:
     "Text without calls."
-    _show(p, 'text', len(p.buf), False)
+    _show(parser, 'text', len(parser.buf), False)
     return False
 
 # %% ../../nbs/core/04_calls.ipynb #dde43e7c
-def _call(p: CallParser, final: bool) -> bool:
+def _call(parser: CallParser, final: bool) -> bool:
     "A call, up to its end."
-    f = p.format
-    tags = tuple(t for t in (f.open, f.close) if f.close)
-    for m in re.finditer('|'.join(map(re.escape, tags)) or r'\Z\A.', p.buf[p.at:]):
-        at = p.at + m.start()
-        if f.inside(p.buf[:at]): continue
-        return _end_call(p, at, f.close) if m[0] == f.close else _not_closed(p, at)
+    form = parser.format
+    tags = (form.open, form.close) if form.close else ()
+    for found in re.finditer('|'.join(map(re.escape, tags)) or r'\Z\A.', parser.buf[parser.at:]):
+        end = parser.at + found.start()
+        if form.inside(parser.buf[:end]): continue
+        return _end_call(parser, end, form.close) if found[0] == form.close else _not_closed(parser, end)
     if not final:
-        p.at = max(0, len(p.buf) - max(map(len, tags), default=0))
+        parser.at = max(0, len(parser.buf) - max(map(len, tags), default=0))
         return False
-    i = p.buf.find(f.close) if f.close else len(p.buf)
-    return _end_call(p, i, f.close) if i >= 0 else _not_closed(p, len(p.buf))
+    end = parser.buf.find(form.close) if form.close else len(parser.buf)
+    return _end_call(parser, end, form.close) if end >= 0 else _not_closed(parser, len(parser.buf))
 
 _STATES = dict(start=_start, think=_think, text=_text, call=_call, raw=_raw)
 
 # %% ../../nbs/core/04_calls.ipynb #d066f1c7
-def _end_call(p: CallParser, at: int, close: str) -> bool:
-    "Read the body that ends at `at`; what cannot be read stays text."
-    body, p.buf, p.state = p.buf[:at], p.buf[at + len(close):], 'text'
-    untagged = not p.opened  # a Llama answer that began with {
+def _end_call(parser: CallParser, end: int, close: str) -> bool:
+    "Read the body that ends at `end`; what cannot be read stays text."
+    body, parser.buf, parser.state = parser.buf[:end], parser.buf[end + len(close):], 'text'
+    untagged = not parser.opened  # a Llama answer that began with {
     try:
-        found = [] if untagged and '"name"' not in body else p.format.body(body, p.tools)
-        check_json([a for _, a in found])
+        found = [] if untagged and '"name"' not in body else parser.format.body(body, parser.tools)
+        check_json([arguments for _, arguments in found])
     except ValueError as e:
-        p.malformed.append(str(e))
+        parser.malformed.append(str(e))
         found = []
     if found:
-        n, p.trim, p.joint = len(p.given['calls']), True, True
-        _give(p, 'calls', [dict(id=f'{p.prefix}{n + i}', type='function', function=dict(name=k, arguments=a))
-                           for i, (k, a) in enumerate(found)])
+        n, parser.trim, parser.joint = len(parser.given['calls']), True, True
+        calls = [dict(id=f'{parser.prefix}{i}', type='function', function=dict(name=name, arguments=arguments))
+                 for i, (name, arguments) in enumerate(found, n)]
+        _give(parser, 'calls', calls)
     else:
-        _as_text(p, body + close)
-    return bool(p.buf)
+        _as_text(parser, body + close)
+    return bool(parser.buf)
 
 # %% ../../nbs/core/04_calls.ipynb #e5e0d06c
-def _not_closed(p: CallParser, at: int) -> bool:
-    "A call that never ended stays text; go on at `at`."
-    body, p.buf, p.state = p.buf[:at], p.buf[at:], 'text'
-    p.malformed.append('not closed')
-    _as_text(p, body)
-    return bool(p.buf)
+def _not_closed(parser: CallParser, end: int) -> bool:
+    "A call that never ended stays text; go on at `end`."
+    body, parser.buf, parser.state = parser.buf[:end], parser.buf[end:], 'text'
+    parser.malformed.append('not closed')
+    _as_text(parser, body)
+    return bool(parser.buf)
 
-def _as_text(p: CallParser, body: str) -> None:
+def _as_text(parser: CallParser, body: str) -> None:
     "Give out a call as the model wrote it."
-    _give(p, 'text', p.space + p.opened + body)
-    p.trim = False
+    _give(parser, 'text', parser.space + parser.opened + body)
+    parser.trim = False
 
 # %% ../../nbs/core/04_calls.ipynb #70ad5eca
 def parse_reply(
@@ -402,10 +421,10 @@ def parse_reply(
     prefix: str = 'call_',   # of the calls' ids
 ) -> Reply:
     "A whole answer at once."
-    p = CallParser(tools, format, thinking, prefix)
-    p.feed(text)
-    p.finish()
-    return p.reply
+    parser = CallParser(tools, format, thinking, prefix)
+    parser.feed(text)
+    parser.finish()
+    return parser.reply
 
 # %% ../../nbs/core/04_calls.ipynb #85f6e0b3
 class Decoder:
@@ -425,8 +444,11 @@ class Decoder:
     def _take(self, final: bool) -> str:
         "Decoding starts one piece earlier than needed, for tokenizers whose first word loses its space."
         if self.read == len(self.ids): return ''
-        decode = lambda ids: self.tok.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False) if ids else ''
-        old, new = decode(self.ids[self.start:self.read]), decode(self.ids[self.start:])
+        old, new = self._decoded(self.ids[self.start:self.read]), self._decoded(self.ids[self.start:])
         if not final and new.endswith('\ufffd'): return ''
         self.start, self.read = self.read, len(self.ids)
         return new[len(old):]
+
+    def _decoded(self, ids: list[int]) -> str:
+        if not ids: return ''
+        return self.tok.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)

@@ -94,8 +94,8 @@ def call_text(
 ) -> str:             # 'NAME ARG1 ARG2 LAST ARG TAKES THE REST'
     "A call as our template writes it. ValueError when it could not be read back."
     if not name or re.search(r'\s', name): raise ValueError(f'tool name {name!r}: empty, or with a space in it')
-    vals = list(arguments.values())
-    out = ' '.join([name, *(_value(v, i == len(vals) - 1) for i, v in enumerate(vals))])
+    values = list(arguments.values())
+    out = ' '.join([name, *(_value(v, i == len(values) - 1) for i, v in enumerate(values))])
     if m := re.search('</?tool_call>', out): raise ValueError(f'call of {name}: {m[0]} inside it cannot be read back')
     return out
 
@@ -111,11 +111,11 @@ def parse_calls(
     tools: list[dict],  # OpenAI tool schemas; the order of the properties is the order of the arguments
 ) -> tuple[str, list[dict], list[str]]:  # content, calls (ids call_0, call_1, … by place in the turn), errors
     "Read the calls of a turn; content is the text outside of calls. Each call that cannot be read gives an error text."
-    specs = {f['name']: f for t in tools for f in [t.get('function', t)]}
+    specs = {function['name']: function for tool in tools for function in [tool.get('function', tool)]}
     parts, calls, errors = text.split('<tool_call>'), [], []
     content = [parts[0]]
-    for i, p in enumerate(parts[1:]):
-        body, closed, after = p.partition('</tool_call>')
+    for i, part in enumerate(parts[1:]):
+        body, closed, after = part.partition('</tool_call>')
         content.append(after)
         try:
             calls.append(_parse(body if closed else None, specs, i))
@@ -132,12 +132,12 @@ def _parse(body: str | None, specs: dict, i: int) -> dict:
     schema = specs[name].get('parameters') or {}
     props = schema.get('properties') or {}
     args, given = {}, bool(space)
-    for j, (k, p) in enumerate(props.items()):
+    for j, (key, prop) in enumerate(props.items()):
         if not given: break
-        val, given, rest = _take(rest, p, last=j == len(props) - 1, name=f'{name}: {k}')
-        args[k] = val
+        value, given, rest = _take(rest, prop, last=j == len(props) - 1, name=f'{name}: {key}')
+        args[key] = value
     if given: raise ValueError(f'{name} takes {len(props)} arguments, got more: {rest[:40]!r}')
-    if missing := [k for k in schema.get('required', props) if k not in args]:
+    if missing := [key for key in schema.get('required', props) if key not in args]:
         raise ValueError(f'{name} needs {" ".join(props)}: {missing[0]} is missing')
     return dict(id=f'call_{i}', type='function', function=dict(name=name, arguments=args))
 
@@ -191,9 +191,10 @@ class _Codec:
         plain.no_padding()
         self.special = {t: tokenizer.convert_tokens_to_ids(t) for t in SPECIAL}
         self.end = self.special['<|im_end|>']
-        encode = lambda s: tuple(plain.encode(s, add_special_tokens=False).ids) if s else ()
-        short = lru_cache(4096)(encode)
-        self.text = lambda s: short(s) if len(s) <= 1000 else encode(s)  # long texts rarely come again, and would fill memory
+        encode = lambda text: tuple(plain.encode(text, add_special_tokens=False).ids) if text else ()
+        cached = lru_cache(4096)(encode)
+        # long texts rarely come again, and would fill memory
+        self.text = lambda text: cached(text) if len(text) <= 1000 else encode(text)
 
     def ids(self, *parts: str) -> list[int]:
         "Ids of parts, each a special token or plain text."
@@ -207,8 +208,10 @@ def _codec(tokenizer) -> _Codec | None:
     if getattr(tokenizer, 'chat_template', None) != KAT_TEMPLATE: return None
     if tokenizer not in _codecs:
         whole = tokenizer.encode('<|im_start|>user\na<|im_end|>\n', add_special_tokens=False)
-        c = _Codec(tokenizer) if set(SPECIAL) <= set(tokenizer.added_tokens_encoder) else None
-        _codecs[tokenizer] = c and (c if c.ids('<|im_start|>', 'user\n', 'a', '<|im_end|>', '\n') == whole else None)
+        codec = _Codec(tokenizer) if set(SPECIAL) <= set(tokenizer.added_tokens_encoder) else None
+        if codec and codec.ids('<|im_start|>', 'user\n', 'a', '<|im_end|>', '\n') != whole:
+            codec = None
+        _codecs[tokenizer] = codec
     return _codecs[tokenizer]
 
 # %% ../../nbs/core/03_chat.ipynb #326af3a6
@@ -227,45 +230,51 @@ class _Builder:
 
     def segments(self) -> list[Segment]:
         "The collected segments."
-        return [Segment(np.array(i, np.int32), k, max(t, 0), tr, event=e) for i, k, t, tr, e in self.segs]
+        return [Segment(np.array(ids, np.int32), kind, max(turn, 0), trainable, event=event)
+                for ids, kind, turn, trainable, event in self.segs]
 
 # %% ../../nbs/core/03_chat.ipynb #1a6ab458
-def _kat_render(c: _Codec, messages: list[dict], gen: bool, b: _Builder, pending: tuple = ()) -> _Builder:
-    "Our template, message by message, into `b`; `pending` are the parts that the turn before still lacks."
+def _kat_render(codec: _Codec, messages: list[dict], gen: bool, builder: _Builder, pending: tuple = ()) -> _Builder:
+    "Our template, message by message, into `builder`; `pending` are the parts that the turn before still lacks."
     is_tool = lambda i: 0 <= i < len(messages) and messages[i]['role'] == 'tool'
-    for i, m in enumerate(messages):
-        role, text = m['role'], m['content']
+    header = ('<|im_start|>', 'assistant\n')
+    for i, message in enumerate(messages):
+        role, text = message['role'], message['content']
         if role == 'assistant':
-            b.add(c.ids(*pending, '<|im_start|>', 'assistant\n'), 'assistant', b.turn + 1, new=False)
-            b.turn, pending = b.turn + 1, ('\n',)
-            _kat_answer(c, m, b)
+            builder.add(codec.ids(*pending, *header), 'assistant', builder.turn + 1, new=False)
+            builder.turn, pending = builder.turn + 1, ('\n',)
+            _kat_answer(codec, message, builder)
             continue
         elif role == 'tool':
-            head = [] if is_tool(i - 1) else c.ids(*pending, '<|im_start|>', 'tool\n')
-            tail = [] if is_tool(i + 1) else c.ids('<|im_end|>', '\n')
-            body = [*c.ids('<tool_response>'), *c.text(text), *c.ids('</tool_response>')]
-            b.add([*head, *body, *tail], 'tool_result', b.turn, event=m.get('event', 'tool'))
+            head = [] if is_tool(i - 1) else codec.ids(*pending, '<|im_start|>', 'tool\n')
+            tail = [] if is_tool(i + 1) else codec.ids('<|im_end|>', '\n')
+            body = [*codec.ids('<tool_response>'), *codec.text(text), *codec.ids('</tool_response>')]
+            builder.add([*head, *body, *tail], 'tool_result', builder.turn, event=message.get('event', 'tool'))
         else:
-            ids = [*c.ids(*pending, '<|im_start|>'), *c.text(f'{role}\n{text}'), *c.ids('<|im_end|>', '\n')]
-            b.add(ids, role, b.turn + 1, event=m.get('event'))
+            head, tail = codec.ids(*pending, '<|im_start|>'), codec.ids('<|im_end|>', '\n')
+            ids = [*head, *codec.text(f'{role}\n{text}'), *tail]
+            builder.add(ids, role, builder.turn + 1, event=message.get('event'))
         pending = ()
     if gen:
-        b.add(c.ids(*pending, '<|im_start|>', 'assistant\n'), 'assistant', b.turn + 1, new=False)
+        builder.add(codec.ids(*pending, *header), 'assistant', builder.turn + 1, new=False)
     elif pending:
-        b.add(c.ids(*pending), 'assistant', b.turn)
-    return b
+        builder.add(codec.ids(*pending), 'assistant', builder.turn)
+    return builder
 
 # %% ../../nbs/core/03_chat.ipynb #5b097bd3
-def _kat_answer(c: _Codec, m: dict, b: _Builder) -> None:
+def _kat_answer(codec: _Codec, message: dict, builder: _Builder) -> None:
     "What an assistant message trains: text, then each call, the last run closed by <|im_end|>."
-    if found := re.search(r'</?tool_call>', m['content']):
+    content = message['content']
+    if found := re.search(r'</?tool_call>', content):
         raise ValueError(f'assistant content: {found[0]} outside tool_calls could not be told from a call')
-    calls = [call_text(f['name'], f['arguments']) for f in (t['function'] for t in m.get('tool_calls', ()))]
-    runs = [(list(c.text(m['content'])), 'assistant')] if m['content'] or not calls else []
-    runs += [([*c.ids('<tool_call>'), *c.text(s), *c.ids('</tool_call>')], 'tool_call') for s in calls]
-    runs[-1][0].append(c.end)
+    functions = [call['function'] for call in message.get('tool_calls', ())]
+    calls = [call_text(function['name'], function['arguments']) for function in functions]
+    runs = [(list(codec.text(content)), 'assistant')] if content or not calls else []
+    for call in calls:
+        runs.append(([*codec.ids('<tool_call>'), *codec.text(call), *codec.ids('</tool_call>')], 'tool_call'))
+    runs[-1][0].append(codec.end)
     for ids, kind in runs:
-        b.add(ids, kind, b.turn, True)
+        builder.add(ids, kind, builder.turn, True)
 
 # %% ../../nbs/core/03_chat.ipynb #8100e651
 def render(
@@ -278,28 +287,30 @@ def render(
 
     ValueError names what is wrong with a message, or with the template where it cannot be masked exactly."""
     messages = normalise(messages)
-    if c := _codec(tokenizer):
-        b = _kat_render(c, _ordered(messages, tools), add_generation_prompt, _Builder())
+    if codec := _codec(tokenizer):
+        builder = _kat_render(codec, _ordered(messages, tools), add_generation_prompt, _Builder())
     else:
-        b = _hf_render(tokenizer, _defuse(tokenizer, messages), tools, add_generation_prompt)
-    return b.segments()
+        builder = _hf_render(tokenizer, _defuse(tokenizer, messages), tools, add_generation_prompt)
+    return builder.segments()
 
 # %% ../../nbs/core/03_chat.ipynb #103003d4
 def _ordered(messages: list[dict], tools: list[dict] | None) -> list[dict]:
     "Messages with each call's arguments in the order of its schema, which our template goes by; unknown ones last."
     if not tools: return messages
-    specs = {f['name']: f.get('parameters') or {} for t in tools for f in [t.get('function', t)]}
+    functions = [tool.get('function', tool) for tool in tools]
+    specs = {function['name']: function.get('parameters') or {} for function in functions}
 
-    def order(c):
-        f, args = c['function'], c['function']['arguments']
-        known = {k: args[k] for k in specs.get(f['name'], {}).get('properties') or () if k in args}
-        return c | dict(function=f | dict(arguments=known | args))
-    return [m | dict(tool_calls=[order(c) for c in m['tool_calls']]) if m.get('tool_calls') else m for m in messages]
+    def order(call):
+        function, args = call['function'], call['function']['arguments']
+        known = {k: args[k] for k in specs.get(function['name'], {}).get('properties') or () if k in args}
+        return call | dict(function=function | dict(arguments=known | args))
+    return [m | dict(tool_calls=[order(call) for call in m['tool_calls']]) if m.get('tool_calls') else m
+            for m in messages]
 
 # %% ../../nbs/core/03_chat.ipynb #4b4efb74
 def ids_of(segments: list[Segment]) -> np.ndarray:
     "int32 ids of segments, joined."
-    return np.concatenate([np.zeros(0, np.int32), *(s.ids for s in segments)])
+    return np.concatenate([np.zeros(0, np.int32), *(segment.ids for segment in segments)])
 
 # %% ../../nbs/core/03_chat.ipynb #a63794b4
 def _defuse(tokenizer, messages: list[dict]) -> list[dict]:
@@ -323,21 +334,31 @@ def _hf_render(tokenizer, messages: list[dict], tools, gen: bool) -> _Builder:
     "Any template: where the answers lie in the ids, then the context between them."
     if not tokenizer.is_fast: raise ValueError(f'{type(tokenizer).__name__}: masking needs a fast tokenizer')
     full = tokenizer.apply_chat_template(messages, tools=tools, tokenize=False, add_generation_prompt=gen)
-    enc = tokenizer(full, add_special_tokens=False, return_offsets_mapping=True)
-    ids, starts = enc['input_ids'], np.array([a for a, _ in enc['offset_mapping']] + [len(full)])
+    ids, starts = _encoded(tokenizer, full)
     answers = [i for i, m in enumerate(messages) if m['role'] == 'assistant']
     runs = _marked(tokenizer, messages, tools, gen, len(answers)) if answers else []
     if runs is None:
         runs = [_difference(tokenizer, messages, tools, i, full, ids, starts) for i in answers]
-    b, at, done = _Builder(), 0, 0
+    builder, at, done = _Builder(), 0, 0
     for i, (start, end) in zip(answers, runs):
-        _context(tokenizer, b, messages, tools, (done, i), full, ids, starts, (at, start))
-        b.turn += 1
+        _context(tokenizer, builder, messages, tools, (done, i), full, ids, starts, (at, start))
+        builder.turn += 1
         for x, y, kind in _split_calls(tokenizer, ids[start:end]):
-            b.add(ids[start + x:start + y], kind, b.turn, True)
+            builder.add(ids[start + x:start + y], kind, builder.turn, True)
         at, done = end, i + 1
-    _context(tokenizer, b, messages, tools, (done, len(messages)), full, ids, starts, (at, len(ids)))
-    return b
+    _context(tokenizer, builder, messages, tools, (done, len(messages)), full, ids, starts, (at, len(ids)))
+    return builder
+
+# %% ../../nbs/core/03_chat.ipynb #a859a3be
+def _encoded(tokenizer, full: str) -> tuple[list[int], np.ndarray]:
+    "Ids of a dialogue, and the character where each one starts, with the end of the text as the last."
+    encoding = tokenizer(full, add_special_tokens=False, return_offsets_mapping=True)
+    return encoding['input_ids'], np.array([start for start, _ in encoding['offset_mapping']] + [len(full)])
+
+def _special_ids(tokenizer) -> set[int]:
+    "Ids of the tokens that may close an answer."
+    added = tokenizer.added_tokens_decoder.items()
+    return set(tokenizer.all_special_ids) | {i for i, token in added if token.special}
 
 # %% ../../nbs/core/03_chat.ipynb #dce3fbc7
 def _marked(tokenizer, messages: list[dict], tools, gen: bool, n: int) -> list[tuple[int, int]] | None:
@@ -346,7 +367,8 @@ def _marked(tokenizer, messages: list[dict], tools, gen: bool, n: int) -> list[t
     out = tokenizer.apply_chat_template(messages, tools=tools, add_generation_prompt=gen, return_dict=True,
                                         return_assistant_tokens_mask=True)
     edge = np.flatnonzero(np.diff([0, *out['assistant_masks'], 0]))
-    return [(int(a), int(b)) for a, b in zip(edge[::2], edge[1::2])] if len(edge) == 2 * n else None
+    if len(edge) != 2 * n: return None
+    return [(int(start), int(end)) for start, end in zip(edge[::2], edge[1::2])]
 
 # %% ../../nbs/core/03_chat.ipynb #796ff9de
 def _difference(tokenizer, messages, tools, i: int, full: str, ids: list[int], starts: np.ndarray) -> tuple[int, int]:
@@ -357,7 +379,7 @@ def _difference(tokenizer, messages, tools, i: int, full: str, ids: list[int], s
         if text is None: raise ValueError(f'chat template: refuses the {what}, so answers cannot be told from context')
         if not full.startswith(text): raise ValueError(_not_prefix(what, text, full))
         cuts.append(int(np.searchsorted(starts, len(text))))
-    special = set(tokenizer.all_special_ids) | {k for k, t in tokenizer.added_tokens_decoder.items() if t.special}
+    special = _special_ids(tokenizer)
     start, end = cuts
     last = next((j for j in range(end - 1, start - 1, -1) if ids[j] in special), None)
     return start, end if last is None else last + 1
@@ -365,27 +387,27 @@ def _difference(tokenizer, messages, tools, i: int, full: str, ids: list[int], s
 # %% ../../nbs/core/03_chat.ipynb #8f93b9de
 def _not_prefix(what: str, text: str, full: str) -> str:
     "Says where a template changes its mind."
-    k = next((k for k, (a, b) in enumerate(zip(text, full)) if a != b), min(len(text), len(full)))
+    k = next((k for k, (alone, whole) in enumerate(zip(text, full)) if alone != whole), min(len(text), len(full)))
     near = slice(max(k - 20, 0), k + 20)
     return (f'chat template is not prefix-preserving: {what} alone has {text[near]!r} where the whole dialogue has '
             f'{full[near]!r} (character {k}); use a template that keeps earlier messages as they are, or one with '
             '{% generation %} markers')
 
 # %% ../../nbs/core/03_chat.ipynb #af4887f2
-def _context(tokenizer, b: _Builder, messages, tools, span, full: str, ids, starts, run) -> None:
+def _context(tokenizer, builder: _Builder, messages, tools, span, full: str, ids, starts, run) -> None:
     "The tokens of `run` as context: messages[span], split where the template shows the seam."
     (i, j), (at, end) = span, run
-    if i == j: return b.add(ids[at:end], 'assistant', b.turn + (j < len(messages)), new=False)
+    if i == j: return builder.add(ids[at:end], 'assistant', builder.turn + (j < len(messages)), new=False)
     for k in range(i, j):
-        m, more = messages[k], k + 1 < j
-        if more and m['role'] == messages[k + 1]['role'] == 'tool': continue  # often one block, its seam no message end
+        role, more = messages[k]['role'], k + 1 < j
+        if more and role == messages[k + 1]['role'] == 'tool': continue  # often one block, its seam no message end
         text = _text(tokenizer, messages[:k + 1], tools) if more else full
         cut = int(np.searchsorted(starts, len(text))) if text and full.startswith(text) else None
         if more and not (cut and at < cut < end): continue
-        tool = m['role'] == 'tool'
-        events = [x.get('event', 'tool' if tool else None) for x in messages[i:k + 1] if x['role'] == m['role']]
-        b.add(ids[at:cut if more else end], 'tool_result' if tool else m['role'], b.turn + (not tool),
-              event='error' if 'error' in events else events[-1])
+        tool = role == 'tool'
+        events = [m.get('event', 'tool' if tool else None) for m in messages[i:k + 1] if m['role'] == role]
+        builder.add(ids[at:cut if more else end], 'tool_result' if tool else role, builder.turn + (not tool),
+                    event='error' if 'error' in events else events[-1])
         if more:
             at, i = cut, k + 1
 
@@ -393,15 +415,15 @@ def _context(tokenizer, b: _Builder, messages, tools, span, full: str, ids, star
 def _split_calls(tokenizer, ids: list[int]) -> list[tuple[int, int, str]]:
     "Runs (start, end, kind) of a generation: 'assistant' text and each 'tool_call'."
     vocab = tokenizer.added_tokens_encoder
-    op, cl, n = vocab.get('<tool_call>'), vocab.get('</tool_call>'), len(ids)
-    if op is None or cl is None or op not in ids: return [(0, n, 'assistant')] if n else []
+    opening, closing, n = vocab.get('<tool_call>'), vocab.get('</tool_call>'), len(ids)
+    if opening is None or closing is None or opening not in ids: return [(0, n, 'assistant')] if n else []
     out, i = [], 0
     while i < n:
-        if ids[i] == op:
-            j = next((k + 1 for k in range(i, n) if ids[k] == cl), n)
+        if ids[i] == opening:
+            j = next((k + 1 for k in range(i, n) if ids[k] == closing), n)
             out.append((i, j, 'tool_call'))
         else:
-            j = next((k for k in range(i, n) if ids[k] == op), n)
+            j = next((k for k in range(i, n) if ids[k] == opening), n)
             if out and not tokenizer.decode(ids[i:j], skip_special_tokens=True).strip():
                 out[-1] = (out[-1][0], j, 'tool_call')
             else:
@@ -428,7 +450,7 @@ def generation_segments(
     ids = np.asarray(ids, np.int32)
     if isinstance(version, (int, np.integer)):
         version = np.full(len(ids), version, np.int32)
-    part = lambda a, x, y: None if a is None else np.asarray(a)[x:y]
+    part = lambda values, x, y: None if values is None else np.asarray(values)[x:y]
     return [Segment(ids[x:y], kind, turn, trainable, part(logprobs, x, y), part(entropy, x, y), part(version, x, y))
             for x, y, kind in _split_calls(tokenizer, ids.tolist())]
 
@@ -444,37 +466,41 @@ def extend_segments(
     messages = normalise(messages)
     if any(m['role'] == 'assistant' for m in messages):
         raise ValueError('extend: an assistant message is not context; append the ids of its generation')
-    if c := _codec(tokenizer):
-        b = _Builder()
-        b.turn = turn
-        closed = len(ids) and int(ids[-1]) == c.end
-        return _kat_render(c, messages, True, b, ('\n',) if closed else ('<|im_end|>', '\n')).segments()
-    end, b = _hf_extension(tokenizer, _defuse(tokenizer, messages), tools, turn)
+    if codec := _codec(tokenizer):
+        builder = _Builder()
+        builder.turn = turn
+        closed = len(ids) and int(ids[-1]) == codec.end
+        return _kat_render(codec, messages, True, builder, ('\n',) if closed else ('<|im_end|>', '\n')).segments()
+    end, builder = _hf_extension(tokenizer, _defuse(tokenizer, messages), tools, turn)
     if not (len(ids) and int(ids[-1]) == end):
-        b.segs[0][0].insert(0, end)
-    return b.segments()
+        builder.segs[0][0].insert(0, end)
+    return builder.segments()
 
 # %% ../../nbs/core/03_chat.ipynb #3bf1065f
 def _hf_extension(tokenizer, messages: list[dict], tools, turn: int) -> tuple[int, _Builder]:
     "The closing token of an answer, and what the template puts after it."
     word = 'QqZzXx'
-    ask, answer = dict(role='user', content='.'), dict(role='assistant', content=word)
-    calls = [dict(id=m.get('tool_call_id', f'call_{i}'), type='function', function=dict(name='f', arguments={}))
-             for i, m in enumerate(messages) if m['role'] == 'tool']
-    for base in ([ask, answer], [ask, answer | dict(tool_calls=calls)]):
-        if (full := _text(tokenizer, base + messages, tools, True)) is not None: break
-    else:
-        raise ValueError('chat template: it refuses tool results or a user message after an answer')
-    enc = tokenizer(full, add_special_tokens=False, return_offsets_mapping=True)
-    ids, starts = enc['input_ids'], np.array([a for a, _ in enc['offset_mapping']] + [len(full)])
-    special = set(tokenizer.all_special_ids) | {k for k, t in tokenizer.added_tokens_decoder.items() if t.special}
+    talk, full = _stand_in(tokenizer, messages, word, tools)
+    ids, starts = _encoded(tokenizer, full)
+    special = _special_ids(tokenizer)
     after = int(np.searchsorted(starts, full.index(word) + len(word)))
     cut = next((j for j in range(after, len(ids)) if ids[j] in special), None)
     if cut is None: raise ValueError('chat template: no special token closes an answer, so none can be extended')
-    b = _Builder()
-    b.turn = turn
-    _context(tokenizer, b, base + messages, tools, (2, len(base + messages)), full, ids, starts, (cut + 1, len(ids)))
-    return ids[cut], b
+    builder = _Builder()
+    builder.turn = turn
+    _context(tokenizer, builder, talk, tools, (2, len(talk)), full, ids, starts, (cut + 1, len(ids)))
+    return ids[cut], builder
+
+# %% ../../nbs/core/03_chat.ipynb #ec8002d8
+def _stand_in(tokenizer, messages: list[dict], word: str, tools) -> tuple[list[dict], str]:
+    "A dialogue that ends with these messages, and its text. Its answer calls tools only if the template wants it."
+    ask, answer = dict(role='user', content='.'), dict(role='assistant', content=word)
+    calls = [dict(id=m.get('tool_call_id', f'call_{i}'), type='function', function=dict(name='f', arguments={}))
+             for i, m in enumerate(messages) if m['role'] == 'tool']
+    for said in (answer, answer | dict(tool_calls=calls)):
+        talk = [ask, said, *messages]
+        if (full := _text(tokenizer, talk, tools, True)) is not None: return talk, full
+    raise ValueError('chat template: it refuses tool results or a user message after an answer')
 
 # %% ../../nbs/core/03_chat.ipynb #d8e9f4b5
 def extend(tokenizer, ids, messages: list[dict], tools: list[dict] | None = None) -> np.ndarray:
@@ -484,37 +510,37 @@ def extend(tokenizer, ids, messages: list[dict], tools: list[dict] | None = None
 # %% ../../nbs/core/03_chat.ipynb #bd280b9e
 def tool_ids(tokenizer, results: list[str]) -> np.ndarray:
     "int32 ids to append after a finished generation for the results of its calls, up to the header of the next answer."
-    messages = [dict(role='tool', content=r) for r in results]
-    if c := _codec(tokenizer): return extend(tokenizer, [c.end], messages)
+    messages = [dict(role='tool', content=result) for result in results]
+    if codec := _codec(tokenizer): return extend(tokenizer, [codec.end], messages)
     return ids_of(_hf_extension(tokenizer, _defuse(tokenizer, messages), None, 0)[1].segments())
 
 # %% ../../nbs/core/03_chat.ipynb #088ea29d
 def to_trajectories(
-    conv: Conversation,   # from `kat.core.io.import_log`
+    conv: Conversation,   # from `kat.core.logs.import_log`
     tokenizer,            # as for `render`
     tools: list[dict] | None = None,  # tool schemas, where the log has none
     merge: bool = True,   # join calls that only append; False: one trajectory per call
 ) -> list[Trajectory]:    # info: source, and which calls each one holds
     "The calls of a log as trajectories: every answer trained exactly once."
     runs = []
-    for i, c in enumerate(conv.calls):
+    for i, call in enumerate(conv.calls):
         past = runs[-1][-1][1] if runs else None
-        if merge and past and c[:len(past)] == past:
-            runs[-1].append((i, c))
+        if merge and past and call[:len(past)] == past:
+            runs[-1].append((i, call))
         else:
-            runs.append([(i, c)])
+            runs.append([(i, call)])
     out = []
     for run in runs:
-        answers = {sum(m['role'] == 'assistant' for m in c) - 1 for _, c in run}  # their turns
-        segs = render(tokenizer, run[-1][1], conv.tools or tools)
-        segs = [replace(s, trainable=s.trainable and s.turn in answers) for s in segs]
+        turns = {sum(m['role'] == 'assistant' for m in call) - 1 for _, call in run}  # of the answers
+        segments = render(tokenizer, run[-1][1], conv.tools or tools)
+        segments = [replace(segment, trainable=segment.trainable and segment.turn in turns) for segment in segments]
         info = dict(source=conv.info.get('source'), calls=[i for i, _ in run])
-        out.append(Trajectory(conv.task, segs, conv.reward, info=info))
+        out.append(Trajectory(conv.task, segments, conv.reward, info=info))
     return out
 
 # %% ../../nbs/core/03_chat.ipynb #5e1e2cc6
 def error_mask(t: Trajectory) -> Trajectory:
     "A copy of `t` in which every turn that has a segment with event 'error' is not trained."
-    failed = {s.turn for s in t.segments if s.event == 'error'}
-    keep = lambda s: s.trainable and not (s.kind in GENERATED and s.turn in failed)
-    return replace(t, segments=[replace(s, trainable=keep(s)) for s in t.segments])
+    failed = {segment.turn for segment in t.segments if segment.event == 'error'}
+    keep = lambda segment: segment.trainable and not (segment.kind in GENERATED and segment.turn in failed)
+    return replace(t, segments=[replace(segment, trainable=keep(segment)) for segment in t.segments])

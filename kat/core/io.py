@@ -75,20 +75,20 @@ def dumps(x) -> str:
     return _dumps(plain(x))
 
 # %% ../../nbs/core/02_io.ipynb #d86cb074
-def _dumps(x) -> str:
+def _dumps(value) -> str:
     "`dumps` of plain values: marked only where there is something to mark."
     try:
-        s = json.dumps(x, ensure_ascii=False, allow_nan=False)
+        text = json.dumps(value, ensure_ascii=False, allow_nan=False)
     except ValueError:
-        s = json.dumps(_mark(x), ensure_ascii=False, allow_nan=False)
+        text = json.dumps(_mark(value), ensure_ascii=False, allow_nan=False)
     else:
-        if '"$float"' in s:
-            _mark(x)
+        if '"$float"' in text:
+            _mark(value)
     try:
-        s.encode()
+        text.encode()
     except UnicodeEncodeError:
-        s = json.dumps(_mark(x), allow_nan=False)  # half a surrogate pair: as an escape
-    return s
+        text = json.dumps(_mark(value), allow_nan=False)  # half a surrogate pair: as an escape
+    return text
 
 # %% ../../nbs/core/02_io.ipynb #70591b51
 def _mark(x):
@@ -107,9 +107,9 @@ def loads(s: str | bytes):
     return json.loads(s, object_hook=_unmark, parse_constant=_constant)
 
 # %% ../../nbs/core/02_io.ipynb #e0dcc4db
-def _unmark(d: dict):
+def _unmark(obj: dict):
     "A marker object as the float it stands for."
-    return float(d['$float']) if len(d) == 1 and d.get('$float') in ('nan', 'inf', '-inf') else d
+    return float(obj['$float']) if len(obj) == 1 and obj.get('$float') in ('nan', 'inf', '-inf') else obj
 
 # %% ../../nbs/core/02_io.ipynb #b37f58f2
 def _constant(name: str):
@@ -123,38 +123,38 @@ def write_jsonl(
 ) -> int:                                      # records written
     "Write records, one JSON object a line. Atomic."
     n = 0
-    with atomic(path) as tmp, open(tmp, 'w', encoding='utf-8', newline='\n') as f:
-        for n, r in enumerate(records, 1):
-            f.write(_dumps(r.to_dict()) + '\n')
+    with atomic(path) as tmp, open(tmp, 'w', encoding='utf-8', newline='\n') as file:
+        for n, record in enumerate(records, 1):
+            file.write(_dumps(record.to_dict()) + '\n')
     return n
 
 # %% ../../nbs/core/02_io.ipynb #d3304af0
 def read_jsonl(path) -> Iterator[Trajectory | Group]:
     "Records of a JSONL file, one at a time. ValueError '<file>:<line>: <reason>' at a damaged line."
-    for where, d in json_lines(path):
+    for where, obj in json_lines(path):
         try:
-            yield _record(d)
+            yield _record(obj)
         except ValueError as e:
             raise ValueError(f'{where}: {e}') from None
 
 # %% ../../nbs/core/02_io.ipynb #225169ed
 def json_lines(path) -> Iterator[tuple[str, dict]]:
     "('<file>:<line>', object) of each line."
-    with open(path, 'rb') as f:
-        for i, line in enumerate(f, 1):
+    with open(path, 'rb') as file:
+        for i, line in enumerate(file, 1):
             try:
-                d = loads(line)
+                obj = loads(line)
             except ValueError as e:
                 raise ValueError(f'{path}:{i}: {_reason(e, line)}{_cut(line)}') from None
-            if not isinstance(d, dict): raise ValueError(f'{path}:{i}: an object expected, got {type(d).__name__}')
-            yield f'{path}:{i}', d
+            if not isinstance(obj, dict): raise ValueError(f'{path}:{i}: an object expected, got {type(obj).__name__}')
+            yield f'{path}:{i}', obj
 
 # %% ../../nbs/core/02_io.ipynb #d9234204
-def _reason(e: ValueError, line: bytes) -> str:
+def _reason(error: ValueError, line: bytes) -> str:
     "Why a line could not be read, in a few words."
     if not line.strip(): return 'empty line'
-    if isinstance(e, UnicodeDecodeError): return f'not UTF-8 at byte {e.start}'
-    return f'not JSON at column {e.colno}: {e.msg}' if isinstance(e, json.JSONDecodeError) else str(e)
+    if isinstance(error, UnicodeDecodeError): return f'not UTF-8 at byte {error.start}'
+    return f'not JSON at column {error.colno}: {error.msg}' if isinstance(error, json.JSONDecodeError) else str(error)
 
 # %% ../../nbs/core/02_io.ipynb #1d36caa7
 def _cut(line: bytes) -> str:
@@ -162,37 +162,38 @@ def _cut(line: bytes) -> str:
     return '' if line.endswith(b'\n') else ' (the last line, without a line end: cut off?)'
 
 # %% ../../nbs/core/02_io.ipynb #63fcb443
-def _record(d: dict) -> Trajectory | Group:
+def _record(obj: dict) -> Trajectory | Group:
     "The record that its schema says it is."
-    name = str(d.get('schema')).partition('/')[0]
-    return (Group if name == GROUP_SCHEMA.partition('/')[0] else Trajectory).from_dict(d)
+    name = str(obj.get('schema')).partition('/')[0]
+    return (Group if name == GROUP_SCHEMA.partition('/')[0] else Trajectory).from_dict(obj)
 
 # %% ../../nbs/core/02_io.ipynb #35b50817
 def _arrow(cls):
     "Arrow schema of a record."
     import pyarrow as pa
-    ints, floats, s = pa.list_(pa.int32()), pa.list_(pa.float32()), pa.string()
-    seg = pa.struct([('ids', ints), ('kind', s), ('turn', pa.int32()), ('trainable', pa.bool_()), ('logprobs', floats),
-                     ('entropy', floats), ('version', ints), ('event', s), ('extra', s)])
-    traj = [('schema', s), ('task', s), ('reward', pa.float64()), ('sampling', s), ('info', s),
-            ('segments', pa.list_(seg)), ('extra', s)]
-    group = [('schema', s), ('task', s), ('info', s), ('trajectories', pa.list_(pa.struct(traj))), ('extra', s)]
-    return pa.schema(group if cls is Group else traj)
+    ints, floats, text = pa.list_(pa.int32()), pa.list_(pa.float32()), pa.string()
+    segment = [('ids', ints), ('kind', text), ('turn', pa.int32()), ('trainable', pa.bool_()), ('logprobs', floats),
+               ('entropy', floats), ('version', ints), ('event', text), ('extra', text)]
+    trajectory = [('schema', text), ('task', text), ('reward', pa.float64()), ('sampling', text), ('info', text),
+                  ('segments', pa.list_(pa.struct(segment))), ('extra', text)]
+    group = [('schema', text), ('task', text), ('info', text),
+             ('trajectories', pa.list_(pa.struct(trajectory))), ('extra', text)]
+    return pa.schema(group if cls is Group else trajectory)
 
 # %% ../../nbs/core/02_io.ipynb #9ed65d1d
 _JSON = ('sampling', 'info', 'extra')  # free-form fields, JSON text in Parquet
 
-def _row(x) -> dict:
+def _row(record) -> dict:
     "A record as a row: arrays stay arrays, free-form fields become JSON text."
-    d = {f.name: getattr(x, f.name) for f in fields(x)}
+    row = {each.name: getattr(record, each.name) for each in fields(record)}
     for k in _JSON:
-        if k in d:
-            d[k] = _dumps(d[k])
-    if isinstance(x, Group):
-        d |= dict(schema=GROUP_SCHEMA, trajectories=[_row(t) for t in x.trajectories])
-    if isinstance(x, Trajectory):
-        d |= dict(schema=SCHEMA, segments=[_row(s) for s in x.segments])
-    return d
+        if k in row:
+            row[k] = _dumps(row[k])
+    if isinstance(record, Group):
+        row |= dict(schema=GROUP_SCHEMA, trajectories=[_row(trajectory) for trajectory in record.trajectories])
+    if isinstance(record, Trajectory):
+        row |= dict(schema=SCHEMA, segments=[_row(segment) for segment in record.segments])
+    return row
 
 # %% ../../nbs/core/02_io.ipynb #b97b8473
 def write_parquet(
@@ -202,55 +203,56 @@ def write_parquet(
 ) -> int:                                   # records written
     "Write records of one type to Parquet (zstd). Atomic. TypeError when the types are mixed."
     import pyarrow as pa, pyarrow.parquet as pq
-    it, n = iter(records), 0
-    first = next(it, None)
+    rest, n = iter(records), 0
+    first = next(rest, None)
     cls = Trajectory if first is None else type(first)
     schema = _arrow(cls)
-    with atomic(path) as tmp, pq.ParquetWriter(tmp, schema, compression='zstd') as w:
-        for rows in _batches(first, it, cls, batch):
-            w.write_table(pa.Table.from_pylist(rows, schema=schema))
+    with atomic(path) as tmp, pq.ParquetWriter(tmp, schema, compression='zstd') as writer:
+        for rows in _batches(first, rest, cls, batch):
+            writer.write_table(pa.Table.from_pylist(rows, schema=schema))
             n += len(rows)
     return n
 
 # %% ../../nbs/core/02_io.ipynb #80d773ca
-def _batches(first, it: Iterator, cls, batch: int) -> Iterator[list[dict]]:
+def _batches(first, rest: Iterator, cls, batch: int) -> Iterator[list[dict]]:
     "Rows of `first` and the rest, `batch` at a time."
     rows = [] if first is None else [_row(first)]
-    for i, r in enumerate(it, 1):
-        if type(r) is not cls: raise TypeError(f'record {i}: a {type(r).__name__} in a Parquet file of {cls.__name__}')
+    for i, record in enumerate(rest, 1):
+        if type(record) is not cls:
+            raise TypeError(f'record {i}: a {type(record).__name__} in a Parquet file of {cls.__name__}')
         if len(rows) == batch:
             yield rows
             rows = []
-        rows.append(_row(r))
+        rows.append(_row(record))
     if rows:
         yield rows
 
 # %% ../../nbs/core/02_io.ipynb #e4432c53
-def _values(a) -> list:
+def _values(array) -> list:
     "An Arrow array as a list: number lists as NumPy arrays, structs as dictionaries, the rest as Python values."
     import pyarrow as pa
-    t = a.type
-    if pa.types.is_struct(t):
-        cols = {f.name: _values(a.field(f.name)) for f in t}
-        return [dict(zip(cols, r)) for r in zip(*cols.values())] if cols else [{}] * len(a)
-    if not pa.types.is_list(t): return a.to_pylist()
-    number = pa.types.is_integer(t.value_type) or pa.types.is_floating(t.value_type)
-    inner = a.values.to_numpy(zero_copy_only=False) if number else _values(a.values)
-    off = a.offsets.to_numpy()
+    kind = array.type
+    if pa.types.is_struct(kind):
+        cols = {part.name: _values(array.field(part.name)) for part in kind}
+        return [dict(zip(cols, row)) for row in zip(*cols.values())] if cols else [{}] * len(array)
+    if not pa.types.is_list(kind): return array.to_pylist()
+    number = pa.types.is_integer(kind.value_type) or pa.types.is_floating(kind.value_type)
+    inner = array.values.to_numpy(zero_copy_only=False) if number else _values(array.values)
+    offsets = array.offsets.to_numpy()
     return [(inner[i:j].copy() if number else inner[i:j]) if ok else None
-            for i, j, ok in zip(off[:-1], off[1:], a.is_valid().to_numpy(zero_copy_only=False))]
+            for i, j, ok in zip(offsets[:-1], offsets[1:], array.is_valid().to_numpy(zero_copy_only=False))]
 
 # %% ../../nbs/core/02_io.ipynb #a7d994ca
-def _unrow(d: dict) -> dict:
+def _unrow(row: dict) -> dict:
     "A row as the dictionary that `from_dict` takes."
-    d = {k: v for k, v in d.items() if v is not None or k == 'reward'}
+    row = {k: v for k, v in row.items() if v is not None or k == 'reward'}
     for k in _JSON:
-        if k in d:
-            d[k] = loads(d[k])
+        if k in row:
+            row[k] = loads(row[k])
     for k in ('segments', 'trajectories'):
-        if k in d:
-            d[k] = [_unrow(x) for x in d[k]]
-    return d | d.pop('extra', {})
+        if k in row:
+            row[k] = [_unrow(x) for x in row[k]]
+    return row | row.pop('extra', {})
 
 # %% ../../nbs/core/02_io.ipynb #5444a80a
 def read_parquet(
@@ -261,14 +263,14 @@ def read_parquet(
     import pyarrow as pa, pyarrow.parquet as pq
     n = 0
     try:
-        with pq.ParquetFile(path) as f:
-            for b in f.iter_batches(batch_size=batch):
-                for d in _values(b.to_struct_array()):
+        with pq.ParquetFile(path) as file:
+            for rows in file.iter_batches(batch_size=batch):
+                for row in _values(rows.to_struct_array()):
                     try:
-                        r = _record(_unrow(d))
+                        record = _record(_unrow(row))
                     except ValueError as e:
                         raise ValueError(f'row {n}: {e}') from None
-                    yield r
+                    yield record
                     n += 1
     except (pa.ArrowException, OSError, ValueError) as e:
         if isinstance(e, FileNotFoundError): raise
@@ -277,9 +279,9 @@ def read_parquet(
 # %% ../../nbs/core/02_io.ipynb #5caf52e9
 def _format(path) -> str:
     "'jsonl' or 'parquet', by the name of the file."
-    s = Path(path).suffix.lstrip('.')
-    if s not in ('jsonl', 'parquet'): raise ValueError(f'{path}: a name ending in .jsonl or .parquet expected')
-    return s
+    ending = Path(path).suffix.lstrip('.')
+    if ending not in ('jsonl', 'parquet'): raise ValueError(f'{path}: a name ending in .jsonl or .parquet expected')
+    return ending
 
 # %% ../../nbs/core/02_io.ipynb #d2865c71
 def write_records(path, records: Iterable[Trajectory | Group]) -> int:
@@ -296,13 +298,14 @@ def append_jsonl(path, record: dict) -> None:
     "Append one line, flushed to the disk before it returns. ValueError when the file ends in a torn line."
     line = (dumps(record) + '\n').encode()
     Path(path).parent.mkdir(parents=True, exist_ok=True)
-    with open(path, 'ab+', buffering=0) as f:
-        if f.seek(0, os.SEEK_END):
-            f.seek(-1, os.SEEK_END)
-            if f.read(1) != b'\n': raise ValueError(f'{path}: torn last line; read_log(path, repair=True) cuts it off')
+    with open(path, 'ab+', buffering=0) as file:
+        if file.seek(0, os.SEEK_END):
+            file.seek(-1, os.SEEK_END)
+            if file.read(1) != b'\n':
+                raise ValueError(f'{path}: torn last line; read_log(path, repair=True) cuts it off')
         while line:
-            line = line[f.write(line):]
-        os.fsync(f.fileno())
+            line = line[file.write(line):]
+        os.fsync(file.fileno())
 
 # %% ../../nbs/core/02_io.ipynb #6f415b28
 def read_log(
@@ -319,7 +322,7 @@ def read_log(
         if repair:
             os.truncate(path, len(whole))
             _fsync(path)
-    return [_log_line(path, i, s) for i, s in enumerate(whole.split(b'\n')[:-1], 1)]
+    return [_log_line(path, i, line) for i, line in enumerate(whole.split(b'\n')[:-1], 1)]
 
 # %% ../../nbs/core/02_io.ipynb #cd1f293f
 def _log_line(path, i: int, line: bytes) -> dict:

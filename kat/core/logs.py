@@ -29,12 +29,12 @@ class Conversation:
     @property
     def append_only(self) -> bool:
         "Does every call begin with the whole call before it?"
-        return all(b[:len(a)] == a for a, b in zip(self.calls, self.calls[1:]))
+        return all(after[:len(before)] == before for before, after in zip(self.calls, self.calls[1:]))
 
     def __repr__(self):
-        r = 'no reward' if self.reward is None else f'reward {self.reward:g}'
+        reward = 'no reward' if self.reward is None else f'reward {self.reward:g}'
         how = 'append-only' if self.append_only else 'history rewritten'
-        return f'Conversation({self.task}: {len(self.messages)} messages, {len(self.calls)} calls, {how}, {r})'
+        return f'Conversation({self.task}: {len(self.messages)} messages, {len(self.calls)} calls, {how}, {reward})'
 
 # %% ../../nbs/core/05_logs.ipynb #73367130
 def _answers(messages: list[dict], skip=lambda m: False) -> list[list[dict]]:
@@ -43,39 +43,39 @@ def _answers(messages: list[dict], skip=lambda m: False) -> list[list[dict]]:
     return [clean[:i + 1] for i, m in enumerate(messages) if m['role'] == 'assistant' and not skip(m)]
 
 # %% ../../nbs/core/05_logs.ipynb #c0004215
-def _swe_agent(d: dict, where: str) -> Iterator[Conversation]:
+def _swe_agent(record: dict, where: str) -> Iterator[Conversation]:
     "SWE-agent's and SWE-smith's trajectory file."
-    steps, history = d['trajectory'], d.get('history') or []
+    steps, history = record['trajectory'], record.get('history') or []
     calls = _swe_calls(steps, history)
-    clean = normalise([_swe_message(m) for m in history]) if history else (calls[-1] if calls else [])
-    info = {k: v for k, v in (d.get('info') or {}).items()} | dict(source='swe-agent', steps=len(steps))
-    yield Conversation(_swe_task(d, where), clean, calls, info=plain(info))
+    clean = normalise([_swe_message(message) for message in history]) if history else (calls[-1] if calls else [])
+    info = {k: v for k, v in (record.get('info') or {}).items()} | dict(source='swe-agent', steps=len(steps))
+    yield Conversation(_swe_task(record, where), clean, calls, info=plain(info))
 
 # %% ../../nbs/core/05_logs.ipynb #a2f3cf99
 def _swe_calls(steps: list[dict], history: list[dict]) -> list[list[dict]]:
     "Query and answer of each step."
-    norm = lambda ms: normalise([_swe_message(m) for m in ms])
-    asst = [i for i, m in enumerate(history) if m.get('role') == 'assistant' and not m.get('is_demo')]
-    if any(s.get('query') for s in steps):
-        said = iter([history[i] for i in asst])
-        return [norm([*s['query'], a]) for s, a in _swe_answers([s for s in steps if s.get('query')], said)]
-    if after := [norm(s['messages']) for s in steps if s.get('messages')]:
-        last = [max((i for i, m in enumerate(ms) if m['role'] == 'assistant'), default=0) for ms in after]
+    norm = lambda messages: normalise([_swe_message(m) for m in messages])
+    answers = [i for i, m in enumerate(history) if m.get('role') == 'assistant' and not m.get('is_demo')]
+    if asked := [step for step in steps if step.get('query')]:
+        said = iter([history[i] for i in answers])
+        return [norm([*step['query'], answer]) for step, answer in _swe_answers(asked, said)]
+    if after := [norm(step['messages']) for step in steps if step.get('messages')]:
+        last = [max((i for i, m in enumerate(messages) if m['role'] == 'assistant'), default=0) for messages in after]
         queries = [after[0][:last[0]], *after[:-1]]
-        return [q + [ms[i]] for q, ms, i in zip(queries, after, last)]
+        return [query + [messages[i]] for query, messages, i in zip(queries, after, last)]
     clean = norm(history)
-    return [clean[:i + 1] for i in asst]
+    return [clean[:i + 1] for i in answers]
 
 # %% ../../nbs/core/05_logs.ipynb #16dfb6bf
 def _swe_answers(steps: list[dict], said: Iterator[dict]) -> Iterator[tuple[dict, dict]]:
     "Each step with its answer: the history's message, which has the tool calls; a rejected answer left its text only."
     m = next(said, None)
-    for s in steps:
-        if m and (m.get('content') == s.get('response') or m.get('thought', 0) == s.get('thought', 1)):
-            yield s, m
+    for step in steps:
+        if m and (m.get('content') == step.get('response') or m.get('thought', 0) == step.get('thought', 1)):
+            yield step, m
             m = next(said, None)
         else:
-            yield s, dict(role='assistant', content=s.get('response') or '')
+            yield step, dict(role='assistant', content=step.get('response') or '')
 
 # %% ../../nbs/core/05_logs.ipynb #867f56b8
 def _swe_message(m: dict) -> dict:
@@ -84,32 +84,33 @@ def _swe_message(m: dict) -> dict:
     return m | dict(tool_call_id=ids[0]) if m.get('role') == 'tool' and ids else m
 
 # %% ../../nbs/core/05_logs.ipynb #c3309327
-def _swe_task(d: dict, where: str) -> str:
+def _swe_task(record: dict, where: str) -> str:
     "The instance's id: from the replay configuration, else the environment's name, else the file's."
-    cfg = d.get('replay_config')
+    config = record.get('replay_config')
     try:
-        cfg = loads(cfg) if isinstance(cfg, str) else cfg or {}
+        config = loads(config) if isinstance(config, str) else config or {}
     except ValueError:
-        cfg = {}
-    task = (cfg.get('problem_statement') or {}).get('id') or d.get('environment')
+        config = {}
+    task = (config.get('problem_statement') or {}).get('id') or record.get('environment')
     return task if isinstance(task, str) and task != 'main' else Path(where.rpartition(':')[0] or where).stem
 
 # %% ../../nbs/core/05_logs.ipynb #9239fe09
-def _tau_bench(d: dict, where: str) -> Iterator[Conversation]:
+def _tau_bench(record: dict, where: str) -> Iterator[Conversation]:
     "An episode of a tau-bench log."
-    info = plain((d.get('info') or {}) | dict(source='tau-bench', trial=d.get('trial')))
-    task, ms = f'tau-bench/{d["task_id"]}', d['traj']
-    yield Conversation(task, normalise(ms), _answers(ms), _number(d.get('reward')), info)
+    info = plain((record.get('info') or {}) | dict(source='tau-bench', trial=record.get('trial')))
+    task, messages = f'tau-bench/{record["task_id"]}', record['traj']
+    yield Conversation(task, normalise(messages), _answers(messages), _number(record.get('reward')), info)
 
 # %% ../../nbs/core/05_logs.ipynb #3a8dfe43
-def _openai(d: dict, where: str) -> Iterator[Conversation]:
+def _openai(record: dict, where: str) -> Iterator[Conversation]:
     "A record with OpenAI-style messages; what it has besides goes to `info`."
-    names = [str(d[k]) for k in ('task', 'task_id', 'instance_id', 'id') if d.get(k) is not None]
+    names = [str(record[k]) for k in ('task', 'task_id', 'instance_id', 'id') if record.get(k) is not None]
     task = names[0] if names else where.rpartition('/')[2]
-    reward = next((_number(d[k]) for k in ('reward', 'score') if d.get(k) is not None), None)
-    rest = {k: v for k, v in d.items() if k not in ('messages', 'tools')}
-    ms, info = d['messages'], plain(rest | dict(source='openai'))
-    yield Conversation(task, normalise(ms), _answers(ms, lambda m: m.get('weight') == 0), reward, info, d.get('tools'))
+    reward = next((_number(record[k]) for k in ('reward', 'score') if record.get(k) is not None), None)
+    rest = {k: v for k, v in record.items() if k not in ('messages', 'tools')}
+    messages, info = record['messages'], plain(rest | dict(source='openai'))
+    clean, calls = normalise(messages), _answers(messages, lambda m: m.get('weight') == 0)
+    yield Conversation(task, clean, calls, reward, info, record.get('tools'))
 
 # %% ../../nbs/core/05_logs.ipynb #2e18fb7f
 def _number(x) -> float | None:
@@ -121,93 +122,97 @@ def _number(x) -> float | None:
 # %% ../../nbs/core/05_logs.ipynb #dd715751
 def _claude_code(lines: list[tuple[str, dict]]) -> Iterator[Conversation]:
     "The conversations of a session: its main one and its sub-agents."
-    skipped, chains, by = Counter(), {}, {}
-    for where, d in lines:
-        m = d.get('message')
-        if d.get('type') not in ('user', 'assistant') or not isinstance(m, dict) or d.get('isApiErrorMessage'):
-            skipped[str(d.get('type'))] += 1
-            if d.get('uuid'):
-                by[d['uuid']] = d | dict(message=None)
+    skipped, chains, by_uuid = Counter(), {}, {}
+    for where, line in lines:
+        kind = line.get('type')
+        spoken = kind in ('user', 'assistant') and isinstance(line.get('message'), dict)
+        if not spoken or line.get('isApiErrorMessage'):
+            skipped[str(kind)] += 1
+            if line.get('uuid'):
+                by_uuid[line['uuid']] = line | dict(message=None)
             continue
-        if not d.get('uuid'): raise ValueError(f'{where}: a {d["type"]} line without uuid')
-        by[d['uuid']] = d
-        name = (str(d.get('sessionId')), str(d.get('agentId') or 'agent') if d.get('isSidechain') else '')
-        chains.setdefault(name, []).append(d)
-    for (session, agent), ds in chains.items():
-        yield _claude_chain(f'{session}/{agent}'.rstrip('/'), ds, by, dict(skipped))
+        if not line.get('uuid'): raise ValueError(f'{where}: a {kind} line without uuid')
+        by_uuid[line['uuid']] = line
+        agent = str(line.get('agentId') or 'agent') if line.get('isSidechain') else ''
+        chains.setdefault((str(line.get('sessionId')), agent), []).append(line)
+    for (session, agent), chain in chains.items():
+        yield _claude_chain(f'{session}/{agent}'.rstrip('/'), chain, by_uuid, dict(skipped))
 
 # %% ../../nbs/core/05_logs.ipynb #5d8ebf87
-def _claude_chain(task: str, ds: list[dict], by: dict, skipped: dict) -> Conversation:
+def _claude_chain(task: str, lines: list[dict], by_uuid: dict, skipped: dict) -> Conversation:
     "One chain: its calls, in the order they were made."
-    results = {b['tool_use_id']: _claude_result(b) for d in ds for b in _blocks(d) if b.get('type') == 'tool_result'}
+    results = {block['tool_use_id']: _claude_result(block)
+               for line in lines for block in _blocks(line) if block.get('type') == 'tool_result'}
     replies = {}
-    for d in ds:
-        if d['type'] == 'assistant':
-            replies.setdefault(_reply_id(d), []).append(d)
-    calls = [normalise(_claude_path(r[-1], by, replies, results)) for r in replies.values()]
-    skipped = skipped | {'thinking': sum(b.get('type') == 'thinking' for d in ds for b in _blocks(d))}
-    lost = sum(d.get('parentUuid') is not None and d['parentUuid'] not in by for d in ds)
+    for line in lines:
+        if line['type'] == 'assistant':
+            replies.setdefault(_reply_id(line), []).append(line)
+    calls = [normalise(_claude_path(reply[-1], by_uuid, replies, results)) for reply in replies.values()]
+    skipped = skipped | {'thinking': sum(block.get('type') == 'thinking' for line in lines for block in _blocks(line))}
+    lost = sum(line.get('parentUuid') is not None and line['parentUuid'] not in by_uuid for line in lines)
     info = dict(source='claude-code', skipped={k: n for k, n in skipped.items() if n}, parents_not_in_file=lost)
-    last = normalise(_claude_path(ds[-1], by, replies, results))
+    last = normalise(_claude_path(lines[-1], by_uuid, replies, results))
     return Conversation(task, last, calls, info=info)
 
 # %% ../../nbs/core/05_logs.ipynb #8d8cd263
-def _claude_path(d: dict, by: dict, replies: dict, results: dict) -> list[dict]:
-    "Messages from the root of the chain to `d`; a reply is one message, followed by the results of all its calls."
-    out, lines, done, leaf = [], set(), set(), True
-    while d is not None:
-        if d['uuid'] in lines: raise ValueError(f'uuid {d["uuid"]}: the chain of parents runs in a circle')
-        lines.add(d['uuid'])
-        m = d['message']
-        if m and d['type'] == 'user':
-            text = _claude_text([b for b in _blocks(d) if b.get('type') != 'tool_result'])
+def _claude_path(line: dict, by_uuid: dict, replies: dict, results: dict) -> list[dict]:
+    "Messages from the root of the chain to `line`; a reply is one message, followed by the results of all its calls."
+    out, seen, done, leaf = [], set(), set(), True
+    while line is not None:
+        if line['uuid'] in seen: raise ValueError(f'uuid {line["uuid"]}: the chain of parents runs in a circle')
+        seen.add(line['uuid'])
+        m = line['message']
+        if m and line['type'] == 'user':
+            text = _claude_text([block for block in _blocks(line) if block.get('type') != 'tool_result'])
             if text:
                 out.insert(0, dict(role='user', content=text))
-        elif m and (key := _reply_id(d)) not in done:
+        elif m and (key := _reply_id(line)) not in done:
             done.add(key)
             reply = _claude_reply(replies[key])
-            answered = [] if leaf else [c['id'] for c in reply.get('tool_calls', ()) if c['id'] in results]
-            out[:0] = [reply, *(results[i] for i in answered)]
-        leaf, d = leaf and not m, by.get(d.get('parentUuid'))
+            answered = [] if leaf else [call['id'] for call in reply.get('tool_calls', ()) if call['id'] in results]
+            out[:0] = [reply, *(results[k] for k in answered)]
+        leaf, line = leaf and not m, by_uuid.get(line.get('parentUuid'))
     return out
 
 # %% ../../nbs/core/05_logs.ipynb #c87e2b6c
-def _reply_id(d: dict) -> str:
+def _reply_id(line: dict) -> str:
     "What the lines of one reply have in common."
-    return d['message'].get('id') or d['uuid']
+    return line['message'].get('id') or line['uuid']
 
 # %% ../../nbs/core/05_logs.ipynb #30b9ce06
-def _blocks(d: dict) -> list[dict]:
+def _blocks(line: dict) -> list[dict]:
     "Content blocks of a line."
-    c = d['message'].get('content')
-    return [dict(type='text', text=c)] if isinstance(c, str) else [b for b in c or [] if isinstance(b, dict)]
+    content = line['message'].get('content')
+    if isinstance(content, str): return [dict(type='text', text=content)]
+    return [block for block in content or [] if isinstance(block, dict)]
 
 # %% ../../nbs/core/05_logs.ipynb #57340ea2
-def _claude_text(c) -> str:
+def _claude_text(content) -> str:
     "The text of content, whatever its form; an image or other block is named in brackets."
-    if c is None or isinstance(c, str): return c or ''
-    return '\n'.join(b['text'] if b.get('type') == 'text' else f'[{b.get("type")}]' for b in c)
+    if content is None or isinstance(content, str): return content or ''
+    return '\n'.join(block['text'] if block.get('type') == 'text' else f'[{block.get("type")}]' for block in content)
 
 # %% ../../nbs/core/05_logs.ipynb #a84b43df
-def _claude_result(b: dict) -> dict:
+def _claude_result(block: dict) -> dict:
     "A tool result as a message; a failed one has the event 'error'."
-    m = dict(role='tool', tool_call_id=b['tool_use_id'], content=_claude_text(b.get('content')))
-    return m | dict(event='error') if b.get('is_error') else m
+    message = dict(role='tool', tool_call_id=block['tool_use_id'], content=_claude_text(block.get('content')))
+    return message | dict(event='error') if block.get('is_error') else message
 
 # %% ../../nbs/core/05_logs.ipynb #fbd17984
 def _claude_reply(lines: list[dict]) -> dict:
     "The lines of one reply as one assistant message."
-    blocks = [b for d in lines for b in _blocks(d)]
-    text = '\n'.join(b['text'] for b in blocks if b.get('type') == 'text')
-    calls = [dict(id=b['id'], type='function', function=dict(name=b['name'], arguments=b.get('input') or {}))
-             for b in blocks if b.get('type') == 'tool_use']
+    blocks = [block for line in lines for block in _blocks(line)]
+    text = '\n'.join(block['text'] for block in blocks if block.get('type') == 'text')
+    function = lambda block: dict(name=block['name'], arguments=block.get('input') or {})
+    calls = [dict(id=block['id'], type='function', function=function(block))
+             for block in blocks if block.get('type') == 'tool_use']
     return dict(role='assistant', content=text) | (dict(tool_calls=calls) if calls else {})
 
 # %% ../../nbs/core/05_logs.ipynb #5d19aff6
 def _objects(path) -> Iterator[tuple[str, dict]]:
     "The objects of a JSON file (one, or a list of them) or of a JSONL file, each with where it stands."
-    with open(path, 'rb') as f:
-        first = f.readline()
+    with open(path, 'rb') as file:
+        first = file.readline()
     try:
         lines = isinstance(loads(first), dict)
     except ValueError:
@@ -218,32 +223,33 @@ def _objects(path) -> Iterator[tuple[str, dict]]:
     data = Path(path).read_bytes()
     if not data.strip(): raise ValueError(f'{path}: empty')
     try:
-        d = loads(data)
+        whole = loads(data)
     except json.JSONDecodeError as e:
         raise ValueError(f'{path}:{e.lineno}: not JSON at column {e.colno}: {e.msg}') from None
     except ValueError as e:
         raise ValueError(f'{path}: {e}') from None
-    for i, x in enumerate(d if isinstance(d, list) else [d]):
+    for i, x in enumerate(whole if isinstance(whole, list) else [whole]):
         if not isinstance(x, dict): raise ValueError(f'{path}[{i}]: an object expected, got {type(x).__name__}')
         yield f'{path}[{i}]', x
 
 # %% ../../nbs/core/05_logs.ipynb #8957ee4c
-def _kind(d: dict) -> str | None:
+def _kind(record: dict) -> str | None:
     "The kind of log an object comes from."
-    if isinstance(d.get('trajectory'), list): return 'swe-agent'
-    if isinstance(d.get('traj'), list): return 'tau-bench'
-    if isinstance(d.get('messages'), list): return 'openai'
-    if isinstance(d.get('type'), str) and {'uuid', 'sessionId', 'leafUuid', 'messageId'} & set(d): return 'claude-code'
+    if isinstance(record.get('trajectory'), list): return 'swe-agent'
+    if isinstance(record.get('traj'), list): return 'tau-bench'
+    if isinstance(record.get('messages'), list): return 'openai'
+    if isinstance(record.get('type'), str) and {'uuid', 'sessionId', 'leafUuid', 'messageId'} & set(record):
+        return 'claude-code'
 
 # %% ../../nbs/core/05_logs.ipynb #0469d1a6
 def detect(
     path,   # a log: .traj, .json or .jsonl
 ) -> str:   # 'swe-agent', 'tau-bench', 'openai' or 'claude-code'
     "Which agent wrote this log? ValueError when none of the known ones did."
-    for where, d in _objects(path):
-        if k := _kind(d): return k
+    for where, record in _objects(path):
+        if kind := _kind(record): return kind
         raise ValueError(f'{where}: not a log of SWE-agent, tau-bench, OpenAI messages or Claude Code; '
-                         f'its fields: {", ".join(list(d)[:8])}')
+                         f'its fields: {", ".join(list(record)[:8])}')
     raise ValueError(f'{path}: an empty list')
 
 # %% ../../nbs/core/05_logs.ipynb #79bb527c
@@ -253,13 +259,13 @@ def import_log(
 ) -> Iterator[Conversation]:
     "The conversations of an agent's log, one at a time. ValueError '<file and place>: <reason>' where it is damaged."
     kind = kind or detect(path)
-    one = {'swe-agent': _swe_agent, 'tau-bench': _tau_bench, 'openai': _openai}
+    readers = {'swe-agent': _swe_agent, 'tau-bench': _tau_bench, 'openai': _openai}
     if kind == 'claude-code':
         yield from _claude_code(list(_objects(path)))
         return
-    if kind not in one: raise ValueError(f'kind {kind!r}: one of {", ".join([*one, "claude-code"])} expected')
-    for where, d in _objects(path):
+    if kind not in readers: raise ValueError(f'kind {kind!r}: one of {", ".join([*readers, "claude-code"])} expected')
+    for where, record in _objects(path):
         try:
-            yield from one[kind](d, where)
+            yield from readers[kind](record, where)
         except (ValueError, KeyError, TypeError, AttributeError) as e:
             raise ValueError(f'{where}: {f"field {e} is missing" if isinstance(e, KeyError) else e}') from None

@@ -22,14 +22,15 @@ SCHEMA, GROUP_SCHEMA = 'kat.trajectory/1', 'kat.group/1'  # name/version, in eve
 # %% ../../nbs/core/01_types.ipynb #a6778db8
 def _ints(x, what: str, low: int) -> np.ndarray:
     "`x` as one-dimensional int32, each value at least `low`; ValueError names `what` and the first bad value."
-    a = np.asarray(x)
-    if a.size == 0: return np.zeros(0, np.int32)
-    if a.ndim != 1: raise ValueError(f'{what}: one dimension expected, got shape {a.shape}')
-    if a.dtype.kind not in 'iu': raise ValueError(f'{what}: whole numbers expected, got dtype {a.dtype}')
-    lo, hi = int(a.min()), int(a.max())
-    if lo < low: raise ValueError(f'{what}: {lo} at index {int(a.argmin())}; the smallest allowed is {low}')
-    if hi > 2**31 - 1: raise ValueError(f'{what}: {hi} at index {int(a.argmax())} does not fit in int32')
-    return a.astype(np.int32, copy=False)
+    array = np.asarray(x)
+    if array.size == 0: return np.zeros(0, np.int32)
+    if array.ndim != 1: raise ValueError(f'{what}: one dimension expected, got shape {array.shape}')
+    if array.dtype.kind not in 'iu': raise ValueError(f'{what}: whole numbers expected, got dtype {array.dtype}')
+    smallest, largest = int(array.min()), int(array.max())
+    if smallest < low:
+        raise ValueError(f'{what}: {smallest} at index {int(array.argmin())}; the smallest allowed is {low}')
+    if largest > 2**31 - 1: raise ValueError(f'{what}: {largest} at index {int(array.argmax())} does not fit in int32')
+    return array.astype(np.int32, copy=False)
 
 # %% ../../nbs/core/01_types.ipynb #e8b962c8
 def _floats(
@@ -41,22 +42,22 @@ def _floats(
 ) -> np.ndarray:      # float32[n]
     "`x` as float32[n] within the range; ValueError names `what` and the first bad value."
     with np.errstate(over='ignore'):
-        a = np.asarray(x, dtype=np.float32)
-    if a.shape != (n,): raise ValueError(f'{what}: {n} values expected (one per id), got shape {a.shape}')
-    bad = ~((a >= low) & (a <= high))
+        array = np.asarray(x, dtype=np.float32)
+    if array.shape != (n,): raise ValueError(f'{what}: {n} values expected (one per id), got shape {array.shape}')
+    bad = ~((array >= low) & (array <= high))
     if not trainable:
-        bad &= ~np.isnan(a)
+        bad &= ~np.isnan(array)
     if bad.any():
         i = int(bad.argmax())
-        why = 'missing on a trainable token' if np.isnan(a[i]) else f'outside {low}..{high}'
-        raise ValueError(f'{what}: {a[i]} at index {i} is {why}')
-    return a
+        why = 'missing on a trainable token' if np.isnan(array[i]) else f'outside {low}..{high}'
+        raise ValueError(f'{what}: {array[i]} at index {i} is {why}')
+    return array
 
 # %% ../../nbs/core/01_types.ipynb #e06d413b
-def _same(a, b) -> bool:
+def _same(one, other) -> bool:
     "Equality of two optional arrays, NaN equal to NaN."
-    if a is None or b is None: return a is b
-    return a.dtype == b.dtype and np.array_equal(a, b, equal_nan=a.dtype.kind == 'f')
+    if one is None or other is None: return one is other
+    return one.dtype == other.dtype and np.array_equal(one, other, equal_nan=one.dtype.kind == 'f')
 
 # %% ../../nbs/core/01_types.ipynb #9bdd7eb9
 def plain(
@@ -74,13 +75,26 @@ def plain(
     return {k: plain(v, f'{where}.{k}') for k, v in x.items()}
 
 # %% ../../nbs/core/01_types.ipynb #eb0afcac
-def _json_floats(a: np.ndarray | None):
+def _json_floats(values: np.ndarray | None):
     "float32 array to Python floats of the shortest decimal that gives the same float32 back; NaN to None."
-    return None if a is None else [None if s == 'nan' else float(s) for s in a.astype('U16')]
+    return None if values is None else [None if text == 'nan' else float(text) for text in values.astype('U16')]
+
+# %% ../../nbs/core/01_types.ipynb #6ea65105
+class _Record:
+    "Equality field by field, arrays by `_same`."
+    def __eq__(self, other):
+        if type(self) is not type(other): return NotImplemented
+        for each in fields(self):
+            mine, theirs = getattr(self, each.name), getattr(other, each.name)
+            if isinstance(mine, np.ndarray) or isinstance(theirs, np.ndarray):
+                if not _same(mine, theirs): return False
+            elif mine is not theirs and mine != theirs:
+                return False
+        return True
 
 # %% ../../nbs/core/01_types.ipynb #2e223087
 @dataclass(eq=False, repr=False)
-class Segment:
+class Segment(_Record):
     """A run of n tokens of one kind with one loss rule. Source: *own design* (design §4).
 
     Log-probs are natural logs at the sampling temperature, before top-p and top-k; entropies are in nats. Both are
@@ -97,26 +111,9 @@ class Segment:
     extra: dict = field(default_factory=dict)  # unknown fields of a stored record, kept
 
     def __post_init__(self):
-        if self.kind not in KINDS: raise ValueError(f'segment kind: {self.kind!r}; one of {", ".join(KINDS)} expected')
-        self.ids = _ints(self.ids, 'segment ids', 0)
-        self.turn = _count(self.turn, 'segment turn')
-        self.trainable = _flag(self.trainable, 'segment trainable')
-        n = len(self.ids)
-        if self.logprobs is not None:
-            self.logprobs = _floats(self.logprobs, 'segment logprobs', n, self.trainable, -1e30, 1e-3)
-        if self.entropy is not None:
-            self.entropy = _floats(self.entropy, 'segment entropy', n, self.trainable, -1e-3, 1e3)
-        if self.version is not None:
-            self.version = _ints(self.version, 'segment version', -1)
-            if (m := len(self.version)) != n: raise ValueError(f'segment version: {n} values expected, got {m}')
-        if not (self.event is None or isinstance(self.event, str)):
-            raise ValueError(f'segment event: {self.event!r}; a string or None expected')
-        _check_extra(self)
-
+        _check_segment(self)
     def __len__(self):
         return len(self.ids)
-    def __eq__(self, other):
-        return _eq(self, other)
     def __repr__(self):
         return _segment_repr(self)
     def to_dict(self) -> dict:
@@ -125,6 +122,26 @@ class Segment:
     @classmethod
     def from_dict(cls, d: dict) -> 'Segment':
         return _from(cls, d)
+
+# %% ../../nbs/core/01_types.ipynb #119ad097
+def _check_segment(segment: Segment) -> None:
+    "Bring the fields to their types; ValueError names the one that is wrong."
+    if segment.kind not in KINDS:
+        raise ValueError(f'segment kind: {segment.kind!r}; one of {", ".join(KINDS)} expected')
+    segment.ids = _ints(segment.ids, 'segment ids', 0)
+    segment.turn = _count(segment.turn, 'segment turn')
+    segment.trainable = trainable = _flag(segment.trainable, 'segment trainable')
+    n = len(segment.ids)
+    if segment.logprobs is not None:
+        segment.logprobs = _floats(segment.logprobs, 'segment logprobs', n, trainable, -1e30, 1e-3)
+    if segment.entropy is not None:
+        segment.entropy = _floats(segment.entropy, 'segment entropy', n, trainable, -1e-3, 1e3)
+    if segment.version is not None:
+        segment.version = _ints(segment.version, 'segment version', -1)
+        if (m := len(segment.version)) != n: raise ValueError(f'segment version: {n} values expected, got {m}')
+    if not (segment.event is None or isinstance(segment.event, str)):
+        raise ValueError(f'segment event: {segment.event!r}; a string or None expected')
+    _check_extra(segment)
 
 # %% ../../nbs/core/01_types.ipynb #47821ffe
 def _count(x, what: str) -> int:
@@ -140,64 +157,59 @@ def _flag(x, what: str) -> bool:
     return bool(x)
 
 # %% ../../nbs/core/01_types.ipynb #f70b2805
-def _check_extra(x) -> None:
+def _check_extra(record) -> None:
     "`extra` holds unknown fields only, as plain JSON values."
-    name = type(x).__name__.lower()
-    if clash := {f.name for f in fields(x)} & set(x.extra):
+    name = type(record).__name__.lower()
+    if clash := {each.name for each in fields(record)} & set(record.extra):
         raise ValueError(f'{name} extra: {sorted(clash)} are fields of their own')
-    x.extra = plain(x.extra, f'{name} extra')
-
-# %% ../../nbs/core/01_types.ipynb #7830a0aa
-def _eq(a, b) -> bool:
-    "Field by field, arrays by `_same`."
-    if type(a) is not type(b): return NotImplemented
-    for f in fields(a):
-        x, y = getattr(a, f.name), getattr(b, f.name)
-        if isinstance(x, np.ndarray) or isinstance(y, np.ndarray):
-            if not _same(x, y): return False
-        elif x is not y and x != y:
-            return False
-    return True
+    record.extra = plain(record.extra, f'{name} extra')
 
 # %% ../../nbs/core/01_types.ipynb #a635a47c
-def _segment_repr(s: Segment) -> str:
+def _segment_repr(segment: Segment) -> str:
     "What it is, how long, trained or not, and what is known about each token."
-    ids = ' '.join(map(str, s.ids[:6])) + (' …' if len(s) > 6 else '')
-    p = '' if s.logprobs is None or not len(s) or np.isnan(s.logprobs).all() else f', logp {np.nanmean(s.logprobs):.2f}'
-    h = '' if s.entropy is None or not len(s) or np.isnan(s.entropy).all() else f', H {np.nanmean(s.entropy):.2f}'
-    v = '' if s.version is None or not len(s) else f', v{s.version.min()}' + (
-        f'–{s.version.max()}' if s.version.min() < s.version.max() else '')
-    e = f', event {s.event}' if s.event else ''
-    how = 'trained' if s.trainable else 'context'
-    return f'Segment({s.kind}, turn {s.turn}, {len(s)} tokens [{ids}], {how}{p}{h}{v}{e})'
+    ids = ' '.join(map(str, segment.ids[:6])) + (' …' if len(segment) > 6 else '')
+    how = 'trained' if segment.trainable else 'context'
+    known = _mean('logp', segment.logprobs) + _mean('H', segment.entropy) + _versions(segment.version)
+    event = f', event {segment.event}' if segment.event else ''
+    return f'Segment({segment.kind}, turn {segment.turn}, {len(segment)} tokens [{ids}], {how}{known}{event})'
+
+def _mean(label: str, values: np.ndarray | None) -> str:
+    "The mean of the values that are there."
+    return '' if values is None or np.isnan(values).all() else f', {label} {np.nanmean(values):.2f}'
+
+def _versions(version: np.ndarray | None) -> str:
+    "The oldest and the newest weight version."
+    if version is None or not len(version): return ''
+    oldest, newest = version.min(), version.max()
+    return f', v{oldest}' + (f'–{newest}' if oldest < newest else '')
 
 # %% ../../nbs/core/01_types.ipynb #4c98e9c6
-def _segment_dict(s: Segment) -> dict:
+def _segment_dict(segment: Segment) -> dict:
     "Plain JSON values; absent optional fields are left out."
-    d = dict(ids=s.ids.tolist(), kind=s.kind, turn=s.turn, trainable=s.trainable)
-    if s.logprobs is not None:
-        d['logprobs'] = _json_floats(s.logprobs)
-    if s.entropy is not None:
-        d['entropy'] = _json_floats(s.entropy)
-    if s.version is not None:
-        d['version'] = s.version.tolist()
-    if s.event is not None:
-        d['event'] = s.event
-    return d | s.extra
+    out = dict(ids=segment.ids.tolist(), kind=segment.kind, turn=segment.turn, trainable=segment.trainable)
+    if segment.logprobs is not None:
+        out['logprobs'] = _json_floats(segment.logprobs)
+    if segment.entropy is not None:
+        out['entropy'] = _json_floats(segment.entropy)
+    if segment.version is not None:
+        out['version'] = segment.version.tolist()
+    if segment.event is not None:
+        out['event'] = segment.event
+    return out | segment.extra
 
 # %% ../../nbs/core/01_types.ipynb #0cbd25cf
-def _from(cls, d: dict, schema: str | None = None, **parts):
-    "Build `cls` from `d`; `parts` replace fields already converted, unknown ones go to `extra`."
+def _from(cls, stored: dict, schema: str | None = None, **parts):
+    "Build `cls` from `stored`; `parts` replace fields already converted, unknown ones go to `extra`."
     name = cls.__name__.lower()
-    if not isinstance(d, dict): raise ValueError(f'{name}: an object expected, got {type(d).__name__}')
+    if not isinstance(stored, dict): raise ValueError(f'{name}: an object expected, got {type(stored).__name__}')
     if schema:
-        check_schema(d, schema)
-    known = {f.name for f in fields(cls)} - {'extra'}
-    kw = {k: v for k, v in d.items() if k in known} | parts
-    extra = {k: v for k, v in d.items() if k not in known and k != 'schema'}
+        check_schema(stored, schema)
+    known = {each.name for each in fields(cls)} - {'extra'}
+    given = {k: v for k, v in stored.items() if k in known} | parts
+    extra = {k: v for k, v in stored.items() if k not in known and k != 'schema'}
     for k in _REQUIRED[name]:
-        if k not in kw: raise ValueError(f'{name}: field {k!r} is missing')
-    return cls(**kw, extra=extra)
+        if k not in given: raise ValueError(f'{name}: field {k!r} is missing')
+    return cls(**given, extra=extra)
 
 # %% ../../nbs/core/01_types.ipynb #5914bdf9
 _REQUIRED = dict(segment=('ids', 'kind'), trajectory=('task', 'segments'), group=('task', 'trajectories'))
@@ -216,9 +228,31 @@ def check_schema(
         raise ValueError(f'schema {got!r}: this kat reads version {ver}; upgrade kat to read newer records')
     raise ValueError(f'schema {got!r}: {want!r} expected')
 
+# %% ../../nbs/core/01_types.ipynb #dc32abe4
+class _Joined:
+    "The arrays over all tokens of a path of segments."
+    @property
+    def ids(self) -> np.ndarray:
+        return _cat(self, lambda segment: segment.ids, np.int32)
+    @property
+    def mask(self) -> np.ndarray:
+        return _cat(self, lambda segment: np.full(len(segment), segment.trainable), bool)
+    @property
+    def turn(self) -> np.ndarray:
+        return _cat(self, lambda segment: np.full(len(segment), segment.turn), np.int32)
+    @property
+    def logprobs(self) -> np.ndarray:
+        return _cat(self, lambda segment: _or(segment.logprobs, segment, np.nan), np.float32)
+    @property
+    def entropy(self) -> np.ndarray:
+        return _cat(self, lambda segment: _or(segment.entropy, segment, np.nan), np.float32)
+    @property
+    def version(self) -> np.ndarray:
+        return _cat(self, lambda segment: _or(segment.version, segment, -1), np.int32)
+
 # %% ../../nbs/core/01_types.ipynb #0ac0097d
 @dataclass(eq=False, repr=False)
-class Trajectory:
+class Trajectory(_Joined, _Record):
     """One path of segments with a reward. `reward` None means not graded (an infrastructure failure, say), never 0.
 
     `sampling` holds what the tokens were drawn with: `temperature`, truncation (`top_p`, `top_k`, `max_tokens`).
@@ -231,41 +265,12 @@ class Trajectory:
     extra: dict = field(default_factory=dict)       # unknown fields of a stored record, kept
 
     def __post_init__(self):
-        if not isinstance(self.task, str): raise ValueError(f'trajectory task: {self.task!r}; a string expected')
-        self.segments = _list_of(Segment, self.segments, 'trajectory segments')
-        for i, (a, b) in enumerate(zip(self.segments, self.segments[1:])):
-            if b.turn < a.turn: raise ValueError(f'trajectory segments[{i + 1}]: turn {b.turn} after turn {a.turn}')
-        self.reward = _reward(self.reward)
-        for f in ('sampling', 'info'):
-            setattr(self, f, _dict(getattr(self, f), f'trajectory {f}'))
-        _check_extra(self)
-
-    @property
-    def ids(self) -> np.ndarray:
-        return _cat(self, lambda s: s.ids, np.int32)
-    @property
-    def mask(self) -> np.ndarray:
-        return _cat(self, lambda s: np.full(len(s), s.trainable), bool)
-    @property
-    def turn(self) -> np.ndarray:
-        return _cat(self, lambda s: np.full(len(s), s.turn), np.int32)
-    @property
-    def logprobs(self) -> np.ndarray:
-        return _cat(self, lambda s: _or(s.logprobs, s, np.nan), np.float32)
-    @property
-    def entropy(self) -> np.ndarray:
-        return _cat(self, lambda s: _or(s.entropy, s, np.nan), np.float32)
-    @property
-    def version(self) -> np.ndarray:
-        return _cat(self, lambda s: _or(s.version, s, -1), np.int32)
+        _check_trajectory(self)
     @property
     def n_turns(self) -> int:
-        return len({s.turn for s in self.segments if s.kind in GENERATED})
-
+        return len({segment.turn for segment in self.segments if segment.kind in GENERATED})
     def __len__(self):
         return sum(map(len, self.segments))
-    def __eq__(self, other):
-        return _eq(self, other)
     def __repr__(self):
         return _trajectory_repr(self)
     def to_dict(self) -> dict:
@@ -275,23 +280,39 @@ class Trajectory:
     def from_dict(cls, d: dict) -> 'Trajectory':
         return _trajectory_from(cls, d)
 
+# %% ../../nbs/core/01_types.ipynb #34b796b9
+def _check_trajectory(trajectory: Trajectory) -> None:
+    "Bring the fields to their types; ValueError names the one that is wrong."
+    if not isinstance(trajectory.task, str):
+        raise ValueError(f'trajectory task: {trajectory.task!r}; a string expected')
+    trajectory.segments = segments = _list_of(Segment, trajectory.segments, 'trajectory segments')
+    for i, (before, after) in enumerate(zip(segments, segments[1:]), 1):
+        if after.turn < before.turn:
+            raise ValueError(f'trajectory segments[{i}]: turn {after.turn} after turn {before.turn}')
+    trajectory.reward = _reward(trajectory.reward)
+    trajectory.sampling = _dict(trajectory.sampling, 'trajectory sampling')
+    trajectory.info = _dict(trajectory.info, 'trajectory info')
+    _check_extra(trajectory)
+
 # %% ../../nbs/core/01_types.ipynb #6d2e83a3
-def _cat(t: 'Trajectory', f, dtype) -> np.ndarray:
-    "One array over all tokens of `t`."
-    return np.concatenate([np.zeros(0, dtype), *(f(s) for s in t.segments)]).astype(dtype, copy=False)
+def _cat(trajectory: 'Trajectory', values_of, dtype) -> np.ndarray:
+    "One array over all tokens of `trajectory`."
+    parts = [values_of(segment) for segment in trajectory.segments]
+    return np.concatenate([np.zeros(0, dtype), *parts]).astype(dtype, copy=False)
 
 # %% ../../nbs/core/01_types.ipynb #77bd9bc3
-def _or(a, s: Segment, fill) -> np.ndarray:
-    "`a`, or `fill` for every token of `s`."
-    return np.full(len(s), fill) if a is None else a
+def _or(values, segment: Segment, fill) -> np.ndarray:
+    "`values`, or `fill` for every token of `segment`."
+    return np.full(len(segment), fill) if values is None else values
 
 # %% ../../nbs/core/01_types.ipynb #eb0de872
-def _list_of(cls, xs, what: str) -> list:
-    "`xs` as a list whose items are all `cls`."
-    xs = list(xs)
-    for i, x in enumerate(xs):
-        if not isinstance(x, cls): raise ValueError(f'{what}[{i}]: a {cls.__name__} expected, got {type(x).__name__}')
-    return xs
+def _list_of(cls, items, what: str) -> list:
+    "`items` as a list whose items are all `cls`."
+    items = list(items)
+    for i, item in enumerate(items):
+        if not isinstance(item, cls):
+            raise ValueError(f'{what}[{i}]: a {cls.__name__} expected, got {type(item).__name__}')
+    return items
 
 # %% ../../nbs/core/01_types.ipynb #ea095783
 def _dict(x, what: str) -> dict:
@@ -308,36 +329,40 @@ def _reward(x) -> float | None:
     return float(x)
 
 # %% ../../nbs/core/01_types.ipynb #f0aeffe2
-def _trajectory_repr(t: Trajectory) -> str:
+def _trajectory_repr(trajectory: Trajectory) -> str:
     "Task, size, reward, then the path in a line: kind×tokens, * where trained."
-    r = 'not graded' if t.reward is None else f'reward {t.reward:g}'
-    path = ' '.join(f'{s.kind}×{len(s)}{"*" if s.trainable else ""}' for s in t.segments[:8])
-    more = f' … {len(t.segments) - 8} more' if len(t.segments) > 8 else ''
-    return f'Trajectory({t.task}: {t.n_turns} turns, {len(t)} tokens, {int(t.mask.sum())} trained, {r} | {path}{more})'
+    graded = 'not graded' if trajectory.reward is None else f'reward {trajectory.reward:g}'
+    shown, left = trajectory.segments[:8], len(trajectory.segments) - 8
+    path = ' '.join(f'{segment.kind}×{len(segment)}{"*" if segment.trainable else ""}' for segment in shown)
+    more = f' … {left} more' if left > 0 else ''
+    trained = int(trajectory.mask.sum())
+    return (f'Trajectory({trajectory.task}: {trajectory.n_turns} turns, {len(trajectory)} tokens, {trained} trained, '
+            f'{graded} | {path}{more})')
 
 # %% ../../nbs/core/01_types.ipynb #9f2f682b
-def _trajectory_dict(t: Trajectory) -> dict:
+def _trajectory_dict(trajectory: Trajectory) -> dict:
     "Plain JSON values with the schema first."
-    return dict(schema=SCHEMA, task=t.task, reward=t.reward, sampling=t.sampling, info=t.info,
-                segments=[s.to_dict() for s in t.segments]) | t.extra
+    segments = [segment.to_dict() for segment in trajectory.segments]
+    return dict(schema=SCHEMA, task=trajectory.task, reward=trajectory.reward, sampling=trajectory.sampling,
+                info=trajectory.info, segments=segments) | trajectory.extra
 
 # %% ../../nbs/core/01_types.ipynb #bd89a189
-def _trajectory_from(cls, d: dict) -> Trajectory:
+def _trajectory_from(cls, stored: dict) -> Trajectory:
     "Check the schema, build the segments, name the one that is wrong."
-    segs = []
-    for i, s in enumerate(_items(d, 'segments')):
+    segments = []
+    for i, segment in enumerate(_items(stored, 'segments')):
         try:
-            segs.append(Segment.from_dict(s))
+            segments.append(Segment.from_dict(segment))
         except ValueError as e:
             raise ValueError(f'segments[{i}]: {e}') from None
-    return _from(cls, d, SCHEMA, segments=segs)
+    return _from(cls, stored, SCHEMA, segments=segments)
 
 # %% ../../nbs/core/01_types.ipynb #e00c320b
-def _items(d, name: str) -> list:
+def _items(stored, name: str) -> list:
     "The list `d[name]`."
-    if not isinstance(d, dict): raise ValueError(f'an object expected, got {type(d).__name__}')
-    if not isinstance(d.get(name), list): raise ValueError(f'field {name!r}: a list expected')
-    return d[name]
+    if not isinstance(stored, dict): raise ValueError(f'an object expected, got {type(stored).__name__}')
+    if not isinstance(stored.get(name), list): raise ValueError(f'field {name!r}: a list expected')
+    return stored[name]
 
 # %% ../../nbs/core/01_types.ipynb #3534dfad
 ROLES = ('system', 'user', 'assistant', 'tool')
@@ -350,49 +375,52 @@ def normalise(
     return [_message(m, f'messages[{i}]') for i, m in enumerate(messages)]
 
 # %% ../../nbs/core/01_types.ipynb #b9591b64
-def _message(m: dict, where: str) -> dict:
+def _message(message: dict, where: str) -> dict:
     "One message in the one form."
-    if not isinstance(m, dict): raise ValueError(f'{where}: a dictionary expected, got {type(m).__name__}')
-    role = m.get('role')
+    if not isinstance(message, dict): raise ValueError(f'{where}: a dictionary expected, got {type(message).__name__}')
+    role = message.get('role')
     if role not in ROLES: raise ValueError(f'{where}: role {role!r}; one of {", ".join(ROLES)} expected')
-    out = dict(role=role, content=_content(m.get('content'), where))
-    if m.get('tool_calls'):
+    out = dict(role=role, content=_content(message.get('content'), where))
+    if message.get('tool_calls'):
         if role != 'assistant': raise ValueError(f'{where}: tool_calls in a {role} message')
-        out['tool_calls'] = [_call(c, f'{where}.tool_calls[{i}]') for i, c in enumerate(m['tool_calls'])]
-    for k in ('tool_call_id', 'name', 'event', 'reasoning_content'):  # the last one for templates of thinking models
-        if isinstance(m.get(k), str):
-            out[k] = m[k]
+        out['tool_calls'] = [_call(call, f'{where}.tool_calls[{i}]') for i, call in enumerate(message['tool_calls'])]
+    for key in ('tool_call_id', 'name', 'event', 'reasoning_content'):  # the last one for templates of thinking models
+        if isinstance(message.get(key), str):
+            out[key] = message[key]
     return out
 
 # %% ../../nbs/core/01_types.ipynb #cc70ac37
-def _content(c, where: str) -> str:
+def _content(content, where: str) -> str:
     "Content as text; text blocks are joined."
-    if c is None: return ''
-    if isinstance(c, str): return c
-    if isinstance(c, list) and all(isinstance(b, dict) and isinstance(b.get('text'), str) for b in c):
-        return ''.join(b['text'] for b in c)
-    raise ValueError(f'{where}: content must be text or a list of text blocks, got {str(c)[:60]!r}')
+    if content is None: return ''
+    if isinstance(content, str): return content
+    is_text = lambda block: isinstance(block, dict) and isinstance(block.get('text'), str)
+    if isinstance(content, list) and all(map(is_text, content)):
+        return ''.join(block['text'] for block in content)
+    raise ValueError(f'{where}: content must be text or a list of text blocks, got {str(content)[:60]!r}')
 
 # %% ../../nbs/core/01_types.ipynb #1aeed0b3
-def _call(c: dict, where: str) -> dict:
+def _call(call: dict, where: str) -> dict:
     "One tool call with its arguments as a dictionary."
-    f = c.get('function') if isinstance(c, dict) else None
-    if not isinstance(f, dict) or not isinstance(f.get('name'), str): raise ValueError(f'{where}: no function.name')
-    args = f.get('arguments')
-    if args is None:
-        args = {}
-    if isinstance(args, str):
+    function = call.get('function') if isinstance(call, dict) else None
+    if not isinstance(function, dict) or not isinstance(function.get('name'), str):
+        raise ValueError(f'{where}: no function.name')
+    arguments = function.get('arguments')
+    if arguments is None:
+        arguments = {}
+    if isinstance(arguments, str):
         try:
-            args = json.loads(args or '{}')
+            arguments = json.loads(arguments or '{}')
         except ValueError as e:
             raise ValueError(f'{where}: arguments are not JSON ({e})') from None
-    if not isinstance(args, dict): raise ValueError(f'{where}: arguments must be an object, got {str(args)[:60]!r}')
-    out = dict(type='function', function=dict(name=f['name'], arguments=args))
-    return dict(id=c['id'], **out) if isinstance(c.get('id'), str) else out
+    if not isinstance(arguments, dict):
+        raise ValueError(f'{where}: arguments must be an object, got {str(arguments)[:60]!r}')
+    out = dict(type='function', function=dict(name=function['name'], arguments=arguments))
+    return dict(id=call['id'], **out) if isinstance(call.get('id'), str) else out
 
 # %% ../../nbs/core/01_types.ipynb #5f9819d4
 @dataclass(eq=False, repr=False)
-class Group:
+class Group(_Record):
     "The trajectories of one task; each must name that task. ValueError names the field."
     task: str                                   # task id
     trajectories: list[Trajectory]              # all of this task
@@ -400,23 +428,14 @@ class Group:
     extra: dict = field(default_factory=dict)   # unknown fields of a stored record, kept
 
     def __post_init__(self):
-        if not isinstance(self.task, str): raise ValueError(f'group task: {self.task!r}; a string expected')
-        self.trajectories = _list_of(Trajectory, self.trajectories, 'group trajectories')
-        for i, t in enumerate(self.trajectories):
-            if t.task != self.task: raise ValueError(f'group of {self.task!r}: trajectories[{i}] is of task {t.task!r}')
-        self.info = _dict(self.info, 'group info')
-        _check_extra(self)
-
+        _check_group(self)
     @property
     def rewards(self) -> np.ndarray:  # float32[k], NaN where not graded
         return np.array([np.nan if t.reward is None else t.reward for t in self.trajectories], np.float32)
-
     def __len__(self):
         return len(self.trajectories)
     def __iter__(self):
         return iter(self.trajectories)
-    def __eq__(self, other):
-        return _eq(self, other)
     def __repr__(self):
         return _group_repr(self)
     def to_dict(self) -> dict:
@@ -426,33 +445,46 @@ class Group:
     def from_dict(cls, d: dict) -> 'Group':
         return _group_from(cls, d)
 
+# %% ../../nbs/core/01_types.ipynb #29f5eb94
+def _check_group(group: Group) -> None:
+    "Bring the fields to their types; ValueError names the one that is wrong."
+    if not isinstance(group.task, str): raise ValueError(f'group task: {group.task!r}; a string expected')
+    group.trajectories = _list_of(Trajectory, group.trajectories, 'group trajectories')
+    for i, trajectory in enumerate(group.trajectories):
+        if trajectory.task != group.task:
+            raise ValueError(f'group of {group.task!r}: trajectories[{i}] is of task {trajectory.task!r}')
+    group.info = _dict(group.info, 'group info')
+    _check_extra(group)
+
 # %% ../../nbs/core/01_types.ipynb #a00a7b20
-def _group_repr(g: Group) -> str:
+def _group_repr(group: Group) -> str:
     "Task, size, rewards."
-    n, r = sum(map(len, g.trajectories)), ' '.join('–' if np.isnan(x) else f'{x:g}' for x in g.rewards[:8])
-    return f'Group({g.task}: {len(g)} trajectories, {n} tokens, rewards {r}{" …" if len(g) > 8 else ""})'
+    tokens = sum(map(len, group.trajectories))
+    rewards = ' '.join('–' if np.isnan(reward) else f'{reward:g}' for reward in group.rewards[:8])
+    more = ' …' if len(group) > 8 else ''
+    return f'Group({group.task}: {len(group)} trajectories, {tokens} tokens, rewards {rewards}{more})'
 
 # %% ../../nbs/core/01_types.ipynb #2cad9920
-def _group_dict(g: Group) -> dict:
+def _group_dict(group: Group) -> dict:
     "Plain JSON values with the schema first."
-    ts = [t.to_dict() for t in g.trajectories]
-    return dict(schema=GROUP_SCHEMA, task=g.task, info=g.info, trajectories=ts) | g.extra
+    trajectories = [trajectory.to_dict() for trajectory in group.trajectories]
+    return dict(schema=GROUP_SCHEMA, task=group.task, info=group.info, trajectories=trajectories) | group.extra
 
 # %% ../../nbs/core/01_types.ipynb #daf177c5
-def _group_from(cls, d: dict) -> Group:
+def _group_from(cls, stored: dict) -> Group:
     "Check the schema, build the trajectories, name the one that is wrong."
-    ts = []
-    for i, t in enumerate(_items(d, 'trajectories')):
+    trajectories = []
+    for i, trajectory in enumerate(_items(stored, 'trajectories')):
         try:
-            ts.append(Trajectory.from_dict(t))
+            trajectories.append(Trajectory.from_dict(trajectory))
         except ValueError as e:
             raise ValueError(f'trajectories[{i}]: {e}') from None
-    return _from(cls, d, GROUP_SCHEMA, trajectories=ts)
+    return _from(cls, stored, GROUP_SCHEMA, trajectories=trajectories)
 
 # %% ../../nbs/core/01_types.ipynb #fc2dbc68
 def groups_of(trajectories: list[Trajectory]) -> list[Group]:
     "Trajectories gathered by task, in order of first appearance."
-    by = {}
-    for t in trajectories:
-        by.setdefault(t.task, []).append(t)
-    return [Group(k, v) for k, v in by.items()]
+    of_task = {}
+    for trajectory in trajectories:
+        of_task.setdefault(trajectory.task, []).append(trajectory)
+    return [Group(task, members) for task, members in of_task.items()]

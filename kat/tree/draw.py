@@ -35,7 +35,8 @@ def pooled_blocks(
     left: np.ndarray, width: np.ndarray,  # from `node_columns`
     narrow: float,                        # nodes through which fewer sequences go are pooled
 ) -> tuple[np.ndarray, np.ndarray]:       # bool[nodes]: drawn by itself? float[P, 5]: the blocks for the others
-    "Blocks (left, width, top, height, branches) for what is too narrow to draw: one below each node with such children."
+    """Blocks (left, width, top, height, branches) for what is too narrow to draw: one below each node with such
+    children."""
     start, parent, small = tree.node_bounds()[:-1], tree.node_parent(), width < narrow
     tops = np.flatnonzero(small & ~np.where(parent >= 0, small[parent], False))
     below = np.concatenate([[0], np.cumsum(tree.count)])
@@ -74,44 +75,49 @@ COLOURS = dict(context="#d9dde3", model="#4c78a8", tool="#f2a93b", memory="#8e6b
 POOLED = dict(facecolor="#f3f3f3", edgecolor="#b5b5b5", hatch="///")
 
 # %% ../../nbs/tree/03_draw.ipynb #d909be16
-def _boxes(ax, left, width, top, height, **kw):
+def _boxes(ax, left, width, top, height, **style):
     "Rectangles as one collection."
     from matplotlib.collections import PolyCollection
-    x, y = np.stack([left, left + width, left + width, left], 1), np.stack([top, top, top + height, top + height], 1)
-    return ax.add_collection(PolyCollection(np.stack([x, y], 2).astype(float), **kw))
+    right, bottom = left + width, top + height
+    x, y = np.stack([left, right, right, left], 1), np.stack([top, top, bottom, bottom], 1)
+    return ax.add_collection(PolyCollection(np.stack([x, y], 2).astype(float), **style))
 
 # %% ../../nbs/tree/03_draw.ipynb #a1115057
 def _draw_blocks(ax, tree: TokenTree, label, left, width, drawn, pixel):
     "The striped blocks, and white borders around those that are large enough for one."
-    a, b = _stripes(tree, label)
-    keep = drawn[tree.node[a]]
-    a, b, node, bounds = a[keep], b[keep], tree.node[a[keep]], tree.node_bounds()
+    start, stop = _stripes(tree, label)
+    keep = drawn[tree.node[start]]
+    start, stop = start[keep], stop[keep]
+    node, bounds = tree.node[start], tree.node_bounds()
     if label is None:
-        shade = dict(array=tree.count[a], cmap="viridis_r", norm="log")
+        shade = dict(array=tree.count[start], cmap="viridis_r", norm="log")
     else:
-        shade = dict(facecolors=[COLOURS[LABELS[i]] for i in label[a]])
-    blocks = _boxes(ax, left[node], width[node], tree.position[a], b - a, linewidths=0, antialiaseds=False, **shade)
-    big = np.flatnonzero(drawn & (width > 10 * pixel[0]) & (np.diff(bounds) > 5 * pixel[1]))
-    _boxes(ax, left[big], width[big], tree.position[bounds[big]], np.diff(bounds)[big], facecolors="none",
-           edgecolors="white", linewidths=.8)
+        shade = dict(facecolors=[COLOURS[LABELS[i]] for i in label[start]])
+    blocks = _boxes(ax, left[node], width[node], tree.position[start], stop - start,
+                    linewidths=0, antialiaseds=False, **shade)
+    length = np.diff(bounds)
+    big = np.flatnonzero(drawn & (width > 10 * pixel[0]) & (length > 5 * pixel[1]))
+    _boxes(ax, left[big], width[big], tree.position[bounds[big]], length[big],
+           facecolors="none", edgecolors="white", linewidths=.8)
     if label is not None:
-        _mark(ax, tree, label, a, left[node] + np.minimum(9 * pixel[0], width[node] / 2))
+        _mark(ax, tree, label, start, left[node] + np.minimum(9 * pixel[0], width[node] / 2))
     return blocks
 
 def _mark(ax, tree: TokenTree, label, start, x):
     "Memory events and errors get a mark near the left edge of their block: their stripes may be a pixel high."
     for name, shape in (("memory", "D"), ("error", ">")):
-        at = label[start] == LABELS.index(name)
-        ax.scatter(x[at], tree.position[start[at]], s=22, marker=shape, color=COLOURS[name], edgecolors="white",
-                   linewidths=.5, zorder=3)
+        marked = label[start] == LABELS.index(name)
+        ax.scatter(x[marked], tree.position[start[marked]], s=22, marker=shape, color=COLOURS[name],
+                   edgecolors="white", linewidths=.5, zorder=3)
 
 # %% ../../nbs/tree/03_draw.ipynb #a696df19
 def _write_sizes(ax, tree: TokenTree, left, width, drawn, pixel):
     "Length × count, in blocks with room for it."
     length, top = np.diff(tree.node_bounds()), tree.position[tree.node_bounds()[:-1]]
+    box = dict(facecolor="white", alpha=.75, edgecolor="none", pad=1)
     for n in np.flatnonzero(drawn & (width > 62 * pixel[0]) & (length > 13 * pixel[1])):
-        ax.text(left[n] + width[n] / 2, top[n] + length[n] / 2, f"{length[n]:,} × {width[n]:,}", ha="center", va="center",
-                fontsize=7, bbox=dict(facecolor="white", alpha=.75, edgecolor="none", pad=1))
+        x, y = left[n] + width[n] / 2, top[n] + length[n] / 2
+        ax.text(x, y, f"{length[n]:,} × {width[n]:,}", ha="center", va="center", fontsize=7, bbox=box)
 
 # %% ../../nbs/tree/03_draw.ipynb #26659d99
 def draw_tree(
@@ -158,5 +164,5 @@ def draw_calls(
 ):                           # a matplotlib figure
     "Draw the tree of a log, its calls merged where they only append, striped by what the tokens are."
     calls = merge_calls(calls)
-    tree = TokenTree.from_sequences([c.ids for c in calls])
-    return draw_tree(tree, tree_labels(tree, [c.label for c in calls]), title)
+    tree = TokenTree.from_sequences([call.ids for call in calls])
+    return draw_tree(tree, tree_labels(tree, [call.label for call in calls]), title)

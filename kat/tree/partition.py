@@ -17,7 +17,8 @@ def cut_points(
     tree: TokenTree,
     max_tokens: int,   # most new tokens in a pack, at least 1
 ) -> np.ndarray:       # int64[packs+1]: pack i holds tokens cuts[i] … cuts[i+1]-1
-    "Cut the depth-first order into packs: at node boundaries where a pack is at least half full, else inside a node. *Own design.*"
+    """Cut the depth-first order into packs: at node boundaries where a pack is at least half full, else inside a node.
+    *Own design.*"""
     if max_tokens < 1: raise ValueError(f"max_tokens {max_tokens}: a pack holds at least 1 token")
     bounds, cuts, n = tree.node_bounds(), [0], len(tree)
     while (start := cuts[-1]) < n:
@@ -46,10 +47,13 @@ def partition(
 ) -> list[Pack]:
     """The packs of a tree in the order in which they are computed. ValueError for a size below 1.
 
-    `rooted`: a pack that others hang off then starts with a token that they need; what came before in it is finished and is a pack of its own."""
-    cuts, packs, path = cut_points(tree, len(tree) if max_tokens is None else max_tokens), [], np.empty(0, np.int64)
+    `rooted`: a pack that others hang off then starts with a token that they need; what came before in it is finished
+    and is a pack of its own."""
+    cuts = cut_points(tree, len(tree) if max_tokens is None else max_tokens)
     if rooted:
-        cuts = np.unique(np.concatenate([cuts, [a + (tree.end[a:b] > b).argmax() for a, b in zip(cuts[:-1], cuts[1:])]]))
+        needed = [start + (tree.end[start:stop] > stop).argmax() for start, stop in zip(cuts[:-1], cuts[1:])]
+        cuts = np.unique(np.concatenate([cuts, needed]))
+    packs, path = [], np.empty(0, np.int64)
     for start, stop in zip(cuts[:-1].tolist(), cuts[1:].tolist()):
         past = path[tree.end[path] > start]
         own = start + np.flatnonzero(tree.end[start:stop] > stop)
@@ -65,9 +69,9 @@ def split_trees(
 ) -> list[list[int]]:  # tree numbers of each rank, ascending
     "Longest processing time first: within 4/3 of the best balance (Graham 1969)."
     if ranks < 1: raise ValueError(f"ranks {ranks}: at least 1 needed")
-    load, out = np.zeros(ranks), [[] for _ in range(ranks)]
+    load, trees = np.zeros(ranks), [[] for _ in range(ranks)]
     for i in sorted(range(len(costs)), key=lambda i: (-costs[i], i)):
-        r = int(load.argmin())
-        load[r] += costs[i]
-        out[r].append(i)
-    return [sorted(x) for x in out]
+        rank = int(load.argmin())
+        load[rank] += costs[i]
+        trees[rank].append(i)
+    return [sorted(some) for some in trees]

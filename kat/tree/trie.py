@@ -6,7 +6,7 @@
 __all__ = ['TokenTree', 'TokenWeights', 'sum_weights', 'tree_weights', 'ClipTerms', 'clip_terms', 'PathUnits', 'path_units']
 
 # %% ../../nbs/tree/01_trie.ipynb #015f3a9f
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,56 +15,36 @@ import numpy as np
 def _checked(sequences) -> list[np.ndarray]:  # int32 arrays
     "The sequences as int32 arrays; ValueError names the first bad one."
     out = []
-    for k, s in enumerate(sequences):
-        a = np.asarray(s)
-        if a.ndim != 1: raise ValueError(f"sequence {k}: one dimension of token ids expected, got shape {a.shape}")
-        if a.size == 0: raise ValueError(f"sequence {k}: empty: drop it, there is nothing to predict")
-        if a.dtype.kind not in "iu": raise ValueError(f"sequence {k}: whole numbers expected, got dtype {a.dtype}")
-        if (low := int(a.min())) < 0: raise ValueError(f"sequence {k}: token id {low} at {int(a.argmin())} is below 0")
-        if (high := int(a.max())) > 2**31 - 1:
-            raise ValueError(f"sequence {k}: token id {high} at {int(a.argmax())} does not fit in int32")
-        out.append(a.astype(np.int32, copy=False))
+    for k, sequence in enumerate(sequences):
+        array = np.asarray(sequence)
+        if array.ndim != 1:
+            raise ValueError(f"sequence {k}: one dimension of token ids expected, got shape {array.shape}")
+        if array.size == 0: raise ValueError(f"sequence {k}: empty: drop it, there is nothing to predict")
+        if array.dtype.kind not in "iu":
+            raise ValueError(f"sequence {k}: whole numbers expected, got dtype {array.dtype}")
+        if (low := int(array.min())) < 0:
+            raise ValueError(f"sequence {k}: token id {low} at {int(array.argmin())} is below 0")
+        if (high := int(array.max())) > 2**31 - 1:
+            raise ValueError(f"sequence {k}: token id {high} at {int(array.argmax())} does not fit in int32")
+        out.append(array.astype(np.int32, copy=False))
     if not out: raise ValueError("no sequences: a tree needs at least one")
     return out
 
 # %% ../../nbs/tree/01_trie.ipynb #ea1cabfd
-def _sorted(seqs: list[np.ndarray]) -> list[int]:
+def _sorted(sequences: list[np.ndarray]) -> list[int]:
     "Indices of the sequences in lexicographic order of their ids; equal ones in the order given."
-    keys = [s.astype(">i4").tobytes() for s in seqs]
-    return sorted(range(len(seqs)), key=keys.__getitem__)
+    keys = [sequence.astype(">i4").tobytes() for sequence in sequences]
+    return sorted(range(len(sequences)), key=keys.__getitem__)
 
-def _common(a: np.ndarray, b: np.ndarray) -> int:
+def _common(one: np.ndarray, other: np.ndarray) -> int:
     "Length of the longest common prefix."
-    n = min(len(a), len(b))
-    differ = a[:n] != b[:n]
+    n = min(len(one), len(other))
+    differ = one[:n] != other[:n]
     return int(differ.argmax()) if differ.any() else n
 
-# %% ../../nbs/tree/01_trie.ipynb #fbde96d0
-@dataclass(frozen=True, eq=False, repr=False)
-class TokenTree:
-    """A prefix tree over token ids in depth-first order. Arrays have one entry per token of the tree, `paths` one per
-    token of the sequences it was built from. Source: Tree Training (arXiv:2511.00413); layout *own design*."""
-    ids: np.ndarray       # int32[N]
-    position: np.ndarray  # int32[N], depth in tokens
-    end: np.ndarray       # int64[N], exit index: t's subtree is t … end[t]-1
-    prev: np.ndarray      # int64[N], predecessor on the path, -1 at a root
-    node: np.ndarray      # int64[N], node of each token, numbered in depth-first order
-    count: np.ndarray     # int64[N], sequences through the token
-    paths: np.ndarray     # int64[sum of lengths], tree index of every sequence's tokens, in the order given
-    offsets: np.ndarray   # int64[K+1], sequence k is paths[offsets[k]:offsets[k+1]]
-
-    @classmethod
-    def from_sequences(cls,
-        sequences: Sequence,  # of 1-D integer arrays or lists, none empty
-    ) -> "TokenTree":
-        "Build the tree. ValueError names the first sequence that is empty or holds an id out of range."
-        return _build(_checked(sequences))
-
-    def __len__(self) -> int:
-        return len(self.ids)
-    def __repr__(self) -> str:
-        return _repr(self)
-
+# %% ../../nbs/tree/01_trie.ipynb #245da2e8
+class _Structure:
+    "What a tree's arrays say about its nodes, its sequences and its predictions."
     @property
     def n_sequences(self) -> int:
         return len(self.offsets) - 1
@@ -93,59 +73,95 @@ class TokenTree:
         target = np.flatnonzero(self.prev >= 0)
         return self.prev[target], target
 
+# %% ../../nbs/tree/01_trie.ipynb #2ec94d56
+class _Between:
+    "Values on their way between a tree and its sequences."
     def gather(self, values) -> list:
         "[N, …] over the tree (NumPy or torch, gradients flow) -> one array per sequence, [its length, …]."
         if len(values) != len(self): raise ValueError(f"values: {len(values)} rows for {len(self)} tokens of the tree")
         flat = values[self.paths]
-        return [flat[a:b] for a, b in zip(self.offsets, self.offsets[1:])]
+        return [flat[start:stop] for start, stop in zip(self.offsets, self.offsets[1:])]
 
     def scatter_sum(self, values: Sequence) -> np.ndarray:
         "One array per sequence -> float64[N]: what the sequences through each token hold there, summed."
-        return self._sum(_flat(self, values, "value"))
+        return np.bincount(self.paths, _flat(self, values, "value"), len(self))
 
-    def _sum(self, flat: np.ndarray) -> np.ndarray:
-        return np.bincount(self.paths, flat, len(self))
+# %% ../../nbs/tree/01_trie.ipynb #fbde96d0
+@dataclass(frozen=True, eq=False, repr=False)
+class TokenTree(_Structure, _Between):
+    """A prefix tree over token ids in depth-first order. Arrays have one entry per token of the tree, `paths` one per
+    token of the sequences it was built from. Source: Tree Training (arXiv:2511.00413); layout *own design*."""
+    ids: np.ndarray       # int32[N]
+    position: np.ndarray  # int32[N], depth in tokens
+    end: np.ndarray       # int64[N], exit index: t's subtree is t … end[t]-1
+    prev: np.ndarray      # int64[N], predecessor on the path, -1 at a root
+    node: np.ndarray      # int64[N], node of each token, numbered in depth-first order
+    count: np.ndarray     # int64[N], sequences through the token
+    paths: np.ndarray     # int64[sum of lengths], tree index of every sequence's tokens, in the order given
+    offsets: np.ndarray   # int64[K+1], sequence k is paths[offsets[k]:offsets[k+1]]
+
+    @classmethod
+    def from_sequences(cls,
+        sequences: Sequence,  # of 1-D integer arrays or lists, none empty
+    ) -> "TokenTree":
+        "Build the tree. ValueError names the first sequence that is empty or holds an id out of range."
+        return _build(_checked(sequences))
+
+    def __len__(self) -> int:
+        return len(self.ids)
+    def __repr__(self) -> str:
+        return _repr(self)
 
 # %% ../../nbs/tree/01_trie.ipynb #4fa30f51
-def _build(seqs: list[np.ndarray]) -> TokenTree:
-    order = _sorted(seqs)
-    shared = [0] + [_common(seqs[a], seqs[b]) for a, b in zip(order, order[1:])] + [0]
-    added = [len(seqs[k]) - s for k, s in zip(order, shared)]
+def _build(sequences: list[np.ndarray]) -> TokenTree:
+    "The tree of checked sequences."
+    order = _sorted(sequences)
+    neighbours = zip(order, order[1:])
+    shared = [0, *(_common(sequences[before], sequences[k]) for before, k in neighbours), 0]
+    added = [len(sequences[k]) - n for k, n in zip(order, shared)]
     start = np.concatenate([[0], np.cumsum(added)])
-    N, paths = int(start[-1]), [None] * len(seqs)
+    N, paths = int(start[-1]), [None] * len(sequences)
     ids, position, prev = np.empty(N, np.int32), np.empty(N, np.int32), np.arange(-1, N - 1)
     end, count, first = np.empty(N, np.int64), np.empty(N, np.int64), np.zeros(N, bool)
-    waiting: list[tuple[int, int, int]] = []  # index, position, rank of its sequence: where a stretch of the path begins
+    # where a stretch of the path begins: index, position, rank of its sequence
+    waiting: list[tuple[int, int, int]] = []
     path = np.empty(0, np.int64)
-    for i, k in enumerate(order):
-        a, s = int(start[i]), shared[i]
-        path = np.concatenate([path[:s], np.arange(a, start[i + 1])])
+    for rank, k in enumerate(order):
+        begin, stop, depth = int(start[rank]), int(start[rank + 1]), shared[rank]
+        path = np.concatenate([path[:depth], np.arange(begin, stop)])
         paths[k] = path
-        if added[i]:
-            b = int(start[i + 1])
-            ids[a:b], position[a:b], first[a] = seqs[k][s:], np.arange(s, len(seqs[k])), True
-            prev[a] = path[s - 1] if s else -1
-            waiting.append((a, s, i))
-        stop, leave = len(path), shared[i + 1]
-        while waiting and stop > leave:
-            t, p, rank = waiting.pop()
-            cut = max(leave, p)
-            lo, hi = t + cut - p, t + stop - p
-            end[lo:hi], count[lo:hi], first[lo] = start[i + 1], i + 1 - rank, True
-            if cut > p:
-                waiting.append((t, p, rank))
-            stop = cut
-    return TokenTree(ids, position, end, prev, np.cumsum(first) - 1, count, np.concatenate(paths),
-                     np.concatenate([[0], np.cumsum([len(s) for s in seqs])]))
+        if added[rank]:
+            ids[begin:stop], position[begin:stop] = sequences[k][depth:], np.arange(depth, len(sequences[k]))
+            first[begin], prev[begin] = True, path[depth - 1] if depth else -1
+            waiting.append((begin, depth, rank))
+        for lo, hi, entered in _left(waiting, len(path), shared[rank + 1]):
+            end[lo:hi], count[lo:hi], first[lo] = stop, rank + 1 - entered, True
+    lengths = [len(sequence) for sequence in sequences]
+    offsets = np.concatenate([[0], np.cumsum(lengths)])
+    return TokenTree(ids, position, end, prev, np.cumsum(first) - 1, count, np.concatenate(paths), offsets)
 
-def _repr(t: TokenTree) -> str:
-    return (f"TokenTree({t.n_sequences} sequences, {t.n_flat} tokens -> {len(t)} in {t.n_nodes} nodes, "
-            f"depth {int(t.position.max()) + 1}, POR {1 - len(t) / t.n_flat:.2f})")
+# %% ../../nbs/tree/01_trie.ipynb #782bf32b
+def _left(waiting: list[tuple[int, int, int]], length: int, shared: int) -> Iterator[tuple[int, int, int]]:
+    "The stretches lo … hi-1 that a path of this length leaves when the next one shares less; and who entered them."
+    while waiting and length > shared:
+        t, p, entered = waiting.pop()
+        cut = max(shared, p)
+        yield t + cut - p, t + length - p, entered
+        if cut > p:
+            waiting.append((t, p, entered))
+        length = cut
+
+# %% ../../nbs/tree/01_trie.ipynb #715cb29b
+def _repr(tree: TokenTree) -> str:
+    depth, overlap = int(tree.position.max()) + 1, 1 - len(tree) / tree.n_flat
+    return (f"TokenTree({tree.n_sequences} sequences, {tree.n_flat} tokens -> {len(tree)} in {tree.n_nodes} nodes, "
+            f"depth {depth}, POR {overlap:.2f})")
 
 # %% ../../nbs/tree/01_trie.ipynb #8211e143
 def _flat(tree: TokenTree, values: Sequence, what: str) -> np.ndarray:
     "One array per sequence, joined: float64[n_flat]. ValueError names the sequence whose length differs."
-    if len(values) != tree.n_sequences: raise ValueError(f"{what}s: {len(values)} given for {tree.n_sequences} sequences")
+    if len(values) != tree.n_sequences:
+        raise ValueError(f"{what}s: {len(values)} given for {tree.n_sequences} sequences")
     for k, (v, n) in enumerate(zip(values, np.diff(tree.offsets))):
         if np.shape(v) != (n,):
             raise ValueError(f"sequence {k}: {what}s of shape {np.shape(v)} for {n} tokens: give one a token")
@@ -179,16 +195,21 @@ def _weighted(tree: TokenTree, weights: Sequence, advantages: Sequence) -> tuple
         raise ValueError(f"sequence {k}: weight {w[bad][0]:g} at token {i}: a finite number from 0 up is needed")
     if (bad := w[tree.offsets[:-1]] > 0).any():
         k = int(bad.argmax())
-        raise ValueError(f"sequence {k}: weight {weights[k][0]:g} at its first token, which nothing predicts: set it to 0, "
-                         "and leave it out of the normaliser")
+        raise ValueError(f"sequence {k}: weight {weights[k][0]:g} at its first token, which nothing predicts: "
+                         "set it to 0, and leave it out of the normaliser")
+    return w, _spread(tree, advantages)
+
+def _spread(tree: TokenTree, advantages: Sequence) -> np.ndarray:
+    "A of every token of every sequence: one number of a sequence goes to all of its tokens."
     if len(advantages) != tree.n_sequences:
         raise ValueError(f"advantages: {len(advantages)} given for {tree.n_sequences} sequences")
-    n = np.diff(tree.offsets)
-    a = _flat(tree, [np.full(m, x, np.float64) if np.ndim(x) == 0 else x for x, m in zip(advantages, n)], "advantage")
-    if (bad := ~np.isfinite(a)).any():
+    given = zip(advantages, np.diff(tree.offsets))
+    flat = _flat(tree, [np.full(n, x, np.float64) if np.ndim(x) == 0 else x for x, n in given], "advantage")
+    if (bad := ~np.isfinite(flat)).any():
         k, i = _where(tree, bad)
-        raise ValueError(f"sequence {k}: advantage {a[bad][0]} at token {i}: give 0, with weight 0, to what was not graded")
-    return w, a
+        raise ValueError(f"sequence {k}: advantage {flat[bad][0]} at token {i}: "
+                         "give 0, with weight 0, to what was not graded")
+    return flat
 
 # %% ../../nbs/tree/01_trie.ipynb #1c198a51
 def _shares(tree: TokenTree, semantics: str) -> np.ndarray | float:
@@ -206,7 +227,8 @@ def sum_weights(
 ) -> TokenWeights:           # of T terms
     "A⁺, A⁻ and Σw of each term: the one place where trajectories are added up, for every loss on trees."
     total = lambda x: np.bincount(term, x, n_terms) / share
-    return TokenWeights(total(weight * np.maximum(advantage, 0)), total(weight * np.minimum(advantage, 0)), total(weight))
+    positive, negative = total(weight * np.maximum(advantage, 0)), total(weight * np.minimum(advantage, 0))
+    return TokenWeights(positive, negative, total(weight))
 
 # %% ../../nbs/tree/01_trie.ipynb #0d703325
 def tree_weights(
@@ -217,8 +239,8 @@ def tree_weights(
 ) -> TokenWeights:
     """Sums over the trajectories through each token, in float64. Source: Tree Training (arXiv:2511.00413) for g_t;
     A⁺/A⁻ and `node` are *own design*. ValueError names the sequence with a bad length, weight or advantage."""
-    (w, a), g = _weighted(tree, weights, advantages), _shares(tree, semantics)
-    return sum_weights(tree.paths, w, a, len(tree), g)
+    w, advantage = _weighted(tree, weights, advantages)
+    return sum_weights(tree.paths, w, advantage, len(tree), _shares(tree, semantics))
 
 # %% ../../nbs/tree/01_trie.ipynb #575885db
 @dataclass(frozen=True)
@@ -231,12 +253,12 @@ class ClipTerms(TokenWeights):
 def _bins(token: np.ndarray, old: np.ndarray, tolerance: float) -> tuple[np.ndarray, np.ndarray]:
     "Sorting order by token, then old log-prob; and bool: does a new term begin here?"
     order = np.lexsort((old, token))
-    t, o = token[order], old[order]
-    new = np.diff(t, prepend=-1) != 0
+    token, old = token[order], old[order]
+    new = np.diff(token, prepend=-1) != 0
     if tolerance:
-        level = np.floor((o - o[new][np.cumsum(new) - 1]) / tolerance)
+        level = np.floor((old - old[new][np.cumsum(new) - 1]) / tolerance)
     else:
-        level = o
+        level = old
     return order, new | (np.diff(level, prepend=np.nan) != 0)
 
 # %% ../../nbs/tree/01_trie.ipynb #446f1634
@@ -250,21 +272,22 @@ def clip_terms(
 ) -> ClipTerms:
     """A⁺, A⁻ and Σw for each tree token and distinct old log-prob; tokens without weight have no term. *Own design.*
     ValueError names the sequence and token without an old log-prob."""
-    (w, a), g = _weighted(tree, weights, advantages), np.broadcast_to(_shares(tree, semantics), len(tree))
-    o = _flat(tree, old, "old log-prob")
+    w, advantage = _weighted(tree, weights, advantages)
+    share = np.broadcast_to(_shares(tree, semantics), len(tree))
+    flat = _flat(tree, old, "old log-prob")
     if not tolerance >= 0: raise ValueError(f"tolerance {tolerance}: 0 or a positive number of nats expected")
-    if (bad := (w > 0) & ~np.isfinite(o)).any():
+    if (bad := (w > 0) & ~np.isfinite(flat)).any():
         k, i = _where(tree, bad)
-        raise ValueError(f"sequence {k}: old log-prob {o[bad][0]} at token {i}, which is trained: set its weight to 0, or "
-                         "compute old log-probs on the tree")
+        raise ValueError(f"sequence {k}: old log-prob {flat[bad][0]} at token {i}, which is trained: "
+                         "set its weight to 0, or compute old log-probs on the tree")
     keep = np.flatnonzero(w > 0)
-    order, first = _bins(tree.paths[keep], o[keep], tolerance)
-    keep, term = keep[order], np.cumsum(first) - 1
-    at = np.flatnonzero(first)
-    w, a, o, token = w[keep], a[keep], o[keep], tree.paths[keep][at]
-    middle = (o[at] + o[np.append(at[1:], len(o)) - 1]) / 2 if len(at) else o
-    s = sum_weights(term, w, a, len(at), g[token])
-    return ClipTerms(s.positive, s.negative, s.total, token, middle)
+    order, first = _bins(tree.paths[keep], flat[keep], tolerance)
+    keep, term, start = keep[order], np.cumsum(first) - 1, np.flatnonzero(first)
+    token, flat = tree.paths[keep][start], flat[keep]
+    last = np.append(start[1:], len(flat)) - 1
+    middle = (flat[start] + flat[last]) / 2 if len(start) else flat
+    sums = sum_weights(term, w[keep], advantage[keep], len(start), share[token])
+    return ClipTerms(sums.positive, sums.negative, sums.total, token, middle)
 
 # %% ../../nbs/tree/01_trie.ipynb #927add9e
 @dataclass(frozen=True)
@@ -290,7 +313,8 @@ def path_units(
     masks: Sequence,              # per sequence: bool [its length], tokens that count; never the first
     turns: Sequence | None = None,  # per sequence: int [its length], turn of each token; None: a sequence is one unit
 ) -> PathUnits:
-    "Which tree tokens each sequence (or turn) adds up; one without counted tokens is no unit. ValueError names a sequence."
+    """Which tree tokens each sequence (or turn) adds up; one without counted tokens is no unit.
+    ValueError names a sequence."""
     keep = np.flatnonzero(_flat(tree, masks, "mask"))
     owner = np.repeat(np.arange(tree.n_sequences), np.diff(tree.offsets))[keep]
     if (bad := np.isin(keep, tree.offsets)).any():

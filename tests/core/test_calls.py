@@ -1,4 +1,4 @@
-"Calls in a model's answer: four formats, whole or in any pieces, nothing lost, and second opinions where there are any."
+"Calls in a model's answer: four formats, whole or in any pieces, nothing lost, second opinions where there are any."
 
 import json
 import random
@@ -89,7 +89,8 @@ def test_the_format_is_read_off_the_template():
 
 words = st.text('ab1 é𝄞"\\\n<>/{}', max_size=6)
 values = dict(
-    a=st.integers(-99, 99), b=st.floats(-9, 9) | st.integers(-9, 9), c=st.booleans(), d=st.lists(st.integers(0, 9) | words, max_size=2),
+    a=st.integers(-99, 99), b=st.floats(-9, 9) | st.integers(-9, 9), c=st.booleans(),
+    d=st.lists(st.integers(0, 9) | words, max_size=2),
     e=st.dictionaries(words, words, max_size=2), f=st.none() | st.integers(0, 9), g=words,
 )  # fmt: skip
 mixed = st.fixed_dictionaries(values)
@@ -194,7 +195,8 @@ def test_a_tag_inside_a_value_is_data():
             set(json.dumps(x) for x in functions(r)) == {json.dumps(['write', dict(path='a', text=doc)])}
             and r.malformed == []
         )
-    odd = '<tool_call>{"name": "view, "arguments": {}}</tool_call>'  # the quote never closes: the first tag is the end after all
+    # the quote never closes: the first tag is the end after all
+    odd = '<tool_call>{"name": "view, "arguments": {}}</tool_call>'
     r = parse_reply(f'{odd} {write_call("submit", {})}', TOOLS, 'hermes')
     assert (r.content, functions(r), len(r.malformed)) == (odd, [('submit', {})], 1)
     lone = '<tool_call>{"name": "view"\n<tool_call>\n{"name": "submit"}</tool_call>'
@@ -226,10 +228,13 @@ def test_values_of_the_xml_format_go_by_the_schema():
 # --- in pieces
 
 FRAGMENTS = [
-    '<tool_call>', '</tool_call>', '<think>', '</think>', '<|python_tag|>', '<tool', '_call>', '</', '<', '{', '}', '"', '\\', ' ', '\n', '\n\n', 'é', '𝄞', ';',
-    'Look.', '{"name": "view", "arguments": {"path": "a", "line": 1}}', '{"name": "submit"}', 'view a.py 3', 'submit', 'open x', '"name"',
+    '<tool_call>', '</tool_call>', '<think>', '</think>', '<|python_tag|>', '<tool', '_call>',
+    '</', '<', '{', '}', '"', '\\', ' ', '\n', '\n\n', 'é', '𝄞', ';',
+    'Look.', '{"name": "view", "arguments": {"path": "a", "line": 1}}', '{"name": "submit"}',
+    'view a.py 3', 'submit', 'open x', '"name"',
     '<function=view>', '<parameter=path>', '</parameter>', '</function>', '<tool_call>submit</tool_call>',
-    *(write_call('write', dict(path='p', text='</tool_call>x<tool_call>'), f) for f in ('hermes', 'qwen3_coder', 'llama3')),
+    *(write_call('write', dict(path='p', text='</tool_call>x<tool_call>'), form)
+      for form in ('hermes', 'qwen3_coder', 'llama3')),
 ]  # fmt: skip
 answers = st.lists(st.sampled_from(FRAGMENTS), max_size=9).map(''.join)
 
@@ -310,7 +315,8 @@ CODER = dict(
     fields=HERMES['fields']
     | dict(
         calls=dict(
-            open_pattern=r'\s*<tool_call>\s*<function=(?P<name>[^>\n]+)>', close_pattern=r'</function>\s*</tool_call>', repeats=True,
+            open_pattern=r'\s*<tool_call>\s*<function=(?P<name>[^>\n]+)>',
+            close_pattern=r'</function>\s*</tool_call>', repeats=True,
             content='xml-inline', content_args=XML,
             transform=dict(type='function', function=dict(name='{name}', arguments='{content}')),
         )

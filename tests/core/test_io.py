@@ -16,7 +16,8 @@ from core_strategies import few, groups, trajectories
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kat.core.io import MissingExtra, append_jsonl, atomic, dumps, loads, need, read_jsonl, read_log, read_parquet, read_records, write_jsonl, write_parquet, write_records
+from kat.core.io import (MissingExtra, append_jsonl, atomic, dumps, loads, need, read_jsonl, read_log, read_parquet,
+                         read_records, write_jsonl, write_parquet, write_records)
 from kat.core.logs import detect, import_log
 from kat.core.types import Group, Segment, Trajectory
 

@@ -6,9 +6,10 @@ import pytest
 from hypothesis import assume, given, settings, strategies as st
 
 from kat.core.types import Segment, Trajectory
-from kat.tree.prune import (CORRECTIONS, POLICIES, SCORED, Pruning, TokenFacts, _blocks, cut_units, gradient_fidelity,
-                            importance, kept_with, least_budget, prune, subtree, token_facts)
+from kat.tree.prune import (CORRECTIONS, POLICIES, SCORED, Pruning, _blocks, gradient_fidelity, importance,
+                            least_budget, prune, subtree)
 from kat.tree.trie import TokenTree
+from kat.tree.units import TokenFacts, cut_units, kept_with, token_facts
 
 few, some = settings(max_examples=60, deadline=None), settings(max_examples=150, deadline=None)
 
@@ -25,16 +26,19 @@ def facts(draw, longest=9, most=6):
     weight = rng.normal(size=n) * (rng.random(n) < 0.9)
     cost = draw(st.sampled_from([None, rng.random(n) + 0.01, 1 + 0.5 * tree.position]))
     assume((trainable & (tree.prev >= 0) & (weight != 0)).any())
-    return TokenFacts(tree, trainable, np.round(rng.exponential(size=n), 1), weight, -rng.exponential(size=n), cost, flags(), flags())
+    entropy, logprob = np.round(rng.exponential(size=n), 1), -rng.exponential(size=n)
+    return TokenFacts(tree, trainable, entropy, weight, logprob, cost, cuts=flags(), event=flags())
 
 
 @st.composite
 def options(draw, policies=POLICIES, corrections=("none", "reweight")):
     policy = draw(st.sampled_from(policies))
-    values = dict(pool=st.sampled_from(["sum", "mean"]), gamma=st.sampled_from([0.0, 0.5, 1.0]), alpha=st.sampled_from([0.0, 0.5, 1.0]),
-                  by_advantage=st.booleans(), event_factor=st.sampled_from([0.5, 1.0, 3.0]))
+    values = dict(pool=st.sampled_from(["sum", "mean"]), gamma=st.sampled_from([0.0, 0.5, 1.0]),
+                  alpha=st.sampled_from([0.0, 0.5, 1.0]), by_advantage=st.booleans(),
+                  event_factor=st.sampled_from([0.5, 1.0, 3.0]))
     read = {k: draw(values[k]) for k in SCORED.get(policy, ())}
-    return Pruning(policy, **read, results=draw(st.booleans()), window=draw(st.integers(0, 4)), correction=draw(st.sampled_from(corrections)))
+    return Pruning(policy, **read, results=draw(st.booleans()), window=draw(st.integers(0, 4)),
+                   correction=draw(st.sampled_from(corrections)))
 
 
 def closed(tree, kept):
@@ -78,7 +82,8 @@ def test_the_pruned_tree_is_the_tree_of_the_cut_sequences(f, how, x):
     np.testing.assert_array_equal(new.ids, old.ids[cut.index])
     there = [p for p in parts if len(p)]
     again = TokenTree.from_sequences(there)
-    same(again, TokenTree(*[getattr(new, a) for a in ("ids", "position", "end", "prev", "node", "count", "paths")], again.offsets))
+    arrays = [getattr(new, name) for name in ("ids", "position", "end", "prev", "node", "count", "paths")]
+    same(again, TokenTree(*arrays, again.offsets))
 
 
 @few
@@ -111,7 +116,8 @@ def slow_keepers(f, units, results, window):
             path.append(int(tree.prev[path[-1]]))
         best = owner(of[t])
         for a in {of[p] for p in path} - {of[t]}:
-            end = max(tree.position[p] for p in path if a in (of[p], owner(of[p])))  # of the unit and its results on this path
+            # the end of the unit and its results on this path
+            end = max(tree.position[p] for p in path if a in (of[p], owner(of[p])))
             if scored[a] and tree.position[t] - end <= window:
                 best = min(best, a)
         out.append(best)
@@ -125,7 +131,8 @@ def test_keepers_against_the_slow_twin(f, results, window):
     keepers = kept_with(f, units, results, window)
     np.testing.assert_array_equal(keepers, slow_keepers(f, units, results, window))
     prev = f.tree.prev
-    assert (keepers <= units.of).all() and (keepers[prev[prev >= 0]] <= keepers[prev >= 0]).all()  # never rising along a path
+    assert (keepers <= units.of).all()
+    assert (keepers[prev[prev >= 0]] <= keepers[prev >= 0]).all()  # never rising along a path
 
 
 @few
@@ -145,13 +152,17 @@ def test_units_are_whole_and_of_one_kind(f):
 @given(facts(), options(("entropy", "advantage")))
 def test_importance_by_its_formula(f, how):
     tree, u = f.tree, cut_units(f)
+    weighted = how.by_advantage or how.policy == "advantage"
     def signal(t):
-        return (f.entropy[t] if how.policy == "entropy" else 1) * (abs(f.weight[t]) / tree.count[t] if how.by_advantage or how.policy == "advantage" else 1)
+        visit = abs(f.weight[t]) / tree.count[t] if weighted else 1
+        return (f.entropy[t] if how.policy == "entropy" else 1) * visit
     def h(n):
         s = [signal(t) for t in range(u.start[n], u.stop[n]) if f.scored[t]]
         return (sum(s) if how.pool == "sum" else np.mean(s)) if s else 0
     def S(n):
-        return h(n) + how.gamma * sum(tree.count[u.start[c]] / tree.count[u.start[n]] * S(c) for c in range(len(u)) if u.parent[c] == n)
+        children = [c for c in range(len(u)) if u.parent[c] == n]
+        below = sum(tree.count[u.start[c]] / tree.count[u.start[n]] * S(c) for c in children)
+        return h(n) + how.gamma * below
     def reach(n):
         chance, m = 1, n
         while m >= 0:
@@ -189,7 +200,8 @@ def closed_sets(parent, root=None):
             yield sorted(chosen)
 
 
-forests = st.lists(st.tuples(st.integers(0, 10), st.integers(0, 5), st.sampled_from([0, 1, 2, 3])), min_size=1, max_size=8)
+nodes = st.tuples(st.integers(0, 10), st.integers(0, 5), st.sampled_from([0, 1, 2, 3]))  # parent, value, cost
+forests = st.lists(nodes, min_size=1, max_size=8)
 
 
 def forest(rows):
@@ -231,13 +243,15 @@ def test_inclusion_probabilities_are_the_best_ones(f, how, x, seed):
     assert s.cost @ p <= cut.budget * (1 + 1e-9)
     v = np.where(live, s.score, 0) ** 2 * (s.cost > 0)
     spread = lambda q: (v[live] / q[live]).sum()
-    other = np.where(live, np.random.default_rng(seed).uniform(how.floor, 1, len(p)), 0)  # another choice of the same cost or less
+    # another choice of the same cost or less
+    other = np.where(live, np.random.default_rng(seed).uniform(how.floor, 1, len(p)), 0)
     for u in range(len(p)):
         if parent[u] >= 0:
             other[u] = min(other[u], other[parent[u]])
     mixed = lambda a: np.where(live, how.floor + a * (other - how.floor), 0)
-    a = 1.0 if s.cost @ other <= cut.budget else (cut.budget - s.cost @ mixed(0)) / (s.cost @ mixed(1) - s.cost @ mixed(0))
-    assert spread(p) <= spread(mixed(max(a, 0))) * (1 + 1e-6) + 1e-12
+    low, high = s.cost @ mixed(0), s.cost @ mixed(1)
+    part = 1.0 if s.cost @ other <= cut.budget else (cut.budget - low) / (high - low)
+    assert spread(p) <= spread(mixed(max(part, 0))) * (1 + 1e-6) + 1e-12
 
 
 def outcomes(parent, p):
@@ -281,11 +295,14 @@ def agent_tree(K=6, turns=4):
     "Prompt, then calls of three tokens with results of two; rollouts part ways one after the other."
     rng = np.random.default_rng(1)
     common = rng.integers(0, 9, 4 + 5 * turns)
-    rows = [np.concatenate([common[:4 + 5 * min(k, turns)], 10 + rng.integers(0, 9, 5 * max(turns - k, 0))]) for k in range(K)]
+    own = lambda k: 10 + rng.integers(0, 9, 5 * max(turns - k, 0))
+    rows = [np.concatenate([common[:4 + 5 * min(k, turns)], own(k)]) for k in range(K)]
     tree = TokenTree.from_sequences(rows)
     inside = (tree.position - 4) % 5
     later = tree.position >= 4
-    return TokenFacts(tree, later & (inside < 3), rng.exponential(size=len(tree)), rng.normal(size=len(tree)), cuts=later & (inside % 3 == 0), event=later & (inside >= 3))
+    entropy, weight = rng.exponential(size=len(tree)), rng.normal(size=len(tree))
+    return TokenFacts(tree, later & (inside < 3), entropy, weight, cuts=later & (inside % 3 == 0),
+                      event=later & (inside >= 3))
 
 
 def test_draws_follow_the_probabilities():
@@ -312,7 +329,8 @@ def test_the_same_seed_draws_the_same():
 
 def test_the_budget_holds_to_the_last_bit():
     tree = TokenTree.from_sequences([range(6)])
-    cut = prune(TokenFacts(tree, tree.position > 0, cost=np.full(6, 0.1), cuts=np.ones(6, bool)), 0.3, Pruning("depth_first", window=0))
+    f = TokenFacts(tree, tree.position > 0, cost=np.full(6, 0.1), cuts=np.ones(6, bool))
+    cut = prune(f, 0.3, Pruning("depth_first", window=0))
     assert 0.1 + 0.1 + 0.1 > 0.3 and len(cut.index) == 2 and cut.cost <= 0.3
 
 
@@ -326,7 +344,8 @@ def test_the_orders_by_hand():
     #         └ 6 ─ 7
     tree = TokenTree.from_sequences([[0, 1, 2, 3, 4], [0, 1, 5], [0, 1, 6, 7]])
     n = len(tree)
-    f = TokenFacts(tree, np.ones(n, bool), entropy=[0, 0, 1, 1, 1, 2, 9, 2], weight=[0, 1, 1, 1, 1, 9, 1, 1], cuts=np.ones(n, bool))
+    f = TokenFacts(tree, np.ones(n, bool), entropy=[0, 0, 1, 1, 1, 2, 9, 2], weight=[0, 1, 1, 1, 1, 9, 1, 1],
+                   cuts=np.ones(n, bool))
     kept = lambda policy, budget, **how: tokens(prune(f, budget, Pruning(policy, window=0, **how)))
     assert kept("depth_first", 4) == [0, 1, 2, 3]
     assert kept("breadth_first", 5) == [0, 1, 2, 5, 6]
@@ -341,11 +360,13 @@ def test_gradients_compete_by_their_squares():
     tree = TokenTree.from_sequences([[0, 1, 2, 3], [0, 4, 5, 6]])
     mass = {2: 2.0, 3: 2.0, 5: 2.5}
     p = np.array([0.5 if i in mass else 1.0 for i in tree.ids])
-    f = TokenFacts(tree, np.ones(7, bool), weight=[2 * mass.get(int(i), 1.0) for i in tree.ids], logprob=np.log(p), cuts=np.ones(7, bool))
+    every, weight = np.ones(7, bool), [2 * mass.get(int(i), 1.0) for i in tree.ids]
+    f = TokenFacts(tree, every, weight=weight, logprob=np.log(p), cuts=every)
     assert tokens(prune(f, 3, Pruning(window=0))) == [0, 4, 5]
-    sums = TokenFacts(tree, np.ones(7, bool), entropy=[mass.get(int(i), 0.0) for i in tree.ids], cuts=np.ones(7, bool))
+    sums = TokenFacts(tree, every, entropy=[mass.get(int(i), 0.0) for i in tree.ids], cuts=every)
     assert tokens(prune(sums, 3, Pruning("density", window=0))) == [0, 1, 2]
-    sure = TokenFacts(tree, np.ones(7, bool), logprob=np.zeros(7), cuts=np.ones(7, bool))  # nothing to learn: still within the budget, and something is trained
+    # nothing to learn: still within the budget, and something is trained
+    sure = TokenFacts(tree, every, logprob=np.zeros(7), cuts=every)
     assert len(prune(sure, 4, Pruning(window=0)).index) == 4
 
 
@@ -366,13 +387,14 @@ def call_tree():
     "A prompt and two calls: 1 is answered by 2 2 and 3 (two results), 4 by nothing."
     tree = TokenTree.from_sequences([[0, 1, 2, 2, 3, 5], [0, 4, 5]])
     ids = tree.ids
-    return TokenFacts(tree, np.isin(ids, [1, 4, 5]), np.where(ids == 1, 1.0, 1.5), cuts=(ids == 3) | (ids == 5), event=np.isin(ids, [2, 3]))
+    return TokenFacts(tree, np.isin(ids, [1, 4, 5]), np.where(ids == 1, 1.0, 1.5),
+                      cuts=(ids == 3) | (ids == 5), event=np.isin(ids, [2, 3]))
 
 
 def test_results_stay_with_their_call():
-    f = call_tree()
-    assert tokens(prune(f, 5, Pruning("entropy", gamma=0.0, window=0, event_factor=1000.0))) == [0, 1, 2, 2, 3]
-    assert tokens(prune(f, 4, Pruning("entropy", gamma=0.0, window=0, event_factor=1000.0))) == [0, 4, 5]  # the call does not fit with its results
+    f, how = call_tree(), Pruning("entropy", gamma=0.0, window=0, event_factor=1000.0)
+    assert tokens(prune(f, 5, how)) == [0, 1, 2, 2, 3]
+    assert tokens(prune(f, 4, how)) == [0, 4, 5]  # the call does not fit with its results
     assert tokens(prune(f, 2, Pruning("depth_first", window=0, results=False))) == [0, 1]
     with pytest.raises(ValueError, match="budget 1: .* costs 2 "):
         prune(f, 1, Pruning("entropy", window=0))
@@ -408,8 +430,11 @@ def test_deep_chains_and_many_nodes():
     star = TokenTree.from_sequences([[0, i, j] for i in range(3333) for j in range(2)])
     assert len(star) > 10_000 - 2 and star.n_nodes > 9_900
     for tree, cuts in ((chain, np.ones(n, bool)), (star, None)):
-        f = TokenFacts(tree, tree.position > 0, rng.exponential(size=len(tree)), rng.normal(size=len(tree)), -rng.exponential(size=len(tree)), cuts=cuts)
-        ways = [Pruning(p) for p in POLICIES] + [Pruning(correction="horvitz_thompson"), Pruning(window=8), Pruning("entropy", alpha=0.5)]
+        size = len(tree)
+        entropy, weight, logprob = rng.exponential(size=size), rng.normal(size=size), -rng.exponential(size=size)
+        f = TokenFacts(tree, tree.position > 0, entropy, weight, logprob, cuts=cuts)
+        ways = [*map(Pruning, POLICIES), Pruning(correction="horvitz_thompson"), Pruning(window=8),
+                Pruning("entropy", alpha=0.5)]
         for how in ways:
             cut = prune(f, 0.4 * len(tree), how)
             assert closed(tree, cut.kept)
@@ -419,7 +444,8 @@ def test_deep_chains_and_many_nodes():
 
 def make(**changes):
     tree = TokenTree.from_sequences([[0, 1, 2], [0, 1, 3]])
-    return TokenFacts(tree, **(dict(trainable=np.array([False, True, True, True]), entropy=[0, 1.0, 1, 1], weight=[0, 1.0, 1, -1]) | changes))
+    good = dict(trainable=np.array([False, True, True, True]), entropy=[0, 1.0, 1, 1], weight=[0, 1.0, 1, -1])
+    return TokenFacts(tree, **(good | changes))
 
 
 @pytest.mark.parametrize("changes, message", [
@@ -464,7 +490,8 @@ def test_numbers_are_read_at_trained_tokens_only():
     (dict(policy="density", pool="mean"), "pool: not read by policy 'density'"),
     (dict(policy="advantage", by_advantage=True), "by_advantage: not read by policy 'advantage'"),
     (dict(floor=0.1), "floor: not read .* correction 'none'"),
-    (dict(policy="longest_path", correction="horvitz_thompson"), "needs importances, policy 'longest_path' has none: take one of gradient, entropy"),
+    (dict(policy="longest_path", correction="horvitz_thompson"),
+     "needs importances, policy 'longest_path' has none: take one of gradient, entropy"),
 ])
 def test_bad_options_are_refused(changes, message):
     with pytest.raises(ValueError, match=message):
@@ -483,7 +510,8 @@ def test_bad_options_are_refused(changes, message):
     ({}, True, {}, "budget: True"),
     ({}, np.nan, {}, "budget: nan"),
     ({}, 1, dict(policy="entropy"), "budget 1: .* the whole tree 4: raise the budget"),
-    ({}, 0.1, dict(policy="entropy", correction="horvitz_thompson"), "budget 0.1: .* raise the budget or lower `floor`"),
+    ({}, 0.1, dict(policy="entropy", correction="horvitz_thompson"),
+     "budget 0.1: .* raise the budget or lower `floor`"),
 ])
 def test_what_cannot_be_pruned_is_said(facts, budget, how, message):
     with pytest.raises(ValueError, match=message):
@@ -498,8 +526,9 @@ def test_policies_without_scores_need_no_entropy():
 
 
 def test_an_empty_draw_says_so():
-    f = make()
-    cut = next(c for c in (prune(f, 1, Pruning("entropy", correction="horvitz_thompson"), s) for s in range(99)) if not c.kept.any())
+    f, how = make(), Pruning("entropy", correction="horvitz_thompson")
+    draws = (prune(f, 1, how, seed) for seed in range(99))
+    cut = next(draw for draw in draws if not draw.kept.any())
     assert cut.cost == 0 and not cut.factor.any() and len(cut.index) == 0
     with pytest.raises(ValueError, match="no token is kept"):
         cut.tree
@@ -520,9 +549,9 @@ def test_zero_entropy_everywhere_is_drawn_at_the_floor():
 
 def trajectories():
     shared = [Segment([1, 2], "user"), Segment([3, 4], "tool_call", 0, True, [-0.1, -0.2], [0.3, 0.4])]
-    a = Trajectory("t", [*shared, Segment([5, 6], "tool_result", 0, event="error"), Segment([7], "assistant", 1, True, [-0.5], [0.6])])
-    b = Trajectory("t", [*shared, Segment([5, 8], "tool_result", 0, event="tool"), Segment([9], "assistant", 1, False, event="memory")])
-    return [a, b]
+    failed = [Segment([5, 6], "tool_result", 0, event="error"), Segment([7], "assistant", 1, True, [-0.5], [0.6])]
+    noted = [Segment([5, 8], "tool_result", 0, event="tool"), Segment([9], "assistant", 1, False, event="memory")]
+    return [Trajectory("t", shared + rest) for rest in (failed, noted)]
 
 
 def test_facts_of_trajectories():
@@ -566,14 +595,18 @@ def test_fidelity_with_gradients_per_edge():
     assert [(r["how"], r["share"]) for r in rows] == [(h, s) for h in ways for s in (0.01, 0.5, 1.0)]
     assert all(np.isnan(r["cosine"]) for r in rows if r["share"] == 0.01)
     for r in rows[2::3]:
-        assert r["cosine"] == pytest.approx(1) and r["norm_ratio"] == pytest.approx(1) and [r["error"], r["bias"]] == pytest.approx([0, 0], abs=1e-12)
+        assert r["cosine"] == pytest.approx(1) and r["norm_ratio"] == pytest.approx(1)
+        assert [r["error"], r["bias"]] == pytest.approx([0, 0], abs=1e-12)
     best, chance, drawn = rows[1::3]
     cut = prune(f, 0.5 * f.cost.sum(), ways[0])
     g, whole = cut.factor @ G, G.sum(0)
-    assert best["cosine"] == pytest.approx(g @ whole / np.linalg.norm(g) / np.linalg.norm(whole)) and best["error"] == pytest.approx(best["bias"])
-    assert best["error"] == pytest.approx(np.linalg.norm(g - whole) / np.linalg.norm(whole)) and best["cost"] == pytest.approx(cut.metrics["kept_cost"])
+    assert best["cosine"] == pytest.approx(g @ whole / np.linalg.norm(g) / np.linalg.norm(whole))
+    assert best["error"] == pytest.approx(best["bias"])
+    assert best["error"] == pytest.approx(np.linalg.norm(g - whole) / np.linalg.norm(whole))
+    assert best["cost"] == pytest.approx(cut.metrics["kept_cost"])
     ht = prune(f, 0.5 * f.cost.sum(), ways[2])
     assert drawn["error"] == pytest.approx(ht.variance(G) ** 0.5 / np.linalg.norm(whole), rel=0.15)
-    assert drawn["bias"] < 3 * drawn["error"] / 200**0.5 and chance["bias"] > 0.2  # a random choice leans, a draw with weights does not
+    # a random choice leans, a draw with weights does not
+    assert drawn["bias"] < 3 * drawn["error"] / 200**0.5 and chance["bias"] > 0.2
     with pytest.raises(ValueError, match="gradient: that of the whole tree is 0"):
         gradient_fidelity(f, lambda cut: np.zeros(3), ways)

@@ -13,8 +13,8 @@ from kat.core.io import write_records
 from kat.core.types import Group, Segment, Trajectory
 from kat.core.figures import save_picture
 from kat.tree.draw import draw_calls, draw_tree, node_columns, pooled_blocks, tree_labels
-from kat.tree.stats import (FAMILIES, LABELS, ModelCall, attention_pairs, compare_baselines, conversation_calls, flat_profile, log_calls,
-                            merge_calls, model_shape, por, record_calls, tree_profile)
+from kat.tree.stats import (MODEL_FAMILIES, LABELS, ModelCall, attention_pairs, compare_baselines, conversation_calls,
+                            flat_profile, log_calls, merge_calls, model_shape, por, record_calls, tree_profile)
 from kat.tree.trie import TokenTree
 
 ROOT = Path(__file__).parents[2]
@@ -33,7 +33,8 @@ def logs(tokenizer):
             for n in ('tau_bench_gpt4o_airline', 'swe_agent_marshmallow_1867', 'swe_smith_pandas_53652')}
 
 def calls_of(sequences, episode=lambda k: 0, task=lambda k: 't'):
-    return [ModelCall(task(k), episode(k), np.array(s, np.int32), np.zeros(len(s), np.uint8)) for k, s in enumerate(sequences)]
+    return [ModelCall(task(k), episode(k), np.array(ids, np.int32), np.zeros(len(ids), np.uint8))
+            for k, ids in enumerate(sequences)]
 
 
 @few
@@ -52,14 +53,15 @@ SMALL = dict(hidden_size=24, num_hidden_layers=4, num_attention_heads=4, num_key
 MOE = dict(num_experts_per_tok=3, moe_intermediate_size=16)
 SLIDES = ['sliding_attention', 'sliding_attention', 'full_attention', 'sliding_attention']
 NONE = dict(head_dim=None)
-CASES = [('llama', {}), ('mistral', dict(sliding_window=5)), ('qwen2', NONE), ('qwen3', dict(head_dim=10)), ('smollm3', NONE),
+CASES = [('llama', {}), ('mistral', dict(sliding_window=5)), ('qwen2', NONE), ('qwen3', dict(head_dim=10)),
+         ('smollm3', NONE),
          ('gemma3_text', dict(head_dim=8, sliding_window=5, layer_types=SLIDES)),
          ('qwen3_moe', MOE | dict(num_experts=8, mlp_only_layers=[1])),
          ('mixtral', dict(num_local_experts=6, num_experts_per_tok=2)),
          ('qwen2_moe', MOE | NONE | dict(num_experts=8, shared_expert_intermediate_size=20, decoder_sparse_step=2))]
 
 def test_every_family_is_checked():
-    assert {n for n, _ in CASES} == set(FAMILIES)
+    assert {n for n, _ in CASES} == set(MODEL_FAMILIES)
 
 @pytest.mark.parametrize('name, more', CASES)
 def test_flops_equal_the_counter_of_pytorch(name, more):
@@ -71,16 +73,20 @@ def test_flops_equal_the_counter_of_pytorch(name, more):
         model(torch.arange(n)[None], use_cache=False)
     rotary = sum(sum(f.values()) for k, f in counter.flop_counts.items() if k.endswith('.rotary_emb'))
     shape = model_shape(config)
-    square = 4 * shape.heads * shape.head_dim * n * n * len(shape.windows)     # eager attention computes the whole square
+    # eager attention computes the whole square
+    square = 4 * shape.heads * shape.head_dim * n * n * len(shape.windows)
     assert counter.get_total_flops() - rotary == shape.per_token * n + square
     pairs = sum(attention_pairs(flat_profile([n]), w) for w in shape.windows)
     assert shape.forward(flat_profile([n])) == shape.per_token * n + 4 * shape.heads * shape.head_dim * pairs
     assert {w for w in shape.windows} == {'mistral': {5}, 'gemma3_text': {5, None}}.get(name, {None})
 
 
+CHUNKED = AutoConfig.for_model('qwen3', num_hidden_layers=1, layer_types=['chunked_attention'])
+
 @pytest.mark.parametrize('config, says', [
-    (AutoConfig.for_model('gpt2'), "model type 'gpt2'.*qwen3"), (AutoConfig.for_model('qwen3_next'), "model type 'qwen3_next'"),
-    (AutoConfig.for_model('qwen3', num_hidden_layers=1, layer_types=['chunked_attention']), 'layers of kind chunked_attention')])
+    (AutoConfig.for_model('gpt2'), "model type 'gpt2'.*qwen3"),
+    (AutoConfig.for_model('qwen3_next'), "model type 'qwen3_next'"),
+    (CHUNKED, 'layers of kind chunked_attention')])
 def test_other_models_are_refused_by_name(config, says):
     with pytest.raises(ValueError, match=says):
         model_shape(config)
@@ -116,7 +122,8 @@ def test_merging_by_hand():
 def test_compare_by_hand():
     calls = calls_of([[1, 2], [1, 2, 3], [1, 9], [1, 2]], lambda k: k // 2, lambda k: 'ab'[k // 3])
     flat, merged, trees, whole = compare_baselines(calls, model_shape(AutoConfig.for_model('llama', **SMALL)))
-    assert [(w.sequences, w.tokens, w.pairs) for w in (flat, merged, trees, whole)] == [(4, 9, 15), (3, 7, 12), (2, 6, 11), (1, 4, 8)]
+    sizes = [(w.sequences, w.tokens, w.pairs) for w in (flat, merged, trees, whole)]
+    assert sizes == [(4, 9, 15), (3, 7, 12), (2, 6, 11), (1, 4, 8)]
     assert por(flat, trees) == pytest.approx(1 / 3) and por(merged, whole) == pytest.approx(3 / 7)
     assert flat.forward > merged.forward > trees.forward > whole.forward
     assert [w.forward for w in compare_baselines(calls)] == [None] * 4 and len(compare_baselines(calls[:3])) == 3
@@ -130,7 +137,8 @@ def test_the_real_logs(logs):
         tau_bench_gpt4o_airline=[(43, 144143), (6, 24138), (5, 21658), (1, 11720)],
         swe_agent_marshmallow_1867=[(13, 24322), (8, 18591), (1, 12303)],
         swe_smith_pandas_53652=[(8, 11187), (1, 2245), (1, 2245)])
-    assert {LABELS[i] for c in logs['swe_agent_marshmallow_1867'] for i in np.unique(c.label)} == {'context', 'model', 'tool'}
+    seen = {LABELS[i] for c in logs['swe_agent_marshmallow_1867'] for i in np.unique(c.label)}
+    assert seen == {'context', 'model', 'tool'}
 
 
 def foreign(tokenizer, template):
@@ -168,11 +176,13 @@ def test_calls_of_our_own_records(tmp_path):
     failed = [5], 'tool_result', 0, False, None, None, None, 'error'
     one = trajectory(([1, 2], 'user'), ([3], 'assistant', 0, True), ([4], 'tool_call', 0, True), failed,
                      ([6], 'assistant', 1, True), ([7], 'user', 2))
-    fork = trajectory(([1], 'user'), ([3], 'assistant', 0), ([8], 'user', 1), ([9], 'assistant', 1, True))  # turn 0 is another's
+    # in `fork` turn 0 is another's
+    fork = trajectory(([1], 'user'), ([3], 'assistant', 0), ([8], 'user', 1), ([9], 'assistant', 1, True))
     masked = trajectory(([1], 'user'), ([3], 'assistant', 0), ([8], 'user', 1), ([9], 'assistant', 1))
     want = [(0, [1, 2, 3, 4]), (0, [1, 2, 3, 4, 5, 6]), (1, [1, 3, 8, 9]), (2, [1, 3]), (2, [1, 3, 8, 9])]
     assert [(c.episode, c.ids.tolist()) for c in record_calls([one, fork, masked])] == want
-    assert [LABELS[i] for i in list(record_calls([one]))[-1].label] == ['context'] * 2 + ['model'] * 2 + ['error', 'model']
+    last = list(record_calls([one]))[-1]
+    assert [LABELS[i] for i in last.label] == ['context'] * 2 + ['model'] * 2 + ['error', 'model']
     for name, records in (('a.parquet', [Group('t', [one, fork, masked])]), ('b.jsonl', [one, fork, masked])):
         write_records(tmp_path/name, records)
         assert [(c.episode, c.ids.tolist()) for c in log_calls(tmp_path/name)] == want

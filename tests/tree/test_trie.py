@@ -97,13 +97,15 @@ def test_a_million_tokens():
     cut = np.sort(rng.choice(np.arange(1, 16_000), 64, replace=False))
     tree = TokenTree.from_sequences([np.concatenate([trunk[:c], rng.integers(0, 2**31 - 1, 16_000)]) for c in cut])
     assert len(tree) == 64 * 16_000 + cut[-1] and tree.n_nodes == 64 + 63
-    assert tree.count[tree.path(63)[:cut[-1]]].tolist() == (64 - np.searchsorted(cut, np.arange(cut[-1]), 'right')).tolist()
+    through = 64 - np.searchsorted(cut, np.arange(cut[-1]), 'right')
+    assert tree.count[tree.path(63)[:cut[-1]]].tolist() == through.tolist()
 
 
 @pytest.mark.parametrize('sequences, says', [
     ([], 'no sequences'), ([[1], []], 'sequence 1: empty'), ([[1], [2, -3]], 'sequence 1: token id -3 at 1'),
-    ([[2**31]], 'sequence 0: token id 2147483648 at 0'), ([[1.5]], 'sequence 0: whole numbers'), ([[[1]]], 'sequence 0: one dimension'),
-    ([[1], [True]], 'sequence 1: whole numbers'), ([['a']], 'sequence 0: whole numbers')])
+    ([[2**31]], 'sequence 0: token id 2147483648 at 0'), ([[1.5]], 'sequence 0: whole numbers'),
+    ([[[1]]], 'sequence 0: one dimension'), ([[1], [True]], 'sequence 1: whole numbers'),
+    ([['a']], 'sequence 0: whole numbers')])
 def test_bad_sequences_are_named(sequences, says):
     with pytest.raises(ValueError, match=says):
         TokenTree.from_sequences(sequences)
@@ -137,14 +139,17 @@ def flat_loss(kind, tree, new, old, w, a, semantics, entropy):
 
 def clipped(terms, ratio):
     "A⁺ min(r, 1 + ε) + A⁻ max(r, 1 − ε)"
-    return torch.tensor(terms.positive) * ratio.clamp(max=1 + HIGH) + torch.tensor(terms.negative) * ratio.clamp(min=1 - LOW)
+    positive, negative = torch.tensor(terms.positive), torch.tensor(terms.negative)
+    return positive * ratio.clamp(max=1 + HIGH) + negative * ratio.clamp(min=1 - LOW)
 
 
-def same_loss_and_gradient(f, t, *leaves):
-    assert t.item() == pytest.approx(f.item(), rel=1e-12, abs=1e-12)
-    for a, b in zip(torch.autograd.grad(f, leaves, allow_unused=True), torch.autograd.grad(t, leaves, allow_unused=True)):
+def same_loss_and_gradient(flat, tree, *leaves):
+    assert tree.item() == pytest.approx(flat.item(), rel=1e-12, abs=1e-12)
+    gradients = (torch.autograd.grad(loss, leaves, allow_unused=True) for loss in (flat, tree))
+    for want, got in zip(*gradients):
         zero = torch.zeros(1, dtype=torch.float64)
-        torch.testing.assert_close(zero if b is None else b, zero.expand_as(b) if a is None else a, rtol=1e-12, atol=1e-12)
+        want = zero.expand_as(got) if want is None else want
+        torch.testing.assert_close(zero if got is None else got, want, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize('semantics', ['branch', 'node'])
@@ -174,7 +179,8 @@ def test_clipped_loss_with_kl_and_entropy_on_the_tree_is_the_flat_one(semantics,
     loss = (-clipped(m, d.exp()) + torch.tensor(m.total) * (.1 * ((-d).exp() - 1 + d) - .01 * entropy)).sum()
     same_loss_and_gradient(flat_loss('ppo', tree, new, tree.gather(old), w, a, semantics, entropy), loss, new, entropy)
     terms = clip_terms(tree, w, a, tree.gather(old.numpy()), semantics)
-    assert terms.token.tolist() == np.flatnonzero(m.total > 0).tolist() and (terms.old == old.numpy()[terms.token]).all()
+    assert terms.token.tolist() == np.flatnonzero(m.total > 0).tolist()
+    assert (terms.old == old.numpy()[terms.token]).all()
     for name in ('positive', 'negative', 'total', 'weight'):
         np.testing.assert_allclose(getattr(terms, name), getattr(m, name)[terms.token], rtol=1e-12, atol=1e-15)
 
@@ -208,7 +214,8 @@ def test_tolerance_moves_no_old_log_prob_by_more_than_half_of_it(problem, tolera
     old = [rng.uniform(-2, 0, len(s)) for s in sequences]
     exact, joined = (clip_terms(tree, w, a, old, tolerance=x) for x in (0, tolerance))
     for name in ('positive', 'negative', 'total'):
-        np.testing.assert_allclose(*(np.bincount(x.token, getattr(x, name), len(tree)) for x in (exact, joined)), atol=1e-12)
+        sums = (np.bincount(terms.token, getattr(terms, name), len(tree)) for terms in (exact, joined))
+        np.testing.assert_allclose(*sums, atol=1e-12)
     for t, o in zip(exact.token, exact.old):
         assert abs(joined.old[joined.token == t] - o).min() <= tolerance / 2 + 1e-12
     wide = clip_terms(tree, w, a, [o - 9 for o in old], tolerance=10.)
@@ -228,7 +235,8 @@ def test_path_sums_are_those_of_the_sequences(problem, by_turn):
     for k, (v, m, u) in enumerate(zip(tree.gather(x), masks, turns)):
         for i in np.flatnonzero(m):
             want.setdefault((k, int(u[i]) if by_turn else 0), []).append(v[i])
-    assert list(zip(units.sequence, units.turn)) == sorted(want) and units.size.tolist() == [len(want[k]) for k in sorted(want)]
+    assert list(zip(units.sequence, units.turn)) == sorted(want)
+    assert units.size.tolist() == [len(want[k]) for k in sorted(want)]
     got, c = units.sum(x), torch.tensor(rng.normal(size=len(want)))
     if not want: return
     flat = torch.stack([torch.stack(want[k]).sum() for k in sorted(want)])
@@ -253,7 +261,8 @@ NAN = float('nan')
     (lambda: tree_weights(TWO, W, [1, [1]]), 'sequence 1: advantages of shape'),
     (lambda: tree_weights(TWO, W, [1, NAN]), 'sequence 1: advantage nan at token 0: give 0'),
     (lambda: tree_weights(TWO, W, A, 'both'), "semantics 'both': 'branch' or 'node'"),
-    (lambda: clip_terms(TWO, W, A, [[0, -1, NAN], [0, -1]]), 'sequence 0: old log-prob nan at token 2.*set its weight to 0'),
+    (lambda: clip_terms(TWO, W, A, [[0, -1, NAN], [0, -1]]),
+     'sequence 0: old log-prob nan at token 2.*set its weight to 0'),
     (lambda: clip_terms(TWO, W, A, [[0, -1, -1], [0]]), 'sequence 1: old log-probs of shape'),
     (lambda: clip_terms(TWO, W, A, OLD, tolerance=NAN), 'tolerance nan'),
     (lambda: clip_terms(TWO, W, A, OLD, tolerance=-1), 'tolerance -1'),
