@@ -64,10 +64,10 @@ async def attacks(rounds=1):
         gold = state({**REPO, 'calc.py': FIX})
         print(f"{'attack':44}{'kind':8}{'plain':10}kat")
         plain = 'REWARDED' if plain_grade(suite, gold, box) else 'failed'
-        print(f"{'none: the right fix':52}{plain:10}{word(await grade_tests(suite, gold, box))}")
+        print(f"{'none: the right fix':52}{plain:10}{word(await grade_tests(suite, gold, gold, box))}")
         for name, (kind, _) in CODE.items():
             plain = await asyncio.to_thread(plain_grade, suite, tree(name), box)
-            said = [word(await grade_tests(suite, tree(name), box)) for _ in range(rounds)]
+            said = [word(await grade_tests(suite, tree(name), gold, box)) for _ in range(rounds)]
             rows.append((name, kind, plain, said))
             print(f"{name:44}{kind:8}{'REWARDED' if plain else 'failed':10}{' '.join(said)}", flush=True)
         for kind, what in KINDS.items():
@@ -122,7 +122,7 @@ def cost(n=150, repeats=6):
             names = [f'{p}::{e.split("::")[1]}' for p in files for e in EXPECTED if 'test_add.py' in e]
             suite = Suite(Path(base), (*EXPECTED, *names), limits=LIMITS)
             gold = state({**REPO, **files, 'calc.py': FIX})
-            before, now = lambda: plain_grade(suite, gold, box), lambda: asyncio.run(grade_tests(suite, gold, box))
+            before, now = lambda: plain_grade(suite, gold, box), lambda: asyncio.run(grade_tests(suite, gold, gold, box))
             report(what, [pair(before, now) for _ in range(repeats)])
 
 

@@ -685,19 +685,19 @@ def run_tests(
         return Run(got.rc, messages, 'output', f'more than {suite.limits.output_kb} kB printed')
     return Run(got.rc, messages, got.cause, got.error)
 
-# %% ../../nbs/envs/07_grade.ipynb #117488a9
+# %% ../../nbs/envs/07_grade.ipynb #95c53efd
 async def grade_tests(
     suite: Suite,
     agent: Path | dict,  # folder that the agent left, or its tree
+    right: Path | dict,  # a state that is known to be right, for control runs
     box,  # sandbox for commands: a `Bubblewrap`
-    right: Path | dict | None = None,  # a state known to be right, for control runs; None: the task's own state
 ) -> Verdict:
     "Grade a state by tests that are code. Raises `InfraError` when the machine or the task failed."
     sites, draw = package_folders(suite), random.Random(secrets.randbits(64))
     tree = lambda state: state if isinstance(state, dict) else read_tree(state)
     done = prepare_tree(suite, tree(agent), sites, draw)
     run = lambda what: asyncio.to_thread(run_tests, what, suite, sites, box)
-    got = await settle(lambda: run(done), lambda: run(prepare_tree(suite, tree(right or suite.base), sites, draw)))
+    got = await settle(lambda: run(done), lambda: run(prepare_tree(suite, tree(right), sites, draw)))
     said = judge_tests(got.messages, got.code, done.expected, done.canaries, set(done.files))
     if got.cause:
         said = Verdict(said.tests, failed=got.error, certain=got.cause not in MACHINE)

@@ -335,20 +335,16 @@ def _use(files: dict[str, str], name: str, args: dict) -> tuple[bool, str]:
 def _digest(*parts) -> bytes:
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).digest()
 
-async def _kept(cache: dict, key: bytes, make):
-    "What `make` gave for this key; it says too whether that may be kept."
-    if key in cache: return cache[key]
-    made, certain = await make()
-    if certain:
-        cache[key] = made
-    return made
-
 async def _said(pool: WarmPool, task: Task, files: dict[str, str]) -> tuple[dict, bool]:
     "Outcomes of `tests.py` in words, and whether the code alone decided them."
     tests = {'tests.py': files['tests.py']}
-    job, honest = test_job(files, tests), test_job({**fixed(task), **tests}, tests)
+    job, honest = test_job(files, tests), test_job(fixed(task), {'tests.py': task.data['files']['tests.py']})
     result = await settle(lambda: pool.arun(job), lambda: pool.arun(honest))
     return verdicts(result, tests), result.cause not in MACHINE
+
+async def _judged(pool: WarmPool, task: Task, files: dict[str, str]) -> tuple[Verdict, bool]:
+    verdict = await judge(pool, task, files)
+    return verdict, verdict.certain
 
 # %% ../../nbs/envs/05_micro.ipynb #879e33ab
 class _Workspace(Env):
@@ -366,17 +362,16 @@ class _Workspace(Env):
         system, issue = dict(role='system', content=SYSTEM), dict(role='user', content=task.data['issue'])
         return Observation([system, issue], [], False)
 
-    async def _test(self) -> dict[str, str]:
-        "Outcome of each visible test, in words."
-        key = _digest('test', self.files)
-        return await _kept(self.cache, key, lambda: _said(self.pool, self.task, self.files))
-
-    async def _judge(self) -> Verdict:
-        async def make():
-            verdict = await judge(self.pool, self.task, self.files)
-            return verdict, verdict.certain
-        files = {**self.files, 'tests.py': self.task.data['files']['tests.py']}
-        return await _kept(self.cache, _digest('grade', files, self.task.data['hidden']), make)
+    async def _run(self, what: str):
+        "What 'test' or 'grade' says of the files as they stand; kept where the code alone decided it."
+        given, ask = (self.files['tests.py'], _said) if what == 'test' else (self.task.data['files']['tests.py'], _judged)
+        files = {**self.files, 'tests.py': given}
+        key = _digest(what, files, self.task.data['hidden'])
+        if key in self.cache: return self.cache[key]
+        said, certain = await ask(self.pool, self.task, files)
+        if certain:
+            self.cache[key] = said
+        return said
 
     async def close(self):
         self.files = {}
@@ -400,7 +395,7 @@ class MicroEnv(_Workspace):
     async def _call(self, name: str, args: dict) -> tuple[bool, str]:
         if name in ('list', 'search', 'view', 'edit'): return _use(self.files, name, args)
         if name == 'test':
-            outcomes = await self._test()
+            outcomes = await self._run('test')
             bad = [said for test, said in outcomes.items() if said != 'ok' and test.startswith('tests.py::')]
             return True, f'fail: {bad[0]}' if bad else 'pass'
         self.done = True   # submit
@@ -410,7 +405,7 @@ class MicroEnv(_Workspace):
         "1 if all hidden and visible tests pass, else 0; `tests.py` is the task's own, so editing it gains nothing."
         given = self.task.data['files']
         patch = {path: text for path, text in self.files.items() if text != given[path]}
-        return (await self._judge()).grade(patch=patch)
+        return (await self._run('grade')).grade(patch=patch)
 
 # %% ../../nbs/envs/05_micro.ipynb #4b378afb
 @contextmanager

@@ -422,8 +422,11 @@ def suite(tmp_path):
     return Suite(tmp_path, tuple(EXPECTED), limits=CODE_LIMITS)
 
 
-def run(suite, files, **kw):
-    return asyncio.run(grade_tests(suite, state(files), Bubblewrap(), **kw))
+GOLD = state({**REPO, 'calc.py': FIX})
+
+
+def run(suite, files, right=GOLD):
+    return asyncio.run(grade_tests(suite, state(files), right, Bubblewrap()))
 
 
 @bwrap
@@ -495,7 +498,7 @@ def test_a_run_that_the_machine_ended_is_run_again(suite):
     if not features().works:
         pytest.skip('bubblewrap does not work here')
     box = Stalls()
-    assert asyncio.run(grade_tests(suite, state({**REPO, 'calc.py': FIX}), box)).passed and box.calls == 3
+    assert asyncio.run(grade_tests(suite, GOLD, GOLD, box)).passed and box.calls == 3
 
 
 def test_other_encodings_and_line_ends(tmp_path):

@@ -31,7 +31,7 @@ def verdicts(tmp_path_factory):
         some = asyncio.Semaphore(os.cpu_count() or 1)
         async def one(name):
             async with some:
-                return await grade_tests(suite, tree(name) if name in CODE else gold, box)
+                return await grade_tests(suite, tree(name) if name in CODE else gold, gold, box)
         names = ['gold', *CODE, 'gold again']
         return dict(zip(names, await asyncio.gather(*map(one, names))))
     return asyncio.run(all_of())

@@ -210,6 +210,15 @@ def test_outcomes_that_the_wall_decided_are_not_kept(pool, monkeypatch):
     assert grade.info['failed'] == 'longer than 1 s'
 
 
+def test_an_agent_cannot_void_its_episode_by_its_own_tests(pool, monkeypatch):
+    "The honest job beside a slow one runs the task's tests, not the agent's"
+    monkeypatch.setattr(micro, 'LIMITS', replace(micro.LIMITS, wall_s=1))
+    task = make_task('train', 0, 'operator', 1)
+    wait = ('edit', dict(path='tests.py', line=1, text='import threading; threading.Event().wait()'))
+    obs, grade, _ = steps(lambda: MicroEnv(pool), task, [wait, ('test', {}), *solve(task)[:-2], ('submit', {})])
+    assert obs[0].results[1].text == 'fail: longer than 1 s' and grade.reward == 1
+
+
 def test_outcomes_that_the_code_decided_are_kept(pool):
     task, cache = make_task('train', 0, 'operator', 1), {}
     path, n, right = task.data['edits'][0]
