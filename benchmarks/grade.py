@@ -122,8 +122,8 @@ def cost(n=150, repeats=6):
             names = [f'{p}::{e.split("::")[1]}' for p in files for e in EXPECTED if 'test_add.py' in e]
             suite = Suite(Path(base), (*EXPECTED, *names), limits=LIMITS)
             gold = state({**REPO, **files, 'calc.py': FIX})
-            before, now = lambda: plain_grade(suite, gold, box), lambda: asyncio.run(grade_tests(suite, gold, gold, box))
-            report(what, [pair(before, now) for _ in range(repeats)])
+            now = lambda: asyncio.run(grade_tests(suite, gold, gold, box))
+            report(what, [pair(lambda: plain_grade(suite, gold, box), now) for _ in range(repeats)])
 
 
 if __name__ == '__main__':

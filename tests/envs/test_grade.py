@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 from grade_attacks import EXPECTED, FIX, REPO, TEST_ADD
+from grade_world import StallingPool
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -19,7 +20,7 @@ from kat.envs.grade import (
     PASSED, Check, Suite, Verdict, ask_job, checks_of, decides, decoded, encoded, grade_answers, grade_tests, hides,
     holds, judge_answers, judge_tests, known_modules, merge_trees, plant, prepare_tree, read_reports, read_tree,
     settle, together, write_tree)
-from kat.envs.sandbox import CAUSES, Bubblewrap, ExecResult, JobResult, Limits, WarmPool, features
+from kat.envs.sandbox import CAUSES, Bubblewrap, JobResult, Limits, WarmPool, features
 
 bwrap = pytest.mark.skipif(not features().works, reason=f'bubblewrap does not work here: {features().reason}')
 CODE_LIMITS = Limits(memory_mb=2048, cpu_s=20, wall_s=120, processes=32, output_kb=256, files_mb=64)
@@ -60,7 +61,7 @@ def blamed(cause, again, honest):
     assert len(controls) == (cause in machine)
 
 
-WALL = Limits(memory_mb=256, cpu_s=1, wall_s=.4)
+WALL = Limits(memory_mb=256, cpu_s=1, wall_s=3)
 
 
 def grade_one(pool, code, limits=WALL, right='def f(x): return x + 1'):
@@ -85,9 +86,13 @@ def test_limits_that_the_code_spends_are_its_failure(pool, code, cause):
 
 
 def test_a_machine_that_stalls_gives_no_reward(pool):
+    good = 'def f(x): return 1 + x'
     with pytest.raises(InfraError, match='control job'):
-        grade_one(pool, 'def f(x): return x + 1', replace(WALL, wall_s=1e-4))
-    assert grade_one(pool, 'def f(x): return x + 1', replace(WALL, wall_s=20)).passed
+        grade_one(StallingPool(pool, lambda job: True), good)
+    mine = StallingPool(pool, lambda job: job.files['m.py'] == good)
+    assert grade_one(mine, good).failed == 'longer than 3 s' and not grade_one(mine, good).certain
+    once = iter([True])
+    assert grade_one(StallingPool(pool, lambda job: next(once, False)), good) == Verdict({'t.py::test_1': True})
 
 
 # ---- tests that are data
@@ -473,32 +478,24 @@ def test_a_suite_names_its_tests(expected, tmp_path):
 
 @bwrap
 def test_slow_code_is_tried_beside_an_honest_run(suite):
-    stuck = REPO['calc.py'] + 'import threading\nthreading.Event().wait()\n'
-    short = replace(suite, limits=replace(CODE_LIMITS, wall_s=6))
-    said = run(short, {**REPO, 'calc.py': stuck})
-    assert not said.passed and not said.certain and said.failed == 'longer than 6 s'
-    with pytest.raises(InfraError, match='control job'):
-        run(short, {**REPO, 'calc.py': stuck}, right=state({**REPO, 'calc.py': stuck}))
-
-
-def test_a_run_that_the_machine_ended_is_run_again(suite):
-    "The sandbox stands in for a machine that stalls once."
-    class Stalls:
-        calls = 0
-        def exec(self, *a, **kw):
+    class Stalls(Bubblewrap):
+        "Real runs, but those of chosen code are cut off by the wall limit"
+        def __init__(self, *stalls):
+            super().__init__()
+            self.stalls, self.calls = iter(stalls), 0
+        def exec(self, argv, work, *a, **kw):
             self.calls += 1
-            if self.calls == 1: return ExecResult(-9, '', self.ready(a[1]), True, error='longer than 6 s', cause='wall')
-            return Bubblewrap().exec(*a, **kw)
-        def ready(self, work):
-            import hashlib
-            import hmac
-            start = next(p for p in Path(work).iterdir() if len(p.name) == 17)
-            key = bytes.fromhex(start.read_text().split('\n')[0])
-            return hmac.new(key, b'[0, "ready"]', hashlib.sha256).hexdigest() + ' [0, "ready"]\n'
-    if not features().works:
-        pytest.skip('bubblewrap does not work here')
-    box = Stalls()
-    assert asyncio.run(grade_tests(suite, GOLD, GOLD, box)).passed and box.calls == 3
+            got = super().exec(argv, work, *a, **kw)
+            cut = dict(rc=-9, error='longer than 120 s', cause='wall')
+            return replace(got, **cut) if next(self.stalls) in (True, (Path(work)/'calc.py').read_text()) else got
+    def run_in(box):
+        return asyncio.run(grade_tests(suite, state({**REPO, 'calc.py': FIX + '# mine'}), GOLD, box)), box.calls
+    said, calls = run_in(Stalls(*[FIX + '# mine'] * 3))
+    assert said == Verdict(dict.fromkeys(EXPECTED, True), failed='longer than 120 s', certain=False) and calls == 3
+    assert not said.passed
+    assert run_in(Stalls(True, False, False)) == (Verdict(dict.fromkeys(EXPECTED, True)), 3)
+    with pytest.raises(InfraError, match='control job'):
+        run_in(Stalls(True, True, True))
 
 
 def test_other_encodings_and_line_ends(tmp_path):

@@ -6,8 +6,8 @@ import re
 from dataclasses import replace
 
 import pytest
+from grade_world import StallingPool
 
-from kat.envs import micro
 from kat.envs.base import InfraError, ToolCall
 from kat.envs.expert import Expert, Style
 from kat.envs.micro import TOOLS, MicroEnv, fixed, judge, lacks, rewritten, verify
@@ -184,39 +184,37 @@ def solve(task):
     return [*edits, ('test', {}), ('submit', {})]
 
 
-def test_outcomes_of_a_stalled_machine_are_not_kept(pool, monkeypatch):
+def test_outcomes_of_a_stalled_machine_are_not_kept(pool):
     "Neither by `test` nor by `grade`; nor is there a reward"
     cache = {}
     for family in ('operator', 'slow', 'write_test'):
         task = make_task('train', 0, family)
-        with monkeypatch.context() as stalled:
-            stalled.setattr(micro, 'LIMITS', replace(micro.LIMITS, wall_s=1e-4))
-            for calls in (solve(task), solve(task)[:-2] + [('submit', {})]):
-                with pytest.raises(InfraError, match='honest control job'):
-                    steps(lambda: MicroEnv(pool, cache), task, calls)
-            assert cache == {}
+        for calls in (solve(task), solve(task)[:-2] + [('submit', {})]):
+            with pytest.raises(InfraError, match='honest control job'):
+                steps(lambda: MicroEnv(StallingPool(pool, lambda job: True), cache), task, calls)
+        assert cache == {}
         obs, grade, _ = steps(lambda: MicroEnv(pool, cache), task, solve(task))
         assert obs[0].results[-2].text == 'pass' and grade.reward == 1 and cache
         cache.clear()
 
 
-def test_outcomes_that_the_wall_decided_are_not_kept(pool, monkeypatch):
-    monkeypatch.setattr(micro, 'LIMITS', replace(micro.LIMITS, wall_s=1))
+def test_outcomes_that_the_wall_decided_are_not_kept(pool):
     task, cache = make_task('train', 0, 'operator', 1), {}
     path, n, _ = task.data['edits'][0]
+    slow = StallingPool(pool, lambda job: 'wait()' in str(job.files))
     wait = ('edit', dict(path=path, line=n, text='    import threading; threading.Event().wait()'))
-    obs, grade, _ = steps(lambda: MicroEnv(pool, cache), task, [wait, ('test', {}), ('submit', {})])
-    assert obs[0].results[1].text == 'fail: longer than 1 s' and grade.reward == 0 and cache == {}
-    assert grade.info['failed'] == 'longer than 1 s'
+    obs, grade, _ = steps(lambda: MicroEnv(slow, cache), task, [wait, ('test', {}), ('submit', {})])
+    assert obs[0].results[1].text == 'fail: longer than 3 s' and grade.reward == 0 and cache == {}
+    assert grade.info['failed'] == 'longer than 3 s'
 
 
-def test_an_agent_cannot_void_its_episode_by_its_own_tests(pool, monkeypatch):
+def test_an_agent_cannot_void_its_episode_by_its_own_tests(pool):
     "The honest job beside a slow one runs the task's tests, not the agent's"
-    monkeypatch.setattr(micro, 'LIMITS', replace(micro.LIMITS, wall_s=1))
     task = make_task('train', 0, 'operator', 1)
+    slow = StallingPool(pool, lambda job: 'wait()' in str(job.files))
     wait = ('edit', dict(path='tests.py', line=1, text='import threading; threading.Event().wait()'))
-    obs, grade, _ = steps(lambda: MicroEnv(pool), task, [wait, ('test', {}), *solve(task)[:-2], ('submit', {})])
-    assert obs[0].results[1].text == 'fail: longer than 1 s' and grade.reward == 1
+    obs, grade, _ = steps(lambda: MicroEnv(slow), task, [wait, ('test', {}), *solve(task)[:-2], ('submit', {})])
+    assert obs[0].results[1].text == 'fail: longer than 3 s' and grade.reward == 1
 
 
 def test_outcomes_that_the_code_decided_are_kept(pool):
