@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['MACHINE', 'COMPARE', 'DECIDE', 'ASK', 'CONFIGURES', 'TESTS', 'CACHES', 'OPPOSITE', 'RAISES', 'ERRORS', 'START',
-           'TEST_RUNNER', 'ARGUMENTS', 'CHANNEL_KB', 'PASSED', 'settle', 'Verdict', 'together', 'literal', 'Check',
+           'TEST_RUNNER', 'ARGUMENTS', 'CHANNEL_KB', 'PASSED', 'fair_run', 'Verdict', 'together', 'literal', 'Check',
            'checks_of', 'encoded', 'decoded', 'holds', 'ask_job', 'judge_answers', 'grade_answers', 'decides',
            'read_tree', 'hides', 'known_modules', 'merge_trees', 'write_tree', 'another', 'inverted', 'Candidate',
            'candidates', 'exchange', 'canary', 'new_name', 'plant', 'read_reports', 'judge_tests', 'Suite',
@@ -34,10 +34,10 @@ from pathlib import Path, PurePosixPath
 from .base import Grade, InfraError
 from .sandbox import COLD, Job, Limits
 
-# %% ../../nbs/envs/07_grade.ipynb #0504a9b2
+# %% ../../nbs/envs/07_grade.ipynb #b46bb40c
 MACHINE = ('wall', 'killed', 'worker')  # what ended a job may have been the machine; all other causes are the code's
 
-async def settle(
+async def fair_run(
     attempt,  # async function without arguments: run the job; -> JobResult or ExecResult
     control,  # async function: run an honest job of the same kind
 ):  # -> the result that counts
@@ -193,7 +193,7 @@ def ask_job(
         asked.setdefault(check.imports, []).append([str(i), check.question])
     return Job(first + ASK, files, list(asked.items()), limits)
 
-# %% ../../nbs/envs/07_grade.ipynb #d9692c06
+# %% ../../nbs/envs/07_grade.ipynb #3859df06
 def judge_answers(
     checks: list,
     result,  # JobResult of `ask_job`
@@ -217,7 +217,7 @@ async def grade_answers(
 ) -> Verdict:
     "Grade by tests that are data. Raises `InfraError` when the machine failed."
     run = lambda code: pool.arun(ask_job(code, checks, limits, first))
-    return judge_answers(checks, await settle(lambda: run(files), lambda: run(right)))
+    return judge_answers(checks, await fair_run(lambda: run(files), lambda: run(right)))
 
 # %% ../../nbs/envs/07_grade.ipynb #c620bc18
 CONFIGURES = ('conftest.py', 'pytest.ini', '.pytest.ini', 'pytest.toml', '.pytest.toml', 'tox.ini', 'setup.cfg',
@@ -685,7 +685,7 @@ def run_tests(
         return Run(got.rc, messages, 'output', f'more than {suite.limits.output_kb} kB printed')
     return Run(got.rc, messages, got.cause, got.error)
 
-# %% ../../nbs/envs/07_grade.ipynb #95c53efd
+# %% ../../nbs/envs/07_grade.ipynb #8a6e5a99
 async def grade_tests(
     suite: Suite,
     agent: Path | dict,  # folder that the agent left, or its tree
@@ -697,7 +697,7 @@ async def grade_tests(
     tree = lambda state: state if isinstance(state, dict) else read_tree(state)
     done = prepare_tree(suite, tree(agent), sites, draw)
     run = lambda what: asyncio.to_thread(run_tests, what, suite, sites, box)
-    got = await settle(lambda: run(done), lambda: run(prepare_tree(suite, tree(right), sites, draw)))
+    got = await fair_run(lambda: run(done), lambda: run(prepare_tree(suite, tree(right), sites, draw)))
     said = judge_tests(got.messages, got.code, done.expected, done.canaries, set(done.files))
     if got.cause:
         said = Verdict(said.tests, failed=got.error, certain=got.cause not in MACHINE)

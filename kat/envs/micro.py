@@ -17,7 +17,7 @@ from dataclasses import replace
 
 from .base import Env, Grade, InfraError, Observation, Task, ToolCall, ToolResult, bad_call, register, tool
 from .grade import (
-    MACHINE, Check, Verdict, ask_job, checks_of, decoded, grade_answers, holds, literal, settle, together)
+    MACHINE, Check, Verdict, ask_job, checks_of, decoded, fair_run, grade_answers, holds, literal, together)
 from .micro_tasks import make_task, with_line
 from .sandbox import Job, Limits, MeteredPool, WarmPool
 
@@ -196,7 +196,7 @@ async def _quick(pool, checks: list, files: dict, right: dict) -> Verdict:
     far = 10**15 + secrets.randbelow(10**15)
     asked = [replace(c, question=f'{helper(c)[1][0]}({far})', compare='==') for c in checks]
     ask = lambda: pool.arun(ask_job(right, asked, LIMITS, TIMER))
-    known = await settle(ask, ask)
+    known = await fair_run(ask, ask)
     if known.status != 'ok' or len(known.value) < len(asked):
         raise InfraError(f'micro: the right code does not answer {asked[0].question}: {known.error}')
     asked = [replace(c, want=decoded(known.value[str(i)])) for i, c in enumerate(asked)]
@@ -260,7 +260,7 @@ async def _detects(pool, checks: list, files: dict, right: dict) -> Verdict:
     for n in range(ROUNDS):
         order = draw.sample(list(wanted), len(wanted))
         runs = [(_copy(files, right, given, draw if n else None), _copy(right, right, given, None)) for given in order]
-        results = await asyncio.gather(*(settle(lambda j=job: pool.arun(j), lambda h=honest: pool.arun(h))
+        results = await asyncio.gather(*(fair_run(lambda j=job: pool.arun(j), lambda h=honest: pool.arun(h))
                                          for job, honest in runs))
         for given, result in zip(order, results):
             good[given] &= result.value is wanted[given]
@@ -339,7 +339,7 @@ async def _said(pool: WarmPool, task: Task, files: dict[str, str]) -> tuple[dict
     "Outcomes of `tests.py` in words, and whether the code alone decided them."
     tests = {'tests.py': files['tests.py']}
     job, honest = test_job(files, tests), test_job(fixed(task), {'tests.py': task.data['files']['tests.py']})
-    result = await settle(lambda: pool.arun(job), lambda: pool.arun(honest))
+    result = await fair_run(lambda: pool.arun(job), lambda: pool.arun(honest))
     return verdicts(result, tests), result.cause not in MACHINE
 
 async def _judged(pool: WarmPool, task: Task, files: dict[str, str]) -> tuple[Verdict, bool]:
@@ -364,8 +364,9 @@ class _Workspace(Env):
 
     async def _run(self, what: str):
         "What 'test' or 'grade' says of the files as they stand; kept where the code alone decided it."
-        given, ask = (self.files['tests.py'], _said) if what == 'test' else (self.task.data['files']['tests.py'], _judged)
-        files = {**self.files, 'tests.py': given}
+        files, ask = dict(self.files), dict(test=_said, grade=_judged)[what]
+        if what == 'grade':
+            files['tests.py'] = self.task.data['files']['tests.py']
         key = _digest(what, files, self.task.data['hidden'])
         if key in self.cache: return self.cache[key]
         said, certain = await ask(self.pool, self.task, files)

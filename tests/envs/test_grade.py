@@ -19,7 +19,7 @@ from kat.envs.base import InfraError
 from kat.envs.grade import (
     PASSED, Check, Suite, Verdict, ask_job, checks_of, decides, decoded, encoded, grade_answers, grade_tests, hides,
     holds, judge_answers, judge_tests, known_modules, merge_trees, plant, prepare_tree, read_reports, read_tree,
-    settle, together, write_tree)
+    fair_run, together, write_tree)
 from kat.envs.sandbox import CAUSES, Bubblewrap, JobResult, Limits, WarmPool, features
 
 bwrap = pytest.mark.skipif(not features().works, reason=f'bubblewrap does not work here: {features().reason}')
@@ -55,9 +55,9 @@ def blamed(cause, again, honest):
     machine = {'wall', 'killed', 'worker'}
     if cause in machine and again in machine and honest:
         with pytest.raises(InfraError, match='honest control job'):
-            asyncio.run(settle(attempt, control))
+            asyncio.run(fair_run(attempt, control))
     else:
-        assert asyncio.run(settle(attempt, control)) == ended(again if cause in machine else cause)
+        assert asyncio.run(fair_run(attempt, control)) == ended(again if cause in machine else cause)
     assert len(controls) == (cause in machine)
 
 
