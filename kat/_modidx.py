@@ -617,6 +617,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                 'kat.envs.grade._plant_in': ('envs/grade.html#_plant_in', 'kat/envs/grade.py'),
                                 'kat.envs.grade._read': ('envs/grade.html#_read', 'kat/envs/grade.py'),
                                 'kat.envs.grade._span': ('envs/grade.html#_span', 'kat/envs/grade.py'),
+                                'kat.envs.grade.all_of': ('envs/grade.html#all_of', 'kat/envs/grade.py'),
                                 'kat.envs.grade.another': ('envs/grade.html#another', 'kat/envs/grade.py'),
                                 'kat.envs.grade.ask_job': ('envs/grade.html#ask_job', 'kat/envs/grade.py'),
                                 'kat.envs.grade.canary': ('envs/grade.html#canary', 'kat/envs/grade.py'),

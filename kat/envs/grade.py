@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['MACHINE', 'COMPARE', 'DECIDE', 'ASK', 'CONFIGURES', 'TESTS', 'CACHES', 'OPPOSITE', 'RAISES', 'ERRORS', 'START',
-           'TEST_RUNNER', 'ARGUMENTS', 'CHANNEL_KB', 'PASSED', 'fair_run', 'Verdict', 'together', 'literal', 'Check',
-           'checks_of', 'encoded', 'decoded', 'holds', 'ask_job', 'judge_answers', 'grade_answers', 'decides',
+           'TEST_RUNNER', 'ARGUMENTS', 'CHANNEL_KB', 'PASSED', 'all_of', 'fair_run', 'Verdict', 'together', 'literal',
+           'Check', 'checks_of', 'encoded', 'decoded', 'holds', 'ask_job', 'judge_answers', 'grade_answers', 'decides',
            'read_tree', 'hides', 'known_modules', 'merge_trees', 'write_tree', 'another', 'inverted', 'Candidate',
            'candidates', 'exchange', 'canary', 'new_name', 'plant', 'read_reports', 'judge_tests', 'Suite',
            'package_folders', 'Prepared', 'prepare_tree', 'Run', 'run_tests', 'grade_tests']
@@ -37,6 +37,15 @@ from .sandbox import COLD, Job, Limits
 # %% ../../nbs/envs/07_grade.ipynb #b46bb40c
 MACHINE = ('wall', 'killed', 'worker')  # what ended a job may have been the machine; all other causes are the code's
 
+async def all_of(
+    waits,  # coroutines
+) -> list:
+    "The results of all, at the same time. Raises the first error, when all have ended."
+    ended = await asyncio.gather(*waits, return_exceptions=True)
+    for one in ended:
+        if isinstance(one, BaseException): raise one
+    return ended
+
 async def fair_run(
     attempt,  # async function without arguments: run the job; -> JobResult or ExecResult
     control,  # async function: run an honest job of the same kind
@@ -44,7 +53,7 @@ async def fair_run(
     "Run a job and make sure that its end is the code's doing. Raises `InfraError` where it isn't. *Own design.*"
     first = await attempt()
     if first.cause not in MACHINE: return first
-    again, honest = await asyncio.gather(attempt(), control())
+    again, honest = await all_of([attempt(), control()])
     if again.cause in MACHINE and honest.cause:
         raise InfraError(f'grade: twice {again.error}, and an honest control job beside it: {honest.error}')
     return again

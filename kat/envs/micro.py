@@ -17,7 +17,7 @@ from dataclasses import replace
 
 from .base import Env, Grade, InfraError, Observation, Task, ToolCall, ToolResult, bad_call, register, tool
 from .grade import (
-    MACHINE, Check, Verdict, ask_job, checks_of, decoded, fair_run, grade_answers, holds, literal, together)
+    MACHINE, Check, Verdict, all_of, ask_job, checks_of, decoded, fair_run, grade_answers, holds, literal, together)
 from .micro_tasks import make_task, with_line
 from .sandbox import Job, Limits, MeteredPool, WarmPool
 
@@ -260,8 +260,8 @@ async def _detects(pool, checks: list, files: dict, right: dict) -> Verdict:
     for n in range(ROUNDS):
         order = draw.sample(list(wanted), len(wanted))
         runs = [(_copy(files, right, given, draw if n else None), _copy(right, right, given, None)) for given in order]
-        results = await asyncio.gather(*(fair_run(lambda j=job: pool.arun(j), lambda h=honest: pool.arun(h))
-                                         for job, honest in runs))
+        results = await all_of(fair_run(lambda j=job: pool.arun(j), lambda h=honest: pool.arun(h))
+                               for job, honest in runs)
         for given, result in zip(order, results):
             good[given] &= result.value is wanted[given]
             certain &= result.cause not in MACHINE
@@ -282,7 +282,7 @@ async def judge(
     sorts = {}
     for check in [c for path, text in tests.items() for c in checks_of(path, text)]:
         sorts.setdefault(helper(check)[0], []).append(check)
-    return together(await asyncio.gather(*(SORTS[name](pool, some, code, right) for name, some in sorts.items())))
+    return together(await all_of(SORTS[name](pool, some, code, right) for name, some in sorts.items()))
 
 # %% ../../nbs/envs/05_micro.ipynb #f41ff5a1
 async def _untrue(tasks: list[Task], pool: WarmPool) -> list[str]:
@@ -290,7 +290,7 @@ async def _untrue(tasks: list[Task], pool: WarmPool) -> list[str]:
         before, after = [await judge(pool, task, files) for files in (task.data['files'], fixed(task))]
         fails = lambda path: not all(ok for name, ok in before.tests.items() if name.startswith(path))
         return fails('tests.py') and fails('hidden.py') and after.passed
-    return [task.id for task, ok in zip(tasks, await asyncio.gather(*map(true, tasks))) if not ok]
+    return [task.id for task, ok in zip(tasks, await all_of(map(true, tasks))) if not ok]
 
 def verify(
     tasks: list[Task],  # tasks to check
