@@ -22,9 +22,9 @@ from .micro_tasks import make_task, with_line
 from .sandbox import Job, Limits, MeteredPool, WarmPool
 
 # %% auto #0
-__all__ = ['RUNNER', 'LIMITS', 'QUICK_S', 'TIMER', 'OPERATIONS', 'RUN', 'ROUNDS', 'SORTS', 'TOOLS', 'SYSTEM', 'test_job',
-           'verdicts', 'fixed', 'helper', 'lacks', 'rewritten', 'judge', 'verify', 'view', 'MicroEnv', 'world',
-           'heldout', 'train_task']
+__all__ = ['RUNNER', 'LIMITS', 'QUICK_S', 'TIMER', 'OPERATIONS', 'RUN', 'SORTS', 'TOOLS', 'SYSTEM', 'test_job', 'verdicts',
+           'fixed', 'helper', 'lacks', 'rewritten', 'judge', 'verify', 'view', 'MicroEnv', 'world', 'heldout',
+           'train_task']
 
 # %% ../../nbs/envs/05_micro.ipynb #7ddccbe0
 _START = r"""
@@ -244,7 +244,6 @@ except Exception:
 else:
     result(True)
 """
-ROUNDS = 3  # the first with the code as it stands
 
 def _copy(files: dict, right: dict, given: tuple, draw: random.Random | None) -> Job:
     "A run of the agent's test on the right code, or on a broken copy; with `draw` in other words."
@@ -257,9 +256,11 @@ def _copy(files: dict, right: dict, given: tuple, draw: random.Random | None) ->
 async def _detects(pool, checks: list, files: dict, right: dict) -> Verdict:
     wanted, draw = {helper(c)[1]: c.want for c in checks}, random.Random(secrets.randbits(64))
     good, certain = dict.fromkeys(wanted, True), True
-    for n in range(ROUNDS):
-        order = draw.sample(list(wanted), len(wanted))
-        runs = [(_copy(files, right, given, draw if n else None), _copy(right, right, given, None)) for given in order]
+    for again in (None, draw):
+        often = {given: again.randint(3, 5) if want else 2 for given, want in wanted.items()} if again else {}
+        todo = [given for given in wanted for _ in range(often.get(given, 1))]
+        order = draw.sample(todo, len(todo))
+        runs = [(_copy(files, right, given, again), _copy(right, right, given, None)) for given in order]
         results = await all_of(fair_run(lambda j=job: pool.arun(j), lambda h=honest: pool.arun(h))
                                for job, honest in runs)
         for given, result in zip(order, results):
