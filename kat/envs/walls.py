@@ -5,9 +5,8 @@
 # %% auto #0
 __all__ = ['ENVIRON', 'bwrap_candidates', 'seccomp_filter', 'Box', 'memfd', 'start_boxed', 'bare_python']
 
-# %% ../../nbs/envs/02_walls.ipynb #98005cab
+# %% ../../nbs/envs/02_walls.ipynb #6873dc92
 import os
-import platform
 import shutil
 import struct
 import subprocess

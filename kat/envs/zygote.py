@@ -226,7 +226,7 @@ def furnish(walls: dict):
     with socket.socket() as any_socket:
         fcntl.ioctl(any_socket, 0x8914, struct.pack('16sh14x', b'lo', 1))  # SIOCSIFFLAGS, IFF_UP
 
-# %% ../../nbs/envs/02_zygote.ipynb #e4496a95
+# %% ../../nbs/envs/02_zygote.ipynb #41b8b6f5
 def become_user():
     "To be called before /proc is replaced: a function that moves this process into a user namespace, as user 1000."
     mine, proc = (os.open(path, os.O_PATH | os.O_DIRECTORY) for path in ('/proc/self', '/proc'))
@@ -245,7 +245,8 @@ def hold_room(walls: dict, tell: int):
         furnish(walls)
         leave()
         prctl(PR_SET_DUMPABLE, 0)
-        signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # orphans leave nothing behind
+        for number in (signal.SIGINT, signal.SIGCHLD):  # no signal of the job ends it; orphans leave nothing behind
+            signal.signal(number, signal.SIG_IGN)
         os.write(tell, b'ready')
         os.closerange(0, 1024)
         while True:
@@ -316,9 +317,12 @@ class Room:
         os.waitpid(self.pid, 0)
         os.close(self.pidfd)
 
-# %% ../../nbs/envs/02_zygote.ipynb #21e352ba
-def fork_into(room: Room) -> int:
-    "`os.fork`, with the child in the room's process namespace."
+# %% ../../nbs/envs/02_zygote.ipynb #9f55a527
+def fork_into(room: Room | None, work: str) -> int:
+    "`os.fork`, with the child in the room's process namespace; without rooms `work` is made."
+    if not room:
+        os.makedirs(work)
+        return os.fork()
     system('setns', room.pidfd, NEW['pids'])
     try:
         return os.fork()
@@ -422,21 +426,21 @@ def held_share(pid: int, device: int) -> int:
                 part[words[0]] = part.get(words[0], 0) + int(words[1])
     return (total - part.get(b'Pss:', 0) + part.get(b'Anonymous:', 0)) * 1024
 
-# %% ../../nbs/envs/02_zygote.ipynb #fa1c2888
+# %% ../../nbs/envs/02_zygote.ipynb #c45608d9
 def look(pids: list, lim: dict, room: Room | None) -> tuple:
     "What is wrong with these processes ('processes', 'memory' or None), and how many bytes they have left."
     found = [held(pid) for pid in pids]
     if sum(threads for threads, _ in found) > lim['processes']: return 'processes', 0
     files, device, most = 0, 0, lim['memory_mb'] * MB
-    if room:
-        space, device = os.statvfs(f'/proc/{room.pid}/root/tmp'), os.stat(f'/proc/{room.pid}/root/tmp').st_dev
-        files = (space.f_blocks - space.f_bfree) * space.f_frsize
-    used = files + sum(memory for _, memory in found)
-    if used > most:
-        try:
+    try:
+        if room:
+            space, device = os.statvfs(f'/proc/{room.pid}/root/tmp'), os.stat(f'/proc/{room.pid}/root/tmp').st_dev
+            files = (space.f_blocks - space.f_bfree) * space.f_frsize
+        used = files + sum(memory for _, memory in found)
+        if used > most:
             used = files + sum(held_share(pid, device) for pid in pids)
-        except OSError:
-            return None, 0  # one has just ended: look again
+    except OSError:
+        return None, 0  # one has just ended: look again
     return 'memory' if used > most else None, most - used
 
 def members(rooms: list) -> list:
@@ -520,11 +524,10 @@ def one(ctl: socket.socket, base: str, lim: dict, fds: list, room: Room | None, 
     "Run one job. How it ended: why it was killed, exit code, CPU and wall seconds, what failed; and the next room."
     start, work = time.monotonic(), os.path.join(base, 'work')
     (wrong, wrong_end) = os.pipe()
-    if room:
-        pid = fork_into(room)
-    else:
-        os.makedirs(work)
-        pid = os.fork()
+    try:
+        pid = fork_into(room, work)
+    except OSError as e:
+        return dict(why=None, broken=str(e)[:1000]), room  # the host ends a worker that says so
     if not pid:
         child(lim, lim['cwd'] or work, [*fds, wrong_end], room)
     for fd in (*fds, wrong_end):
@@ -597,10 +600,7 @@ def serve_jobs(
         data, fds, _, _ = socket.recv_fds(ctl, 4096, 3)
         if not data: break
         if not fds: continue  # "stop" for a job that has just ended by itself
-        try:
-            end, room = one(ctl, base, json.loads(data), fds, room, prepare if quick else (lambda: None))
-        except OSError as e:
-            end = dict(why=None, broken=str(e)[:1000])  # the host ends a worker that says so
+        end, room = one(ctl, base, json.loads(data), fds, room, prepare if quick else (lambda: None))
         if end['why'] == 'gone': break
         ctl.send(json.dumps(dict(end, clean=(walls is not None or clean(base)) and state(base) == before)).encode())
     if os.getpid() != 1:
