@@ -7,10 +7,9 @@ __all__ = ['MB', 'RESULT_FD', 'PR_SET_PDEATHSIG', 'PR_SET_DUMPABLE', 'PR_SET_SEC
            'PR_SET_NO_NEW_PRIVS', 'libc', 'JOB_FILTER', 'NEW', 'RDONLY', 'NOSUID', 'NODEV', 'NOEXEC', 'REMOUNT', 'BIND',
            'DEVICES', 'TICK', 'FASTEST', 'REMOVE', 'COMMON', 'set_limits', 'set_limit', 'write_all', 'tell',
            'make_result', 'run_main', 'error_text', 'run_job', 'run_argv', 'system', 'prctl', 'Program', 'set_filter',
-           'drop_rights', 'mount', 'size_of', 'write_file', 'protect_devices', 'furnish', 'become_user', 'hold_room',
-           'Maker', 'Room', 'fork_into', 'enter', 'take_fds', 'begin', 'child', 'descendants', 'fields_of', 'held',
-           'held_share', 'look', 'members', 'watch', 'kill_all', 'clean', 'state', 'finish', 'one', 'warm',
-           'serve_jobs']
+           'drop_rights', 'mount', 'size_of', 'write_file', 'protect_devices', 'furnish', 'Maker', 'Room', 'fork_into',
+           'enter', 'take_fds', 'begin', 'child', 'descendants', 'fields_of', 'held', 'held_share', 'look', 'members',
+           'watch', 'kill_all', 'clean', 'state', 'finish', 'one', 'warm', 'serve_jobs']
 
 # %% ../../nbs/envs/02_zygote.ipynb #c8b99758
 import ctypes
@@ -203,7 +202,7 @@ def protect_devices():
         kept = os.statvfs(f'/dev/{name}').f_flag & (NOSUID | NODEV | NOEXEC)
         mount('', f'/dev/{name}', flags=REMOUNT | BIND | RDONLY | kept)
 
-# %% ../../nbs/envs/02_zygote.ipynb #44dabb07
+# %% ../../nbs/envs/02_zygote.ipynb #8fbf2972
 def furnish(walls: dict):
     "Make the file systems of a room, and its loopback device. `walls`: `files_mb`, `overlay`, `show` (paths)."
     shown = [(path, os.open(path, os.O_PATH)) for path in walls['show']]
@@ -221,92 +220,71 @@ def furnish(walls: dict):
         if not os.path.exists(path):
             os.close(os.open(path, os.O_CREAT))
         mount(f'/proc/self/fd/{fd}', path, flags=BIND)
+        os.close(fd)
     mount('devpts', '/dev/pts', 'devpts', NOSUID | NOEXEC, 'newinstance,ptmxmode=0666,mode=620')
-    mount('proc', '/proc', 'proc', RDONLY | NOSUID | NODEV | NOEXEC)
     with socket.socket() as any_socket:
         fcntl.ioctl(any_socket, 0x8914, struct.pack('16sh14x', b'lo', 1))  # SIOCSIFFLAGS, IFF_UP
 
-# %% ../../nbs/envs/02_zygote.ipynb #41b8b6f5
-def become_user():
-    "To be called before /proc is replaced: a function that moves this process into a user namespace, as user 1000."
-    mine, proc = (os.open(path, os.O_PATH | os.O_DIRECTORY) for path in ('/proc/self', '/proc'))
-    def leave():
-        system('unshare', NEW['user'])
-        write_file('setgroups', 'deny', mine)
-        write_file('uid_map', '1000 0 1', mine)
-        write_file('gid_map', '1000 0 1', mine)
-        write_file('sys/user/max_user_namespaces', '0', proc)
-    return leave
-
-def hold_room(walls: dict, tell: int):
-    "Process 1 of a room; never returns."
-    try:
-        leave = become_user()
-        furnish(walls)
-        leave()
-        prctl(PR_SET_DUMPABLE, 0)
-        for number in (signal.SIGINT, signal.SIGCHLD):  # no signal of the job ends it; orphans leave nothing behind
-            signal.signal(number, signal.SIG_IGN)
-        os.write(tell, b'ready')
-        os.closerange(0, 1024)
-        while True:
-            signal.pause()
-    except BaseException as e:
-        os.write(tell, str(e).encode()[:1000])
-    finally:
-        os._exit(1)
-
-# %% ../../nbs/envs/02_zygote.ipynb #6d464a3c
+# %% ../../nbs/envs/02_zygote.ipynb #274d8111
 class Maker:
-    "The process that makes rooms."
+    "The process that makes rooms, and its two pipes: asked for them, and telling of each its process, or what failed."
     def __init__(self, walls: dict):
-        self.asked, ask = socket.socketpair()
-        self.told, tell = os.pipe()
+        self.asked, ask = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self.pid = os.fork()
         if not self.pid:
-            self.make(walls, ask, tell)
+            self.asked.close()
+            self.serve(walls, ask)
         ask.close()
-        os.close(tell)
 
-    def make(self, walls, ask, tell):
+    def serve(self, walls, ask):
         "Make a room for each byte that comes; never returns."
-        number = dict(x86_64=56, aarch64=220)[os.uname().machine]  # of the system call `clone`
-        flags = NEW['mounts'] | NEW['ipc'] | NEW['pids'] | NEW['network'] | 0x8000 | signal.SIGCHLD  # CLONE_PARENT
-        self.asked.close()
-        gc.disable()
         try:
+            for number in (signal.SIGINT, signal.SIGCHLD):  # no signal ends a room; orphans leave nothing behind
+                signal.signal(number, signal.SIG_IGN)
+            gc.disable()
+            proc = os.open('/proc', os.O_PATH | os.O_DIRECTORY)
             while ask.recv(1):
-                pid = system('syscall', number, flags, 0, 0, 0, 0)
-                if not pid:
-                    hold_room(walls, tell)
-                ask.send(struct.pack('i', pid))
-        except OSError as e:
-            ask.send(struct.pack('i', -e.errno))
+                ask.send(self.make(walls, proc))
+        except Exception as e:
+            ask.send(str(e).encode()[:1000])
         finally:
             os._exit(1)
 
-# %% ../../nbs/envs/02_zygote.ipynb #5a735269
+    def make(self, walls, proc) -> bytes:
+        "One room: the number of its process."
+        number = dict(x86_64=56, aarch64=220)[os.uname().machine]  # of the system call `clone`
+        places = NEW['mounts'] | NEW['ipc'] | NEW['network']
+        own = [os.open(f'self/ns/{name}', os.O_RDONLY, dir_fd=proc) for name in ('mnt', 'ipc', 'net')]
+        system('unshare', places)
+        furnish(walls)
+        pid = system('syscall', number, NEW['user'] | NEW['pids'] | 0x8000 | signal.SIGCHLD, 0, 0, 0, 0)  # CLONE_PARENT
+        while not pid:
+            signal.pause()
+        for name, text in ('setgroups', 'deny'), ('uid_map', '1000 0 1'), ('gid_map', '1000 0 1'):
+            write_file(f'{pid}/{name}', text, proc)
+        for fd in own:
+            system('setns', fd, 0)
+            os.close(fd)
+        return struct.pack('i', pid)
+
+# %% ../../nbs/envs/02_zygote.ipynb #3ea8052d
 class Room:
     "The namespaces and file systems of one job, made while others run. Raises `OSError` where that fails."
     def __init__(self, maker: Maker):
-        self.maker, self.told = maker, b''
+        self.maker = maker
         maker.asked.send(b'+')
 
     @functools.cached_property
     def pid(self) -> int:
         "Process 1 of the room, as the zygote sees it."
-        said = self.maker.asked.recv(4)
-        pid = struct.unpack('i', said)[0] if said else -errno.ECHILD
-        if pid < 0: raise OSError(-pid, f'no room: {os.strerror(-pid)}')
-        return pid
+        said = self.maker.asked.recv(1000)
+        if len(said) != 4: raise OSError(f'no room: {said.decode()}')
+        return struct.unpack('i', said)[0]
 
     @functools.cached_property
     def pidfd(self) -> int:
-        "A door to the namespaces of the finished room."
-        found = os.pidfd_open(self.pid)
-        said = os.read(self.maker.told, 1000)
-        if said != b'ready': raise OSError(f'no room: {said.decode()}')
-        return found
+        "A door to its namespaces for processes and users."
+        return os.pidfd_open(self.pid)
 
     def close(self):
         "End everything inside. (Its first process ends when the zygote has collected its own child.)"
@@ -317,7 +295,7 @@ class Room:
         os.waitpid(self.pid, 0)
         os.close(self.pidfd)
 
-# %% ../../nbs/envs/02_zygote.ipynb #9f55a527
+# %% ../../nbs/envs/02_zygote.ipynb #acbe8b8e
 def fork_into(room: Room | None, work: str) -> int:
     "`os.fork`, with the child in the room's process namespace; without rooms `work` is made."
     if not room:
@@ -334,9 +312,13 @@ def fork_into(room: Room | None, work: str) -> int:
 
 def enter(room: Room, lim: dict):
     "Move this process, a child of `fork_into`, into all of the room."
+    proc = os.open('/proc', os.O_PATH | os.O_DIRECTORY)
     system('setns', room.pidfd, NEW['mounts'] | NEW['ipc'] | NEW['network'])
+    mount('proc', '/proc', 'proc', RDONLY | NOSUID | NODEV | NOEXEC)
     mount('', '/tmp', flags=REMOUNT | NOSUID | NODEV, data=size_of(min(lim['files_mb'], lim['memory_mb'])))
     system('setns', room.pidfd, NEW['user'])
+    write_file('sys/user/max_user_namespaces', '0', proc)
+    os.close(proc)
 
 # %% ../../nbs/envs/02_zygote.ipynb #e7e1e7dd
 def take_fds(job_fd: int, out_fd: int, res_fd: int, wrong_fd: int):
