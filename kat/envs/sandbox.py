@@ -263,6 +263,24 @@ class _Worker:
         if self.base and os.path.exists(self.base):
             subprocess.run([*zygote.REMOVE, self.base])
 
+# %% ../../nbs/envs/03_sandbox.ipynb #18cc0666
+def _run_cold(box, argv, env, lim) -> ExecResult:
+    "A worker for one command."
+    worker = _Worker(box, warm=False)
+    job = json.dumps(dict(argv=list(argv), env={**ENVIRON, **env})).encode()
+    try:
+        end, out, err, over = _exchange(worker.ctl, job, lim, stop=False)
+    except _Broken as e:
+        raise _NoStart(str(e)) from None
+    except _Lost as e:
+        raise InfraError(f'sandbox: lost while running {argv[0]!r}: {e}') from None
+    finally:
+        worker.close()
+    cause, status, why = _killed(end, False, lim)
+    out, err = out.decode(errors='replace'), err.decode(errors='replace')
+    return ExecResult(end['code'], out, err, status == 'timeout', over, why, end['wall'],
+                      cause or ('output' if over else None))
+
 # %% ../../nbs/envs/03_sandbox.ipynb #c25963c4
 @dataclass(frozen=True)
 class Features:
@@ -523,12 +541,12 @@ class Bubblewrap:
                 work, mode = _copied(work, f'{tmp}/copy'), 'write'
             return _run_cold(Box(self.features.bwrap, limits.files_mb, work, mode, shown), argv, env or {}, lim)
 
-# %% ../../nbs/envs/03_sandbox.ipynb #772edb1c
+# %% ../../nbs/envs/03_sandbox.ipynb #0e11feaa
 def _check_command(argv, env):
     "Raise `ValueError` for a command or an environment that no program can be given."
     def fits(text):
         return _is_text(text) and '\0' not in text
-    if isinstance(argv, str) or not argv or not argv[0]:
+    if not isinstance(argv, (list, tuple)) or not argv or argv[0] == '':
         raise ValueError(f'argv must be a list that begins with a program, got {argv!r:.60}')
     for i, text in enumerate(argv):
         if not fits(text): raise ValueError(f'argv[{i}] must be text without NUL, got {text!r:.60}')
@@ -536,24 +554,6 @@ def _check_command(argv, env):
         if not (fits(name) and name and '=' not in name):
             raise ValueError(f"env: the name {name!r} must be text without '=' and NUL")
         if not fits(text): raise ValueError(f'env: {name!r} must be text without NUL, got {text!r:.60}')
-
-# %% ../../nbs/envs/03_sandbox.ipynb #18cc0666
-def _run_cold(box, argv, env, lim) -> ExecResult:
-    "A worker for one command."
-    worker = _Worker(box, warm=False)
-    job = json.dumps(dict(argv=list(argv), env={**ENVIRON, **env})).encode()
-    try:
-        end, out, err, over = _exchange(worker.ctl, job, lim, stop=False)
-    except _Broken as e:
-        raise _NoStart(str(e)) from None
-    except _Lost as e:
-        raise InfraError(f'sandbox: lost while running {argv[0]!r}: {e}') from None
-    finally:
-        worker.close()
-    cause, status, why = _killed(end, False, lim)
-    out, err = out.decode(errors='replace'), err.decode(errors='replace')
-    return ExecResult(end['code'], out, err, status == 'timeout', over, why, end['wall'],
-                      cause or ('output' if over else None))
 
 # %% ../../nbs/envs/03_sandbox.ipynb #975a5cce
 def _copied(work: str, copy: str) -> str:

@@ -13,7 +13,6 @@ __all__ = ['MB', 'RESULT_FD', 'PR_SET_PDEATHSIG', 'PR_SET_DUMPABLE', 'PR_SET_SEC
 
 # %% ../../nbs/envs/02_zygote.ipynb #c8b99758
 import ctypes
-import errno
 import fcntl
 import functools
 import gc

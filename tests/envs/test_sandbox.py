@@ -173,6 +173,65 @@ def test_memory(pool, main):
         assert done.error == 'more than 256 MB of memory'
 
 
+BIG = Limits(memory_mb=128, cpu_s=3, wall_s=8, processes=8, files_mb=32)
+HOLD = '''
+import mmap, os, threading, time
+def child(megabytes):
+    if os.fork() == 0:
+        x = bytearray(megabytes << 20)
+        time.sleep(600)
+def fill(m):
+    for i in range(0, len(m), 4096): m[i] = 1
+'''
+
+
+@pytest.fixture(scope='module')
+def roomy():
+    if not features().works:
+        pytest.skip(f'bubblewrap does not work here: {features().reason}')
+    with make('walls', limits=BIG) as made:
+        yield made
+
+
+@pytest.mark.parametrize('main', [
+    'for i in range(5): child(90)\ntime.sleep(600)',
+    'for i in range(3): child(60)\ntime.sleep(600)',
+    'open("/dev/shm/x", "wb").write(bytes(31 << 20))\nchild(60)\nchild(45)\ntime.sleep(600)',
+    'for i in range(2):\n  if os.fork() == 0:\n    fill(mmap.mmap(-1, 80 << 20)); time.sleep(600)\ntime.sleep(600)',
+    'for i in range(3):\n  if os.fork() == 0:\n    os.setsid()\n    if os.fork() == 0: x = bytearray(80 << 20); time.sleep(600)\n    os._exit(0)\ntime.sleep(600)',
+])
+def test_memory_of_all_processes_and_files_together(roomy, main):
+    done = roomy.run(Job(HOLD + main))
+    assert (done.status, done.error, done.decided) == ('memory', 'more than 128 MB of memory in all', 'limit')
+
+
+@pytest.mark.parametrize('main', [
+    'x = bytearray(60 << 20)\nfor i in range(4):\n  if os.fork() == 0: time.sleep(600)\ntime.sleep(.3)',
+    'm = mmap.mmap(-1, 60 << 20)\nfill(m)\nfor i in range(4):\n  if os.fork() == 0: sum(m[::4096]); time.sleep(600)\ntime.sleep(.3)',
+    'f = open("/dev/shm/x", "w+b"); f.truncate(30 << 20)\nfill(mmap.mmap(f.fileno(), 30 << 20))\nx = bytearray(40 << 20)\ntime.sleep(.3)',
+    'open("/tmp/x", "wb").write(bytes(30 << 20))\nx = bytearray(60 << 20)\ntime.sleep(.3)',
+])
+def test_shared_memory_counts_once(roomy, main):
+    assert roomy.run(Job(HOLD + main)) == JobResult('ok')
+
+
+@pytest.mark.parametrize('main, says', [
+    ('open("/dev/shm/x", "wb").write(bytes(20 << 20))\nopen("/tmp/x", "wb").write(bytes(20 << 20))', 'No space left'),
+    ('os.memfd_create("x")', 'not implemented'),
+    ('for i in range(100_000): os.close(os.open(f"/tmp/{i}", os.O_CREAT))', 'No space left'),
+])
+def test_files_in_memory_share_one_limit(roomy, main, says):
+    done = roomy.run(Job(HOLD + main))
+    assert done.status == 'error' and says in done.error
+
+
+def test_threads_are_counted(roomy):
+    main = HOLD + 'for i in range(args): threading.Thread(target=time.sleep, args=[60], daemon=True).start()\ntime.sleep(1)'
+    done = roomy.run(Job(main, args=20, limits=dataclasses.replace(BIG, memory_mb=1000)))
+    assert done.decided == 'limit' and done.cause == 'processes' or "can't start new thread" in done.error
+    assert roomy.run(Job(main.replace('sleep(1)', 'sleep(.1)'), args=6)) == JobResult('ok')
+
+
 def test_output_is_capped(pool):
     lim = Limits(output_kb=3, wall_s=5)
     for main in ('while True: print("x" * 99)', 'import os\nwhile True: os.write(2, b"x" * 5000)', 'print("x" * 4000)'):
@@ -484,6 +543,37 @@ threading.Event().wait()
 
 # ---- trust and features
 
+def test_root_has_no_fallback(monkeypatch):
+    monkeypatch.setattr(os, 'geteuid', lambda: 0)
+    with pytest.raises(InfraError, match='no code runs as root'):
+        WarmPool(bwrap=FAIL)
+
+
+def test_who_decided(pool):
+    def ended(main, **limits):
+        done = pool.run(Job(main, limits=dataclasses.replace(QUICK, **limits)))
+        return done.cause, done.decided
+    assert ended('result(1)') == ended('1 / 0') == ended('raise SystemExit') == (None, 'code')
+    assert ended('import ctypes; ctypes.string_at(0)') == ended('import os; os.abort()') == ('signal', 'code')
+    assert ended('x = bytearray(10**9)') == ('memory', 'limit')
+    assert ended('while True: print("x" * 99)') == ('output', 'limit')
+    assert ended('while True: pass', wall_s=30) == ('cpu', 'limit')
+    assert ended('import time; time.sleep(60)', wall_s=.3) == ('wall', 'clock')
+    many = 'import os, time\nfor i in range(40):\n  if os.fork() == 0: time.sleep(60)\ntime.sleep(60)'
+    assert ended(many)[1] == 'limit' or 'BlockingIOError' in pool.run(Job(many)).error
+    assert {*sandbox.CAUSES.values()} == {'code', 'limit', 'clock', 'machine'}
+
+
+def test_a_kill_that_nobody_here_sent_may_be_the_machines(walled):
+    done = walled.run(Job('import os, signal; os.kill(os.getpid(), signal.SIGKILL)'))
+    assert (done.status, done.cause, done.decided) == ('killed', 'killed', 'machine')
+
+
+def test_cpu_time_that_was_spent_counts_before_the_clock(walled):
+    main = 'import os\nfor i in range(2):\n  pid = os.fork()\n  if pid == 0:\n    while True: pass\n  os.waitpid(pid, 0)\n'
+    done = walled.run(Job(main + 'import time; time.sleep(60)', limits=Limits(cpu_s=1, wall_s=8)))
+    assert (done.status, done.cause) == ('timeout', 'cpu')
+
 @user
 def test_the_fallback_warns_once():
     sandbox._warn_once.cache_clear()
@@ -529,6 +619,10 @@ def test_report(capsys):
 
 @pytest.mark.parametrize('path', ['', '.', '/etc/x', '../x', 'a/../../x', 'a\0b'])
 def test_paths_stay_inside(path):
+    for job in (dict(main='\ud800'), dict(main=b'x'), dict(main='', files={'\ud800': ''}), dict(main='', files={'a': '\ud800'}),
+                dict(main='', files={1: ''})):
+        with pytest.raises(ValueError, match='Job.'):
+            Job(**job)
     with pytest.raises(ValueError, match='Job.files'):
         Job('', files={path: ''})
     with pytest.raises(ValueError, match="'a.py' must hold text"):
@@ -584,12 +678,72 @@ def test_exec_writes(repo, monkeypatch):
     assert box.exec(edit, repo).rc == 0 and 'a + b' in (repo / 'calc.py').read_text() and (repo / 'sub/new').exists()
 
 
+def test_nothing_set_id_is_left_in_a_workspace(repo):
+    code = '''
+import os
+for call in (lambda: os.chmod("calc.py", 0o4755), lambda: os.chmod("calc.py", 0o2755), lambda: os.fchmod(fd, 0o6755),
+             lambda: os.open("new", os.O_CREAT | os.O_WRONLY, 0o6755), lambda: os.mknod("node", 0o106755),
+             lambda: os.chmod("sub", 0o755, dir_fd=os.open(".", 0)), lambda: os.chmod("calc.py", 0o755)):
+    try:
+        fd = os.open("calc.py", os.O_RDWR)
+        call()
+        print("done")
+    except OSError as e:
+        print(e.strerror)
+'''
+    done = Bubblewrap().exec([os.path.realpath(sys.executable), '-S', '-c', code], repo)
+    assert done.stdout.splitlines() == ['Operation not permitted'] * 5 + ['done'] * 2, done
+    assert all(p.lstat().st_mode & 0o6000 == 0 for p in repo.rglob('*'))
+
+
+def test_address_families(walled):
+    main = '''
+import socket
+def opens(family, kind=socket.SOCK_STREAM):
+    try: socket.socket(family, kind).close()
+    except OSError as e: return e.errno
+result([opens(f) for f in (1, 2, 10)] + [opens(16, socket.SOCK_RAW)] + sorted({opens(f) for f in range(64)} - {None}))
+'''
+    got = value(walled, main)
+    assert got[:4] == [None] * 4 and 1 in got[4:] and len(got) <= 6, got
+    assert value(walled, 'import socket; s = socket.socket\ntry: s(40, 1)\nexcept PermissionError: result(1)') == 1
+
+
+def test_show_below_tmp_and_relative(repo, monkeypatch):
+    monkeypatch.chdir(repo.parent)
+    (repo.parent / 'lib').mkdir()
+    (repo.parent / 'lib' / 'x').write_text('shown')
+    done = Bubblewrap().exec(['sh', '-c', f'cat {repo.parent}/lib/x; echo no > {repo.parent}/lib/x'], repo, show=['lib'])
+    assert done.stdout == 'shown' and 'Read-only' in done.stderr and (repo.parent / 'lib/x').read_text() == 'shown'
+
+
+@pytest.mark.parametrize('argv, env, says', [
+    ([], {}, 'argv must be'), ('ls', {}, 'argv must be'), ([''], {}, 'argv must be'), (['a', 'b\0c'], {}, r'argv\[1\]'),
+    (['a', 1], {}, r'argv\[1\]'), (['a', b'x'], {}, r'argv\[1\]'), (['\ud800'], {}, r'argv\[0\]'), (['a'], {'A': 1}, "env: 'A'"),
+    (['a'], {'A': 'x\0'}, "env: 'A'"), (['a'], {'A=B': ''}, "env: the name"), (['a'], {'': ''}, 'env: the name'),
+    (['a'], {1: ''}, 'env: the name'), (['a'], {'A': None}, "env: 'A'"), (None, {}, 'argv must be')])
+def test_commands_that_cannot_be(repo, argv, env, says):
+    with pytest.raises(ValueError, match=says):
+        Bubblewrap().exec(argv, repo, env=env)
+
+
+def test_a_workspace_with_everything_is_copied(repo):
+    copying = Bubblewrap()
+    copying.features = dataclasses.replace(copying.features, overlay=False)
+    os.mkfifo(repo / 'fifo')
+    with socket.socket(socket.AF_UNIX) as server:
+        server.bind(str(repo / 'socket'))
+    (repo / 'dangling').symlink_to('/nowhere')
+    done = copying.exec(['sh', '-c', 'test -p fifo && readlink dangling; ls'], repo, overlay=True)
+    assert done.stdout.split() == ['/nowhere', 'calc.py', 'dangling', 'fifo', 'sub']
+
+
 def test_exec_limits(repo):
     box = Bubblewrap()
     done = box.exec(['sh', '-c', 'echo begun; (setsid sleep 600 &) ; sleep 600'], repo, SHORT)
-    assert (done.timed_out, done.stdout, done.error) == (True, 'begun\n', 'longer than 0.5 s')
+    assert (done.timed_out, done.stdout, done.error, done.decided) == (True, 'begun\n', 'longer than 0.5 s', 'clock')
     done = box.exec(['sh', '-c', 'yes | head -c 9000; echo done >&2'], repo, Limits(output_kb=2))
-    assert (done.rc, len(done.stdout), done.stderr, done.truncated) == (0, 2048, 'done\n', True)
+    assert (done.rc, len(done.stdout), done.stderr, done.truncated, done.decided) == (0, 2048, 'done\n', True, 'limit')
     python = lambda code, *a: box.exec([os.path.realpath(sys.executable), '-S', '-c', code], repo, *a)
     assert 'MemoryError' in python('x = bytearray(10**9)', QUICK).stderr
     assert python('while True: pass', Limits(cpu_s=1, wall_s=30)).error == 'more than 1 s of CPU time'
