@@ -31,7 +31,7 @@ from pathlib import Path, PurePosixPath
 
 from . import zygote
 from .base import InfraError
-from .walls import ENVIRON, Box, bare_python, bwrap_candidates, memfd, seccomp_filter, start_boxed
+from .walls import ENVIRON, Box, PidsGroup, bare_python, bwrap_candidates, memfd, seccomp_filter, start_boxed
 
 # %% ../../nbs/envs/03_sandbox.ipynb #4f18a8ce
 @dataclass(frozen=True)
@@ -58,9 +58,9 @@ class Job:
     limits: Limits | None = None  # None: the pool's
 
     def __post_init__(self):
-        if not _is_text(self.main): raise ValueError(f'Job.main must be text that UTF-8 can write, got {self.main!r:.40}')
+        if not _is_text(self.main): raise ValueError(f'Job.main must be text in UTF-8, got {self.main!r:.40}')
         for name, text in self.files.items():
-            if not _is_text(name): raise ValueError(f'Job.files: the name {name!r} must be text that UTF-8 can write')
+            if not _is_text(name): raise ValueError(f'Job.files: the name {name!r} must be text in UTF-8')
             if not _is_text(text): raise ValueError(f'Job.files: {name!r} must hold text, got {text!r:.40}')
             path = PurePosixPath(name)
             if not path.parts or path.is_absolute() or '..' in path.parts or '\0' in name:
@@ -205,10 +205,11 @@ def _killed(end, over, lim) -> tuple:
     if over: return 'output', 'output', f"more than {lim['output_kb']} kB printed or returned"
     if end['why'] == 'processes': return 'processes', 'killed', f"more than {lim['processes']} processes and threads"
     if end['why'] == 'memory': return 'memory', 'memory', f"more than {lim['memory_mb']} MB of memory in all"
-    if end['why'] == 'wall': return 'cpu' if end['cpu'] >= lim['cpu_s'] else 'wall', 'timeout', f"longer than {lim['wall_s']} s"
-    if signed == 'SIGXCPU' or signed == 'SIGKILL' and end['cpu'] >= lim['cpu_s']: return cpu
+    spent = end['cpu'] >= lim['cpu_s']
+    if end['why'] == 'wall': return 'cpu' if spent else 'wall', 'timeout', f"longer than {lim['wall_s']} s"
+    if signed == 'SIGXCPU' or signed == 'SIGKILL' and spent: return cpu
     if signed: return 'killed' if signed in ('SIGKILL', 'SIGTERM') else 'signal', 'killed', f'ended by {signed}'
-    return 'cpu' if end['code'] and end['cpu'] >= lim['cpu_s'] else None, None, None
+    return 'cpu' if end['code'] and spent else None, None, None
 
 # %% ../../nbs/envs/03_sandbox.ipynb #f73852bb
 class _NoStart(InfraError):
@@ -225,43 +226,56 @@ def _serving(fd, base, box, warm) -> list:
     return [*bare_python(), '-c', f'{inspect.getsource(zygote)}\n{call}\n']
 
 # %% ../../nbs/envs/03_sandbox.ipynb #5d711694
+def _group():
+    "A control group for a worker of root; None for others (the kernel counts theirs), or where there can be none."
+    try:
+        return PidsGroup() if os.geteuid() == 0 else None
+    except OSError:
+        return None
+
 class _Worker:
     "One zygote. Raises `InfraError` when it does not start."
     def __init__(self, box, warm=True):
-        argv_of = functools.partial(_serving, box=box, warm=warm)
         self.ctl, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self.base = None if box else tempfile.mkdtemp(prefix='kat-')  # inside a box it is the box's own /tmp
-        base, fd = self.base or '/tmp', theirs.fileno()
-        with tempfile.TemporaryFile() as self._err:
+        self.group, self.proc, self._others = box and _group(), None, 5 if warm else 4
+        with tempfile.TemporaryFile() as err:
             try:
-                env = dict(ENVIRON, HOME=base, TMPDIR=base)
-                self.proc = start_boxed(argv_of(fd, base), box, [fd], env, stdout=self._err, stderr=self._err)
+                self._begin(theirs.fileno(), box, warm, err)
             except OSError as e:
-                self.ctl.close()
-                if self.base:
-                    os.rmdir(self.base)
+                self.close()
                 raise _NoStart(str(e)) from e
             finally:
                 theirs.close()
             if select.select([self.ctl], [], [], 30)[0] and self.ctl.recv(64): return
             self.close()
-            raise _NoStart(self._last_words())
+            err.seek(0)
+            words = err.read().decode(errors='replace')[-2000:].strip()
+            raise _NoStart(words or f'it ended with exit code {self.proc.returncode}')
 
-    def _last_words(self) -> str:
-        self._err.seek(0)
-        words = self._err.read().decode(errors='replace')[-2000:].strip()
-        return words or f'it ended with exit code {self.proc.returncode}'
+    def _begin(self, fd, box, warm, err):
+        base = self.base or '/tmp'
+        env = dict(ENVIRON, HOME=base, TMPDIR=base)
+        self.proc = start_boxed(_serving(fd, base, box, warm), box, [fd], env, self.group, stdout=err, stderr=err)
+
+    def limit(self, processes: int):
+        "Let the kernel hold a job to its processes, beside bubblewrap, the zygote, the maker and its rooms."
+        if self.group:
+            self.group.limit(int(processes) + self._others)
 
     def close(self):
         "Hang up, and wait until everything inside has ended."
         self.ctl.close()
-        try:
-            self.proc.wait(5)
-        except subprocess.TimeoutExpired:
-            self.proc.kill()
-        self.proc.wait()
+        if self.proc:
+            try:
+                self.proc.wait(5)
+            except subprocess.TimeoutExpired:
+                self.proc.kill()
+            self.proc.wait()
         if self.base and os.path.exists(self.base):
             subprocess.run([*zygote.REMOVE, self.base])
+        if self.group:
+            self.group.close()
 
 # %% ../../nbs/envs/03_sandbox.ipynb #18cc0666
 def _run_cold(box, argv, env, lim) -> ExecResult:
@@ -269,6 +283,7 @@ def _run_cold(box, argv, env, lim) -> ExecResult:
     worker = _Worker(box, warm=False)
     job = json.dumps(dict(argv=list(argv), env={**ENVIRON, **env})).encode()
     try:
+        worker.limit(lim['processes'])
         end, out, err, over = _exchange(worker.ctl, job, lim, stop=False)
     except _Broken as e:
         raise _NoStart(str(e)) from None
@@ -377,7 +392,7 @@ def _walls(trust, found) -> bool:
     if trust == 'foreign' or not sys.platform.startswith('linux'):
         raise InfraError(f'sandbox: bubblewrap does not work here ({found.reason}), and {trust} code runs nowhere else')
     if os.geteuid() == 0:
-        raise InfraError(f'sandbox: bubblewrap does not work here ({found.reason}), and without it no code runs as root: '
+        raise InfraError(f'sandbox: bubblewrap does not work here ({found.reason}), and no code runs as root without it: '
                          'run as an ordinary user, or see sandbox_report()')
     _warn_once(found.reason)
     return False
@@ -424,6 +439,7 @@ def _try(workers, place, spec, lim) -> JobResult:
     if place not in workers._live:
         workers._start(place)
     try:
+        workers._live[place].limit(lim['processes'])
         done = _exchange(workers._live[place].ctl, spec, lim)
     except BaseException:  # an interrupt too: the next job must not read this one's answer
         workers._live.pop(place).close()
