@@ -5,13 +5,15 @@
 # %% auto #0
 __all__ = ['ENVIRON', 'bwrap_candidates', 'seccomp_filter', 'Box', 'bare_python', 'PidsGroup', 'memfd', 'start_boxed']
 
-# %% ../../nbs/envs/02_walls.ipynb #81b50ff2
+# %% ../../nbs/envs/02_walls.ipynb #b3d66884
 import os
 import shutil
+import signal
 import struct
 import subprocess
 import sys
 import tempfile
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -171,7 +173,7 @@ def bare_python() -> list:
     "The interpreter without its virtual environment, and with options that make it start the same everywhere."
     return [os.path.realpath(sys.executable), '-S', '-s', '-P', '-B', '-Xutf8', '-Wignore']
 
-# %% ../../nbs/envs/02_walls.ipynb #d0bb7b99
+# %% ../../nbs/envs/02_walls.ipynb #c899a87e
 def _group_root() -> Path | None:
     "Directory of this process's control group that counts processes; None where there is none to see."
     own = [line.split(':', 2) for line in Path('/proc/self/cgroup').read_text().splitlines()]
@@ -191,7 +193,7 @@ class PidsGroup:
         root = _group_root()
         if root is None: raise OSError('no control group that counts processes')
         for old in root.glob('kat-*-*'):
-            if not os.path.exists(f'/proc/{old.name.split("-")[1]}'):
+            if not os.path.exists(f'/proc/{old.name.split("-")[1]}') and not (old / 'cgroup.procs').read_text():
                 old.rmdir()
         self.path, self.most = Path(tempfile.mkdtemp(prefix=f'kat-{os.getpid()}-', dir=root)), None
         if not (self.path / 'pids.max').exists():
@@ -209,7 +211,19 @@ class PidsGroup:
             self.most = most
 
     def close(self):
-        self.path.rmdir()
+        "End what is still inside, and take the group away; it waits five seconds for the kernel to agree."
+        until = time.monotonic() + 5
+        while True:
+            try:
+                return self.path.rmdir()
+            except OSError:
+                if time.monotonic() > until: raise
+            for pid in (self.path / 'cgroup.procs').read_text().split():
+                try:
+                    os.kill(int(pid), signal.SIGKILL)
+                except ProcessLookupError:
+                    pass
+            time.sleep(.002)
 
 # %% ../../nbs/envs/02_walls.ipynb #08f8308b
 def memfd(data: bytes) -> int:
@@ -234,6 +248,7 @@ def start_boxed(
             for path, text in _ETC.items():
                 files[path] = memfd(text.encode())
             argv = box.args(files) + argv
+        if not shutil.which(argv[0]): raise FileNotFoundError(2, 'No such file or directory', argv[0])
         argv = group.inside(argv) if group else argv
         return subprocess.Popen(argv, pass_fds=[*fds, *files.values()], env=env, cwd='/', start_new_session=True,
                                 stdin=subprocess.DEVNULL, **streams)

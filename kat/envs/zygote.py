@@ -7,9 +7,9 @@ __all__ = ['MB', 'RESULT_FD', 'PR_SET_PDEATHSIG', 'PR_SET_DUMPABLE', 'PR_SET_SEC
            'PR_SET_NO_NEW_PRIVS', 'libc', 'JOB_FILTER', 'NEW', 'RDONLY', 'NOSUID', 'NODEV', 'NOEXEC', 'REMOUNT', 'BIND',
            'DEVICES', 'TICK', 'FASTEST', 'REMOVE', 'COMMON', 'set_limits', 'set_limit', 'write_all', 'tell',
            'make_result', 'run_main', 'error_text', 'run_job', 'run_argv', 'system', 'prctl', 'Program', 'set_filter',
-           'drop_rights', 'mount', 'size_of', 'write_file', 'protect_devices', 'furnish', 'Maker', 'Room', 'fork_into',
-           'enter', 'take_fds', 'begin', 'child', 'descendants', 'fields_of', 'held', 'held_share', 'look', 'members',
-           'watch', 'kill_all', 'clean', 'state', 'finish', 'one', 'warm', 'serve_jobs']
+           'drop_rights', 'mount', 'size_of', 'write_file', 'protect_devices', 'furnish', 'make_room', 'Maker', 'Room',
+           'fork_into', 'enter', 'take_fds', 'begin', 'child', 'descendants', 'fields_of', 'held', 'held_share', 'look',
+           'members', 'watch', 'kill_all', 'clean', 'state', 'finish', 'one', 'warm', 'serve_jobs']
 
 # %% ../../nbs/envs/02_zygote.ipynb #c8b99758
 import ctypes
@@ -224,7 +224,25 @@ def furnish(walls: dict):
     with socket.socket() as any_socket:
         fcntl.ioctl(any_socket, 0x8914, struct.pack('16sh14x', b'lo', 1))  # SIOCSIFFLAGS, IFF_UP
 
-# %% ../../nbs/envs/02_zygote.ipynb #274d8111
+# %% ../../nbs/envs/02_zygote.ipynb #9cf5a8c6
+def make_room(walls: dict, proc: int) -> bytes:
+    "One room, with the open directory /proc of the zygote: the number of its process, as bytes."
+    number = dict(x86_64=56, aarch64=220)[os.uname().machine]  # of the system call `clone`
+    places = NEW['mounts'] | NEW['ipc'] | NEW['network']
+    own = [os.open(f'self/ns/{name}', os.O_RDONLY, dir_fd=proc) for name in ('mnt', 'ipc', 'net')]
+    system('unshare', places)
+    furnish(walls)
+    pid = system('syscall', number, NEW['user'] | NEW['pids'] | 0x8000 | signal.SIGCHLD, 0, 0, 0, 0)  # CLONE_PARENT
+    while not pid:
+        signal.pause()
+    for name, text in ('setgroups', 'deny'), ('uid_map', '1000 0 1'), ('gid_map', '1000 0 1'):
+        write_file(f'{pid}/{name}', text, proc)
+    for fd in own:
+        system('setns', fd, 0)
+        os.close(fd)
+    return struct.pack('i', pid)
+
+# %% ../../nbs/envs/02_zygote.ipynb #0cd2522b
 class Maker:
     "The process that makes rooms, and its two pipes: asked for them, and telling of each its process, or what failed."
     def __init__(self, walls: dict):
@@ -243,28 +261,11 @@ class Maker:
             gc.disable()
             proc = os.open('/proc', os.O_PATH | os.O_DIRECTORY)
             while ask.recv(1):
-                ask.send(self.make(walls, proc))
+                ask.send(make_room(walls, proc))
         except Exception as e:
             ask.send(str(e).encode()[:1000])
         finally:
             os._exit(1)
-
-    def make(self, walls, proc) -> bytes:
-        "One room: the number of its process."
-        number = dict(x86_64=56, aarch64=220)[os.uname().machine]  # of the system call `clone`
-        places = NEW['mounts'] | NEW['ipc'] | NEW['network']
-        own = [os.open(f'self/ns/{name}', os.O_RDONLY, dir_fd=proc) for name in ('mnt', 'ipc', 'net')]
-        system('unshare', places)
-        furnish(walls)
-        pid = system('syscall', number, NEW['user'] | NEW['pids'] | 0x8000 | signal.SIGCHLD, 0, 0, 0, 0)  # CLONE_PARENT
-        while not pid:
-            signal.pause()
-        for name, text in ('setgroups', 'deny'), ('uid_map', '1000 0 1'), ('gid_map', '1000 0 1'):
-            write_file(f'{pid}/{name}', text, proc)
-        for fd in own:
-            system('setns', fd, 0)
-            os.close(fd)
-        return struct.pack('i', pid)
 
 # %% ../../nbs/envs/02_zygote.ipynb #3ea8052d
 class Room:

@@ -23,8 +23,10 @@ PYTHON = [os.path.realpath(sys.executable), '-S', '-s', '-P', '-B']
 
 HOSTILE = {
     # limits, priority, processors, scheduler: of itself, its parent, process 1 and everybody
-    'limits of others': 'for p in (0, 1, os.getppid()):\n  for n in range(16): attempt(resource.prlimit, p, n, (20, 20))',
-    'no more files': 'resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))\nresource.setrlimit(resource.RLIMIT_NOFILE, (4, 4))',
+    'limits of others': 'for p in (0, 1, os.getppid()):\n'
+                        '  for n in range(16): attempt(resource.prlimit, p, n, (20, 20))',
+    'no more files': 'resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))\n'
+                     'resource.setrlimit(resource.RLIMIT_NOFILE, (4, 4))',
     'nice': 'for which in (0, 1, 2):\n  for who in (0, 1, os.getppid()): attempt(os.setpriority, which, who, 19)',
     'affinity': 'for p in (0, 1, os.getppid()): attempt(os.sched_setaffinity, p, {0})',
     'idle': 'for p in (0, 1, os.getppid()): attempt(os.sched_setscheduler, p, os.SCHED_IDLE, os.sched_param(0))',
@@ -35,10 +37,12 @@ HOSTILE = {
     'timer slack': 'call(157, 29, 10**9)',
     # files, modes, attributes
     'mode of tmp': 'for p in ("/tmp", ".", "..", "/dev/shm", "/dev", "/", "/dev/pts"): attempt(os.chmod, p, 0)',
-    'mode of devices': 'for p in ("null", "zero", "full", "random", "urandom", "tty"): attempt(os.chmod, f"/dev/{p}", 0o600)',
+    'mode of devices': 'for p in ("null", "zero", "full", "random", "urandom", "tty"): attempt(os.chmod, '
+                       'f"/dev/{p}", 0o667)',
     'owner of devices': 'for p in ("null", "zero"): attempt(os.chown, f"/dev/{p}", 1000, 1000)',
     'times of devices': 'for p in ("null", "zero", "tty"): attempt(os.utime, f"/dev/{p}", (1, 1))',
-    'attributes': 'for p in ("/tmp", ".", "/dev/shm", "/dev/null", "/dev", "/usr"): attempt(os.setxattr, p, "user.x", b"1")',
+    'attributes': 'for p in ("/tmp", ".", "/dev/shm", "/dev/null", "/dev", "/usr"): attempt(os.setxattr, p, '
+                  '"user.x", b"1")',
     'full tmp': 'attempt(write, "/tmp/fill", "x" * 9_000_000)',
     'full shm': 'attempt(write, "/dev/shm/fill", "x" * 9_000_000)',
     'many files': 'for i in range(5000): attempt(write, f"/tmp/{i}", "")',
@@ -50,14 +54,18 @@ HOSTILE = {
     'setuid node': 'attempt(os.mknod, "/tmp/n", 0o106755)',
     'no tmp': 'os.rmdir("/tmp/work")',
     'moved tmp': 'os.rename("/tmp/work", "/tmp/elsewhere"); write("/tmp/work", "a file now")',
-    'modules': 'for m in ("json", "os", "random", "m"): write(f"/tmp/{m}.py", "1/0"); write(f"/tmp/work/{m}.py", "1/0")',
-    'site': 'for d in ("/tmp/.local/lib/python3.11/site-packages", "/tmp/.config"): os.makedirs(d); write(d + "/x.pth", "x")',
+    'modules': 'for m in ("json", "os", "random", "m"): write(f"/tmp/{m}.py", "1/0"); '
+               'write(f"/tmp/work/{m}.py", "1/0")',
+    'site': 'for d in ("/tmp/.local/lib/python3.11/site-packages", "/tmp/.config"): os.makedirs(d); '
+            'write(d + "/x.pth", "x")',
     # network and what is like it
-    'port': 's = socket.create_server(("127.0.0.1", 8123))\nc = socket.create_connection(("127.0.0.1", 8123))\ns.accept()',
+    'port': 's = socket.create_server(("127.0.0.1", 8123))\nc = socket.create_connection(("127.0.0.1", 8123))\n'
+            's.accept()',
     'time wait': 's = socket.create_server(("127.0.0.1", 8123))\nc = socket.create_connection(("127.0.0.1", 8123))\n'
                  'd, _ = s.accept()\nd.close(); c.close(); s.close()',
     'abstract socket': 's = socket.socket(socket.AF_UNIX); s.bind("\\0kat"); s.listen(); os.fork()',
-    'udp': 's = socket.socket(socket.AF_INET, socket.SOCK_DGRAM); s.bind(("127.0.0.1", 8123)); s.sendto(b"x", ("127.0.0.1", 8123))',
+    'udp': 's = socket.socket(socket.AF_INET, socket.SOCK_DGRAM); s.bind(("127.0.0.1", 8123)); '
+           's.sendto(b"x", ("127.0.0.1", 8123))',
     'families': 'for f in range(64): attempt(socket.socket, f, socket.SOCK_STREAM)',
     'host name': 'attempt(socket.sethostname, "evil")',
     'system v': 'for n in (29, 64, 68): call(n, 1234, 4096, 0o1666)',
@@ -78,9 +86,12 @@ HOSTILE = {
     'user namespace': 'call(272, 0x10000000); call(56, 0x10000011, 0, 0, 0, 0); call(435, 0, 0)',
     'mounts': 'call(165, b"tmpfs", b"/tmp", b"tmpfs", 0, 0); call(166, b"/proc", 2); call(272, 0x20000)',
     # memory
-    'memory files': 'keep = []\nfor i in range(30):\n  fd = call(319, b"x", 0)\n  if fd >= 0: attempt(os.truncate, fd, 8 << 20)',
-    'shared memory': 'm = mmap.mmap(-1, 90 << 20)\nfor i in range(0, len(m), 4096): m[i] = 1\nos.fork()\ntime.sleep(.1)',
-    'memory of many': 'for i in range(5):\n  if os.fork() == 0:\n    x = bytearray(90 << 20); time.sleep(600)\ntime.sleep(600)',
+    'memory files': 'keep = []\nfor i in range(30):\n  fd = call(319, b"x", 0)\n'
+                    '  if fd >= 0: attempt(os.truncate, fd, 8 << 20)',
+    'shared memory': 'm = mmap.mmap(-1, 90 << 20)\nfor i in range(0, len(m), 4096): m[i] = 1\nos.fork()\n'
+                     'time.sleep(.1)',
+    'memory of many': 'for i in range(5):\n  if os.fork() == 0:\n    x = bytearray(90 << 20); time.sleep(600)\n'
+                      'time.sleep(600)',
     'memory of one': 'x = bytearray(10**9)',
     'locked memory': 'm = mmap.mmap(-1, 1 << 20); call(149, 0, 1 << 20); call(151, 3)',
     # the interpreter, the pipes
@@ -91,9 +102,10 @@ HOSTILE = {
     'descriptors': 'for fd in range(3, 200): attempt(os.write, fd, b"x"); attempt(os.close, fd)',
     'blocking': 'for fd in (0, 1, 2, 3): attempt(os.set_blocking, fd, False)',
     'terminals': 'a, b = os.openpty(); attempt(os.chmod, os.ttyname(b), 0); attempt(os.fchown, b, 1000, 1000)',
-    'locks': 'import fcntl\nfor p in ("/usr/bin/env", "/dev/null", "."): attempt(lambda: fcntl.flock(os.open(p, 0), 2))\nos.fork()',
-    'system': 'for p in ("sys/kernel/core_pattern", "sys/vm/overcommit_memory", "sysrq-trigger", "sys/kernel/ns_last_pid",'
-              ' "sys/net/ipv4/ip_forward"): attempt(write, f"/proc/{p}", "1")',
+    'locks': 'import fcntl\n'
+             'for p in ("/usr/bin/env", "/dev/null", "."): attempt(lambda: fcntl.flock(os.open(p, 0), 2))\nos.fork()',
+    'system': 'for p in ("sys/kernel/core_pattern", "sys/vm/overcommit_memory", "sysrq-trigger",'
+              ' "sys/kernel/ns_last_pid", "sys/net/ipv4/ip_forward"): attempt(write, f"/proc/{p}", "1")',
 }
 START = '''
 import ctypes, mmap, os, random, resource, signal, socket, threading, time
@@ -117,7 +129,7 @@ said += [sorted(fd for fd in os.listdir("/proc/self/fd") if int(fd) < 3)]
 tell(said)''',
     'places': '''
 said = []
-for place in ("/", "/tmp", "/dev/shm", "/dev", "/dev/pts", "/dev/null", "/dev/zero", "/dev/full", "/dev/tty", "/tmp/work"):
+for place in ("/", "/tmp", "/tmp/work", "/dev", *(f"/dev/{n}" for n in ("shm", "pts", "null", "zero", "full", "tty"))):
     try: kind = os.stat(place)
     except OSError as e: said.append(str(e)); continue
     said.append([place, kind.st_mode, kind.st_uid, kind.st_gid, os.listxattr(place)])
@@ -147,7 +159,7 @@ open("m.py", "w").write("x = 1")
 sys.path.insert(0, "")
 import m
 random.seed(0)
-tell([hash("x"), random.random(), len([1, 2]), json.dumps({}), m.x, m.__file__.endswith("m.py"), sys.flags.hash_randomization])''',
+tell([hash("x"), random.random(), len([1, 2]), json.dumps({}), m.x, m.__file__.endswith("m.py")])''',
 }
 
 
