@@ -238,7 +238,7 @@ class _Worker:
     def __init__(self, box, warm=True):
         self.ctl, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self.base = None if box else tempfile.mkdtemp(prefix='kat-')  # inside a box it is the box's own /tmp
-        self.group, self.proc, self._others = box and _group(), None, 5 if warm else 4
+        self.group, self.proc = box and _group(), None
         with tempfile.TemporaryFile() as err:
             try:
                 self._begin(theirs.fileno(), box, warm, err)
@@ -259,9 +259,9 @@ class _Worker:
         self.proc = start_boxed(_serving(fd, base, box, warm), box, [fd], env, self.group, stdout=err, stderr=err)
 
     def limit(self, processes: int):
-        "Let the kernel hold a job to its processes, beside bubblewrap, the zygote, the maker and its rooms."
+        "Let the kernel hold a job to its processes, beside bubblewrap, the zygote, the maker and the room's first."
         if self.group:
-            self.group.limit(int(processes) + self._others)
+            self.group.limit(int(processes) + 4)
 
     def close(self):
         "Hang up, and wait until everything inside has ended."

@@ -408,7 +408,7 @@ def held_share(pid: int, device: int) -> int:
                 part[words[0]] = part.get(words[0], 0) + int(words[1])
     return (total - part.get(b'Pss:', 0) + part.get(b'Anonymous:', 0)) * 1024
 
-# %% ../../nbs/envs/02_zygote.ipynb #c45608d9
+# %% ../../nbs/envs/02_zygote.ipynb #5d7e94d7
 def look(pids: list, lim: dict, room: Room | None) -> tuple:
     "What is wrong with these processes ('processes', 'memory' or None), and how many bytes they have left."
     found = [held(pid) for pid in pids]
@@ -425,14 +425,14 @@ def look(pids: list, lim: dict, room: Room | None) -> tuple:
         return None, 0  # one has just ended: look again
     return 'memory' if used > most else None, most - used
 
-def members(rooms: list) -> list:
-    "The processes of the job: with rooms, all but this one, the maker and those that hold rooms; else all descendants."
-    if not rooms[0]: return descendants()
-    own = {os.getpid(), rooms[0].maker.pid, *(room.pid for room in rooms if room)}
+def members(room: Room | None) -> list:
+    "The processes of the job: in a room all but this one, the maker and the room's first; else all descendants."
+    if not room: return descendants()
+    own = {os.getpid(), room.maker.pid, room.pid}
     return [int(pid) for pid in os.listdir('/proc') if pid.isdigit() and int(pid) not in own]
 
 # %% ../../nbs/envs/02_zygote.ipynb #52d53694
-def watch(pid: int, ctl: socket.socket, lim: dict, rooms: list) -> str | None:
+def watch(pid: int, ctl: socket.socket, lim: dict, room: Room | None) -> str | None:
     "Wait for the child; None: it ended by itself, else why not: 'wall', 'processes', 'memory', 'host' or 'gone'."
     until, pidfd, tick = time.monotonic() + lim['wall_s'], os.pidfd_open(pid), TICK
     poll = select.poll()
@@ -443,9 +443,9 @@ def watch(pid: int, ctl: socket.socket, lim: dict, rooms: list) -> str | None:
             ready = dict(poll.poll(min(left, tick) * 1000))
             if pidfd in ready: return None
             if ready: return 'host' if ctl.recv(64) else 'gone'
-            wrong, free = look(members(rooms), lim, rooms[0])
+            wrong, free = look(members(room), lim, room)
             if wrong: return wrong
-            tick = min(TICK, max(.002, free / FASTEST)) if rooms[0] else TICK
+            tick = min(TICK, max(.002, free / FASTEST)) if room else TICK
         return 'wall'
     finally:
         os.close(pidfd)
@@ -502,24 +502,23 @@ def finish(pid: int, why: str | None, room: Room | None) -> tuple:
         kill_all()
     return os.waitstatus_to_exitcode(status), usage.ru_utime + usage.ru_stime
 
-def one(ctl: socket.socket, base: str, lim: dict, fds: list, room: Room | None, prepare) -> tuple:
-    "Run one job. How it ended: why it was killed, exit code, CPU and wall seconds, what failed; and the next room."
+def one(ctl: socket.socket, base: str, lim: dict, fds: list, room: Room | None) -> dict:
+    "Run one job. How it ended: why it was killed, exit code, CPU and wall seconds, and what failed before it began."
     start, work = time.monotonic(), os.path.join(base, 'work')
     (wrong, wrong_end) = os.pipe()
     try:
         pid = fork_into(room, work)
     except OSError as e:
-        return dict(why=None, broken=str(e)[:1000]), room  # the host ends a worker that says so
+        return dict(why=None, broken=str(e)[:1000])  # the host ends a worker that says so
     if not pid:
         child(lim, lim['cwd'] or work, [*fds, wrong_end], room)
     for fd in (*fds, wrong_end):
         os.close(fd)
-    coming = prepare()
-    why = watch(pid, ctl, lim, [room, coming])
+    why = watch(pid, ctl, lim, room)
     code, cpu = finish(pid, why, room)
     end = dict(why=why, code=code, cpu=cpu, wall=time.monotonic() - start, broken=os.read(wrong, 1000).decode())
     os.close(wrong)
-    return end, coming
+    return end
 
 # %% ../../nbs/envs/02_zygote.ipynb #94a11192
 REMOVE = ['/bin/sh', '-c', 'chmod -R u+rwX "$0" 2>/dev/null; rm -rf "$0"']  # and a directory
@@ -558,7 +557,7 @@ def serve_jobs(
     fd: int,  # of the socket
     base: str,  # directory that is the jobs' own
     filt: bytes,  # system-call filter for the children
-    quick: bool = True,  # warm up first, and have the next room ready
+    quick: bool = True,  # warm up first, and make a room for the next job
     walls: dict | None = None,  # what `furnish` needs, and `filter`, for this process too; None: no rooms
 ):
     "Serve jobs until the other end of the socket closes."
@@ -582,8 +581,9 @@ def serve_jobs(
         data, fds, _, _ = socket.recv_fds(ctl, 4096, 3)
         if not data: break
         if not fds: continue  # "stop" for a job that has just ended by itself
-        end, room = one(ctl, base, json.loads(data), fds, room, prepare if quick else (lambda: None))
+        end = one(ctl, base, json.loads(data), fds, room)
         if end['why'] == 'gone': break
         ctl.send(json.dumps(dict(end, clean=(walls is not None or clean(base)) and state(base) == before)).encode())
+        room = prepare() if quick else None
     if os.getpid() != 1:
         os.execv(REMOVE[0], [*REMOVE, base])

@@ -18,7 +18,7 @@ from kat.envs import walls
 from kat.envs.sandbox import Bubblewrap, Job, Limits, WarmPool, features
 
 pytestmark = pytest.mark.skipif(not features().works, reason=f'bubblewrap does not work here: {features().reason}')
-LIMITS = Limits(memory_mb=128, cpu_s=1, wall_s=8, processes=8, files_mb=8)
+LIMITS = Limits(memory_mb=128, cpu_s=1, wall_s=60, processes=8, files_mb=8)
 PYTHON = [os.path.realpath(sys.executable), '-S', '-s', '-P', '-B']
 
 HOSTILE = {
