@@ -197,7 +197,7 @@ def roomy():
     'for i in range(5): child(90)\ntime.sleep(600)',
     'for i in range(3): child(60)\ntime.sleep(600)',
     'open("/dev/shm/x", "wb").write(bytes(31 << 20))\nchild(60)\nchild(45)\ntime.sleep(600)',
-    'for i in range(2):\n  if os.fork() == 0:\n    fill(mmap.mmap(-1, 80 << 20)); time.sleep(600)\ntime.sleep(600)',
+    'for i in range(2):\n  if os.fork() == 0:\n    m = mmap.mmap(-1, 80 << 20); fill(m); time.sleep(600)\ntime.sleep(600)',
     'for i in range(3):\n  if os.fork() == 0:\n    os.setsid()\n    if os.fork() == 0: x = bytearray(80 << 20); '
     'time.sleep(600)\n    os._exit(0)\ntime.sleep(600)',
 ])
@@ -210,7 +210,7 @@ def test_memory_of_all_processes_and_files_together(roomy, main):
     'x = bytearray(60 << 20)\nfor i in range(4):\n  if os.fork() == 0: time.sleep(600)\ntime.sleep(.3)',
     'm = mmap.mmap(-1, 60 << 20)\nfill(m)\nfor i in range(4):\n  if os.fork() == 0: sum(m[::4096]); '
     'time.sleep(600)\ntime.sleep(.3)',
-    'f = open("/dev/shm/x", "w+b"); f.truncate(30 << 20)\nfill(mmap.mmap(f.fileno(), 30 << 20))\n'
+    'f = open("/dev/shm/x", "w+b"); f.truncate(30 << 20)\nm = mmap.mmap(f.fileno(), 30 << 20)\nfill(m)\n'
     'x = bytearray(40 << 20)\ntime.sleep(.3)',
     'open("/tmp/x", "wb").write(bytes(30 << 20))\nx = bytearray(60 << 20)\ntime.sleep(.3)',
 ])
@@ -230,10 +230,11 @@ def test_files_in_memory_share_one_limit(roomy, main, says):
 
 def test_threads_are_counted(roomy):
     one = 'threading.Thread(target=time.sleep, args=[60], daemon=True).start()'
-    main = f'{HOLD}for i in range(args): {one}\ntime.sleep(1)'
-    done = roomy.run(Job(main, args=20, limits=dataclasses.replace(BIG, memory_mb=1000)))
+    wide = dataclasses.replace(BIG, memory_mb=1000)
+    main = HOLD + 'for i in range(args): ' + one + '\nresult(threading.active_count())'
+    done = roomy.run(Job(main + '\ntime.sleep(1)', args=20, limits=wide))
     assert done.cause == 'processes' or "can't start new thread" in done.error
-    assert roomy.run(Job(main.replace('sleep(1)', 'sleep(.1)'), args=6)) == JobResult('ok')
+    assert value(roomy, main, args=4, limits=wide) == 5
 
 
 def test_output_is_capped(pool):
