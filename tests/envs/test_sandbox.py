@@ -197,7 +197,8 @@ def roomy():
     'for i in range(5): child(90)\ntime.sleep(600)',
     'for i in range(3): child(60)\ntime.sleep(600)',
     'open("/dev/shm/x", "wb").write(bytes(31 << 20))\nchild(60)\nchild(45)\ntime.sleep(600)',
-    'for i in range(2):\n  if os.fork() == 0:\n    m = mmap.mmap(-1, 80 << 20); fill(m); time.sleep(600)\ntime.sleep(600)',
+    'for i in range(2):\n  if os.fork() == 0:\n    m = mmap.mmap(-1, 80 << 20); fill(m); time.sleep(600)\n'
+    'time.sleep(600)',
     'for i in range(3):\n  if os.fork() == 0:\n    os.setsid()\n    if os.fork() == 0: x = bytearray(80 << 20); '
     'time.sleep(600)\n    os._exit(0)\ntime.sleep(600)',
 ])
@@ -578,7 +579,7 @@ def test_cpu_time_that_was_spent_counts_before_the_clock():
     lim = dataclasses.asdict(QUICK)
     assert sandbox._killed(dict(why='wall', code=-9, cpu=1.2), False, lim)[:2] == ('cpu', 'timeout')
     assert sandbox._killed(dict(why='wall', code=-9, cpu=.2), False, lim)[:2] == ('wall', 'timeout')
-    assert sandbox._killed(dict(why=None, code=1, cpu=1.2), False, lim) == ('cpu', None, None)  # a child of it was ended
+    assert sandbox._killed(dict(why=None, code=1, cpu=1.2), False, lim) == ('cpu', None, None)  # a child was ended
     assert sandbox._killed(dict(why=None, code=0, cpu=1.2), False, lim) == (None, None, None)
 
 
