@@ -416,6 +416,7 @@ class _Endings:
     own: frozenset = frozenset()     # written at the end of an answer
     after: frozenset = frozenset()   # written at the beginning of the next message, where an answer has no end of its own
     inside: frozenset = frozenset()  # written within an answer
+    last: frozenset = frozenset()    # one of these two, by whether the answer is the last message
 
 # %% ../../nbs/core/03_chat.ipynb #6c69c51b
 def _special(tokenizer) -> dict[str, int]:
@@ -453,7 +454,7 @@ def _find_endings(tokenizer) -> _Endings:
         words = [m.end() for m in _WORDS.finditer(text or '')]
         return text[words[-1]:].partition(_NEXT)[0] if words else None
 
-    inside, own, after = set(), set(), set()
+    inside, own, after, last = set(), set(), set(), set()
     for answer in _RICH:
         text = _text(tokenizer, [ask, answer], None) or ''
         words = [m.span() for m in _WORDS.finditer(text)]
@@ -464,10 +465,11 @@ def _find_endings(tokenizer) -> _Endings:
         both = [x for x in found.findall(commonprefix([alone or '', then or ''])) if x not in inside]
         ends = [x for x in found.findall(alone or '') if x not in inside]
         own.update(both[-1:] or ends[-1:])
-        if not both:
-            (own if ends else after).update(found.findall(then or '')[:1] if ends else
-                                            [x for x in found.findall(then or '') if x not in inside][:1])
-    return _Endings(*(frozenset(special[x] for x in group) for group in (own, after, inside)))
+        if ends and not both:
+            last.update([ends[-1], *found.findall(then or '')[:1]])
+        elif not both:
+            after.update([x for x in found.findall(then or '') if x not in inside][:1])
+    return _Endings(*(frozenset(special[x] for x in group) for group in (own | last, after, inside, last)))
 
 # %% ../../nbs/core/03_chat.ipynb #b8eefe77
 _asked = WeakKeyDictionary()
@@ -792,17 +794,17 @@ def extend_segments(
     last, builder = int(ids[-1]) if len(ids) else None, _Builder()
     builder.turn = turn
     if codec := _codec(tokenizer):
-        pending = ('\n',) if last in end_tokens(tokenizer) else ('<|im_end|>', '\n')
+        pending = ('\n',) if last == codec.end else ('<|im_end|>', '\n')
         return _kat_render(codec, messages, True, builder, {}, pending).segments()
     end = _hf_extension(tokenizer, _defuse(tokenizer, messages), tools, builder)
-    if last != end and not (last in end_tokens(tokenizer) and end not in _endings(tokenizer).after):
+    if last != end and not {last, end} <= _endings(tokenizer).last:
         builder.segs[0][0].insert(0, end)
     return builder.segments()
 
 # %% ../../nbs/core/03_chat.ipynb #3bf1065f
 def _hf_extension(tokenizer, messages: list[dict], tools, builder: _Builder) -> int:
     "The closing token of an answer; what the template puts after it goes into `builder`."
-    talk = _stand_in(messages, _way(tokenizer, messages, tools))
+    talk = _stand_in(messages, *_way(tokenizer, messages, tools))
     full = _full(tokenizer, talk, tools, True)
     ids, starts = _encoded(tokenizer, full)
     cut = _closing(tokenizer, full, ids, starts)
@@ -815,17 +817,23 @@ def _hf_extension(tokenizer, messages: list[dict], tools, builder: _Builder) -> 
     return ids[cut]
 
 # %% ../../nbs/core/03_chat.ipynb #ec8002d8
-def _stand_in(messages: list[dict], calls: bool) -> list[dict]:
-    "A dialogue that ends with these messages; does the answer call the tools whose results they are?"
-    results = [i for i, m in enumerate(messages) if m['role'] == 'tool']
-    named = [messages[i] | dict(tool_call_id=messages[i].get('tool_call_id', f'call_{i}')) if i in results else messages[i]
-             for i in range(len(messages))]
-    called = [dict(id=named[i]['tool_call_id'], type='function', function=dict(
-        name=named[i].get('name', _NAMELESS), arguments=dict(x=f'{_GIVEN}0q'))) for i in results]
-    answer = dict(role='assistant', content=_SAID) | (dict(tool_calls=called) if calls else {})
-    return [dict(role='user', content=_ASKED), answer, *(named if calls else messages)]
+_NAMELESS, _UNNUMBERED = 'Qnameless', 'Qid0000'  # with two digits more, as many as Mistral wants
 
-_NAMELESS = 'Qnameless'
+def _stand_in(
+    messages: list[dict],
+    says: str,     # what its answer says
+    calls: bool,   # does the answer call the tools whose results they are?
+) -> list[dict]:
+    "A dialogue that ends with these messages."
+    talk, called = [], []
+    for i, m in enumerate(messages):
+        if calls and m['role'] == 'tool':
+            m = dict(tool_call_id=f'{_UNNUMBERED}{i % 100:02}') | m
+            function = dict(name=m.get('name', _NAMELESS), arguments=dict(x=f'{_GIVEN}0q'))
+            called.append(dict(id=m['tool_call_id'], type='function', function=function))
+        talk.append(m)
+    answer = dict(role='assistant', content=says) | (dict(tool_calls=called) if called else {})
+    return [dict(role='user', content=_ASKED), answer, *talk]
 
 # %% ../../nbs/core/03_chat.ipynb #7e2917bf
 def _closing(tokenizer, full: str, ids: list[int], starts: np.ndarray) -> int:
@@ -840,9 +848,11 @@ def _closing(tokenizer, full: str, ids: list[int], starts: np.ndarray) -> int:
 # %% ../../nbs/core/03_chat.ipynb #06ffcb71
 _ways = WeakKeyDictionary()
 
-def _way(tokenizer, messages: list[dict], tools) -> bool:
-    "Must the stand-in's answer call, for these messages to be shown as they should be? Asked once for each kind of list."
-    shape = tuple((m['role'], 'name' in m, bool(m['content']), m.get('event')) for m in messages)
+_WAYS = ('', True), (_SAID, True), (_SAID, False)  # what the stand-in's answer says, and does it call?
+
+def _way(tokenizer, messages: list[dict], tools) -> tuple[str, bool]:
+    "The first stand-in that shows these messages as they should be. Asked once for each kind of list."
+    shape = tuple((m['role'], 'name' in m, 'tool_call_id' in m) for m in messages)
     key = str(tokenizer.chat_template), shape, json.dumps(tools)
     known = _ways.setdefault(tokenizer, {})
     if key not in known:
@@ -851,32 +861,35 @@ def _way(tokenizer, messages: list[dict], tools) -> bool:
         known[key] = _ask_way(tokenizer, messages, tools)
     return known[key]
 
-def _ask_way(tokenizer, messages: list[dict], tools) -> bool:
-    "Try both. ValueError says what is wrong with the second."
-    tool = any(m['role'] == 'tool' for m in messages)
-    for calls in (False, True):
-        if not (wrong := _wrong(tokenizer, messages, tools, calls)): return calls
-        if not tool: break
-    raise ValueError(f'chat template: {wrong}')
+def _ask_way(tokenizer, messages: list[dict], tools) -> tuple[str, bool]:
+    "Try them. ValueError says what is wrong with the one that comes nearest."
+    wrongs = []
+    for way in _WAYS if any(m['role'] == 'tool' for m in messages) else _WAYS[2:]:
+        if not (wrong := _wrong(tokenizer, messages, tools, way)): return way
+        wrongs.append(wrong)
+    raise ValueError(f'chat template: {max(wrongs)[1]}')
 
 # %% ../../nbs/core/03_chat.ipynb #d1a6262f
-def _wrong(tokenizer, messages: list[dict], tools, calls: bool) -> str | None:
-    "What is wrong with the extension that a stand-in gives for messages of this kind; None: nothing."
+def _wrong(tokenizer, messages: list[dict], tools, way: tuple[str, bool]) -> tuple[int, str] | None:
+    "What is wrong with the extension that a stand-in gives for messages of this kind, and how far it came; None: nothing."
     rename = lambda m, i: dict(name=f'Qname{i}q') if 'name' in m else {}
-    talk = _stand_in([m | dict(content=f'{_NEXT}{i}q') | rename(m, i) for i, m in enumerate(messages)], calls)
+    talk = _stand_in([m | dict(content=f'{_NEXT}{i}q') | rename(m, i) for i, m in enumerate(messages)], *way)
+    roles = ' and '.join(sorted({m['role'] for m in messages}))
     try:
         full = _full(tokenizer, talk, tools, True)
-        if not _WORDS.search(full): return 'it shows no answer of this kind'
+        if not _WORDS.search(full): return 0, f'it does not show the call before a result'
         ids, starts = _encoded(tokenizer, full)
         new = full[starts[_closing(tokenizer, full, ids, starts) + 1]:]
     except ValueError as e:
-        return f'it refuses {" and ".join(sorted({m["role"] for m in messages}))} messages after an answer ({e})'
-    if _NAMELESS in new: return "it names the called function beside its result: tool messages need a `name`"
-    if _ASKED in new or _WORDS.search(new): return 'it repeats earlier messages after an answer'
+        return 0, f'it refuses {roles} messages after an answer ({e})'
+    if _ASKED in new: return 1, 'it repeats earlier messages after an answer'
     for i, m in enumerate(messages):
         before, found, new = new.partition(f'{_NEXT}{i}q')
-        if not found: return f'it leaves out messages[{i}] ({m["role"]}) after an answer'
-        if {*re.findall('Qname[0-9]+q', before)} - {f'Qname{i}q'}: return f'it gives messages[{i}] the name of another'
+        if not found: return 2, f'it leaves out messages[{i}] ({m["role"]}) after an answer'
+        if _NAMELESS in before: return 3, 'it names the called function beside its result: tool messages need a `name`'
+        if _UNNUMBERED in before: return 3, 'it shows the id of the call beside its result: tool messages need a `tool_call_id`'
+        if {*re.findall('Qname[0-9]+q', before)} - {f'Qname{i}q'}: return 3, f'it gives messages[{i}] the name of another'
+    if re.search(f'{_NAMELESS}|{_UNNUMBERED}|{_NEXT}[0-9]+q', new): return 3, 'it repeats messages after an answer'
     return None
 
 # %% ../../nbs/core/03_chat.ipynb #d8e9f4b5
