@@ -7,13 +7,15 @@ from setuptools import find_packages, setup
 ini = ConfigParser(delimiters=['='])
 ini.read(Path(__file__).with_name('settings.ini'), encoding='utf-8')
 cfg = ini['DEFAULT']
-extras = {k.removeprefix('extra_'): v.split() for k, v in cfg.items() if k.startswith('extra_')}
+extras = {name.removeprefix('extra_'): value.split() for name, value in cfg.items() if name.startswith('extra_')}
 extras['dev'] = cfg['dev_requirements'].split()
-extras['all'] = sorted({r for name, reqs in extras.items() if name != 'vllm' for r in reqs})
+extras['all'] = sorted({one for name, required in extras.items() if name != 'vllm' for one in required})
 setup(
     version=cfg['version'], description=cfg['description'], keywords=cfg['keywords'].split(), license=cfg['license'],
     author=cfg['author'], author_email=cfg['author_email'],
-    packages=find_packages(include=[cfg['lib_path'], cfg['lib_path'] + '.*']), package_data={'kat.plane': ['live.html']},
+    packages=find_packages(include=[cfg['lib_path'], cfg['lib_path'] + '.*']),
+    package_data={'kat.plane': ['live.html']},
     install_requires=cfg['requirements'].split(), extras_require=extras,
-    entry_points={'nbdev': [f"{cfg['lib_path']} = {cfg['lib_path']}._modidx:d"], 'console_scripts': ['kat = kat.cli:main']},
+    entry_points={'nbdev': [f"{cfg['lib_path']} = {cfg['lib_path']}._modidx:d"],
+                  'console_scripts': ['kat = kat.cli:main']},
 )

@@ -13,16 +13,16 @@ import numpy as np
 import torch
 from transformers import AutoTokenizer, Qwen3Config, Qwen3ForCausalLM
 
-from kat.recipe import rollouts
-from kat.compute.attention import use_kat_attention
 from kat.core.io import read_records, write_records
 from kat.core.types import Segment, Trajectory
+from kat.compute.attention import use_kat_attention
 from kat.envs.micro import test_job
+from kat.envs.micro import world as world_of_sandboxes
 from kat.envs.micro_tasks import make_task
 from kat.envs.sandbox import WarmPool
+from kat.recipe import rollouts
 from kat.recipe.pipeline import ROOT
 from kat.recipe.rollouts import expert_data
-from kat.envs.micro import world as world_of_sandboxes
 
 
 def show(what, unit, n, fn, reps=3):
@@ -67,19 +67,22 @@ def world(n=100):
 def training(rows=16, length=256):
     ids = torch.randint(0, 2048, (rows, length))
     for name in ('sdpa', 'kat'):
-        m = model()
+        timed = model()
         if name == 'kat':
-            use_kat_attention(m)
+            use_kat_attention(timed)
         show(f'forward and backward {rows} x {length}, {name} attention', 'tokens', rows*length,
-             lambda: m(input_ids=ids, labels=ids, use_cache=False).loss.backward())
+             lambda: timed(input_ids=ids, labels=ids, use_cache=False).loss.backward())
 
 
 def turns(n=200):
     "Processor time of scripted turns through the embedded gateway: handed over in the process, and by httpx2's client"
     tok, tasks = AutoTokenizer.from_pretrained(ROOT/'data/base'), [make_task('train', i) for i in range(n)]
-    local, httpx2_client = rollouts.Local, lambda app: httpx2.AsyncClient(transport=httpx2.ASGITransport(app), timeout=None)
+    local = rollouts.Local
+    def over_httpx2(app):
+        return httpx2.AsyncClient(transport=httpx2.ASGITransport(app), timeout=None)
+    clients = ('', local), ('Local', local), ('httpx2', over_httpx2)   # the first fills the cache of test outcomes
     with world_of_sandboxes() as make_env:
-        for name, rollouts.Local in (('', local), ('Local', local), ('httpx2', httpx2_client)) * 3:  # the first fills the cache of test outcomes
+        for name, rollouts.Local in clients * 3:
             start = time.process_time()
             played = expert_data(tok, tasks, make_env, seed=1)
             spent = 1e3*(time.process_time() - start)/sum(len(t.info['turns']) for t in played)

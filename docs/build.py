@@ -21,10 +21,10 @@ class Loads(HTMLParser):
         super().__init__()
         self.found = []
     def handle_starttag(self, tag, attrs):
-        a = dict(attrs)
-        if tag == 'link' and a.get('rel') in ('canonical', 'next', 'prev', 'author', 'license'): return
-        urls = [a.get(_LOADS.get(tag, ''), ''), *(a.get('srcset') or '').split(',')]
-        self.found += [u for u in urls if u and _OUTSIDE.match(u)] + css_loads(a.get('style') or '')
+        given = dict(attrs)
+        if tag == 'link' and given.get('rel') in ('canonical', 'next', 'prev', 'author', 'license'): return
+        urls = [given.get(_LOADS.get(tag, ''), ''), *(given.get('srcset') or '').split(',')]
+        self.found += [url for url in urls if url and _OUTSIDE.match(url)] + css_loads(given.get('style') or '')
     def handle_data(self, data):
         if self.lasttag == 'style':
             self.found += css_loads(data)
@@ -33,22 +33,22 @@ class Loads(HTMLParser):
 def css_loads(css):
     "Outside addresses in `url(...)` and `@import`"
     urls = re.findall(r'url\(\s*["\']?([^"\')]+)|@import\s+["\']([^"\']+)', css)
-    return [u for pair in urls for u in pair if u and _OUTSIDE.match(u)]
+    return [url for pair in urls for url in pair if url and _OUTSIDE.match(url)]
 
 
 def outside(html):
     "`page: address` for everything below `html` that a page would fetch from another host"
     bad = []
-    for f in sorted(html.rglob('*')):
-        if f.suffix == '.html':
-            p = Loads()
-            p.feed(f.read_text())
-            found = p.found
-        elif f.suffix == '.css':
-            found = css_loads(f.read_text())
+    for path in sorted(html.rglob('*')):
+        if path.suffix == '.html':
+            page = Loads()
+            page.feed(path.read_text())
+            found = page.found
+        elif path.suffix == '.css':
+            found = css_loads(path.read_text())
         else:
             continue
-        bad += [f'{f.relative_to(html)}: {u}' for u in found]
+        bad += [f'{path.relative_to(html)}: {url}' for url in found]
     return bad
 
 

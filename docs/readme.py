@@ -10,9 +10,11 @@ from nbconvert import MarkdownExporter
 def readme():
     "The index notebook as Markdown, its links seen from the repository's root"
     nb = nbformat.read(NBS/'index.ipynb', 4)
-    for c in nb.cells:
-        if c.cell_type == 'markdown':
-            c.source = relink(c.source, 'nbs/index.ipynb', lambda path, frag, _: path + (f'#{frag}' if frag else ''))
+    def place(path, fragment, _):
+        return path + (f'#{fragment}' if fragment else '')
+    for cell in nb.cells:
+        if cell.cell_type == 'markdown':
+            cell.source = relink(cell.source, 'nbs/index.ipynb', place)
     md, _ = MarkdownExporter().from_notebook_node(nb)
     return '<!-- made from nbs/index.ipynb by docs/readme.py: edit the notebook -->\n\n' + md.strip() + '\n'
 

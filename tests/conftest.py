@@ -1,4 +1,4 @@
-"""Triton's kernels run in its interpreter where there is no GPU; the choice must be made before anything imports triton.
+"""Triton's kernels run in its interpreter where there is no GPU; that is chosen before anything imports triton.
 
 Also databases for the tests of the store: SQLite files, and a PostgreSQL server of our own where there is one."""
 import os
@@ -16,31 +16,43 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
+def initdb() -> Path:
+    "The newest PostgreSQL's program that makes a database; skips where there is none."
+    pytest.importorskip('psycopg', reason="psycopg isn't installed: pip install 'psycopg[binary]'")
+    debian = Path('/usr/lib/postgresql')
+    found = list(debian.glob('*/bin/initdb')) if debian.exists() else []
+    if found: return max(found, key=lambda path: int(path.parts[-3]))
+    if on_path := shutil.which('initdb'): return Path(on_path)
+    pytest.skip('no PostgreSQL on this machine (initdb)')
+
+
+def unprivileged(data: Path) -> dict:
+    "Hand `data` to whom the server may run as, since it refuses root; what Popen needs to be told."
+    if os.geteuid() != 0: return {}
+    try:
+        shutil.chown(data, 'postgres')
+    except LookupError:
+        shutil.rmtree(data)
+        pytest.skip('PostgreSQL will not run as root, and there is no user postgres')
+    return dict(user='postgres', group='postgres')
+
+
 @pytest.fixture(scope='session')
 def postgres(tmp_path_factory):
     "The address of a PostgreSQL server of our own; skips where there is none."
-    pytest.importorskip('psycopg', reason="psycopg isn't installed: pip install 'psycopg[binary]'")
-    found = sorted(Path('/usr/lib/postgresql').glob('*/bin/initdb'), key=lambda p: int(p.parts[-3])) if Path('/usr/lib/postgresql').exists() else []
-    found = found or ([Path(x)] if (x := shutil.which('initdb')) else [])
-    if not found:
-        pytest.skip('no PostgreSQL on this machine (initdb)')
-    root, who = os.geteuid() == 0, {}
+    make = initdb()
     data = Path('/tmp')/f'kat-postgres-{os.getpid()}'
     data.mkdir(mode=0o700)
-    if root:  # the server refuses to run as root
-        try:
-            shutil.chown(data, 'postgres')
-        except LookupError:
-            shutil.rmtree(data)
-            pytest.skip('PostgreSQL will not run as root, and there is no user postgres')
-        who = dict(user='postgres', group='postgres')
-    with socket.create_server(('127.0.0.1', 0)) as s:
-        port = s.getsockname()[1]
+    who = unprivileged(data)
+    with socket.create_server(('127.0.0.1', 0)) as free:
+        port = free.getsockname()[1]
     quiet = dict(stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, cwd='/')
     server = None
     try:
-        subprocess.run([found[-1], '-D', data/'db', '-U', 'kat', '-A', 'trust', '-E', 'UTF8', '--no-sync'], check=True, **quiet, **who)
-        server = subprocess.Popen([found[-1].with_name('postgres'), '-D', data/'db', '-p', str(port), '-k', data, '-h', '127.0.0.1', '-c', 'fsync=off'], **quiet, **who)
+        subprocess.run([make, '-D', data/'db', '-U', 'kat', '-A', 'trust', '-E', 'UTF8', '--no-sync'], check=True,
+                       **quiet, **who)
+        server = subprocess.Popen([make.with_name('postgres'), '-D', data/'db', '-p', str(port), '-k', data,
+                                   '-h', '127.0.0.1', '-c', 'fsync=off'], **quiet, **who)
         import psycopg
         for _ in range(100):
             try:
@@ -62,6 +74,6 @@ def url(request, tmp_path):
     if request.param == 'sqlite': return str(tmp_path/'store.db')
     base, name = request.getfixturevalue('postgres'), f'd{time.monotonic_ns()}'
     import psycopg
-    with psycopg.connect(base, autocommit=True) as c:
-        c.execute(f'CREATE DATABASE {name}')
+    with psycopg.connect(base, autocommit=True) as connection:
+        connection.execute(f'CREATE DATABASE {name}')
     return base.rpartition('/')[0] + '/' + name

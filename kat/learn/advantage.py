@@ -30,23 +30,26 @@ def masked_rewards(
     trajectories: Sequence[Trajectory],   # of one group
     masks: Collection[str] = MASK_REASONS,     # the reasons to follow; episodes with another one keep their reward
     max_tokens: int | None = None,        # longer trajectories are `overlong`
-) -> tuple[np.ndarray, dict[str, int]]:   # float64[K] rewards, NaN where masked; how many for each reason, and 'ungraded'
+) -> tuple[np.ndarray, dict[str, int]]:   # float64[K] rewards, NaN where masked; how many per reason, and 'ungraded'
     "Rewards with NaN for what must not be scored, and a counter per reason. An unknown reason is a ValueError."
-    if odd := set(masks) - set(MASK_REASONS): raise ValueError(f"masks: {sorted(odd)[0]!r}: one of {', '.join(MASK_REASONS)} expected")
+    if odd := set(masks) - set(MASK_REASONS):
+        raise ValueError(f"masks: {sorted(odd)[0]!r}: one of {', '.join(MASK_REASONS)} expected")
     if max_tokens is not None and "overlong" not in masks:
         raise ValueError(f"max_tokens={max_tokens}, but 'overlong' is not in masks: it would be ignored")
     why = [_reason(t, masks, max_tokens) for t in trajectories]
-    rewards = np.array([np.nan if w else t.reward for w, t in zip(why, trajectories)], np.float64)
-    return rewards, {r: why.count(r) for r in (*MASK_REASONS, "ungraded") if r in masks or r == "ungraded"}
+    rewards = np.array([np.nan if reason else t.reward for reason, t in zip(why, trajectories)], np.float64)
+    followed = [reason for reason in (*MASK_REASONS, "ungraded") if reason in masks or reason == "ungraded"]
+    return rewards, {reason: why.count(reason) for reason in followed}
 
 # %% ../../nbs/learn/02_advantage.ipynb #22c14212
 def dr_grpo(
     rewards,             # [K] rewards of one group; NaN: not graded
 ) -> np.ndarray:         # float32[K]
     "Reward minus the group's mean (Dr. GRPO, arXiv:2503.20783)."
-    r = np.asarray(rewards, np.float64)
-    graded = ~np.isnan(r)
-    return np.where(graded, r - (r[graded].mean() if graded.any() else 0.0), 0.0).astype(np.float32)
+    rewards = np.asarray(rewards, np.float64)
+    graded = ~np.isnan(rewards)
+    mean = rewards[graded].mean() if graded.any() else 0.0
+    return np.where(graded, rewards - mean, 0.0).astype(np.float32)
 
 # %% ../../nbs/learn/02_advantage.ipynb #7a726f99
 def grpo(
@@ -54,10 +57,10 @@ def grpo(
     eps: float = 1e-6,   # keeps a tiny spread from blowing up
 ) -> np.ndarray:         # float32[K]
     "Reward minus mean, over the sample's standard deviation (GRPO, arXiv:2402.03300)."
-    r = np.asarray(rewards, np.float64)
-    graded = r[~np.isnan(r)]
-    if len(graded) < 2: return np.zeros(len(r), np.float32)
-    return (dr_grpo(r) / (graded.std(ddof=1) + eps)).astype(np.float32)
+    rewards = np.asarray(rewards, np.float64)
+    graded = rewards[~np.isnan(rewards)]
+    if len(graded) < 2: return np.zeros(len(rewards), np.float32)
+    return (dr_grpo(rewards) / (graded.std(ddof=1) + eps)).astype(np.float32)
 
 # %% ../../nbs/learn/02_advantage.ipynb #cf029f0f
 def rloo(
@@ -73,27 +76,28 @@ def batch_std(
     eps: float = 1e-6,   # keeps a tiny spread from blowing up
 ) -> list[np.ndarray]:   # float32[K] per group
     "Reward minus the group's mean, over the standard deviation of all graded rewards (arXiv:2508.08221)."
-    r = np.concatenate([np.asarray(g, np.float64) for g in groups])
-    graded = r[~np.isnan(r)]
+    rewards = np.concatenate([np.asarray(group, np.float64) for group in groups])
+    graded = rewards[~np.isnan(rewards)]
     spread = graded.std(ddof=1) if len(graded) > 1 else 0.0
-    return [(dr_grpo(g) / (spread + eps)).astype(np.float32) for g in groups]
+    return [(dr_grpo(group) / (spread + eps)).astype(np.float32) for group in groups]
 
 # %% ../../nbs/learn/02_advantage.ipynb #60ccec7f
 def is_live(
     rewards,   # [K] rewards of one group; NaN: not graded
 ) -> bool:
     "Does the group teach anything: are there two different graded rewards?"
-    r = np.asarray(rewards, np.float64)
-    return bool(len(np.unique(r[~np.isnan(r)])) > 1)
+    rewards = np.asarray(rewards, np.float64)
+    return bool(len(np.unique(rewards[~np.isnan(rewards)])) > 1)
 
 # %% ../../nbs/learn/02_advantage.ipynb #4590f0e8
 def per_group(
     one: Callable,   # rewards [K] of one group -> advantages [K]
 ) -> Callable:       # a list of groups -> a list of advantages
     "The same for every group of a batch."
-    return lambda groups: [one(g) for g in groups]
+    return lambda groups: [one(group) for group in groups]
 
-ADVANTAGES: dict[str, Callable] = {"dr_grpo": per_group(dr_grpo), "grpo": per_group(grpo), "rloo": per_group(rloo), "batch_std": batch_std}
+ADVANTAGES: dict[str, Callable] = {
+    "dr_grpo": per_group(dr_grpo), "grpo": per_group(grpo), "rloo": per_group(rloo), "batch_std": batch_std}
 
 # %% ../../nbs/learn/02_advantage.ipynb #58d963eb
 def pass_rate_factors(
@@ -102,24 +106,25 @@ def pass_rate_factors(
     passed: float = 1.0,     # a reward at least this high is a pass
 ) -> np.ndarray:             # float64[groups], mean 1
     "Factor of each group's advantages, largest where half of its rollouts pass. *Own design*."
-    graded = [r[~np.isnan(r)] for r in (np.asarray(g, np.float64) for g in groups)]
-    p = np.array([((r >= passed).sum() + 0.5) / (len(r) + 1) for r in graded])
-    f = (4 * p * (1 - p)) ** strength
-    return f / f.mean() if len(f) else f
+    rewards = [np.asarray(group, np.float64) for group in groups]
+    graded = [x[~np.isnan(x)] for x in rewards]
+    p = np.array([((x >= passed).sum() + 0.5) / (len(x) + 1) for x in graded])
+    factors = (4 * p * (1 - p)) ** strength
+    return factors / factors.mean() if len(factors) else factors
 
 # %% ../../nbs/learn/02_advantage.ipynb #c05bb762
 def entropy_factors(
-    entropies: Sequence,   # one array [K] per group: mean entropy (nats) of each rollout's trained tokens; NaN: not trained
+    entropies: Sequence,   # per group [K]: mean entropy (nats) of a rollout's trained tokens; NaN: not trained
     limit: float = 2.0,    # factors stay within [1/limit, limit]
 ) -> list[np.ndarray]:     # float64[K] per group; 1 where not trained
     "Factor of each rollout's advantage: its entropy over the batch's mean. *Own design*."
     if limit < 1: raise ValueError(f"limit {limit}: at least 1 needed")
-    h = [np.asarray(e, np.float64) for e in entropies]
-    known = np.concatenate([e[~np.isnan(e)] for e in h]) if h else np.zeros(0)
+    groups = [np.asarray(group, np.float64) for group in entropies]
+    known = np.concatenate([x[~np.isnan(x)] for x in groups]) if groups else np.zeros(0)
     if (known < 0).any(): raise ValueError(f"entropy {known.min()}: an entropy of a rollout is not negative")
     mean = known.mean() if len(known) else 0.0
-    if mean == 0: return [np.ones(len(e)) for e in h]
-    return [np.where(np.isnan(e), 1.0, (e / mean).clip(1 / limit, limit)) for e in h]
+    if mean == 0: return [np.ones(len(x)) for x in groups]
+    return [np.where(np.isnan(x), 1.0, (x / mean).clip(1 / limit, limit)) for x in groups]
 
 # %% ../../nbs/learn/02_advantage.ipynb #abd68891
 def group_advantages(
@@ -130,24 +135,27 @@ def group_advantages(
 ) -> tuple[list[np.ndarray], np.ndarray]:  # float32 advantages per group, and bool[groups]: which are live
     "Advantages of every group. A group that isn't live gets exact zeros and is flagged, for the trainer to drop."
     if kind not in ADVANTAGES: raise ValueError(f"advantage {kind!r}: one of {', '.join(ADVANTAGES)} expected")
-    live = np.array([is_live(r) for r in rewards], bool)
-    out = [a if ok else np.zeros(len(a), np.float32) for a, ok in zip(ADVANTAGES[kind](rewards), live)] if len(live) else []
+    live = np.array([is_live(group) for group in rewards], bool)
+    plain = ADVANTAGES[kind](rewards) if len(live) else []
+    out = [x if ok else np.zeros(len(x), np.float32) for x, ok in zip(plain, live)]
     alive = np.flatnonzero(live)
     if pass_rate:
-        for i, f in zip(alive, pass_rate_factors([rewards[i] for i in alive], pass_rate)):
-            out[i] = np.float32(out[i] * f)
+        for i, factor in zip(alive, pass_rate_factors([rewards[i] for i in alive], pass_rate)):
+            out[i] = np.float32(out[i] * factor)
     if entropies is not None:
-        for i, f in zip(alive, entropy_factors(_trained(rewards, entropies, alive))):
-            out[i] = np.float32(out[i] * f)
+        for i, factor in zip(alive, entropy_factors(_trained(rewards, entropies, alive))):
+            out[i] = np.float32(out[i] * factor)
     return out, live
 
 # %% ../../nbs/learn/02_advantage.ipynb #cc966ac1
-def _trained(rewards, entropies, alive) -> list[np.ndarray]:  # entropies of the rollouts that are trained on, NaN elsewhere
-    if len(entropies) != len(rewards): raise ValueError(f"entropies of {len(entropies)} groups, rewards of {len(rewards)}")
-    for i, (r, e) in enumerate(zip(rewards, entropies)):
-        if len(r) != len(e): raise ValueError(f"group {i}: {len(e)} entropies, {len(r)} rewards")
-        if i in alive and (bad := np.isnan(e) & ~np.isnan(r)).any():
-            raise ValueError(f"group {i}: rollout {int(np.argmax(bad))} is graded, but has no entropy: record it when sampling")
+def _trained(rewards, entropies, alive) -> list[np.ndarray]:  # entropies of rollouts that are trained, NaN elsewhere
+    if len(entropies) != len(rewards):
+        raise ValueError(f"entropies of {len(entropies)} groups, rewards of {len(rewards)}")
+    for i, (graded, known) in enumerate(zip(rewards, entropies)):
+        if len(graded) != len(known): raise ValueError(f"group {i}: {len(known)} entropies, {len(graded)} rewards")
+        if i in alive and (bad := np.isnan(known) & ~np.isnan(graded)).any():
+            raise ValueError(f"group {i}: rollout {int(np.argmax(bad))} is graded, but has no entropy: "
+                             "record it when sampling")
     return [np.where(np.isnan(rewards[i]), np.nan, entropies[i]) for i in alive]
 
 # %% ../../nbs/learn/02_advantage.ipynb #fc0e32f8
@@ -160,17 +168,25 @@ def gae(
     hindsight=None,      # [T] V(s_t, c_t) of a critic that knows the outcome, as forecast only; None: V(s_t)
 ) -> tuple[np.ndarray, np.ndarray]:  # float32[T] advantages; float32[T] returns, the critic's targets
     "Generalised advantage estimation (arXiv:1506.02438) of one trajectory; the hindsight term is *own design*."
-    r, v = np.asarray(rewards, np.float64), np.asarray(values, np.float64)
-    ahead = v if hindsight is None else np.asarray(hindsight, np.float64)
-    for name, a in (("values", v), ("hindsight", ahead)):
-        if a.shape != r.shape or a.ndim != 1: raise ValueError(f"{name}: shape {a.shape}, rewards have {r.shape}: one number per step needed")
-        if not np.isfinite(a).all(): raise ValueError(f"{name}: {a[~np.isfinite(a)][0]} at step {int(np.argmin(np.isfinite(a)))}")
-    if not np.isfinite(r).all(): raise ValueError(f"rewards: {r[~np.isfinite(r)][0]}: leave out trajectories that aren't graded")
-    returns, following, forecast = np.zeros(len(r)), last, last
-    for t in reversed(range(len(r))):
-        returns[t] = following = r[t] + gamma * ((1 - lam) * forecast + lam * following)
+    rewards, values = np.asarray(rewards, np.float64), np.asarray(values, np.float64)
+    ahead = values if hindsight is None else np.asarray(hindsight, np.float64)
+    _check_steps(rewards, values=values, hindsight=ahead)
+    returns, following, forecast = np.zeros(len(rewards)), last, last
+    for t in reversed(range(len(rewards))):
+        returns[t] = following = rewards[t] + gamma * ((1 - lam) * forecast + lam * following)
         forecast = ahead[t]
-    return (returns - v).astype(np.float32), returns.astype(np.float32)
+    return (returns - values).astype(np.float32), returns.astype(np.float32)
+
+# %% ../../nbs/learn/02_advantage.ipynb #4028be70
+def _check_steps(rewards, **columns) -> None:
+    for name, column in columns.items():
+        if column.shape != rewards.shape or column.ndim != 1:
+            raise ValueError(f"{name}: shape {column.shape}, rewards have {rewards.shape}: one number per step needed")
+        known = np.isfinite(column)
+        if not known.all(): raise ValueError(f"{name}: {column[~known][0]} at step {int(np.argmin(known))}")
+    known = np.isfinite(rewards)
+    if not known.all():
+        raise ValueError(f"rewards: {rewards[~known][0]}: leave out trajectories that aren't graded")
 
 # %% ../../nbs/learn/02_advantage.ipynb #5664ba42
 def per_token(

@@ -6,7 +6,7 @@
 __all__ = ['MANIFEST', 'orthogonalise', 'MuonAdam', 'make_optimizer', 'lr_factor', 'CheckpointError', 'write_folder',
            'check_folder', 'checkpoints', 'save_checkpoint', 'latest_checkpoint', 'rng_state', 'set_rng_state',
            'data_checksum', 'weights_checksum', 'no_bars', 'has_adapter', 'merged', 'adapter_settings', 'save_weights',
-           'save_finished', 'load_weights', 'load_finished', 'load_model', 'load_tokenizer']
+           'save_finished', 'load_weights', 'load_finished', 'load_tokenizer', 'load_model']
 
 # %% ../../nbs/learn/01_training.ipynb #8c3d7e14
 import copy
@@ -20,7 +20,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from ..core.io import UserError, need
@@ -34,13 +34,13 @@ def orthogonalise(
     steps: int = 5,        # Newton-Schulz steps
 ) -> torch.Tensor:         # same shape, bfloat16
     "About the nearest orthogonal matrix of each: singular values end between 0.7 and 1.2 (Jordan 2024)."
-    a, b, c = _NS
+    first, third, fifth = _NS
     tall = x.shape[-2] > x.shape[-1]
     x = (x.mT if tall else x).bfloat16()
     x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
     for _ in range(steps):
         gram = x @ x.mT
-        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=third, alpha=fifth), x, beta=first)
     return x.mT if tall else x
 
 # %% ../../nbs/learn/01_training.ipynb #42d45f3b
@@ -68,25 +68,26 @@ def _muon_step(params, group, state):
         if "momentum" not in state[p]:
             state[p]["momentum"] = torch.zeros_like(p)
         shapes.setdefault(p.shape, []).append(p)
-    for (rows, columns), ps in shapes.items():
-        grads, momenta = [p.grad for p in ps], [state[p]["momentum"] for p in ps]
+    for (rows, columns), alike in shapes.items():
+        grads, momenta = [p.grad for p in alike], [state[p]["momentum"] for p in alike]
         torch._foreach_lerp_(momenta, grads, 1 - group["momentum"])
         nesterov = torch.stack(torch._foreach_lerp(grads, momenta, group["momentum"]))
         scale = -group["lr"] * max(1, rows / columns) ** 0.5
-        torch._foreach_add_(ps, list(orthogonalise(nesterov).to(ps[0].dtype).unbind()), alpha=scale)
+        torch._foreach_add_(alike, list(orthogonalise(nesterov).to(alike[0].dtype).unbind()), alpha=scale)
 
 # %% ../../nbs/learn/01_training.ipynb #13abe402
 def _adam_step(params, group, state):
-    (b1, b2), lr = group["betas"], group["lr"]
+    (beta1, beta2), lr = group["betas"], group["lr"]
     for p in params:
-        s = state[p]
-        if not s:
-            s.update(step=0, mean=torch.zeros_like(p), square=torch.zeros_like(p))
-        s["step"] += 1
-        s["mean"].lerp_(p.grad, 1 - b1)
-        s["square"].mul_(b2).addcmul_(p.grad, p.grad, value=1 - b2)
-        scale = lr / (1 - b1 ** s["step"])
-        p.addcdiv_(s["mean"], (s["square"] / (1 - b2 ** s["step"])).sqrt_().add_(group["eps"]), value=-scale)
+        own = state[p]
+        if not own:
+            own.update(step=0, mean=torch.zeros_like(p), square=torch.zeros_like(p))
+        own["step"] += 1
+        own["mean"].lerp_(p.grad, 1 - beta1)
+        own["square"].mul_(beta2).addcmul_(p.grad, p.grad, value=1 - beta2)
+        scale = lr / (1 - beta1 ** own["step"])
+        spread = (own["square"] / (1 - beta2 ** own["step"])).sqrt_().add_(group["eps"])
+        p.addcdiv_(own["mean"], spread, value=-scale)
 
 # %% ../../nbs/learn/01_training.ipynb #c7db0ea2
 def make_optimizer(
@@ -128,10 +129,14 @@ MANIFEST = "checkpoint.json"
 # %% ../../nbs/learn/01_training.ipynb #21d1c8bf
 def _checksum(path: Path) -> list[int]:  # [bytes, CRC-32]
     crc = size = 0
-    with path.open("rb") as f:
-        while chunk := f.read(1 << 22):
+    with path.open("rb") as file:
+        while chunk := file.read(1 << 22):
             crc, size = zlib.crc32(chunk, crc), size + len(chunk)
     return [size, crc]
+
+def _flush(path: Path) -> None:  # to disk
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
 
 # %% ../../nbs/learn/01_training.ipynb #587a5750
 def write_folder(
@@ -139,7 +144,10 @@ def write_folder(
     write: Callable[[Path], None],     # writes its files into the folder it is given
     call: dict | None = None,          # description of the run; given: a manifest is added
 ) -> None:
-    "Make a folder all at once: written beside, flushed to disk, renamed. On failure the old one stays, and nothing else."
+    """Make a folder all at once: written beside, flushed to disk, renamed.
+
+    On failure the old one stays, and nothing else.
+    """
     path, new = Path(path), Path(path).with_name(f".{Path(path).name}.new")
     shutil.rmtree(new, ignore_errors=True)
     new.mkdir(parents=True)
@@ -149,9 +157,9 @@ def write_folder(
         if call is not None:
             sums = {p.relative_to(new).as_posix(): _checksum(p) for p in files}
             (new / MANIFEST).write_text(json.dumps({"call": call, "files": sums}, indent=1))
-        for p in [*files, *([new / MANIFEST] if call is not None else [])]:
-            with p.open("rb") as f:
-                os.fsync(f.fileno())
+            files.append(new / MANIFEST)
+        for p in files:
+            _flush(p)
     except BaseException:
         shutil.rmtree(new, ignore_errors=True)
         raise
@@ -168,8 +176,8 @@ def check_folder(
     remedy = f"delete {path} to go on without it"
     try:
         manifest = json.loads((path / MANIFEST).read_text())
-    except (OSError, ValueError) as e:
-        raise CheckpointError(f"{path / MANIFEST}: unreadable ({e}): {remedy}") from e
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path / MANIFEST}: unreadable ({error}): {remedy}") from error
     for name, want in manifest["files"].items():
         if not (path / name).exists(): raise CheckpointError(f"{path / name}: missing: {remedy}")
         size, crc = _checksum(path / name)
@@ -226,8 +234,8 @@ def set_rng_state(state: dict) -> None:
 def data_checksum(arrays) -> int:
     "CRC-32 over arrays in order: two runs on different data differ in it."
     crc = 0
-    for a in arrays:
-        crc = zlib.crc32(np.ascontiguousarray(a), crc)
+    for array in arrays:
+        crc = zlib.crc32(np.ascontiguousarray(array), crc)
     return crc
 
 # %% ../../nbs/learn/01_training.ipynb #7a1d41b5
@@ -251,11 +259,15 @@ def no_bars():
 def has_adapter(
     model,   # a causal language model, or PEFT's wrapper around one
 ) -> bool:
-    "Is there a LoRA adapter? ValueError for PEFT's other kinds and for several at once, which can't be merged into one model."
+    """Is there a LoRA adapter?
+
+    ValueError for PEFT's other kinds and for several at once, which can't be merged into one model.
+    """
     if not hasattr(model, "get_base_model"): return False
-    kinds = [f"{name}: {c.peft_type.value}" for name, c in model.peft_config.items()]
+    kinds = [f"{name}: {config.peft_type.value}" for name, config in model.peft_config.items()]
     if len(kinds) != 1 or not kinds[0].endswith(": LORA"):
-        raise ValueError(f"adapters {', '.join(kinds)}: exactly one of kind LORA expected, since it must merge into the model")
+        raise ValueError(f"adapters {', '.join(kinds)}: exactly one of kind LORA expected, "
+                         "since it must merge into the model")
     return True
 
 # %% ../../nbs/learn/01_training.ipynb #e968a4b2
@@ -270,9 +282,10 @@ def adapter_settings(
     model,          # PEFT's wrapper with a LoRA adapter
 ) -> str:           # JSON
     "What identifies an adapter beside its weights: rank, scale, which matrices."
-    settings = next(iter(model.peft_config.values())).to_dict()
     skip = ("base_model_name_or_path", "revision", "auto_mapping", "inference_mode", "peft_version")
-    kept = {k: sorted(v) if isinstance(v, (set, list, tuple)) else v for k, v in settings.items() if v and k not in skip}
+    plain = lambda v: sorted(v) if isinstance(v, (set, list, tuple)) else v
+    settings = next(iter(model.peft_config.values())).to_dict()
+    kept = {k: plain(v) for k, v in settings.items() if v and k not in skip}
     return json.dumps(kept, sort_keys=True, default=str)
 
 # %% ../../nbs/learn/01_training.ipynb #65c89496
@@ -287,6 +300,7 @@ def save_weights(
         else:
             model.save_pretrained(folder)
 
+# %% ../../nbs/learn/01_training.ipynb #dc5d3cc1
 def save_finished(
     model,                        # saved in its own dtype; an adapter is merged in, and saved alone in `adapter/`
     tokenizer: PreTrainedTokenizerBase | None,  # saved beside it
@@ -328,19 +342,7 @@ def load_finished(
     load_weights(model, path / "adapter" if has_adapter(model) else path)
     return json.loads((path / "training.json").read_text())
 
-# %% ../../nbs/learn/01_training.ipynb #a8f4ff67
-def load_model(path: str | Path):  # -> (model, tokenizer)
-    "A causal model (float32) and its tokenizer from a folder. UserError names a folder that is missing or damaged."
-    from transformers import AutoModelForCausalLM
-    with _checkpoint(path):
-        return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, local_files_only=True), load_tokenizer(path)
-
-def load_tokenizer(path: str | Path):
-    "The tokenizer of a model's folder. UserError names a folder that is missing or damaged."
-    from transformers import AutoTokenizer
-    with _checkpoint(path):
-        return AutoTokenizer.from_pretrained(path, local_files_only=True)
-
+# %% ../../nbs/learn/01_training.ipynb #e39619ff
 @contextmanager
 def _checkpoint(path):
     "An error inside is the folder's."
@@ -350,6 +352,23 @@ def _checkpoint(path):
         yield
     except UserError:
         raise
-    except Exception as e:
-        raise UserError(f'{path}: damaged checkpoint ({type(e).__name__}: {str(e).splitlines()[0][:120]}); '
-                         'delete the folder and run its stage again') from e
+    except Exception as error:
+        why = f'{type(error).__name__}: {str(error).splitlines()[0][:120]}'
+        raise UserError(f'{path}: damaged checkpoint ({why}); delete the folder and run its stage again') from error
+
+# %% ../../nbs/learn/01_training.ipynb #a8f4ff67
+def load_tokenizer(
+    path: str | Path,   # a model's folder
+):
+    "The tokenizer of a model's folder. UserError names a folder that is missing or damaged."
+    with _checkpoint(path):
+        return AutoTokenizer.from_pretrained(path, local_files_only=True)
+
+# %% ../../nbs/learn/01_training.ipynb #7f839678
+def load_model(
+    path: str | Path,   # a model's folder
+):                      # -> (model, tokenizer)
+    "A causal model (float32) and its tokenizer from a folder. UserError names a folder that is missing or damaged."
+    with _checkpoint(path):
+        model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, local_files_only=True)
+        return model, load_tokenizer(path)

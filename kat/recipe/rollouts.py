@@ -7,20 +7,21 @@ from __future__ import annotations
 import asyncio
 import math
 from dataclasses import dataclass, field, replace
+from functools import partial
 from json import dumps, loads
 from typing import Callable, Protocol
 
 import numpy as np
 
-from .agent import Refused, play
 from ..core.chat import ids_of, render
-from ..core.types import GENERATED, Trajectory
-from ..envs.base import Env, InfraError, Observation, Task, ToolCall
-from ..infer.engines import Completion, Engine, Request
+from ..core.types import GENERATED, Segment, Trajectory
+from ..infer.requests import Completion, Engine, Request
 from ..plane.gateway import Gateway
+from ..plane.manager import Manager, Session, Turn, show
 from ..plane.writing import Writing
-from ..plane.manager import Manager, Session, show
+from ..envs.base import Env, InfraError, Observation, Task, ToolCall
 from ..envs.expert import Expert
+from .agent import Refused, play
 
 # %% auto #0
 __all__ = ['Episode', 'ended', 'recorded_turns', 'heed', 'Policy', 'ModelPolicy', 'ScriptPolicy', 'NoStore', 'Waves',
@@ -55,24 +56,31 @@ class Episode(Env):
         return await _step(self, calls)
 
 # %% ../../nbs/recipe/02_rollouts.ipynb #f6fc755c
-async def _step(e: Episode, calls: list[ToolCall]) -> Observation:
+async def _step(episode: Episode, calls: list[ToolCall]) -> Observation:
     "Note the turn just recorded, and run its calls."
-    t = next(reversed(e.session.turns.values()))
-    own, entropy = t.answer[0].event != 'correction', t.answer[0].entropy
-    e.turns.append(dict(calls=[], tokens=t.n_answer if own else 0, errors=len(t.info.get('malformed', ())),
-                        entropy_first=None if entropy is None else float(entropy[0])) | ({} if own else dict(corrected=True)))
+    noted = _noted(next(reversed(episode.session.turns.values())))
+    episode.turns.append(noted)
     try:
-        obs = await e.env.step(calls)
+        obs = await episode.env.step(calls)
     except InfraError:
-        e.finish = 'infra'
+        episode.finish = 'infra'
         raise
-    e.turns[-1]['calls'] = [dict(name=c.name, arguments=c.arguments, ok=r.ok) for c, r in zip(calls, obs.results)]
-    e.turns[-1]['errors'] += sum(not r.ok for r in obs.results)
+    noted['calls'] = [dict(name=call.name, arguments=call.arguments, ok=result.ok)
+                      for call, result in zip(calls, obs.results)]
+    noted['errors'] += sum(not result.ok for result in obs.results)
     if obs.results:
-        e.last = obs.results[-1].text
+        episode.last = obs.results[-1].text
     if not obs.done:
-        e.watch(e)
+        episode.watch(episode)
     return obs
+
+def _noted(turn: Turn) -> dict:
+    "The model's part of a turn."
+    first = turn.answer[0]
+    own = first.event != 'correction'
+    return dict(calls=[], tokens=turn.n_answer if own else 0, errors=len(turn.info.get('malformed', ())),
+                entropy_first=None if first.entropy is None else float(first.entropy[0]),
+                **({} if own else dict(corrected=True)))
 
 # %% ../../nbs/recipe/02_rollouts.ipynb #ea13c3cd
 def ended(ids: np.ndarray, tokenizer) -> str:
@@ -83,16 +91,22 @@ def recorded_turns(t: Trajectory,         # as `rollout` returns it
                    tokenizer,             # that made it
                   ) -> list[Completion]:  # its turns in order
     "The turns of a recorded trajectory, to be played again token by token."
-    out, turns = [], {}
-    for s in t.segments:
-        if s.kind in GENERATED and (s.trainable or s.event == 'correction'):
-            turns.setdefault(s.turn, []).append(s)
-    for ss in turns.values():
-        cat = lambda f: None if any(getattr(s, f) is None for s in ss) else np.concatenate([getattr(s, f) for s in ss])
-        ids, version = cat('ids'), cat('version')
-        out.append(Completion(ids, cat('logprobs'), cat('entropy'), ended(ids, tokenizer), int(version[-1]), version,
-                              trainable=ss[0].trainable, event=ss[0].event))
-    return out
+    turns = {}
+    for segment in t.segments:
+        if segment.kind in GENERATED and (segment.trainable or segment.event == 'correction'):
+            turns.setdefault(segment.turn, []).append(segment)
+    return [_completion(segments, tokenizer) for segments in turns.values()]
+
+def _completion(turn: list[Segment], tokenizer) -> Completion:
+    "The segments of one turn as its engine returned them."
+    ids, version = _joined(turn, 'ids'), _joined(turn, 'version')
+    return Completion(ids, _joined(turn, 'logprobs'), _joined(turn, 'entropy'), ended(ids, tokenizer),
+                      int(version[-1]), version, trainable=turn[0].trainable, event=turn[0].event)
+
+def _joined(segments: list[Segment], name: str) -> np.ndarray | None:
+    "One field of all segments, None where one of them lacks it."
+    parts = [getattr(segment, name) for segment in segments]
+    return None if any(part is None for part in parts) else np.concatenate(parts)
 
 # %% ../../nbs/recipe/02_rollouts.ipynb #14771a42
 def heed(e: Episode,             # after a turn
@@ -102,7 +116,8 @@ def heed(e: Episode,             # after a turn
         ) -> None:
     "Do what a watcher says. ValueError for anything else."
     if isinstance(said, np.ndarray) and said.ndim == 1 and said.size:
-        e.given.append(Completion(said.astype(np.int32), None, None, ended(said, tokenizer), -1, trainable=trainable, event='correction'))
+        e.given.append(Completion(said.astype(np.int32), None, None, ended(said, tokenizer), -1,
+                                  trainable=trainable, event='correction'))
     elif isinstance(said, str) and said == 'stop':
         e.finish = 'stopped'
     elif not (said is None or isinstance(said, str) and said == 'go'):
@@ -125,8 +140,9 @@ class ModelPolicy:
     def sampling(self):
         return dict(temperature=self.temperature, max_tokens=self.max_tokens)
     def act(self, episodes):
-        return self.engine.generate([replace(e.request, session=e.name) for e in episodes])
+        return self.engine.generate([replace(episode.request, session=episode.name) for episode in episodes])
 
+# %% ../../nbs/recipe/02_rollouts.ipynb #34399a9c
 @dataclass
 class ScriptPolicy:
     "Scripted agents, one per episode, made on first sight; each has `act(text of the last result) -> calls`."
@@ -135,15 +151,19 @@ class ScriptPolicy:
     agents: dict = field(default_factory=dict)
     sampling = {}
     def act(self, episodes):
-        out = []
-        for e in episodes:
-            if e.name not in self.agents:
-                self.agents[e.name] = self.make(e)
-            calls = [{'type': 'function', 'function': {'name': c.name, 'arguments': c.arguments}} for c in self.agents[e.name].act(e.last)]
-            ids = ids_of([s for s in render(self.tokenizer, [{'role': 'assistant', 'content': '', 'tool_calls': calls}]) if s.trainable])
-            z = np.zeros(len(ids), np.float32)
-            out.append(Completion(ids, z, z, 'stop', 0))
-        return out
+        return [self._turn(episode) for episode in episodes]
+    def _turn(self, episode):
+        if episode.name not in self.agents:
+            self.agents[episode.name] = self.make(episode)
+        ids = _written(self.agents[episode.name].act(episode.last), self.tokenizer)
+        zeros = np.zeros(len(ids), np.float32)
+        return Completion(ids, zeros, zeros, 'stop', 0)
+
+def _written(calls: list[ToolCall], tokenizer) -> np.ndarray:
+    "The ids of a turn that makes these calls, as the chat template writes it."
+    functions = [{'type': 'function', 'function': {'name': call.name, 'arguments': call.arguments}} for call in calls]
+    segments = render(tokenizer, [{'role': 'assistant', 'content': '', 'tool_calls': functions}])
+    return ids_of([segment for segment in segments if segment.trainable])
 
 # %% ../../nbs/recipe/02_rollouts.ipynb #398ab518
 class NoStore:
@@ -153,29 +173,32 @@ class NoStore:
     async def write(self, session: Session, turns: list) -> None:
         pass
 
+# %% ../../nbs/recipe/02_rollouts.ipynb #5829c881
 class Waves(Gateway):
-    "A gateway for episodes that move in step. It answers requests of agents only: what shows sessions wants an engine and a store."
+    "A gateway for episodes that move in step; it answers agents only: what shows sessions wants an engine and a store."
     address = 'http://kat'  # as agents call it
 
-    def __init__(self, policy: Policy, tokenizer, max_len: int, episodes: list[Episode], progress: Callable | None = None):
-        super().__init__(None, tokenizer, NoStore(), max_len, concurrent=len(episodes) + 1, manager=Manager(math.inf))  # there is no store to load from
-        self.policy, self.episodes, self.progress = policy, {e.name: e for e in episodes}, progress
+    def __init__(self, policy: Policy, tokenizer, max_len: int, episodes: list[Episode],
+                 progress: Callable | None = None):
+        manager = Manager(math.inf)   # lets none of its sessions go: there is no store to load from
+        super().__init__(None, tokenizer, NoStore(), max_len, concurrent=len(episodes) + 1, manager=manager)
+        self.policy, self.episodes, self.progress = policy, {episode.name: episode for episode in episodes}, progress
         self.alive, self.wave, self.error = len(episodes), {}, None   # wave: who waits, by name
-        for e in episodes:
-            self.manager.put(e.session)
+        for episode in episodes:
+            self.manager.put(episode.session)
 
     async def sample(self, w: Writing, request: Request) -> Completion:
         "Wait for the others. ValueError for an episode that is over."
-        e = self.episodes[w.plan.session.name]
-        if e.turns and len(request.ids) > self.max_len - 64:
-            e.finish = e.finish or 'length'
-        if e.finish: raise ValueError(f'the episode is over: {e.finish}')
-        e.request, self.wave[e.name] = request, (mine := asyncio.get_running_loop().create_future())
+        episode = self.episodes[w.plan.session.name]
+        if episode.turns and len(request.ids) > self.max_len - 64:
+            episode.finish = episode.finish or 'length'
+        if episode.finish: raise ValueError(f'the episode is over: {episode.finish}')
+        episode.request, self.wave[episode.name] = request, (mine := asyncio.get_running_loop().create_future())
         _move(self)
         try:
             return await mine
         finally:
-            self.wave.pop(e.name, None)   # of an agent that was cancelled
+            self.wave.pop(episode.name, None)   # of an agent that was cancelled
 
     def left(self) -> None:
         "An agent has ended."
@@ -185,53 +208,55 @@ class Waves(Gateway):
         _move(self)
 
 # %% ../../nbs/recipe/02_rollouts.ipynb #63bca98a
-def _move(g: Waves) -> None:
+def _move(gateway: Waves) -> None:
     "Answer all who wait, if nobody else is to come. After an error nobody is answered."
-    if g.error is None and (not g.wave or len(g.wave) < g.alive): return
-    waiting, g.wave = g.wave, {}
-    wave = [e for e in g.episodes.values() if e.name in waiting]
+    if gateway.error is None and (not gateway.wave or len(gateway.wave) < gateway.alive): return
+    waiting, gateway.wave = gateway.wave, {}
+    wave = [episode for episode in gateway.episodes.values() if episode.name in waiting]
     try:
-        done = _next_turns(g.policy, wave) if g.error is None else []
+        done = _next_turns(gateway.policy, wave) if gateway.error is None else []
     except Exception as error:
-        g.error, done = error, []
-    for e, x in zip(wave, done):
-        waiting[e.name].set_result(x)
-    for e in wave[len(done):]:
-        waiting[e.name].cancel()
+        gateway.error, done = error, []
+    for episode, completion in zip(wave, done):
+        waiting[episode.name].set_result(completion)
+    for episode in wave[len(done):]:
+        waiting[episode.name].cancel()
 
 def _next_turns(policy: Policy, wave: list[Episode]) -> list[Completion]:
     "For each episode the turn that is given, else the one that the policy samples."
-    free = [e for e in wave if not e.given]
+    free = [episode for episode in wave if not episode.given]
     sampled = iter(policy.act(free) if free else [])
-    return [e.given.pop(0) if e.given else next(sampled) for e in wave]
+    return [episode.given.pop(0) if episode.given else next(sampled) for episode in wave]
 
 # %% ../../nbs/recipe/02_rollouts.ipynb #41507892
-def segments_of(e: Episode):  # -> list[Segment]
+def segments_of(e: Episode) -> list[Segment]:
     "The tokens of an episode as they were recorded. RuntimeError where its session is not one clean path."
     path = list(e.session.turns.values())
-    if len(e.session.leaves) > 1 or any(t.drift != 'clean' for t in path):
+    if len(e.session.leaves) > 1 or any(turn.drift != 'clean' for turn in path):
         raise RuntimeError(f'task {e.task.id}: its session is not one clean path:\n{show(e.session)}')
     out = []
-    for t in path:
-        if t.parent is None:
-            out += t.prompt
+    for turn in path:
+        if turn.parent is None:
+            out += turn.prompt
         else:
-            u = e.turns[t.number - 1]
-            event = 'error' if u['errors'] or not u['calls'] else 'tool'
-            out += [replace(s, turn=t.number - 1, event=event) for s in t.prompt]
-        out += t.answer
+            before = e.turns[turn.number - 1]
+            event = 'error' if before['errors'] or not before['calls'] else 'tool'
+            out += [replace(segment, turn=turn.number - 1, event=event) for segment in turn.prompt]
+        out += turn.answer
     return out
 
+# %% ../../nbs/recipe/02_rollouts.ipynb #02273cdb
 async def finished(e: Episode, sampling: dict) -> Trajectory:
     "Grade an episode and give its environment back."
-    info = dict(e.task.data.get('info', {}), family=e.task.data.get('family'), kind=e.task.kind, difficulty=e.task.data.get('level'),
+    data = e.task.data
+    info = dict(data.get('info', {}), family=data.get('family'), kind=e.task.kind, difficulty=data.get('level'),
                 turns=e.turns, finish=e.finish)
     reward = None
     if e.finish != 'infra':
         try:
-            g = await e.env.grade()
-            reward = g.reward if e.finish == 'submit' else 0.0
-            info |= dict(tests=g.tests, **g.info)
+            grade = await e.env.grade()
+            reward = grade.reward if e.finish == 'submit' else 0.0
+            info |= dict(tests=grade.tests, **grade.info)
         except InfraError:
             info['finish'] = 'infra'
     await e.env.close()
@@ -242,7 +267,8 @@ def check_replay(t: Trajectory, begin: Trajectory) -> None:
     "ValueError when a trajectory does not start with the tokens of the recorded beginning."
     n = min(len(t.ids), len(begin.ids))
     if t.info['finish'] != 'infra' and not np.array_equal(t.ids[:n], begin.ids[:n]):
-        raise ValueError(f'task {t.task}: its replay gave other tokens than the record; other tools, tokenizer or results than then?')
+        raise ValueError(f'task {t.task}: its replay gave other tokens than the record; '
+                         'other tools, tokenizer or results than then?')
 
 # %% ../../nbs/recipe/02_rollouts.ipynb #b4b9c51c
 def rollout(policy: Policy,                   # who acts
@@ -254,21 +280,33 @@ def rollout(policy: Policy,                   # who acts
             max_len: int = 1024,              # cap on tokens
             watch: Callable[[Episode], str | np.ndarray | None] | None = None,  # after each turn, see `heed`
             progress: Callable[[int, int], None] | None = None,  # told (episodes done, all)
-            train_corrections: bool = False,  # does the loss see the turns that a watcher puts in? Their log-probs must then be added
+            train_corrections: bool = False,  # are a watcher's turns trained on? Their log-probs must then be added
             begin: list[Trajectory] | None = None,  # recorded beginnings, one per task, from which the policy goes on
            ) -> list[Trajectory]:
-    """Play `tasks` in waves and grade them. `info` holds task facts, `turns`, `finish`, `tests`, `patch`.
+    """Play `tasks` in waves and grade them; `info` holds task facts, `turns`, `finish`, `tests`, `patch`. *Own design.*
 
-    An episode whose sandbox failed has reward None and finish 'infra'. ValueError when a beginning can't be replayed. *Own design.*"""
-    if begin is not None and watch: raise ValueError('rollout: a replayed beginning is not watched; leave out `watch` or `begin`')
-    mind = (lambda e: heed(e, watch(e), tokenizer, train_corrections)) if watch else (lambda e: None)
-    eps = [Episode(t, make_env(), hash((seed, i)) % 2**31, f'{seed}-{i}', Session(tokenizer, f'{seed}-{i}', task=t.id), mind) for i, t in enumerate(tasks)]
-    for e, t in zip(eps, begin or [], strict=begin is not None):
-        e.given = recorded_turns(t, tokenizer)
-    out = asyncio_run(_rollout(Waves(policy, tokenizer, max_len, eps, progress), max_turns))
-    for t, b in zip(out, begin or []):
-        check_replay(t, b)
+    Where the sandbox failed, the reward is None and finish 'infra'. ValueError when a beginning can't be replayed."""
+    if begin is not None and watch:
+        raise ValueError('rollout: a replayed beginning is not watched; leave out `watch` or `begin`')
+    mind = partial(_mind, watch, tokenizer, train_corrections)
+    episodes = [_episode(task, make_env(), (seed, i), tokenizer, mind) for i, task in enumerate(tasks)]
+    for episode, beginning in zip(episodes, begin or [], strict=begin is not None):
+        episode.given = recorded_turns(beginning, tokenizer)
+    out = asyncio_run(_rollout(Waves(policy, tokenizer, max_len, episodes, progress), max_turns))
+    for played, beginning in zip(out, begin or []):
+        check_replay(played, beginning)
     return out
+
+# %% ../../nbs/recipe/02_rollouts.ipynb #01fafb07
+def _episode(task: Task, env: Env, key: tuple[int, int], tokenizer, mind: Callable) -> Episode:
+    "An attempt that has not begun; `key` names its session and seeds its noise."
+    name = '{}-{}'.format(*key)
+    return Episode(task, env, hash(key) % 2**31, name, Session(tokenizer, name, task=task.id), mind)
+
+def _mind(watch: Callable | None, tokenizer, trainable: bool, episode: Episode) -> None:
+    "After a turn: ask the watcher, if there is one, and do what it says."
+    if watch:
+        heed(episode, watch(episode), tokenizer, trainable)
 
 # %% ../../nbs/recipe/02_rollouts.ipynb #5d0a8c12
 @dataclass
@@ -282,18 +320,24 @@ class LocalResponse:
     def json(self):
         return loads(self.content)
 
+# %% ../../nbs/recipe/02_rollouts.ipynb #253aad4b
 class Local:
-    "A client without a socket for an ASGI application in this process; `post` is that of `httpx2.AsyncClient`, as far as the agent uses it."
+    """A client without a socket for an ASGI application in this process.
+
+    `post` is that of `httpx2.AsyncClient`, as far as the agent uses it."""
     def __init__(self, app):
         self.app = app
 
     async def post(self, url: str, json) -> LocalResponse:
         "Send `json`, wait for the whole answer."
         _, _, host, path = url.split('/', 3)
-        body, reply, over = dumps(json, ensure_ascii=False, allow_nan=False).encode(), LocalResponse(), asyncio.Event()
-        headers = [(b'host', host.encode()), (b'content-type', b'application/json'), (b'content-length', b'%d' % len(body))]
-        scope = dict(type='http', asgi=dict(version='3.0'), http_version='1.1', method='POST', scheme='http', path=f'/{path}', raw_path=f'/{path}'.encode(),
-                     query_string=b'', root_path='', headers=headers, server=(host, 80), client=('local', 0))
+        body = dumps(json, ensure_ascii=False, allow_nan=False).encode()
+        reply, over = LocalResponse(), asyncio.Event()
+        headers = [(b'host', host.encode()), (b'content-type', b'application/json'),
+                   (b'content-length', b'%d' % len(body))]
+        scope = dict(type='http', asgi=dict(version='3.0'), http_version='1.1', method='POST', scheme='http',
+                     path=f'/{path}', raw_path=f'/{path}'.encode(), query_string=b'', root_path='', headers=headers,
+                     server=(host, 80), client=('local', 0))
         news = [dict(type='http.request', body=body, more_body=False)]
         async def receive():
             if news: return news.pop()
@@ -311,24 +355,26 @@ class Local:
         return reply
 
 # %% ../../nbs/recipe/02_rollouts.ipynb #87b8112a
-async def _rollout(g: Waves, max_turns: int) -> list[Trajectory]:
-    client = Local(g.app)
-    await asyncio.gather(*[_play(g, e, client, max_turns) for e in g.episodes.values()])
-    return list(await asyncio.gather(*[finished(e, g.policy.sampling) for e in g.episodes.values()]))
+async def _rollout(gateway: Waves, max_turns: int) -> list[Trajectory]:
+    client, episodes = Local(gateway.app), gateway.episodes.values()
+    await asyncio.gather(*[_play(gateway, episode, client, max_turns) for episode in episodes])
+    return list(await asyncio.gather(*[finished(episode, gateway.policy.sampling) for episode in episodes]))
 
-async def _play(g: Waves, e: Episode, client, max_turns: int) -> None:
+async def _play(gateway: Waves, episode: Episode, client, max_turns: int) -> None:
     "One agent, from its first request to its end."
+    url = f'{gateway.address}/s/{episode.name}/v1'
     try:
-        finish, _ = await play(client, f'{g.address}/s/{e.name}/v1', e, e.task, max_turns, e.seed, model=g.model, **g.policy.sampling)
-        e.finish = e.finish or finish
+        finish, _ = await play(client, url, episode, episode.task, max_turns, episode.seed, model=gateway.model,
+                               **gateway.policy.sampling)
+        episode.finish = episode.finish or finish
     except Exception as error:
-        if e.turns and isinstance(error, Refused) and 'context_length_exceeded' in str(error):
-            e.finish = e.finish or 'length'
-        if e.finish and isinstance(error, (Refused, InfraError)): return
-        g.error = g.error or error   # that of the policy, where it was the first
-        raise g.error
+        if episode.turns and isinstance(error, Refused) and 'context_length_exceeded' in str(error):
+            episode.finish = episode.finish or 'length'
+        if episode.finish and isinstance(error, (Refused, InfraError)): return
+        gateway.error = gateway.error or error   # that of the policy, where it was the first
+        raise gateway.error
     finally:
-        g.left()
+        gateway.left()
 
 # %% ../../nbs/recipe/02_rollouts.ipynb #d818059e
 def asyncio_run(coro):
@@ -342,19 +388,24 @@ def asyncio_run(coro):
         return one.submit(asyncio.run, coro).result()
 
 # %% ../../nbs/recipe/02_rollouts.ipynb #8e91daef
-def expert_data(tokenizer, tasks: list[Task], make_env, seed: int, told: Callable | None = None, chunk: int = 200) -> list[Trajectory]:
+def expert_data(tokenizer, tasks: list[Task], make_env, seed: int, told: Callable | None = None,
+                chunk: int = 200) -> list[Trajectory]:
     "One expert trajectory per task, played in the real environment, solved or not."
     out = []
-    for i in range(0, len(tasks), chunk):
-        out += rollout(ScriptPolicy(tokenizer, lambda e: Expert(e.task, e.seed)), tokenizer, tasks[i:i + chunk], make_env, seed=seed * 1000 + i)
+    for start in range(0, len(tasks), chunk):
+        policy = ScriptPolicy(tokenizer, lambda episode: Expert(episode.task, episode.seed))
+        out += rollout(policy, tokenizer, tasks[start:start + chunk], make_env, seed=seed * 1000 + start)
         if told:
-            told(min(i + chunk, len(tasks)))
+            told(min(start + chunk, len(tasks)))
     return out
 
 # %% ../../nbs/recipe/02_rollouts.ipynb #4ac1ed0c
 def turn_facts(played: list[Trajectory]) -> dict:
     "Turns, parallel turns, finishes and sampled tokens of a wave, for the log."
-    turns = [t for p in played for t in p.info['turns']]
-    share = lambda f: sum(p.info['finish'] == f for p in played) / len(played)
-    return dict(turns=len(turns) / len(played), parallel=sum(len(t['calls']) > 1 for t in turns) / max(1, sum(bool(t['calls']) for t in turns)),
-                capped=share('cap'), stopped=share('stopped'), sampled_tokens=sum(t['tokens'] for t in turns))
+    turns = [turn for trajectory in played for turn in trajectory.info['turns']]
+    acting = sum(bool(turn['calls']) for turn in turns)
+    parallel = sum(len(turn['calls']) > 1 for turn in turns)
+    def share(finish):
+        return sum(trajectory.info['finish'] == finish for trajectory in played) / len(played)
+    return dict(turns=len(turns) / len(played), parallel=parallel / max(1, acting), capped=share('cap'),
+                stopped=share('stopped'), sampled_tokens=sum(turn['tokens'] for turn in turns))

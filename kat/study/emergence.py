@@ -8,16 +8,17 @@ __all__ = ['COUNTS', 'by_task', 'task_rows', 'bootstrap_weights', 'interval', 's
 
 # %% ../../nbs/study/02_emergence.ipynb #accb87b2
 from collections import Counter, defaultdict
+
 import numpy as np
+
 from .evaluate import METRICS, count_episode, masked, solved, turns_of
 
 # %% ../../nbs/study/02_emergence.ipynb #048b60a8
-COUNTS = sorted({c for a, b, _ in METRICS.values() for c in (a, b)})
-
+COUNTS = sorted({count for above, below, _ in METRICS.values() for count in (above, below)})
 
 def by_task(
-    trajectories:list, # episodes of one model
-) -> dict[str, list]: # task: its episodes, without infrastructure failures
+    trajectories: list,   # episodes of one model
+) -> dict[str, list]:     # task: its episodes, without infrastructure failures
     "Group episodes by task."
     tasks = defaultdict(list)
     for t in trajectories:
@@ -25,52 +26,52 @@ def by_task(
             tasks[t.task].append(t)
     return dict(tasks)
 
-
 def task_rows(
-    episodes:dict[str, list], # from `by_task`
-    tasks:list[str], # which tasks, in which order
-    cap:int|None=None, # cut every episode after `cap` turns
-) -> tuple[np.ndarray, np.ndarray]: # counts [tasks, len(COUNTS)] and width histogram [tasks, 1 + largest width]
+    episodes: dict[str, list],  # from `by_task`
+    tasks: list[str],           # which tasks, in which order
+    cap: int | None = None,     # cut every episode after `cap` turns
+) -> tuple[np.ndarray, np.ndarray]:  # counts [tasks, len(COUNTS)] and width histogram [tasks, 1 + largest width]
     "Mean counts and mean width histogram per task."
-    counted = [[count_episode(e, cap) for e in episodes[t]] for t in tasks]
-    sums = np.array([np.mean([[e[c] for c in COUNTS] for e in es], 0) for es in counted])
-    top = max((w for es in counted for e in es for w in e['widths']), default=0)
-    hist = np.array([np.mean([np.bincount(e['widths'], minlength=top + 1) for e in es], 0) for es in counted])
-    return sums, hist
+    counted = [[count_episode(t, cap) for t in episodes[task]] for task in tasks]
+    sums = np.array([np.mean([[row[name] for name in COUNTS] for row in rows], 0) for rows in counted])
+    size = 1 + max((width for rows in counted for row in rows for width in row['widths']), default=0)
+    histogram = lambda row: np.bincount(row['widths'], minlength=size)
+    return sums, np.array([np.mean([histogram(row) for row in rows], 0) for rows in counted])
 
 # %% ../../nbs/study/02_emergence.ipynb #62715900
 def bootstrap_weights(
-    n:int, # tasks
-    n_boot:int=2000, # replicates
-    seed:int=0, # of the draw
-) -> np.ndarray: # [1 + n_boot, n]; row 0 is all ones: the data itself
+    n: int,                 # tasks
+    n_boot: int = 2000,     # replicates
+    seed: int = 0,          # of the draw
+) -> np.ndarray:            # [1 + n_boot, n]; row 0 is all ones: the data itself
     "How often each task occurs in each bootstrap sample."
     draws = np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), size=n_boot)
     return np.concatenate([np.ones((1, n)), draws])
 
-
 def interval(
-    values:np.ndarray, # replicates, row 0 the data itself
-    conf:float=.95, # two-sided confidence
-) -> tuple[float, float, float]: # value, lower end, upper end
+    values: np.ndarray,     # replicates, row 0 the data itself
+    conf: float = .95,      # two-sided confidence
+) -> tuple[float, float, float]:  # value, lower end, upper end
     "Percentile interval of a bootstrap."
     lo, hi = np.quantile(values[1:], [(1 - conf) / 2, (1 + conf) / 2])
     return float(values[0]), float(lo), float(hi)
 
+def _put(row: dict, name: str, values, conf) -> None:  # an interval into a table's row
+    row[name], row[name + '_lo'], row[name + '_hi'] = interval(values, conf)
+
 # %% ../../nbs/study/02_emergence.ipynb #4dfe3d77
-def safe_ratio(a:np.ndarray, b:np.ndarray) -> np.ndarray:
+def safe_ratio(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     "a / b, and 0 where nothing was counted."
     return np.divide(a, b, out=np.zeros(np.broadcast_shapes(a.shape, b.shape)), where=b > 0)
 
-
 def measure(
-    sums:np.ndarray, # [tasks, len(COUNTS)]
-    hist:np.ndarray, # [tasks, widths]
-    weights:np.ndarray, # [replicates, tasks]
-) -> dict[str, np.ndarray]: # metric: one value per replicate
+    sums: np.ndarray,         # [tasks, len(COUNTS)]
+    hist: np.ndarray,         # [tasks, widths]
+    weights: np.ndarray,      # [replicates, tasks]
+) -> dict[str, np.ndarray]:   # metric: one value per replicate
     "All metrics in all replicates: the ratios of `METRICS`, and the 95th percentile and maximum of width."
     total = dict(zip(COUNTS, (weights @ sums).T))
-    out = {m: safe_ratio(total[a], total[b]) for m, (a, b, _) in METRICS.items()}
+    out = {name: safe_ratio(total[above], total[below]) for name, (above, below, _) in METRICS.items()}
     widths = weights @ hist
     reached = widths.cumsum(1) >= .95 * widths.sum(1, keepdims=True) - 1e-9
     out['width_p95'] = reached.argmax(1).astype(float)
@@ -78,11 +79,11 @@ def measure(
     return out
 
 # %% ../../nbs/study/02_emergence.ipynb #b1f47a11
-def views(before:dict, after:dict, turn_cap:int):
+def views(before: dict, after: dict, turn_cap: int):
     "Yield (name, episodes before, episodes after, tasks, cap) for each view that has tasks."
     tasks = sorted(before.keys() & after.keys())
-    won = [{t: [e for e in es if solved(e)] for t, es in model.items()} for model in (before, after)]
-    both = [t for t in tasks if won[0][t] and won[1][t]]
+    won = [{task: [t for t in episodes if solved(t)] for task, episodes in model.items()} for model in (before, after)]
+    both = [task for task in tasks if won[0][task] and won[1][task]]
     yield 'all tasks', before, after, tasks, None
     if both:
         yield 'solved by both', *won, both, None
@@ -90,91 +91,97 @@ def views(before:dict, after:dict, turn_cap:int):
 
 # %% ../../nbs/study/02_emergence.ipynb #d212e837
 def compare_models(
-    before:list, # episodes of one model
-    after:list, # episodes of another on the same tasks
-    turn_cap:int|None=None, # T of the third view; default: median turns of `before`
-    n_boot:int=2000, # bootstrap replicates
-    seed:int=0, # of the bootstrap
-    conf:float=.95, # of all intervals
-) -> list[dict]: # rows: view, metric, n, before, after, change, relative, each value with `_lo` and `_hi`
+    before: list,                 # episodes of one model
+    after: list,                  # episodes of another on the same tasks
+    turn_cap: int | None = None,  # T of the third view; default: median turns of `before`
+    n_boot: int = 2000,           # bootstrap replicates
+    seed: int = 0,                # of the bootstrap
+    conf: float = .95,            # of all intervals
+) -> list[dict]:  # rows: view, metric, n, before, after, change, relative, each value with `_lo` and `_hi`
     """Every metric before and after, in three views, with paired bootstrap intervals over tasks.
 
     `change` = after − before; `relative` = change / before (−0.32 is 32 % less). Only tasks that both models played
     count; infrastructure failures are left out. ValueError when no task was played by both.
     """
-    b, a = by_task(before), by_task(after)
-    if not b.keys() & a.keys():
-        raise ValueError(f'compare: no task was played by both models ({len(b)} tasks before, {len(a)} after)')
-    cap = turn_cap or int(np.median([len(turns_of(e)) for t in b.keys() & a.keys() for e in b[t]]))
+    old, new = by_task(before), by_task(after)
+    common = old.keys() & new.keys()
+    if not common:
+        raise ValueError(f'compare: no task was played by both models ({len(old)} tasks before, {len(new)} after)')
+    T = turn_cap or int(np.median([len(turns_of(t)) for task in common for t in old[task]]))
     rows = []
-    for view, eb, ea, tasks, cut in views(b, a, cap):
-        w = bootstrap_weights(len(tasks), n_boot, seed)
-        mb, ma = (measure(*task_rows(e, tasks, cut), w) for e in (eb, ea))
-        for metric in mb:
-            x, y = mb[metric], ma[metric]
-            values = dict(before=x, after=y, change=y - x, relative=safe_ratio(y - x, x))
-            row = dict(view=view, metric=metric, n=len(tasks))
-            for k, v in values.items():
-                row[k], row[k + '_lo'], row[k + '_hi'] = interval(v, conf)
-            rows.append(row)
+    for view, *models, tasks, cap in views(old, new, T):
+        weights = bootstrap_weights(len(tasks), n_boot, seed)
+        first, last = (measure(*task_rows(episodes, tasks, cap), weights) for episodes in models)
+        rows += [_change(view, metric, len(tasks), first[metric], last[metric], conf) for metric in first]
     return rows
+
+def _change(view, metric, n, before, after, conf) -> dict:
+    row = dict(view=view, metric=metric, n=n)
+    change = after - before
+    for name, values in dict(before=before, after=after, change=change, relative=safe_ratio(change, before)).items():
+        _put(row, name, values, conf)
+    return row
 
 # %% ../../nbs/study/02_emergence.ipynb #c6dfe669
 def pattern(
-    turn:dict, # with `calls`
-) -> str: # for example 'edit+test', 'view×3'
+    turn: dict,          # with `calls`
+) -> str:                # for example 'edit+test', 'view×3'
     "Names of the tools called in a turn, sorted; three or more of a kind are counted."
-    names = Counter(c['name'] for c in turn['calls'])
-    return '+'.join('+'.join([n] * k) if k < 3 else f'{n}×{k}' for n, k in sorted(names.items()))
-
+    names = Counter(call['name'] for call in turn['calls'])
+    return '+'.join('+'.join([name] * k) if k < 3 else f'{name}×{k}' for name, k in sorted(names.items()))
 
 def patterns(
-    trajectories:list, # episodes of one model
-) -> Counter: # pattern: number of turns
+    trajectories: list,  # episodes of one model
+) -> Counter:            # pattern: number of turns
     "Patterns of all turns with two or more calls."
-    return Counter(pattern(t) for e in trajectories if not masked(e) for t in turns_of(e) if len(t['calls']) > 1)
+    kept = [t for t in trajectories if not masked(t)]
+    return Counter(pattern(turn) for t in kept for turn in turns_of(t) if len(turn['calls']) > 1)
 
 # %% ../../nbs/study/02_emergence.ipynb #afb3d7b3
 def pattern_table(
-    before:list, # episodes of one model
-    after:list, # episodes of another on the same tasks
-    top:int=6, # most frequent patterns; the others are summed up as 'other'
-    n_boot:int=2000, seed:int=0, conf:float=.95, # the bootstrap over tasks
-) -> list[dict]: # rows: pattern, before, before_lo, before_hi, after, after_lo, after_hi
+    before: list,        # episodes of one model
+    after: list,         # episodes of another on the same tasks
+    top: int = 6,        # most frequent patterns; the others are summed up as 'other'
+    n_boot: int = 2000, seed: int = 0, conf: float = .95,  # the bootstrap over tasks
+) -> list[dict]:         # rows: pattern, before, before_lo, before_hi, after, after_lo, after_hi
     "Share of each pattern in the turns that call tools. The shares add up to the parallel-turn rate."
     found = patterns(before) + patterns(after)
-    names = [p for p, _ in sorted(found.items(), key=lambda x: (-x[1], x[0]))[:top]]
+    names = [name for name, _ in sorted(found.items(), key=lambda item: (-item[1], item[0]))[:top]]
     shown = names + ['other'] * (len(found) > top)
-    out = [dict(pattern=p) for p in shown]
+    out = [dict(pattern=name) for name in shown]
     for key, model in (('before', by_task(before)), ('after', by_task(after))):
-        w = bootstrap_weights(len(model), n_boot, seed)
-        count = np.zeros((len(model), len(shown) + 1))   # last column: turns that call tools
-        for i, es in enumerate(model.values()):
-            for t in (t for e in es for t in turns_of(e) if t['calls']):
-                count[i, -1] += 1 / len(es)
-                if len(t['calls']) > 1:
-                    p = pattern(t)
-                    count[i, names.index(p) if p in names else len(names)] += 1 / len(es)
-        share = safe_ratio(w @ count[:, :-1], (w @ count[:, -1])[:, None])
-        for row, s in zip(out, share.T):
-            row[key], row[key + '_lo'], row[key + '_hi'] = interval(s, conf)
+        weights = bootstrap_weights(len(model), n_boot, seed)
+        count = _count_patterns(model, names, len(shown))
+        share = safe_ratio(weights @ count[:, :-1], (weights @ count[:, -1])[:, None])
+        for row, values in zip(out, share.T):
+            _put(row, key, values, conf)
     return out
+
+def _count_patterns(model: dict, names, size) -> np.ndarray:  # [tasks, size + 1]: mean turns; last: that call tools
+    count = np.zeros((len(model), size + 1))
+    for i, episodes in enumerate(model.values()):
+        for turn in (turn for t in episodes for turn in turns_of(t) if turn['calls']):
+            count[i, -1] += 1 / len(episodes)
+            if len(turn['calls']) > 1:
+                name = pattern(turn)
+                count[i, names.index(name) if name in names else len(names)] += 1 / len(episodes)
+    return count
 
 # %% ../../nbs/study/02_emergence.ipynb #4b6a1410
 def entropy_split(
-    trajectories:list, # episodes of one model
-    n_boot:int=2000, seed:int=0, conf:float=.95, # the bootstrap over tasks
-) -> dict: # single, multi, difference: (nats, lo, hi), None without such turns; n_single, n_multi: turns
+    trajectories: list,  # episodes of one model
+    n_boot: int = 2000, seed: int = 0, conf: float = .95,  # the bootstrap over tasks
+) -> dict:  # single, multi, difference: (nats, lo, hi), None without such turns; n_single, n_multi: turns
     "Mean entropy at the first tool-call token, of turns with one call and of turns with several."
     model = by_task(trajectories)
-    x = np.zeros((len(model), 2, 2))   # task, one call or several, [sum of entropy, turns]
-    for i, es in enumerate(model.values()):
-        for t in (t for e in es for t in turns_of(e)):
-            if t['calls'] and t.get('entropy_first') is not None:
-                x[i, int(len(t['calls']) > 1)] += t['entropy_first'], 1
-    n_single, n_multi = (int(n) for n in x[:, :, 1].sum(0))
-    w = bootstrap_weights(len(model), n_boot, seed)
-    single, multi = (safe_ratio(w @ x[:, j, 0], w @ x[:, j, 1]) for j in (0, 1))
+    found = np.zeros((len(model), 2, 2))   # task, one call or several, [sum of entropy, turns]
+    for i, episodes in enumerate(model.values()):
+        for turn in (turn for t in episodes for turn in turns_of(t)):
+            if turn['calls'] and turn.get('entropy_first') is not None:
+                found[i, int(len(turn['calls']) > 1)] += turn['entropy_first'], 1
+    n_single, n_multi = (int(n) for n in found[:, :, 1].sum(0))
+    weights = bootstrap_weights(len(model), n_boot, seed)
+    single, multi = (safe_ratio(weights @ found[:, j, 0], weights @ found[:, j, 1]) for j in (0, 1))
     return dict(single=interval(single, conf) if n_single else None, multi=interval(multi, conf) if n_multi else None,
                 difference=interval(multi - single, conf) if n_single and n_multi else None,
                 n_single=n_single, n_multi=n_multi)

@@ -7,18 +7,21 @@ __all__ = ['METRICS', 'wilson', 'pass_at_k', 'turns_of', 'solved', 'masked', 'co
            'markdown_table', 'eval_record', 'save_eval', 'load_eval']
 
 # %% ../../nbs/study/01_evaluate.ipynb #5c8abfcb
-import json, math, os
+import json
+import math
+import os
 from collections import Counter
 from pathlib import Path
 from statistics import NormalDist
+
 import numpy as np
 
 # %% ../../nbs/study/01_evaluate.ipynb #436da30a
 def wilson(
-    k:int, # episodes solved
-    n:int, # episodes counted
-    conf:float=.95, # two-sided confidence
-) -> tuple[float, float]: # lower and upper end, in [0, 1]
+    k: int,             # episodes solved
+    n: int,             # episodes counted
+    conf: float = .95,  # two-sided confidence
+) -> tuple[float, float]:  # lower and upper end, in [0, 1]
     """Wilson's score interval for a rate (Wilson 1927). `n = 0` gives (0, 1): nothing is known.
 
     The `n` trials are taken as independent: several samples of one task are not, and the interval is then too narrow.
@@ -28,16 +31,17 @@ def wilson(
     if not 0 < conf < 1: raise ValueError(f'wilson: conf={conf} must lie between 0 and 1, for example 0.95')
     if n == 0: return 0., 1.
     z = NormalDist().inv_cdf((1 + conf) / 2)
-    p, d = k / n, 1 + z * z / n
-    mid, half = (p + z * z / (2 * n)) / d, z / d * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
-    return (0. if k == 0 else mid - half), (1. if k == n else mid + half)
+    p, scale = k / n, 1 + z * z / n
+    middle = (p + z * z / (2 * n)) / scale
+    half = z / scale * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
+    return (0. if k == 0 else middle - half), (1. if k == n else middle + half)
 
 # %% ../../nbs/study/01_evaluate.ipynb #01f32ff8
 def pass_at_k(
-    n:int|np.ndarray, # samples drawn per task
-    c:int|np.ndarray, # of which correct, same shape as `n`
-    k:int, # samples one may try
-) -> float: # mean over tasks, in [0, 1]
+    n: int | np.ndarray,  # samples drawn per task
+    c: int | np.ndarray,  # of which correct, same shape as `n`
+    k: int,               # samples one may try
+) -> float:               # mean over tasks, in [0, 1]
     """Unbiased pass@k (Chen et al. 2021, arXiv 2107.03374): mean over tasks of 1 − C(n−c, k)/C(n, k).
 
     Raises ValueError when a task has fewer than `k` samples or more correct ones than samples.
@@ -52,8 +56,8 @@ def pass_at_k(
 
 # %% ../../nbs/study/01_evaluate.ipynb #297d0206
 def turns_of(
-    trajectory, # `Trajectory` written by the rollout driver
-) -> list[dict]: # one dict per assistant turn: calls, tokens, errors, entropy_first
+    trajectory,      # `Trajectory` written by the rollout driver
+) -> list[dict]:     # one dict per assistant turn: calls, tokens, errors, entropy_first
     "The turns recorded in `trajectory.info['turns']`; ValueError where there are none to read."
     turns = trajectory.info.get('turns')
     if not isinstance(turns, list):
@@ -61,41 +65,41 @@ def turns_of(
                          "record the episode with the rollout driver")
     return turns
 
-
 def solved(
-    trajectory, # `Trajectory` with `info['tests']`: {name: passed}, or only a reward
-) -> bool: # every test passes, and the environment paid for it
+    trajectory,      # `Trajectory` with `info['tests']`: {name: passed}, or only a reward
+) -> bool:           # every test passes, and the environment paid for it
     "Whether the episode solved its task: all tests pass and reward > 0; without tests, reward >= 1."
     tests, reward = trajectory.info.get('tests'), trajectory.reward or 0
     return all(tests.values()) and reward > 0 if tests else reward >= 1
 
-
 def masked(
-    trajectory, # `Trajectory`
-) -> bool: # True: an infrastructure failure, no evidence about the model
+    trajectory,      # `Trajectory`
+) -> bool:           # True: an infrastructure failure, no evidence about the model
     "Whether the episode is left out of every statistic (`info['finish'] == 'infra'`)."
     return trajectory.info.get('finish') == 'infra'
 
 # %% ../../nbs/study/01_evaluate.ipynb #187dfcc7
 def count_episode(
-    trajectory, # `Trajectory`
-    cap:int|None=None, # look at the first `cap` turns only
-) -> dict: # counts of this episode, and `widths`: calls of each turn that calls tools
+    trajectory,              # `Trajectory`
+    cap: int | None = None,  # look at the first `cap` turns only
+) -> dict:                   # counts of this episode, and `widths`: calls of each turn that calls tools
     "Count turns, calls, tokens … of one episode (definitions: notebook `study/01_evaluate`)."
     every = turns_of(trajectory)
     turns = every[:cap]
     late = len(turns) < len(every)
-    calls = [t['calls'] for t in turns]
-    widths = [len(c) for c in calls if c]
-    failed = [sum(not x['ok'] for x in c) for c in calls]
-    malformed = sum(max(0, (t.get('errors') or 0) - f) for t, f in zip(turns, failed))
-    same = sum(len(c) - len({(x['name'], json.dumps(x['arguments'], sort_keys=True)) for x in c}) for c in calls)
+    calls = [turn['calls'] for turn in turns]
+    widths = [len(made) for made in calls if made]
+    failed = [sum(not call['ok'] for call in made) for made in calls]
+    malformed = sum(max(0, (turn.get('errors') or 0) - known) for turn, known in zip(turns, failed))
     return dict(episodes=1, turns=len(turns), calls=sum(widths), tool_turns=len(widths),
-                parallel_turns=sum(w > 1 for w in widths), redundant=same,
+                parallel_turns=sum(width > 1 for width in widths), redundant=sum(map(_repeated, calls)),
                 failed=malformed + sum(failed), attempts=sum(widths) + malformed,
-                critical=len(turns) + len(widths), tokens=sum(t['tokens'] for t in turns),
+                critical=len(turns) + len(widths), tokens=sum(turn['tokens'] for turn in turns),
                 truncated=int(late or trajectory.info.get('finish') in ('cap', 'length')),
                 solved=int(solved(trajectory) and not late), widths=widths)
+
+def _repeated(calls: list[dict]) -> int:  # how many of a turn's calls say what another one says
+    return len(calls) - len({(call['name'], json.dumps(call['arguments'], sort_keys=True)) for call in calls})
 
 # %% ../../nbs/study/01_evaluate.ipynb #1b51e550
 METRICS = dict(  # name: (numerator, denominator, unit)
@@ -110,27 +114,26 @@ METRICS = dict(  # name: (numerator, denominator, unit)
     tokens=('tokens', 'episodes', 'tokens written / task'),
     truncated=('truncated', 'episodes', 'episodes cut by a limit / episodes'))
 
-
 def summary(
-    trajectories:list, # episodes of one model
-    conf:float=.95, # of the interval around the solve rate
-) -> dict: # n, masked, solved, lo, hi and one number per entry of `METRICS` (0 where nothing was counted)
+    trajectories: list,  # episodes of one model
+    conf: float = .95,   # of the interval around the solve rate
+) -> dict:               # n, masked, solved, lo, hi and one number per entry of `METRICS` (0 where nothing was counted)
     "One line about a model: solve rate with its Wilson interval, turns, calls, parallel-turn rate, tokens …"
-    kept = [t for t in trajectories if not masked(t)]
-    rows = [count_episode(t) for t in kept]
+    rows = [count_episode(t) for t in trajectories if not masked(t)]
     total = Counter()
-    for r in rows:
-        total.update({k: v for k, v in r.items() if k != 'widths'})
+    for row in rows:
+        total.update({name: count for name, count in row.items() if name != 'widths'})
     lo, hi = wilson(total['solved'], len(rows), conf)
     out = dict(n=len(rows), masked=len(trajectories) - len(rows), solved=total['solved'], lo=lo, hi=hi)
-    return out | {m: total[a] / total[b] if total[b] else 0. for m, (a, b, _) in METRICS.items()}
+    return out | {name: total[above] / total[below] if total[below] else 0.
+                  for name, (above, below, _) in METRICS.items()}
 
 # %% ../../nbs/study/01_evaluate.ipynb #034f09f2
 def solve_table(
-    trajectories:list, # episodes of one model
-    by:tuple=('family', 'kind', 'difficulty'), # keys of `info` to split by
-    conf:float=.95, # of the Wilson intervals
-) -> list[dict]: # rows: by, value, n, solved, rate, lo, hi; the first is over all
+    trajectories: list,  # episodes of one model
+    by: tuple = ('family', 'kind', 'difficulty'),  # keys of `info` to split by
+    conf: float = .95,   # of the Wilson intervals
+) -> list[dict]:         # rows: by, value, n, solved, rate, lo, hi; the first is over all
     "Solve rate with interval, overall and per value of each key. Episodes without a key are left out of its rows."
     kept = [t for t in trajectories if not masked(t)]
     groups = [('all', 'all', kept)]
@@ -138,42 +141,43 @@ def solve_table(
         values = sorted({t.info[key] for t in kept if t.info.get(key) is not None}, key=lambda v: (str(type(v)), v))
         groups += [(key, v, [t for t in kept if t.info.get(key) == v]) for v in values]
     rows = []
-    for key, value, ts in groups:
-        k, n = sum(map(solved, ts)), len(ts)
+    for key, value, group in groups:
+        k, n = sum(map(solved, group)), len(group)
         lo, hi = wilson(k, n, conf)
         rows.append(dict(by=key, value=value, n=n, solved=k, rate=k / n if n else 0., lo=lo, hi=hi))
     return rows
 
-
+# %% ../../nbs/study/01_evaluate.ipynb #3316b2d3
 def markdown_table(
-    rows:list[dict], # the same keys in each
-    columns:list[str]|None=None, # which keys, in this order; default: those of the first row
-    digits:int=3, # decimals of floats
-) -> str: # a table in Markdown
+    rows: list[dict],                  # the same keys in each
+    columns: list[str] | None = None,  # which keys, in this order; default: those of the first row
+    digits: int = 3,                   # decimals of floats
+) -> str:                              # a table in Markdown
     "Rows as a Markdown table, for notebooks and reports."
     columns = columns or list(rows[0] if rows else [])
-    fmt = lambda v: '' if v is None else f'{v:.{digits}f}' if isinstance(v, float) else str(v)
-    lines = [columns, ['---'] * len(columns)] + [[fmt(r.get(c)) for c in columns] for r in rows]
+    show = lambda v: '' if v is None else f'{v:.{digits}f}' if isinstance(v, float) else str(v)
+    lines = [columns, ['---'] * len(columns)] + [[show(row.get(name)) for name in columns] for row in rows]
     return '\n'.join('| ' + ' | '.join(line) + ' |' for line in lines)
 
 # %% ../../nbs/study/01_evaluate.ipynb #af154e32
 def eval_record(
-    stage:str, # 'base', 'mid', 'sft', 'rft', 'rl' …
-    sampled:list, # episodes at temperature 1
-    greedy:list=(), # episodes at temperature 0, may be absent
-    **extra, # anything worth keeping: seed, step, checkpoint …
-) -> dict: # stage, n, sampled, greedy (None when absent), families, and `extra`
+    stage: str,         # 'base', 'mid', 'sft', 'rft', 'rl' …
+    sampled: list,      # episodes at temperature 1
+    greedy: list = (),  # episodes at temperature 0, may be absent
+    **extra,            # anything worth keeping: seed, step, checkpoint …
+) -> dict:              # stage, n, sampled, greedy (None when absent), families, and `extra`
     "What one evaluation of one stage found, ready for `save_eval`."
-    families = {r['value']: {k: r[k] for k in ('n', 'solved', 'rate', 'lo', 'hi')}
-                for r in solve_table(sampled, by=('family',))[1:]}
-    s, g = summary(sampled), summary(greedy) if greedy else None
-    return dict(stage=stage, n=s['n'], sampled=s, greedy=g, families=families, **extra)
+    families = {row['value']: {k: row[k] for k in ('n', 'solved', 'rate', 'lo', 'hi')}
+                for row in solve_table(sampled, by=('family',))[1:]}
+    said = summary(sampled)
+    return dict(stage=stage, n=said['n'], sampled=said, greedy=summary(greedy) if greedy else None,
+                families=families, **extra)
 
 # %% ../../nbs/study/01_evaluate.ipynb #c79cb716
 def save_eval(
-    record:dict, # from `eval_record`
-    path:str|Path, # JSON file; written whole or not at all
-) -> Path: # `path`
+    record: dict,        # from `eval_record`
+    path: str | Path,    # JSON file; written whole or not at all
+) -> Path:               # `path`
     "Write the record of a stage."
     path = Path(path)
     tmp = path.with_name(path.name + '.tmp')
@@ -182,15 +186,14 @@ def save_eval(
     os.replace(tmp, path)
     return path
 
-
 def load_eval(
-    path:str|Path, # JSON file from `save_eval`
-) -> dict: # the record
+    path: str | Path,    # JSON file from `save_eval`
+) -> dict:               # the record
     "Read the record of a stage; ValueError names the file and what is wrong with it."
     try:
         record = json.loads(Path(path).read_text(encoding='utf-8'))
-    except (ValueError, UnicodeDecodeError) as err:
-        raise ValueError(f'{path}: not a JSON file ({err}); evaluate the stage again') from None
+    except (ValueError, UnicodeDecodeError) as error:
+        raise ValueError(f'{path}: not a JSON file ({error}); evaluate the stage again') from None
     for key in ('stage', 'n', 'sampled', 'families'):
         if not isinstance(record, dict) or key not in record:
             raise ValueError(f'{path}: field {key!r} is missing; it is not the record of an evaluation')

@@ -8,127 +8,131 @@ __all__ = ['STAGES', 'PANELS', 'stage_order', 'rate_marks', 'plot_stages', 'plot
 
 # %% ../../nbs/study/03_plots.ipynb #598f9b00
 import numpy as np
+
 from ..core.figures import use_style
 from .emergence import compare_models, pattern_table
 
 # %% ../../nbs/study/03_plots.ipynb #e720dbea
 STAGES = dict(base='Base', mid='Mid-training', sft='SFT', rft='RFT', rl='RL')   # known stages, in order
 
-
 def stage_order(
-    evals:list[dict], # records of `kat.study.evaluate.eval_record`
-) -> list[str]: # stages in the recipe's order, unknown ones last in order of appearance
+    evals: list[dict],  # records of `kat.study.evaluate.eval_record`
+) -> list[str]:         # stages in the recipe's order, unknown ones last in order of appearance
     "The stages that were evaluated."
-    found = list(dict.fromkeys(e['stage'] for e in evals))
-    return [s for s in STAGES if s in found] + [s for s in found if s not in STAGES]
+    found = list(dict.fromkeys(record['stage'] for record in evals))
+    return [stage for stage in STAGES if stage in found] + [stage for stage in found if stage not in STAGES]
 
-
-def rate_marks(ax, x:float, width:float, results:list[dict], color, **bar):
+def rate_marks(ax, x: float, width: float, results: list[dict], color, **bar):
     "One bar (mean over seeds) with an interval: of the bar if there is one seed, of each point if there are several."
-    rates = np.array([100 * r['rate'] for r in results])
-    ends = np.array([[100 * r['lo'], 100 * r['hi']] for r in results])
+    rates = np.array([100 * result['rate'] for result in results])
+    ends = np.array([[100 * result['lo'], 100 * result['hi']] for result in results])
     ax.bar(x, rates.mean(), width, color=color, **bar)
     at = x + (width * .6 * (np.linspace(-.5, .5, len(rates)) if len(rates) > 1 else np.zeros(1)))
-    err = np.clip(np.abs(ends - rates[:, None]).T, 0, None)
-    ax.errorbar(at, rates, err, fmt='o' if len(rates) > 1 else 'none', ms=3.5, color='#333333', capsize=2, lw=1)
+    error = np.clip(np.abs(ends - rates[:, None]).T, 0, None)
+    ax.errorbar(at, rates, error, fmt='o' if len(rates) > 1 else 'none', ms=3.5, color='#333333', capsize=2, lw=1)
     mean = rates.mean()
     ax.annotate(f'{mean:.1f}' if 0 < mean < 10 else f'{mean:.0f}', (x, ends.max()), xytext=(0, 3),
                 textcoords='offset points', ha='center', weight='bold')
 
 # %% ../../nbs/study/03_plots.ipynb #19dc9653
 def plot_stages(
-    evals:list[dict], # one record per stage, or per stage and seed
-    title:str='What each stage bought', # of the figure
+    evals: list[dict],                     # one record per stage, or per stage and seed
+    title: str = 'What each stage bought', # of the figure
 ):
     "Solve rate per stage, sampled and greedy, with Wilson intervals and n; seeds as points. Returns the figure."
     if not evals: raise ValueError('plot_stages: no evaluation records to plot')
     plt, sns = use_style()
-    stages, colors = stage_order(evals), sns.color_palette('colorblind')
+    stages, color = stage_order(evals), sns.color_palette('colorblind')[0]
+    by_stage = {stage: [record for record in evals if record['stage'] == stage] for stage in stages}
+    striped = dict(edgecolor=color, hatch='////')
     fig, ax = plt.subplots(figsize=(1.6 + 1.15 * max(len(stages), 3), 3.6))
-    for i, stage in enumerate(stages):
-        rows = [e for e in evals if e['stage'] == stage]
-        greedy = [e['greedy'] for e in rows if e.get('greedy')]
-        rate_marks(ax, i - .2 * bool(greedy), .38, [e['sampled'] for e in rows], colors[0])
+    for i, records in enumerate(by_stage.values()):
+        greedy = [record['greedy'] for record in records if record.get('greedy')]
+        rate_marks(ax, i - .2 * bool(greedy), .38, [record['sampled'] for record in records], color)
         if greedy:
-            rate_marks(ax, i + .2, .38, greedy, '#ffffff', edgecolor=colors[0], hatch='////', lw=.8)
-    label = lambda s: f"{STAGES.get(s, s)}\nn = {next(e['n'] for e in evals if e['stage'] == s)}"
-    ax.set_xticks(range(len(stages)), [label(s) for s in stages])
+            rate_marks(ax, i + .2, .38, greedy, '#ffffff', **striped, lw=.8)
+    labels = [f"{STAGES.get(stage, stage)}\nn = {records[0]['n']}" for stage, records in by_stage.items()]
+    ax.set_xticks(range(len(stages)), labels)
     ax.set(ylim=(0, 108), ylabel='held-out tasks solved (%)', title=title)
     ax.set_yticks(range(0, 101, 20))
     ax.tick_params(axis='x', length=0)
-    seeds = max(sum(e['stage'] == s for e in evals) for s in stages)
-    handles = [plt.Rectangle((0, 0), 1, 1, color=colors[0]),
-               plt.Rectangle((0, 0), 1, 1, facecolor='#ffffff', edgecolor=colors[0], hatch='////')]
+    seeds = max(map(len, by_stage.values()))
     note = 'bars: 95 % Wilson' if seeds == 1 else f'bar: mean of {seeds} seeds; points: seeds, 95 % Wilson'
+    handles = [plt.Rectangle((0, 0), 1, 1, color=color), plt.Rectangle((0, 0), 1, 1, facecolor='#ffffff', **striped)]
     ax.legend(handles, ['sampled, T = 1', 'greedy'], title=note, loc='upper left', alignment='left', title_fontsize=8.5)
     return fig
 
 # %% ../../nbs/study/03_plots.ipynb #61a9c2d9
 def plot_families(
-    evals:list[dict], # records as for `plot_stages`; sampled episodes
-    title:str='Solve rate by family of tasks', # of the figure
+    evals: list[dict],                        # records as for `plot_stages`; sampled episodes
+    title: str = 'Solve rate by family of tasks',  # of the figure
 ):
     "A panel per family: solve rate over the stages with Wilson intervals; several seeds as points, their mean as line."
-    names = sorted({f for e in evals for f in e['families']})
+    names = sorted({family for record in evals for family in record['families']})
     if not names: raise ValueError("plot_families: the records hold no families; episodes need info['family']")
     plt, sns = use_style()
     stages, lines = stage_order(evals), -(-len(names) // 4)
-    cols = -(-len(names) // lines)
-    fig, axes = plt.subplots(lines, cols, sharex=True, sharey=True, squeeze=False,
-                             figsize=(1.95 * cols + .7, 1.75 * lines + .7))
+    columns = -(-len(names) // lines)
+    fig, axes = plt.subplots(lines, columns, sharex=True, sharey=True, squeeze=False,
+                             figsize=(1.95 * columns + .7, 1.75 * lines + .7))
     for ax, name in zip(axes.flat, names):
-        means = []
-        for i, stage in enumerate(stages):
-            rows = [e['families'][name] for e in evals if e['stage'] == stage and name in e['families']]
-            rate = np.array([100 * r['rate'] for r in rows])
-            err = np.array([[100 * (r['rate'] - r['lo']), 100 * (r['hi'] - r['rate'])] for r in rows]).reshape(-1, 2).T
-            at = i + .3 * (np.linspace(-.5, .5, len(rows)) if len(rows) > 1 else np.zeros(len(rows)))
-            ax.errorbar(at, rate, err.clip(0), fmt='o', ms=4, lw=1, capsize=2, color='C0')
-            means.append(rate.mean() if len(rows) else np.nan)
-        ax.plot(range(len(stages)), means, color='C0', lw=1, alpha=.6)
-        n = max(e['families'][name]['n'] for e in evals if name in e['families'])
-        ax.set_title(f'{name} (n = {n})', fontsize=9.5, weight='normal')
-        ax.set(ylim=(-4, 104), xlim=(-.4, len(stages) - .6), yticks=[0, 50, 100])
+        _family_panel(ax, evals, name, stages)
     for ax in axes.flat[len(names):]:
         ax.set_visible(False)
+    labels = [STAGES.get(stage, stage).split('-')[0] for stage in stages]
     for i, ax in enumerate(axes.flat[:len(names)]):
-        ax.set_xticks(range(len(stages)), [STAGES.get(s, s).split('-')[0] for s in stages], rotation=45)
-        ax.tick_params(labelbottom=i + cols >= len(names))
+        ax.set_xticks(range(len(stages)), labels, rotation=45)
+        ax.tick_params(labelbottom=i + columns >= len(names))
     fig.supylabel('solved, sampled at T = 1 (%)', fontsize=10)
     fig.suptitle(title, x=.01, ha='left', fontsize=11, weight='bold')
     return fig
 
+# %% ../../nbs/study/03_plots.ipynb #fafd9fae
+def _family_panel(ax, evals, name, stages) -> None:
+    known = [record for record in evals if name in record['families']]
+    means = []
+    for i, stage in enumerate(stages):
+        results = [record['families'][name] for record in known if record['stage'] == stage]
+        rate = np.array([100 * result['rate'] for result in results])
+        error = np.array([[100 * (result['rate'] - result['lo']), 100 * (result['hi'] - result['rate'])]
+                          for result in results]).reshape(-1, 2).T
+        at = i + .3 * (np.linspace(-.5, .5, len(rate)) if len(rate) > 1 else np.zeros(len(rate)))
+        ax.errorbar(at, rate, error.clip(0), fmt='o', ms=4, lw=1, capsize=2, color='C0')
+        means.append(rate.mean() if len(rate) else np.nan)
+    ax.plot(range(len(stages)), means, color='C0', lw=1, alpha=.6)
+    n = max(record['families'][name]['n'] for record in known)
+    ax.set_title(f'{name} (n = {n})', fontsize=9.5, weight='normal')
+    ax.set(ylim=(-4, 104), xlim=(-.4, len(stages) - .6), yticks=[0, 50, 100])
+
 # %% ../../nbs/study/03_plots.ipynb #9790fbc3
 def curve(
-    rows:list[dict], # of a metrics.jsonl
-    field:str, # to plot; rows without it are left out
-    x:str='step', # horizontal axis
-) -> tuple[np.ndarray, np.ndarray]: # x, y
+    rows: list[dict],  # of a metrics.jsonl
+    field: str,        # to plot; rows without it are left out
+    x: str = 'step',   # horizontal axis
+) -> tuple[np.ndarray, np.ndarray]:  # x, y
     "A column against another; ValueError names a field that no row has."
-    pairs = [(r[x], r[field]) for r in rows if r.get(x) is not None and r.get(field) is not None]
+    pairs = [(row[x], row[field]) for row in rows if row.get(x) is not None and row.get(field) is not None]
     if not pairs:
-        found = sorted({k for r in rows for k in r})
+        found = sorted({name for row in rows for name in row})
         raise ValueError(f'metrics: no row has both {x!r} and {field!r}; found {found}')
     return tuple(np.array(pairs, float).T)
 
-
-def moving_mean(y:np.ndarray, window:int) -> np.ndarray:
+def moving_mean(y: np.ndarray, window: int) -> np.ndarray:
     "Centred mean over up to `window` values, fewer at the ends."
     ones = np.ones(min(window, len(y)))
     return np.convolve(y, ones, 'same') / np.convolve(np.ones(len(y)), ones, 'same')
 
-
-def draw_curve(ax, x, y, window:int, color, label:str|None=None, marker='o'):
+def draw_curve(ax, x, y, window: int, color, label: str | None = None, marker='o'):
     "Steps as faint points, their moving mean as a line."
     ax.plot(x, y, marker, ms=2.5, alpha=.3, color=color, mew=0)
     ax.plot(x, moving_mean(y, window), color=color, lw=1.8, label=label)
 
 # %% ../../nbs/study/03_plots.ipynb #21fbab64
 def plot_learning(
-    metrics:list[dict], # rows of an RL or RFT run: step and the fields below
-    fields:dict={'reward': 'mean reward', 'entropy': 'entropy (nats / token)'}, # field: label of its axis
-    window:int=9, # steps of the moving mean
-    title:str='Reinforcement learning', # of the figure
+    metrics: list[dict],  # rows of an RL or RFT run: step and the fields below
+    fields: dict = {'reward': 'mean reward', 'entropy': 'entropy (nats / token)'},  # field: label of its axis
+    window: int = 9,      # steps of the moving mean
+    title: str = 'Reinforcement learning',  # of the figure
 ):
     "One panel per field over the steps. Returns the figure."
     plt, _ = use_style()
@@ -142,18 +146,18 @@ def plot_learning(
 
 # %% ../../nbs/study/03_plots.ipynb #e19abd6f
 def plot_loss(
-    metrics:list[dict], # rows: step, loss, optional eval_loss, optional stage (one line each)
-    window:int=9, # steps of the moving mean
-    title:str='Training loss', # of the figure
+    metrics: list[dict],  # rows: step, loss, optional eval_loss, optional stage (one line each)
+    window: int = 9,      # steps of the moving mean
+    title: str = 'Training loss',  # of the figure
 ):
     "Loss over the steps, a line per stage; held-out loss as diamonds where recorded. Returns the figure."
     plt, _ = use_style()
     fig, ax = plt.subplots(figsize=(5.4, 3.2))
-    for i, stage in enumerate(dict.fromkeys(r.get('stage') for r in metrics)):
-        rows = [r for r in metrics if r.get('stage') == stage]
+    for i, stage in enumerate(dict.fromkeys(row.get('stage') for row in metrics)):
+        rows = [row for row in metrics if row.get('stage') == stage]
         name = STAGES.get(stage, stage) or 'train'
         draw_curve(ax, *curve(rows, 'loss'), window, f'C{i}', name)
-        if any(r.get('eval_loss') is not None for r in rows):
+        if any(row.get('eval_loss') is not None for row in rows):
             ax.plot(*curve(rows, 'eval_loss'), 'D', ms=4.5, mfc='white', color=f'C{i}', label=f'{name}, held out')
     ax.set(xlabel='step', ylabel='loss (nats / token)')
     ax.set_title(f'{title} (line: mean over {window} steps)')
@@ -163,48 +167,56 @@ def plot_loss(
 # %% ../../nbs/study/03_plots.ipynb #f488387e
 PANELS = dict(turns='Turns per task', parallel='Parallel-turn rate (%)', width='Calls per tool turn')
 
-
-def pair(ax, at, rows:list[dict], scale:float, labels, horizontal=False):
+def pair(ax, at, rows: list[dict], scale: float, labels, horizontal=False):
     "Values before and after with their intervals, side by side, told apart by colour and marker."
     for key, shift, color, marker, label in zip(('before', 'after'), (-.13, .13), ('C7', 'C1'), 'os', labels):
-        y = scale * np.array([r[key] for r in rows])
-        err = scale * np.abs([[r[key] - r[key + '_lo'] for r in rows], [r[key + '_hi'] - r[key] for r in rows]])
+        y = scale * np.array([row[key] for row in rows])
+        below, above = [row[key] - row[key + '_lo'] for row in rows], [row[key + '_hi'] - row[key] for row in rows]
+        error = scale * np.abs([below, above])
         x = np.array(at) + shift
-        kw = dict(fmt=marker, color=color, ms=5, capsize=2.5, lw=1.4, label=label)
-        ax.errorbar(y, x, xerr=err, **kw) if horizontal else ax.errorbar(x, y, err, **kw)
+        style = dict(fmt=marker, color=color, ms=5, capsize=2.5, lw=1.4, label=label)
+        ax.errorbar(y, x, xerr=error, **style) if horizontal else ax.errorbar(x, y, error, **style)
 
 # %% ../../nbs/study/03_plots.ipynb #83ba03de
 def plot_emergence(
-    before:list, # episodes of one model
-    after:list, # episodes of another on the same tasks
-    labels:tuple[str, str]=('after SFT', 'after RL'), # their names
-    turn_cap:int|None=None, # of the third view; default: median turns of `before`
-    title:str='What emerged', # of the figure
-    seed:int=0, # of the bootstrap
+    before: list,                  # episodes of one model
+    after: list,                   # episodes of another on the same tasks
+    labels: tuple[str, str] = ('after SFT', 'after RL'),  # their names
+    turn_cap: int | None = None,   # of the third view; default: median turns of `before`
+    title: str = 'What emerged',   # of the figure
+    seed: int = 0,                 # of the bootstrap
 ):
     "Turns, parallel-turn rate, calls per turn in three views, and the patterns; paired bootstrap. Returns the figure."
     plt, sns = use_style()
     rows, table = compare_models(before, after, turn_cap, seed=seed), pattern_table(before, after, seed=seed)
     fig, axes = plt.subplots(2, 2, figsize=(7.4, 6.2))
-    for ax, (metric, name) in zip(axes.flat, PANELS.items()):
-        mine, scale = [r for r in rows if r['metric'] == metric], 100 if metric == 'parallel' else 1
-        pair(ax, range(len(mine)), mine, scale, labels)
-        ax.set_xticks(range(len(mine)), [f"{r['view'].replace(' ', chr(10), 1)}\nn = {r['n']}" for r in mine])
-        ax.set(xlim=(-.5, len(mine) - .5))
-        ax.set_ylim(bottom=int(metric == 'width' and min(r[k] for r in mine for k in ('before', 'after')) >= 1))
-        key, unit = ('change', ' points') if metric == 'parallel' else ('relative', ' %')
-        c, lo, hi = (100 * mine[0][key + end] for end in ('', '_lo', '_hi'))
-        ax.set_title(f'{name}\n', fontsize=10.5)
-        change = f'{c:+.0f}{unit} [{lo:+.0f}, {hi:+.0f}] on all tasks'.replace('-', '−')
-        ax.text(0, 1.03, change, transform=ax.transAxes)
-    ax = axes[1, 1]
-    pair(ax, range(len(table)), table, 100, labels, horizontal=True)
-    ax.set_yticks(range(len(table)), [r['pattern'] for r in table])
-    ax.invert_yaxis()
-    ax.set(xlabel='turns that call tools (%)', xlim=(0, None))
-    ax.grid(axis='x'), ax.grid(visible=False, axis='y')
-    ax.set_title('Calls made together\n', fontsize=10.5)
+    for ax, metric in zip(axes.flat, PANELS):
+        _change_panel(ax, metric, [row for row in rows if row['metric'] == metric], labels)
+    _pattern_panel(axes[1, 1], table, labels)
     fig.legend(*axes[0, 0].get_legend_handles_labels(), loc='outside lower center', ncols=2,
                title='95 % bootstrap intervals over tasks', title_fontsize=9)
     fig.suptitle(title, x=.01, ha='left', fontsize=11.5, weight='bold')
     return fig
+
+# %% ../../nbs/study/03_plots.ipynb #bdac6c7b
+def _change_panel(ax, metric, rows, labels) -> None:  # one metric in three views
+    share = metric == 'parallel'
+    pair(ax, range(len(rows)), rows, 100 if share else 1, labels)
+    ax.set_xticks(range(len(rows)), [f"{row['view'].replace(' ', chr(10), 1)}\nn = {row['n']}" for row in rows])
+    ax.set(xlim=(-.5, len(rows) - .5))
+    least = min(row[key] for row in rows for key in ('before', 'after'))
+    ax.set_ylim(bottom=int(metric == 'width' and least >= 1))
+    key, unit = ('change', ' points') if share else ('relative', ' %')
+    change, lo, hi = (100 * rows[0][key + end] for end in ('', '_lo', '_hi'))
+    ax.set_title(f'{PANELS[metric]}\n', fontsize=10.5)
+    said = f'{change:+.0f}{unit} [{lo:+.0f}, {hi:+.0f}] on all tasks'.replace('-', '−')
+    ax.text(0, 1.03, said, transform=ax.transAxes)
+
+def _pattern_panel(ax, table, labels) -> None:
+    pair(ax, range(len(table)), table, 100, labels, horizontal=True)
+    ax.set_yticks(range(len(table)), [row['pattern'] for row in table])
+    ax.invert_yaxis()
+    ax.set(xlabel='turns that call tools (%)', xlim=(0, None))
+    ax.grid(axis='x')
+    ax.grid(visible=False, axis='y')
+    ax.set_title('Calls made together\n', fontsize=10.5)

@@ -1,13 +1,14 @@
 "Running one notebook: typed parameters, refusals, and failures told in one line"
 import json
 
+import nbformat
 import pytest
 from hypothesis import given, strategies as st
 from nbformat.v4 import new_code_cell, new_notebook
-import nbformat
 
-from kat.cluster.launch import NotebookFailed, Parameter, check_parameters, fits, full_disk, parse_value, read_parameters, run_notebook, set_parameters
 from kat.core.io import UserError
+from kat.cluster.launch import (NotebookFailed, Parameter, check_parameters, fits, full_disk, parse_value,
+                                read_parameters, run_notebook, set_parameters)
 
 
 def notebook(path, parameters, *code):
@@ -54,9 +55,9 @@ def test_refusals_name_file_and_parameter(tmp_path):
     declared = read_parameters(notebook(tmp_path/'a.ipynb', 'steps: int = 1\nlr: float = 0.1'))
     for pair, parts in [('step=3', ["'step'", 'did you mean steps', 'a.ipynb', 'lr']), ('steps=x', ['steps=x', 'int']),
                         ('steps', ['key=value'])]:
-        with pytest.raises(UserError) as e:
+        with pytest.raises(UserError) as caught:
             set_parameters(declared, [pair], 'a.ipynb')
-        assert all(p in str(e.value) for p in parts) and '\n' not in str(e.value)
+        assert all(part in str(caught.value) for part in parts) and '\n' not in str(caught.value)
     for values in dict(steps=1), dict(steps=1, lr='0.1'), dict(steps=1., lr=1), dict(steps=1, lr=1, more=1):
         with pytest.raises(UserError):
             check_parameters(declared, values, 'a')
@@ -72,10 +73,14 @@ def test_refusals_name_file_and_parameter(tmp_path):
 
 MODES = '''
 if mode == 'good': print([steps, flag, name])
-if mode == 'user': from kat.recipe.pipeline import UserError; raise UserError('model.safetensors is damaged:\\n delete it')
+if mode == 'user':
+    from kat.core.io import UserError
+    raise UserError('model.safetensors is damaged:\\n delete it')
 if mode == 'full':
     with open('/dev/full', 'w') as f: f.write('x')
-if mode == 'dead': import os, signal; os.kill(os.getpid(), signal.SIGKILL)
+if mode == 'dead':
+    import os, signal
+    os.kill(os.getpid(), signal.SIGKILL)
 if mode == 'bad': 1/0
 '''
 
@@ -91,7 +96,7 @@ def test_typed_values_reach_the_notebook(modes, tmp_path):
     used = run_notebook(modes, out, values)
     assert nbformat.read(out, as_version=4).cells[-1].outputs[0].text == str([7, False, 'a "b" {c}\\n']) + '\n'
     assert used['wall_s'] > 0 and used['peak_rss_mb'] > 10
-    assert [p.name for p in out.parent.iterdir()] == ['modes.ipynb']
+    assert [path.name for path in out.parent.iterdir()] == ['modes.ipynb']
 
 @pytest.mark.parametrize('mode, error, parts', [
     ('user', UserError, ['modes: ', 'model.safetensors is damaged: delete it']),
@@ -100,10 +105,10 @@ def test_typed_values_reach_the_notebook(modes, tmp_path):
     ('bad', NotebookFailed, ['modes: cell [3]: ZeroDivisionError: division by zero'])])
 def test_failures_are_one_line_and_leave_the_copy(modes, tmp_path, mode, error, parts):
     out = tmp_path/'modes.ipynb'
-    with pytest.raises(error) as e:
+    with pytest.raises(error) as caught:
         run_notebook(modes, out, dict(mode=mode))
-    assert all(p in str(e.value) for p in parts) and '\n' not in str(e.value)
-    assert [p.name for p in tmp_path.iterdir()] == ['modes.failed.ipynb']
+    assert all(part in str(caught.value) for part in parts) and '\n' not in str(caught.value)
+    assert [path.name for path in tmp_path.iterdir()] == ['modes.failed.ipynb']
 
 def test_the_source_notebook_is_never_overwritten(modes):
     before = modes.read_bytes()

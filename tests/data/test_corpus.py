@@ -16,16 +16,17 @@ WORDS = 'total price count area speed level margin offset width height depth pow
 @pytest.mark.parametrize('drill', sorted(set(DRILLS), key=lambda d: d.__name__))
 def test_drills_are_repeatable_and_learn_answers_only(drill):
     a, b = (drill(random.Random(5), WORDS) for _ in range(2))
-    assert a == b and any(l for _, l in a)
-    for (q, lq), (t, lt) in itertools.pairwise(a):
-        if lt:
-            assert q.startswith('<|im_start|>user\n') and not lq and t.endswith('<|im_end|>')
+    assert a == b and any(learn for _, learn in a)
+    for (question, asked), (answer, learn) in itertools.pairwise(a):
+        if learn:
+            assert question.startswith('<|im_start|>user\n') and not asked and answer.endswith('<|im_end|>')
 
 
 def test_answers_of_pair_drills_stand_in_the_context():
     for seed in range(30):
         doc = drill_pairs(random.Random(seed), WORDS)
-        known = dict(l.split(' = ') for l in re.search('<tool_response>(.*)</tool_response>', doc[0][0], re.S)[1].splitlines())
+        shown = re.search('<tool_response>(.*)</tool_response>', doc[0][0], re.S)[1]
+        known = dict(line.split(' = ') for line in shown.splitlines())
         for (q, _), (a, learn) in itertools.pairwise(doc):
             if learn:
                 assert a.removesuffix('<|im_end|>') in {*known.values(), *(f'{k} = {v}' for k, v in known.items())}
@@ -46,8 +47,8 @@ def test_sources_are_installed_and_missing_ones_named():
 @pytest.mark.parametrize('name', INSTRUCTIONS)
 def test_instruction_checks_can_fail(name):
     _, make, check = INSTRUCTIONS[name]
-    ws = ['total', 'price', 'count']
-    assert check(make(ws), ws) and not check('Zzz, nonsense' if name != 'count' else '99', ws)
+    words = ['total', 'price', 'count']
+    assert check(make(words), words) and not check('Zzz, nonsense' if name != 'count' else '99', words)
 
 
 def test_reasoning_is_right():

@@ -15,17 +15,17 @@ def cli(capsys, monkeypatch, tmp_path):
     "Runs `kat` with these arguments in an empty folder; (exit code, what it printed, what it complained)."
     monkeypatch.chdir(tmp_path)
     def run(*args):
-        with pytest.raises(SystemExit) as e:
+        with pytest.raises(SystemExit) as ended:
             main(list(args))
-        return e.value.code, *capsys.readouterr()
+        return ended.value.code, *capsys.readouterr()
     return run
 
 @pytest.fixture
 def notebook(tmp_path):
     declared = new_code_cell('a: int = 1  # first\nflag: bool = True', metadata=dict(tags=['parameters']))
-    nb = new_notebook(cells=[declared, new_code_cell('assert a < 5, f"a is {a}"\nprint(a, flag)')])
+    small = new_notebook(cells=[declared, new_code_cell('assert a < 5, f"a is {a}"\nprint(a, flag)')])
     (tmp_path/'src').mkdir()
-    nbformat.write(nb, tmp_path/'src'/'small.ipynb')
+    nbformat.write(small, tmp_path/'src'/'small.ipynb')
     return 'src/small.ipynb'
 
 def test_help_is_quick_to_load():
@@ -33,14 +33,15 @@ def test_help_is_quick_to_load():
 import sys
 from kat.cli import main
 try: main(['pipeline', '--help'])
-except SystemExit as e: print('exit', e.code, *{'torch', 'numpy', 'papermill', 'kat.recipe.pipeline'} & set(sys.modules))
+except SystemExit as ended:
+    print('exit', ended.code, *{'torch', 'numpy', 'papermill', 'kat.recipe.pipeline'} & set(sys.modules))
 '''
     out = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True).stdout
     assert out.splitlines()[-1] == 'exit 0'
 
 def test_help_shows_every_command_and_examples(cli):
     code, out, err = cli('--help')
-    assert code == 0 and not err and all(c in out for c in ('pipeline', 'run', 'report', '--version'))
+    assert code == 0 and not err and all(name in out for name in ('pipeline', 'run', 'report', '--version'))
     assert cli() == (0, out, '')                                      # without arguments: the same
     options = '--preset', '--name', '--runs', '--seed', '--model', '-p', '--debug'
     shown = dict(pipeline=(*options, 'kat pipeline --preset smoke'),
@@ -48,7 +49,7 @@ def test_help_shows_every_command_and_examples(cli):
                  report=('kat report data/runs/tiny',))
     for command, parts in shown.items():
         code, out, err = cli(command, '--help')
-        assert code == 0 and all(p in out for p in parts), command
+        assert code == 0 and all(part in out for part in parts), command
 
 def test_version(cli):
     assert cli('--version') == (0, f'kat {kat.__version__}\n', '')
@@ -66,9 +67,9 @@ def test_version(cli):
 def test_mistakes_are_one_line_and_code_2(cli, notebook, tmp_path, args, parts):
     code, out, err = cli(*args.split())
     assert (code, out) == (2, '') and err.startswith('kat: ') and err.count('\n') == 1 and err.endswith('\n')
-    assert all(p in err for p in parts), err
+    assert all(part in err for part in parts), err
     assert 'Traceback' in cli(*args.split(), '--debug')[2]
-    assert [p.name for p in tmp_path.iterdir()] == ['src'] and len(list((tmp_path/'src').iterdir())) == 1
+    assert [path.name for path in tmp_path.iterdir()] == ['src'] and len(list((tmp_path/'src').iterdir())) == 1
 
 def test_run(cli, notebook, tmp_path):
     code, out, err = cli('run', notebook, '-p', 'a=3', '-p', 'flag=false', '-o', 'out/a.ipynb')
@@ -79,7 +80,7 @@ def test_run(cli, notebook, tmp_path):
     *trace, line = err.splitlines()
     assert (code, out) == (1, '')
     assert line.startswith('kat: small: cell [3]: AssertionError: a is 7 (see out/b.failed.ipynb')
-    assert any('print(a, flag)' in l for l in trace)                  # the notebook's own traceback, not ours
+    assert any('print(a, flag)' in words for words in trace)          # the notebook's own traceback, not ours
 
 def test_a_missing_extra_is_named_with_its_command(notebook, tmp_path):
     code = '''
@@ -88,5 +89,6 @@ sys.modules['papermill'] = None                                       # as if it
 from kat.cli import main
 main(['run', 'src/small.ipynb', '-o', 'out.ipynb'])
 '''
-    p = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, cwd=tmp_path)
-    assert p.returncode == 2 and p.stderr.count('\n') == 1 and "pip install 'kat-rl[notebooks]'" in p.stderr
+    command = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, cwd=tmp_path)
+    assert command.returncode == 2 and command.stderr.count('\n') == 1
+    assert "pip install 'kat-rl[notebooks]'" in command.stderr

@@ -14,34 +14,34 @@ import readme  # noqa: E402
 
 def site(*pages):
     "A Site over (page, module, names shown, cells) without writing anything"
-    s = bridge.Site(Path('/nonexistent'), Path('/nonexistent'))
+    made = bridge.Site(Path('/nonexistent'), Path('/nonexistent'))
     for page, module, names in pages:
-        for n in names:
-            s.add(n, module, page)
-    return s
+        for name in names:
+            made.add(name, module, page)
+    return made
 
 
 def test_names_link_to_the_page_that_documents_them():
-    s = site(('core/01_types.ipynb', 'core.types', ['Segment', 'load']),
-             ('learn/07_rl.ipynb', 'learn.rl', ['rl_loss', 'load']))
-    here = 'learn/07_rl.ipynb'
-    assert s.linkify('a `Segment`', here) == 'a [`Segment`](../core/01_types.ipynb#segment)'
-    assert s.linkify('`Segment.ids`', here) == '[`Segment.ids`](../core/01_types.ipynb#segment)'
-    assert s.linkify('`rl_loss()`', here) == '[`rl_loss()`](#rl_loss)'
-    assert s.linkify('`learn.rl.load`', here) == '[`learn.rl.load`](#load)'
+    pages = site(('core/01_types.ipynb', 'core.types', ['Segment', 'load']),
+                 ('learn/08_rl.ipynb', 'learn.rl', ['rl_loss', 'load']))
+    here = 'learn/08_rl.ipynb'
+    assert pages.linkify('a `Segment`', here) == 'a [`Segment`](../core/01_types.ipynb#segment)'
+    assert pages.linkify('`Segment.ids`', here) == '[`Segment.ids`](../core/01_types.ipynb#segment)'
+    assert pages.linkify('`rl_loss()`', here) == '[`rl_loss()`](#rl_loss)'
+    assert pages.linkify('`learn.rl.load`', here) == '[`learn.rl.load`](#load)'
     for same in ('`load`', '`nothing`', '[`Segment`](x)', '# `Segment`', '```\n`Segment`\n```', '    `Segment`'):
-        assert s.linkify(same, here) == same
+        assert pages.linkify(same, here) == same
 
 
 def test_links_are_moved_or_refused(tmp_path):
-    s = bridge.Site(Path('/nonexistent'), tmp_path)
-    assert s.markdown('[map](../index.ipynb#Map)', 'core/01_types.ipynb') == '[map](../index.ipynb#map)'
-    assert s.markdown('[terms](../LICENSE)', 'index.ipynb') == 'terms (`LICENSE`)'
-    assert s.markdown('[k](https://example.org) [a](#use)', 'index.ipynb') == '[k](https://example.org) [a](#use)'
-    assert s.markdown('[c](../CONTRIBUTING.md)', 'index.ipynb') == '[c](CONTRIBUTING.md)'
+    pages = bridge.Site(Path('/nonexistent'), tmp_path)
+    assert pages.markdown('[map](../index.ipynb#Map)', 'core/01_types.ipynb') == '[map](../index.ipynb#map)'
+    assert pages.markdown('[terms](../LICENSE)', 'index.ipynb') == 'terms (`LICENSE`)'
+    assert pages.markdown('[k](https://example.org) [a](#use)', 'index.ipynb') == '[k](https://example.org) [a](#use)'
+    assert pages.markdown('[c](../CONTRIBUTING.md)', 'index.ipynb') == '[c](CONTRIBUTING.md)'
     assert (tmp_path/'CONTRIBUTING.md').exists()
     with pytest.raises(SystemExit, match='core/99_gone.ipynb, which does not exist'):
-        s.markdown('[x](core/99_gone.ipynb)', 'index.ipynb')
+        pages.markdown('[x](core/99_gone.ipynb)', 'index.ipynb')
 
 
 def test_readme_links_are_seen_from_the_root():
@@ -51,9 +51,11 @@ def test_readme_links_are_seen_from_the_root():
 
 def test_index_maps_every_notebook():
     nbs = ROOT/'nbs'
-    text = ''.join(''.join(c['source']) for c in json.loads((nbs/'index.ipynb').read_text())['cells'])
-    pages = [p.relative_to(nbs).as_posix() for p in nbs.rglob('*.ipynb') if '.ipynb_checkpoints' not in p.parts]
-    assert not [p for p in pages if p != 'index.ipynb' and f']({p})' not in text], 'not in the map of nbs/index.ipynb'
+    text = ''.join(''.join(cell['source']) for cell in json.loads((nbs/'index.ipynb').read_text())['cells'])
+    pages = [path.relative_to(nbs).as_posix() for path in nbs.rglob('*.ipynb')
+             if '.ipynb_checkpoints' not in path.parts]
+    missing = [page for page in pages if page != 'index.ipynb' and f']({page})' not in text]
+    assert not missing, 'not in the map of nbs/index.ipynb'
 
 
 @pytest.mark.parametrize('html', [

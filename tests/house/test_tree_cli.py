@@ -16,7 +16,7 @@ LOG = ROOT/'data'/'trajectories'/'swe_smith_pandas_53652.json'
 
 @pytest.fixture
 def cli(capsys, monkeypatch, tmp_path):
-    "Runs `kat tree` with these arguments in a folder with a log of ids; (exit code, what it printed, what it complained)."
+    "Runs `kat tree` with these arguments in a folder with a log of ids; (exit code, what it printed, and complained)."
     monkeypatch.chdir(tmp_path)
     segments = [Segment([1, 2], 'user'), Segment([3], 'assistant', 0, True), Segment([4], 'user', 1),
                 Segment([5], 'assistant', 1, True)]
@@ -24,9 +24,9 @@ def cli(capsys, monkeypatch, tmp_path):
     (tmp_path/'odd.jsonl').write_text('{"a": 1}\n')
     (tmp_path/'none.jsonl').write_text('')
     def run(*args):
-        with pytest.raises(SystemExit) as e:
+        with pytest.raises(SystemExit) as ended:
             main(['tree', *map(str, args)])
-        return e.value.code, *capsys.readouterr()
+        return ended.value.code, *capsys.readouterr()
     return run
 
 
@@ -34,7 +34,8 @@ def test_stats_of_a_log(cli):
     code, out, err = cli('stats', LOG)
     assert (code, err) == (0, '') and 'episodes 1, tasks 1, model calls 8' in out and 'data/base' in out
     rows = [' '.join(line.split()) for line in out.splitlines()]
-    assert 'per-call flat 8 11,187 9.23 M 76.8 G 230 G' in rows and 'linearly merged 1 2,245 2.52 M 17.5 G 52.4 G' in rows
+    assert 'per-call flat 8 11,187 9.23 M 76.8 G 230 G' in rows
+    assert 'linearly merged 1 2,245 2.52 M 17.5 G 52.4 G' in rows
     assert 'linearly merged per-call flat 0.799 4.98× 3.66× 4.40×' in rows
     assert 'tree, one per task linearly merged 0.000 1.00× 1.00× 1.00×' in rows
 
@@ -43,7 +44,7 @@ def test_stats_of_openai_messages(cli, tmp_path):
     turn = lambda n: [{'role': 'user', 'content': f'question {n}'}, {'role': 'assistant', 'content': f'answer {n}'}]
     first = {'messages': [{'role': 'system', 'content': 'You help.'}, *turn(1), *turn(2)]}
     other = {'messages': [{'role': 'system', 'content': 'You help.'}, *turn(1), *turn(3)]}
-    (tmp_path/'chat.jsonl').write_text(''.join(json.dumps(d) + '\n' for d in (first, other)))
+    (tmp_path/'chat.jsonl').write_text(''.join(json.dumps(dialogue) + '\n' for dialogue in (first, other)))
     code, out, err = cli('stats', 'chat.jsonl')
     assert (code, err) == (0, '') and 'model calls 4' in out and 'tree' in out
     assert cli('draw', 'chat.jsonl', '-o', 'chat.png') == (0, 'chat.png\n', '')
@@ -58,8 +59,8 @@ def test_stats_of_records_need_no_tokenizer(cli):
 
 
 def test_a_tokenizer_whose_model_is_unknown_still_counts_tokens(cli, tmp_path):
-    for f in ('tokenizer.json', 'tokenizer_config.json', 'chat_template.jinja'):
-        copy(ROOT/'data'/'base'/f, tmp_path)
+    for name in ('tokenizer.json', 'tokenizer_config.json', 'chat_template.jinja'):
+        copy(ROOT/'data'/'base'/name, tmp_path)
     (tmp_path/'config.json').write_text('{"model_type": "gpt2"}')
     code, out, err = cli('stats', LOG, '--tokenizer', '.')
     assert code == 0 and "no FLOPs: model type 'gpt2'" in out and '11,187' in out
@@ -76,12 +77,13 @@ def test_draw(cli, tmp_path):
     ('stats gone.json', ['no file gone.json']), ('stats odd.jsonl', ['odd.jsonl:1: not a log of', 'its fields: a']),
     ('stats none.jsonl', ['none.jsonl: empty']), ('stats LOG --tokenizer .', ['--tokenizer .: no tokenizer there']),
     ('stats ids.parquet --tokenizer .', ['holds token ids already']),
-    ('stats LOG --model .', ['config.json: no such file']), ('draw LOG', ['--out']), ('draw LOG -o tree.bmp', ['tree.bmp', '.png'])])
+    ('stats LOG --model .', ['config.json: no such file']), ('draw LOG', ['--out']),
+    ('draw LOG -o tree.bmp', ['tree.bmp', '.png'])])
 def test_mistakes_are_one_line_and_code_2(cli, tmp_path, args, parts):
     before = sorted(tmp_path.iterdir())
-    code, out, err = cli(*[LOG if a == 'LOG' else a for a in args.split()])
+    code, out, err = cli(*[LOG if word == 'LOG' else word for word in args.split()])
     assert (code, out) == (2, '') and err.startswith('kat: ') and err.count('\n') == 1
-    assert all(p in err for p in parts), err
+    assert all(part in err for part in parts), err
     assert sorted(tmp_path.iterdir()) == before
 
 
@@ -95,4 +97,4 @@ def test_help(cli):
     shown = dict(stats=('--tokenizer', '--model', 'kat tree stats data/'), draw=('--out', 'kat tree draw data/'))
     for command, parts in shown.items():
         code, out, err = cli(command, '--help')
-        assert code == 0 and all(p in out for p in parts)
+        assert code == 0 and all(part in out for part in parts)

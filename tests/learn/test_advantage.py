@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given, settings, strategies as st
 
 from kat.core.types import Segment, Trajectory
-from kat.learn.advantage import (MASK_REASONS, batch_std, dr_grpo, entropy_factors, gae, group_advantages, masked_rewards,
-                                 pass_rate_factors, per_token)
+from kat.learn.advantage import (MASK_REASONS, batch_std, dr_grpo, entropy_factors, gae, group_advantages,
+                                 masked_rewards, pass_rate_factors, per_token)
 
 NAN = float("nan")
 few = settings(max_examples=60, deadline=None)
@@ -18,15 +18,17 @@ def episode(reward, n=3, **info):
 
 
 def test_masks_by_reason_and_their_counters():
-    episodes = [episode(1.0), episode(0.0, masked="timeout"), episode(None, masked="infrastructure"), episode(0.5, masked="truncated"),
-                episode(0.0, masked="truncated"), episode(None), episode(1.0, masked=None), episode(0.0, masked="overlong")]
+    episodes = [episode(1.0), episode(0.0, masked="timeout"), episode(None, masked="infrastructure"),
+                episode(0.5, masked="truncated"), episode(0.0, masked="truncated"), episode(None),
+                episode(1.0, masked=None), episode(0.0, masked="overlong")]
     rewards, counts = masked_rewards(episodes)
     np.testing.assert_array_equal(rewards, [1, NAN, NAN, NAN, NAN, NAN, 1, NAN])
     assert counts == {"truncated": 2, "timeout": 1, "infrastructure": 1, "overlong": 1, "ungraded": 1}
 
 
 def test_the_caller_chooses_what_is_masked():
-    episodes = [episode(0.25, masked="timeout"), episode(0.5, masked="infrastructure"), episode(None, masked="truncated"), episode(1.0)]
+    episodes = [episode(0.25, masked="timeout"), episode(0.5, masked="infrastructure"),
+                episode(None, masked="truncated"), episode(1.0)]
     rewards, counts = masked_rewards(episodes, ["infrastructure"])
     np.testing.assert_array_equal(rewards, [0.25, NAN, NAN, 1.0])
     assert counts == {"infrastructure": 1, "ungraded": 1}
@@ -57,7 +59,8 @@ def test_batch_std_by_hand():
     np.testing.assert_allclose(out[0], [0.5 * math.sqrt(3), -0.5 * math.sqrt(3), 0], rtol=1e-6)
     np.testing.assert_allclose(out[1], [-0.5 * math.sqrt(3), 0.5 * math.sqrt(3)], rtol=1e-6)
     assert [a.tolist() for a in batch_std([[NAN], [1.0]])] == [[0.0], [0.0]]
-    (a, b), live = group_advantages([[1, 0], [1, 1]], "batch_std")   # the dead group counts in the spread: 1, 0, 1, 1 has 1/2
+    # the dead group counts in the spread: 1, 0, 1, 1 has 1/2
+    (a, b), live = group_advantages([[1, 0], [1, 1]], "batch_std")
     np.testing.assert_allclose(a, [1, -1], rtol=1e-5)
     assert b.tolist() == [0, 0] and live.tolist() == [True, False]
 
@@ -135,19 +138,24 @@ def test_gae_is_the_sum_of_its_definition(steps, gamma, lam, last):
     np.testing.assert_allclose(fast, slow, atol=1e-4)
     np.testing.assert_allclose(returns, np.add(slow, values), atol=1e-4)
     np.testing.assert_allclose(gae(rewards, values, gamma, lam, last, hindsight=values)[0], fast)
-    np.testing.assert_allclose(gae(rewards, values, gamma, 1.0, last, hindsight)[0], gae(rewards, values, gamma, 1.0, last)[0], atol=1e-5)
+    told, plain = gae(rewards, values, gamma, 1.0, last, hindsight)[0], gae(rewards, values, gamma, 1.0, last)[0]
+    np.testing.assert_allclose(told, plain, atol=1e-5)
 
 
 def test_hindsight_as_forecast_changes_no_expected_advantage():
     # two steps; the second state's value is 0.5, its outcome a coin; hindsight knows the coin
     for lam in (0.0, 0.3, 1.0):
-        plain, told = (np.mean([gae([0, won], [0.2, 0.5], 1.0, lam, hindsight=h and [0.2, won])[0] for won in (0.0, 1.0)], 0) for h in (None, True))
+        one = lambda won, knows: gae([0, won], [0.2, 0.5], 1.0, lam, hindsight=[0.2, won] if knows else None)[0]
+        plain, told = (np.mean([one(won, knows) for won in (0.0, 1.0)], 0) for knows in (False, True))
         np.testing.assert_allclose(told, plain, atol=1e-6)
 
 
 @pytest.mark.parametrize("rewards, values, kw, message", [
-    ([1, 2], [1], {}, r"values: shape \(1,\), rewards have \(2,\)"), ([1], [NAN], {}, "values: nan at step 0"), ([1, NAN], [1, 1], {}, "rewards: nan"),
-    ([1], [1], dict(hindsight=[1, 2]), "hindsight: shape"), ([1, 1], [1, 1], dict(hindsight=[1, math.inf]), "hindsight: inf at step 1")])
+    ([1, 2], [1], {}, r"values: shape \(1,\), rewards have \(2,\)"),
+    ([1], [NAN], {}, "values: nan at step 0"),
+    ([1, NAN], [1, 1], {}, "rewards: nan"),
+    ([1], [1], dict(hindsight=[1, 2]), "hindsight: shape"),
+    ([1, 1], [1, 1], dict(hindsight=[1, math.inf]), "hindsight: inf at step 1")])
 def test_gae_names_what_is_wrong(rewards, values, kw, message):
     with pytest.raises(ValueError, match=message):
         gae(rewards, values, **kw)

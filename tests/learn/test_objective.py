@@ -7,8 +7,9 @@ import torch
 from hypothesis import given, settings, strategies as st
 
 from kat.learn.advantage import dr_grpo, group_advantages, grpo, is_live, rloo
-from kat.learn.objective import (LIMIT, LOSSES, Objective, cispo, importance_weights, k3, merge_metrics, mismatch, policy_gradient,
-                                 ppo_clip, token_weights, unit_clip)
+from kat.learn.losses import (LIMIT, cispo, importance_weights, k3, mismatch, policy_gradient, ppo_clip, token_weights,
+                             unit_clip)
+from kat.learn.objective import LOSSES, Objective, merge_metrics
 
 NAN = float("nan")
 REWARDS = st.lists(st.one_of(st.just(NAN), st.floats(-3, 3)), min_size=1, max_size=12)
@@ -121,7 +122,8 @@ def test_gspo_by_hand():
     unit, wide = torch.tensor([0, 0, 1, 1, 1]), dict(low=0.9, high=1.5)
     loss, cut = unit_clip(new, old, torch.tensor([1.0, 1, -1, -1, -1], dtype=torch.float64), unit, **wide)
     assert loss.tolist() == pytest.approx([-2, -2, 0.25, 0.25, 0.25]) and not cut.any()
-    assert gradient(loss.sum(), new) == pytest.approx([-2, -2, 0.25, 0.25, 0.25])  # 2 tokens × ratio 2 × half of the mean each
+    # 2 tokens × ratio 2 × half of the mean each
+    assert gradient(loss.sum(), new) == pytest.approx([-2, -2, 0.25, 0.25, 0.25])
     loss, cut = unit_clip(new, old, torch.tensor([1.0, 1, -1, -1, -1], dtype=torch.float64), unit, low=0.5, high=0.5)
     assert loss.tolist() == pytest.approx([-1.5, -1.5, 0.5, 0.5, 0.5]) and cut.all()
     assert gradient(loss.sum(), new) == [0] * 5
@@ -140,7 +142,9 @@ def test_turn_level_ratios_are_products_by_hand():
 
 def test_ratios_stay_finite():
     new, old = torch.tensor([-1.0, -500.0], requires_grad=True), torch.tensor([-500.0, -1.0])
-    for loss, _ in (ppo_clip(new, old, -torch.ones(2)), cispo(new, old, torch.ones(2)), unit_clip(new, old, -torch.ones(2), torch.tensor([0, 1]))):
+    losses = (ppo_clip(new, old, -torch.ones(2)), cispo(new, old, torch.ones(2)),
+              unit_clip(new, old, -torch.ones(2), torch.tensor([0, 1])))
+    for loss, _ in losses:
         assert loss.isfinite().all() and all(map(math.isfinite, gradient(loss.sum(), new)))
     assert ppo_clip(new, old, -torch.ones(2))[0][0].item() == pytest.approx(math.exp(LIMIT), rel=1e-5)
 
@@ -171,7 +175,8 @@ def test_weights_by_hand():
     assert w() == [[0, 0.25, 0.25, 0, 0.25], [0, 0.25], [0, 0]]
     assert w(normalise="sequence") == [pytest.approx([0, 1 / 6, 1 / 6, 0, 1 / 6]), [0, 0.5], [0, 0]]
     assert w(normalise="turn") == [[0, 0.125, 0.125, 0, 0.25], [0, 0.5], [0, 0]]   # two turns: a quarter each
-    assert w(normalise="constant", length=10) == [pytest.approx([0, 1 / 30, 1 / 30, 0, 1 / 30]), pytest.approx([0, 1 / 30]), [0, 0]]
+    tenth = [pytest.approx([0, 1 / 30, 1 / 30, 0, 1 / 30]), pytest.approx([0, 1 / 30]), [0, 0]]
+    assert w(normalise="constant", length=10) == tenth
     assert [Objective(x).how for x in LOSSES] == ["token", "token", "token", "sequence", "turn"]
 
 
@@ -210,24 +215,39 @@ def test_objectives_by_hand(o, value):
 
 
 def test_metrics_by_hand():
-    loss = Objective(mis=(0.6, 2.5), kl=1.0).prepare_flat(MASKS, ADVANTAGES, old=OLD, engine=ENGINE, reference=REFERENCE)
+    objective = Objective(mis=(0.6, 2.5), kl=1.0)
+    loss = objective.prepare_flat(MASKS, ADVANTAGES, old=OLD, engine=ENGINE, reference=REFERENCE)
     assert loss.metrics == pytest.approx({"tokens": 3, "mismatch_mean": 2 / 3 * LOG2, "mismatch_max": LOG2,
                                           "mismatch_k3": (2 - 1 - LOG2 + 0.5 - 1 + LOG2) / 3, "mis_masked": 1 / 3})
     new = [torch.tensor([-1 + LOG2, -1 - LOG2]), torch.tensor([-2 + LOG2])]      # clipped: the first only
-    assert loss.measure(new) == pytest.approx({"tokens": 3, "clipped": 1 / 3, "kl": (-0.5 + 3 - 0.5) / 3})   # see k3: the logarithms cancel
+    # see k3: the logarithms cancel
+    assert loss.measure(new) == pytest.approx({"tokens": 3, "clipped": 1 / 3, "kl": (-0.5 + 3 - 0.5) / 3})
     assert Objective("pg").prepare_flat(MASKS, ADVANTAGES).measure(new) == {"tokens": 3}
     a, b = dict(tokens=3, clipped=0.5, mismatch_max=2.0), dict(tokens=1, clipped=0.1, mismatch_max=3.0)
-    assert merge_metrics([a, b]) == pytest.approx(dict(tokens=4, clipped=0.4, mismatch_max=3.0)) and merge_metrics([]) == {}
+    assert merge_metrics([a, b]) == pytest.approx(dict(tokens=4, clipped=0.4, mismatch_max=3.0))
+    assert merge_metrics([]) == {}
 
 
 @pytest.mark.parametrize("o, message", [
-    (dict(loss="dpo"), "loss 'dpo': one of pg, ppo"), (dict(loss="pg", clip_high=0.2), "clip_high=0.2: loss 'pg' has no such limit"),
-    (dict(loss="cispo", clip_low=0.2), "clip_low=0.2: loss 'cispo'"), (dict(clip_low=1.5), "clip_low=1.5"), (dict(clip_high=0), "clip_high=0"),
-    (dict(clip_high=math.nan), "clip_high=nan"), (dict(normalise="mean"), "normalise 'mean': one of token"), (dict(length=9), "normalise='token', length=9"),
-    (dict(normalise="constant"), "length=None"), (dict(normalise="constant", length=0), "length=0"), (dict(kl=-1), "kl=-1"),
-    (dict(entropy=math.inf), "entropy=inf"), (dict(tis=2.0, mis=(0.5, 2)), "choose one"), (dict(tis=0.5), "tis=0.5"), (dict(mis=(1.1, 2.0)), "mis="),
-    (dict(correct="token"), "without tis or mis"), (dict(tis=2.0, correct="group"), "correct 'group': one of token, turn, sequence"),
-    (dict(loss="gspo", tis=2.0, correct="turn"), "sequence moves as one"), (dict(semantics="tree"), "semantics 'tree': one of branch, node"),
+    (dict(loss="dpo"), "loss 'dpo': one of pg, ppo"),
+    (dict(loss="pg", clip_high=0.2), "clip_high=0.2: loss 'pg' has no such limit"),
+    (dict(loss="cispo", clip_low=0.2), "clip_low=0.2: loss 'cispo'"),
+    (dict(clip_low=1.5), "clip_low=1.5"),
+    (dict(clip_high=0), "clip_high=0"),
+    (dict(clip_high=math.nan), "clip_high=nan"),
+    (dict(normalise="mean"), "normalise 'mean': one of token"),
+    (dict(length=9), "normalise='token', length=9"),
+    (dict(normalise="constant"), "length=None"),
+    (dict(normalise="constant", length=0), "length=0"),
+    (dict(kl=-1), "kl=-1"),
+    (dict(entropy=math.inf), "entropy=inf"),
+    (dict(tis=2.0, mis=(0.5, 2)), "choose one"),
+    (dict(tis=0.5), "tis=0.5"),
+    (dict(mis=(1.1, 2.0)), "mis="),
+    (dict(correct="token"), "without tis or mis"),
+    (dict(tis=2.0, correct="group"), "correct 'group': one of token, turn, sequence"),
+    (dict(loss="gspo", tis=2.0, correct="turn"), "sequence moves as one"),
+    (dict(semantics="tree"), "semantics 'tree': one of branch, node"),
     (dict(loss="turn_gspo", semantics="node"), "semantics='node' with loss 'turn_gspo'")])
 def test_options_that_do_not_combine_are_refused(o, message):
     with pytest.raises(ValueError, match=message):
@@ -235,14 +255,21 @@ def test_options_that_do_not_combine_are_refused(o, message):
 
 
 @pytest.mark.parametrize("o, change, message", [
-    ({}, dict(old=None), "old log-probs are missing: loss 'ppo'"), (dict(tis=2.0), {}, "engine log-probs are missing"),
+    ({}, dict(old=None), "old log-probs are missing: loss 'ppo'"),
+    (dict(tis=2.0), {}, "engine log-probs are missing"),
     (dict(loss="pg"), dict(old=None, engine=ENGINE), "engine log-probs are compared with old ones"),
-    (dict(kl=0.1), {}, "reference log-probs are missing"), ({}, dict(reference=OLD), "kl is 0"),
-    (dict(loss="turn_gspo"), dict(turns=None), "turns are missing"), (dict(normalise="turn"), dict(turns=[[0, 1, 0], [0, 0]]), "turns of sequence 0: they fall at token 2"),
-    ({}, dict(old=[[0, math.nan, -1], [0, -1]]), "old log-probs of sequence 0: nan at token 1"), ({}, dict(old=[[0, -1], [0, -1]]), "old log-probs of sequence 0: shape"),
-    ({}, dict(old=OLD[:1]), "old log-probs of 1 sequences, masks of 2"), ({}, dict(advantages=[1.0, math.nan]), "advantages of sequence 1: nan at token 1"),
-    ({}, dict(masks=[[1, 1, 1], [0, 1]]), "mask of sequence 0: its first token"), (dict(loss="gspo"), dict(advantages=[[0, 1, 2], 1.0]), "advantages of sequence 0 differ inside a sequence"),
-    (dict(semantics="node"), {}, "semantics='node': shared"), ({}, dict(shared=[[1] * 3, [1] * 2]), "semantics='branch': shared"),
+    (dict(kl=0.1), {}, "reference log-probs are missing"),
+    ({}, dict(reference=OLD), "kl is 0"),
+    (dict(loss="turn_gspo"), dict(turns=None), "turns are missing"),
+    (dict(normalise="turn"), dict(turns=[[0, 1, 0], [0, 0]]), "turns of sequence 0: they fall at token 2"),
+    ({}, dict(old=[[0, math.nan, -1], [0, -1]]), "old log-probs of sequence 0: nan at token 1"),
+    ({}, dict(old=[[0, -1], [0, -1]]), "old log-probs of sequence 0: shape"),
+    ({}, dict(old=OLD[:1]), "old log-probs of 1 sequences, masks of 2"),
+    ({}, dict(advantages=[1.0, math.nan]), "advantages of sequence 1: nan at token 1"),
+    ({}, dict(masks=[[1, 1, 1], [0, 1]]), "mask of sequence 0: its first token"),
+    (dict(loss="gspo"), dict(advantages=[[0, 1, 2], 1.0]), "advantages of sequence 0 differ inside a sequence"),
+    (dict(semantics="node"), {}, "semantics='node': shared"),
+    ({}, dict(shared=[[1] * 3, [1] * 2]), "semantics='branch': shared"),
     ({}, dict(weights=[[0, 1, math.inf], [0, 1]]), "weights of sequence 0: inf at token 2")])
 def test_bad_batches_are_named(o, change, message):
     with pytest.raises(ValueError, match=message):

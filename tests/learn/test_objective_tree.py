@@ -1,4 +1,4 @@
-"Objectives on prefix trees against the same on flat batches: values and gradients, on random trees, whole and in packs."
+"Objectives on prefix trees against the same on flat batches: values and gradients, on random trees, in packs."
 from dataclasses import replace
 
 import numpy as np
@@ -28,10 +28,11 @@ def objectives(draw, **fixed):
     how = draw(st.sampled_from(["token", "sequence", "turn", "constant"]))
     fix = draw(st.sampled_from([{}, {"tis": 1.2}, {"mis": (0.8, 1.3)}]))
     coarse = draw(st.sampled_from([None, "turn", "sequence"])) if token else None
-    return Objective(loss, normalise=how, length=7 if how == "constant" else None, kl=draw(st.sampled_from([0, 0.3])),
-                     entropy=draw(st.sampled_from([0, 0.2])), **fix, correct=coarse if fix else None,
-                     clip_low=0.1 if loss not in ("pg", "cispo") else None, clip_high=0.15 if loss != "pg" else None,
-                     semantics=fixed.get("semantics") or (draw(st.sampled_from(["branch", "node"])) if token else "branch"))
+    kl, entropy = draw(st.sampled_from([0, 0.3])), draw(st.sampled_from([0, 0.2]))
+    semantics = fixed.get("semantics") or (draw(st.sampled_from(["branch", "node"])) if token else "branch")
+    return Objective(loss, normalise=how, length=7 if how == "constant" else None, kl=kl, entropy=entropy, **fix,
+                     correct=coarse if fix else None, clip_low=0.1 if loss not in ("pg", "cispo") else None,
+                     clip_high=0.15 if loss != "pg" else None, semantics=semantics)
 
 
 @st.composite
@@ -49,7 +50,8 @@ def batches(draw):
     per = lambda f: [f(k) for k in range(len(seqs))]
     old = per(on_tree if agree != "none" else lambda k: -1 + 0.3 * rng.standard_normal(len(seqs[k])))
     return tree, masks, dict(
-        advantages=per(lambda k: rng.choice([-1.5, -0.5, 0, 0.7, 2])), old=old, engine=[o + 0.3 * rng.standard_normal(len(o)) for o in old],
+        advantages=per(lambda k: rng.choice([-1.5, -0.5, 0, 0.7, 2])), old=old,
+        engine=[logps + 0.3 * rng.standard_normal(len(logps)) for logps in old],
         reference=per(lambda k: tables[1][tree.path(k)] if agree == "all" else old[k] + 0.1),
         turns=per(lambda k: np.cumsum(rng.random(len(seqs[k])) < 0.4))), rng
 
@@ -62,7 +64,7 @@ def prepared(o, tree, masks, data):
 
 
 def both(o, tree, masks, data, rng):
-    "Value and gradients w.r.t. made-up log-probs and entropies of the tree's tokens: flat, and on the tree in random packs."
+    "Value and gradients w.r.t. made-up log-probs and entropies of the tokens: flat, and on the tree in random packs."
     flat, on_tree = prepared(o, tree, masks, data)
     table = torch.tensor(-1 + 0.3 * rng.standard_normal(len(tree)), requires_grad=True, **T)
     entropy = torch.tensor(rng.random(len(tree)), requires_grad=True, **T)
@@ -74,8 +76,9 @@ def both(o, tree, masks, data, rng):
     for x in (flat, on_tree):
         assert x.metrics == flat.metrics
     assert on_tree.measure(table) == pytest.approx(flat.measure([table[i] for i in trained]))
-    return (a, *(torch.zeros(len(tree), **T) if g is None else g for g in torch.autograd.grad(a + 0 * (table.sum() + entropy.sum()), (table, entropy)))), (
-        b, *torch.autograd.grad(b + 0 * (table.sum() + entropy.sum()), (table, entropy)))
+    nothing = 0 * (table.sum() + entropy.sum())   # so that both always have a gradient
+    gradients = lambda total: torch.autograd.grad(total + nothing, (table, entropy), retain_graph=True)
+    return (a, *gradients(a)), (b, *gradients(b))
 
 
 def check(o, batch):
@@ -116,8 +119,11 @@ def test_advantages_may_differ_from_token_to_token(o, batch):
 def test_several_trees_with_common_weights_are_one_batch(o, one, two):
     rng = one[3]
     masks, data = one[1] + two[1], {k: [*one[2][k], *two[2][k]] for k in one[2]}
-    shared = [t.count[t.path(k)] for t in (one[0], two[0]) for k in range(t.n_sequences)] if o.semantics == "node" else None
-    kept = {k: v for k, v in data.items() if k in ("advantages", "old", "turns") or (k == "engine" and o.corrected) or (k == "reference" and o.kl)}
+    shared = None
+    if o.semantics == "node":
+        shared = [t.count[t.path(k)] for t in (one[0], two[0]) for k in range(t.n_sequences)]
+    names = ["advantages", "old", "turns"] + ["engine"] * bool(o.corrected) + ["reference"] * bool(o.kl)
+    kept = {k: v for k, v in data.items() if k in names}
     flat = o.prepare_flat(masks, **kept, shared=shared)
     weights, rest, total, metrics, new, entropies = o.weights(masks, data["turns"]), 0, 0, [], [], []
     for tree, m, *_ in (one, two):
@@ -133,7 +139,8 @@ def test_several_trees_with_common_weights_are_one_batch(o, one, two):
 
 
 # three trajectories: A goes 1 2 3 4, B is a strict prefix of it, C branches off after the second token
-SEQUENCES, MASKS, ADVANTAGES = [[1, 2, 3, 4], [1, 2, 3], [1, 2, 5]], [[0, 1, 1, 1], [0, 0, 1], [0, 1, 1]], [1.0, -1.0, 2.0]
+SEQUENCES, ADVANTAGES = [[1, 2, 3, 4], [1, 2, 3], [1, 2, 5]], [1.0, -1.0, 2.0]
+MASKS = [[0, 1, 1, 1], [0, 0, 1], [0, 1, 1]]
 TREE = TokenTree.from_sequences(SEQUENCES)                                     # tokens 1 2 3 4 5
 OLD = [[0, -1, -1, -1], [0, -1, -1], [0, -1, -1]]
 
@@ -153,7 +160,7 @@ def test_the_tree_form_by_hand():
     total, grad = value(loss, [7, 1.1, 1.5, 0.5, 1])
     # token 2: 3 × 1.1; token 3: 1 × 1.28 − 1 × 1.5; token 4: 0.5; token 5: 2 × 1
     assert total == pytest.approx(-(3.3 - 0.22 + 0.5 + 2) / 6)
-    assert grad == pytest.approx([0, -3.3 / 6, 1.5 / 6, -0.5 / 6, -2 / 6])          # of token 3 only the bad half is left
+    assert grad == pytest.approx([0, -3.3 / 6, 1.5 / 6, -0.5 / 6, -2 / 6])       # of token 3 only the bad half is left
 
 
 def test_node_semantics_by_hand():
@@ -169,7 +176,8 @@ def test_gspo_on_a_tree_by_hand():
     # A: ratios 2, 1, 4: geometric mean 2, clipped at 1.5; B: only token 3: 1; C: 2, 1/2: 1
     total, grad = value(loss, [7, 2, 1, 4, 0.5])
     assert total == pytest.approx(-(1.5 - 1 + 2) / 3)
-    assert grad == pytest.approx([0, -1 / 3, 1 / 3, 0, -1 / 3])                      # C's two tokens share 2/3, B pushes token 3 down
+    # C's two tokens share 2/3, B pushes token 3 down
+    assert grad == pytest.approx([0, -1 / 3, 1 / 3, 0, -1 / 3])
 
 
 def test_branches_written_by_different_versions_are_kept_apart():
@@ -190,10 +198,11 @@ def test_two_numbers_a_token_whatever_the_number_of_trajectories():
 
 def test_no_tokens_no_loss():
     loss = Objective().prepare(TREE, [[0] * len(s) for s in SEQUENCES], ADVANTAGES, old=OLD)
-    assert value(loss, [1, 2, 3, 4, 5]) == (0, [0] * 5) and value(replace(loss, objective=Objective("gspo")), [1] * 5) == (0, [0] * 5)
+    assert value(loss, [1, 2, 3, 4, 5]) == (0, [0] * 5)
+    assert value(replace(loss, objective=Objective("gspo")), [1] * 5) == (0, [0] * 5)
     some = Objective().prepare(TREE, MASKS, ADVANTAGES, old=OLD)
     table = torch.zeros(5, requires_grad=True)
-    assert some(edges(torch.tensor([0]), table[[0]], None)).requires_grad           # a pack without a loss still has a graph
+    assert some(edges(torch.tensor([0]), table[[0]], None)).requires_grad        # a pack without a loss has a graph
 
 
 def test_lower_precision_follows_the_log_probs():
@@ -220,17 +229,22 @@ def test_bad_calls_are_named():
 
 
 @pytest.mark.parametrize("o", [
-    Objective(tis=1.5, kl=0.1, entropy=0.05), Objective("cispo", clip_high=0.1, semantics="node"), Objective("pg", normalise="turn"),
-    Objective("gspo", clip_low=0.1, clip_high=0.1, entropy=0.05), Objective("turn_gspo", mis=(0.5, 2.0), kl=0.1)], ids=lambda o: o.loss)
+    Objective(tis=1.5, kl=0.1, entropy=0.05),
+    Objective("cispo", clip_high=0.1, semantics="node"),
+    Objective("pg", normalise="turn"),
+    Objective("gspo", clip_low=0.1, clip_high=0.1, entropy=0.05),
+    Objective("turn_gspo", mis=(0.5, 2.0), kl=0.1)], ids=lambda o: o.loss)
 def test_a_model_gets_the_same_gradient_from_both(o):
     torch.manual_seed(0)
-    model = Qwen3ForCausalLM(Qwen3Config(vocab_size=12, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
-                                         num_key_value_heads=1, head_dim=16, max_position_embeddings=64))
+    model = Qwen3ForCausalLM(Qwen3Config(
+        vocab_size=12, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=1, head_dim=16, max_position_embeddings=64))
     rng = np.random.default_rng(0)
     seqs = [[1, 2, 3, 4, 5, 6], [1, 2, 3, 4, 7], [1, 2, 3], [1, 2, 3, 4, 5, 6], [9, 2]]
     masks = [[0, 0, 1, 1, 1, 1], [0, 1, 1, 0, 1], [0, 0, 1], [0, 0, 1, 1, 0, 1], [0, 1]]
     near = [-2.5 + 0.2 * rng.standard_normal(len(s)) for s in seqs]
-    kw = dict(old=near, turns=[np.arange(len(s)) // 3 for s in seqs], engine=[x + 0.1 for x in near] if o.corrected else None,
+    kw = dict(old=near, turns=[np.arange(len(s)) // 3 for s in seqs],
+              engine=[x + 0.1 for x in near] if o.corrected else None,
               reference=[x - 0.1 for x in near] if o.kl else None)
     tree, advantages = TokenTree.from_sequences(seqs), [1.0, -1.0, 0.5, -0.5, 2.0]
     loss = o.prepare(tree, masks, advantages, **kw)

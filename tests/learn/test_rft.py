@@ -1,5 +1,7 @@
 "Discrepancy, reward and monitor of RFT: the properties that the design promises"
-import asyncio, itertools, json
+import asyncio
+import itertools
+import json
 from collections import Counter
 from dataclasses import replace
 
@@ -8,7 +10,6 @@ import pytest
 import torch
 from hypothesis import given, settings, strategies as st
 
-from kat.recipe.rollouts import ModelPolicy, ScriptPolicy, rollout
 from kat.core.chat import ids_of, render, train_tokenizer
 from kat.core.io import write_jsonl
 from kat.core.types import Segment, Trajectory
@@ -16,15 +17,17 @@ from kat.envs.base import ToolCall
 from kat.envs.expert import Expert
 from kat.envs.micro import SYSTEM, MicroEnv
 from kat.envs.micro_tasks import make_task
-from kat.learn.rft import (Alignment, Attempt, GroundTruth, Monitor, discrepancy, rft_advantages, load_ground_truths,
-                           normal_turn, parts, patch_facts, rft_reward, save_ground_truths, savings, shadow, shared, squeeze)
-from kat.learn.rl import make_row
-from kat.recipe.pipeline import ROOT
-from kat.infer.engines import Completion, HFEngine
 from kat.envs.sandbox import MeteredPool
-from kat.recipe.evaluation import finish_stopped
+from kat.infer.engines import HFEngine
+from kat.infer.requests import Completion
+from kat.learn.rft import (Alignment, Attempt, GroundTruth, Monitor, discrepancy, load_ground_truths, normal_turn,
+                           parts, patch_facts, rft_advantages, rft_reward, save_ground_truths, savings, shadow,
+                           shared, squeeze, with_logprobs)
+from kat.learn.rl import make_row
 from kat.learn.training import load_model
-from kat.learn.rft import with_logprobs
+from kat.recipe.evaluation import finish_stopped
+from kat.recipe.pipeline import ROOT
+from kat.recipe.rollouts import ModelPolicy, ScriptPolicy, rollout
 from kat.study.evaluate import wilson
 
 few = settings(max_examples=40, deadline=None)
@@ -301,8 +304,8 @@ def spread(line, draw):
 def test_reformatted_files_are_the_same_patch(o, gs, data):
     if isinstance(o['patch'], dict):
         blank = lambda: data.draw(st.sampled_from(['', '\n', ' \n']))
-        new = {f'./{p}': ''.join(blank() + (spread(s, data.draw) if s.strip() else s) + '\n' for s in t.splitlines()) + blank()
-               for p, t in o['patch'].items()}
+        line = lambda s: blank() + (spread(s, data.draw) if s.strip() else s) + '\n'
+        new = {f'./{path}': ''.join(map(line, text.splitlines())) + blank() for path, text in o['patch'].items()}
         for g in gs:
             assert discrepancy(Attempt.of(o | dict(patch=new)), g) == discrepancy(Attempt.of(o), g)
 
@@ -321,8 +324,9 @@ weights = st.fixed_dictionaries(dict(outcome=st.floats(0, 5), patch=st.floats(0,
 @few
 @given(infos(passing), infos(failing), truths, weights)
 def test_the_outcome_dominates_under_any_weights(good, bad, gs, w):
-    assert all(discrepancy(Attempt.of(good), g, w) <= .1 + 1e-12 and discrepancy(Attempt.of(bad), g, w) >= .2 - 1e-12 for g in gs)
-    assert rft_reward(Attempt.of(good), gs, w) > rft_reward(Attempt.of(bad), gs, w)
+    good, bad = Attempt.of(good), Attempt.of(bad)
+    assert all(discrepancy(good, g, w) <= .1 + 1e-12 and discrepancy(bad, g, w) >= .2 - 1e-12 for g in gs)
+    assert rft_reward(good, gs, w) > rft_reward(bad, gs, w)
     assert all(discrepancy(g, g, w) == 0 for g in gs)
 
 
@@ -377,7 +381,8 @@ def test_what_was_spliced_in_is_no_work_of_the_policy():
 
 def trajectory(turns, tests, text=None, **more):
     ids = [[10 + i, 2] for i, _ in enumerate(turns)] if text is None else text
-    return Trajectory('k1', [Segment(np.array(x), 'tool_call', i, True) for i, x in enumerate(ids)], 1., info=info(turns, tests) | more)
+    segments = [Segment(np.array(x), 'tool_call', i, True) for i, x in enumerate(ids)]
+    return Trajectory('k1', segments, 1., info=info(turns, tests) | more)
 
 
 @pytest.mark.parametrize('name', ['g.jsonl', 'g.parquet'])
@@ -391,15 +396,17 @@ def test_ground_truths_keep_their_provenance(tmp_path, name):
 
 
 @pytest.mark.parametrize('change, message', [
-    (dict(tests={'t': True, 'u': False}), r'k1.*do not pass \(u\)'), (dict(tests={}), 'none recorded'), (dict(finish='cap'), "'cap'"),
+    (dict(tests={'t': True, 'u': False}), r'k1.*do not pass \(u\)'),
+    (dict(tests={}), 'none recorded'),
+    (dict(finish='cap'), "'cap'"),
     (dict(turns=None), 'turns')])
 def test_a_ground_truth_that_is_none_is_refused(tmp_path, change, message):
     t = trajectory(good(), {'t': True})
     bad = replace(t, info=t.info | change)
     with pytest.raises(ValueError, match=message):
         GroundTruth(bad, 'person', 'Ada', 'by eye')
-    write_jsonl(tmp_path / 'g.jsonl', [replace(x, info=x.info | dict(ground_truth=dict(source='person', author='Ada', verified='x', style='')))
-                                       for x in (t, bad)])
+    said = dict(source='person', author='Ada', verified='x', style='')
+    write_jsonl(tmp_path / 'g.jsonl', [replace(x, info=x.info | dict(ground_truth=said)) for x in (t, bad)])
     with pytest.raises(ValueError, match='g.jsonl: record 1: .*' + message):
         load_ground_truths(tmp_path / 'g.jsonl')
 
@@ -487,8 +494,8 @@ class Odd:
         self.ids, self.finish, self.calls = np.array(tok.encode(text), np.int32), finish, 0
     def act(self, episodes):
         self.calls += len(episodes)
-        n = len(self.ids)
-        return [Completion(self.ids, np.full(n, -.5, np.float32), np.full(n, .25, np.float32), self.finish, 3) for _ in episodes]
+        logprobs, entropy = (np.full(len(self.ids), x, np.float32) for x in (-.5, .25))
+        return [Completion(self.ids, logprobs.copy(), entropy.copy(), self.finish, 3) for _ in episodes]
 
 
 @pytest.fixture(scope='module')
@@ -522,21 +529,24 @@ def test_a_corrected_rollout_solves_the_task_and_stays_token_exact(tok, make_env
     assert set(t.version[~np.isnan(t.logprobs)]) == {3} and all((s.version == -1).all() for s in spliced)
     own = [s for s in t.segments if s.trainable and s.event != 'correction']
     assert sum(map(len, own)) == sum(u['tokens'] for u in t.info['turns']) and len(own) == policy.calls
-    dialogue = [dict(role='system', content=SYSTEM), dict(role='user', content=task.data['issue'])]    # what the template would write
+    # what the template would write
+    dialogue = [dict(role='system', content=SYSTEM), dict(role='user', content=task.data['issue'])]
     env = make_env()
     asyncio.run(env.reset(task))
     for u in t.info['turns']:
         calls = [dict(type='function', function=dict(name=c['name'], arguments=c['arguments'])) for c in u['calls']]
         results = asyncio.run(env.step([ToolCall(c['name'], c['arguments']) for c in u['calls']])).results
-        dialogue += [dict(role='assistant', content='', tool_calls=calls), *(dict(role='tool', content=r.text) for r in results)]
+        dialogue.append(dict(role='assistant', content='', tool_calls=calls))
+        dialogue += [dict(role='tool', content=r.text) for r in results]
     while dialogue[-1]['role'] == 'tool':
         dialogue.pop()           # nothing comes after handing in
     assert np.array_equal(ids_of(render(tok, dialogue))[:len(t)], t.ids)
 
 
 def test_watchers_must_be_understood(tok, make_env, solved):
-    play = lambda said, **kw: rollout(Odd(tok, '<tool_call>list</tool_call><|im_end|>'), tok, [solved[0]], make_env, max_turns=2,
-                                      watch=lambda e: said, **kw)
+    def play(said, **kw):
+        policy = Odd(tok, '<tool_call>list</tool_call><|im_end|>')
+        return rollout(policy, tok, [solved[0]], make_env, max_turns=2, watch=lambda e: said, **kw)
     for bad in (True, 'halt', [1, 2], np.zeros(0, np.int32)):
         with pytest.raises(ValueError, match='watch said'):
             play(bad)
@@ -544,14 +554,16 @@ def test_watchers_must_be_understood(tok, make_env, solved):
         play(None, begin=[solved[1]])
 
 
-@pytest.mark.parametrize('text, finish', [('<tool_call>list</tool_call><|im_end|>', 'stop'), ('<tool_call>list</tool_call>', 'length'),
-                                          ('hm <tool_call>fly</tool_call> <tool_call>list</tool_call><|im_end|>', 'stop')])
+@pytest.mark.parametrize('text, finish', [
+    ('<tool_call>list</tool_call><|im_end|>', 'stop'),
+    ('<tool_call>list</tool_call>', 'length'),
+    ('hm <tool_call>fly</tool_call> <tool_call>list</tool_call><|im_end|>', 'stop')])
 def test_a_replay_is_the_record_token_by_token(tok, make_env, solved, text, finish):
     task, truth = solved
     say = lambda **kw: rollout(Odd(tok, text, finish), tok, [task], make_env, max_len=10**5, **kw)[0]
-    whole = say(max_turns=5, watch=lambda e: np.array(tok.encode('<tool_call>test</tool_call><|im_end|>')) if len(e.turns) == 1 else None)
-    cut = say(max_turns=5, watch=lambda e: np.array(tok.encode('<tool_call>test</tool_call><|im_end|>')) if len(e.turns) == 1
-              else 'stop' if len(e.turns) == 3 else None)
+    given = np.array(tok.encode('<tool_call>test</tool_call><|im_end|>'))
+    whole = say(max_turns=5, watch=lambda e: given if len(e.turns) == 1 else None)
+    cut = say(max_turns=5, watch=lambda e: given if len(e.turns) == 1 else 'stop' if len(e.turns) == 3 else None)
     assert cut.info['finish'] == 'stopped' and say(max_turns=5, begin=[cut]) == whole
     strange = replace(cut, segments=[replace(s, ids=s.ids + 1) if s.kind == 'tool_result' else s for s in cut.segments])
     with pytest.raises(ValueError, match='other tokens than the record'):
@@ -568,7 +580,8 @@ def test_stopped_rollouts_played_to_their_end(tok, make_env):
         c.segments = [s for s in c.segments if s.kind in ('system', 'user')]
     r = finish_stopped(expert(), tok, {t.id: t for t in tasks}, cut, make_env)
     assert (r['stopped'], r['finished'], r['passed']) == (6, 6, sum(t.reward == 1 for t in whole))
-    assert r['turns'] == sum(len(t.info['turns']) for t in whole) and r['tokens'] == sum(u['tokens'] for t in whole for u in t.info['turns'])
+    played = [turn for t in whole for turn in t.info['turns']]
+    assert r['turns'] == len(played) and r['tokens'] == sum(turn['tokens'] for turn in played)
     assert (r['lo'], r['hi']) == wilson(r['passed'], 6) and r['sandbox_s'] >= 0
     assert finish_stopped(expert(), tok, {t.id: t for t in tasks}, cut, make_env, n=2)['finished'] == 2
     none = finish_stopped(expert(), tok, {}, [], make_env)
@@ -576,7 +589,8 @@ def test_stopped_rollouts_played_to_their_end(tok, make_env):
 
 
 def test_corrections_that_are_trained_get_the_models_own_log_probs(make_env):
-    "A corrected rollout of a model: without log-probs on the correction trainers refuse it, with them the sampled ones stay as recorded."
+    """A corrected rollout of a model: without log-probs on the correction trainers refuse it,
+    with them the sampled ones stay as recorded."""
     lm, tok = load_model(ROOT / 'data/base')
     task, engine = make_task('train', 0), HFEngine(lm, max_len=1024, slots=1)
     given = np.array(tok.encode('<tool_call>list</tool_call><|im_end|>'))

@@ -2,52 +2,19 @@
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, Qwen3Config, Qwen3ForCausalLM
+from rl_world import all_gradients, episode, groups, rows_of, score, tiny, trainer
+from transformers import AutoModelForCausalLM
 
 from kat.core.types import Group, Segment, Trajectory
 from kat.learn.objective import Objective
-from kat.learn.rl import RLTrainer, accumulate, graded_rewards, make_row
+from kat.learn.rl import accumulate, graded_rewards, make_row
 from kat.learn.training import CheckpointError
-
-
-def tiny(seed=0):
-    torch.manual_seed(seed)
-    return Qwen3ForCausalLM(Qwen3Config(vocab_size=12, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
-                                        num_attention_heads=2, num_key_value_heads=1, head_dim=16,
-                                        max_position_embeddings=64, tie_word_embeddings=True))
-
-
-def score(model, ids, tau=1.0):  # plain log-probs of ids[1:]
-    return torch.log_softmax(model(torch.from_numpy(np.int64(ids))[None]).logits[0, :-1].float() / tau, -1)[
-        torch.arange(len(ids) - 1), torch.from_numpy(np.int64(ids[1:]))]
-
-
-def episode(model, rng, reward, task="t", tau=1.0, **info):  # user, assistant, tool result, assistant
-    lengths = [3, int(rng.integers(2, 9)), 4, int(rng.integers(2, 9))]
-    ids = rng.integers(1, 12, sum(lengths))
-    with torch.no_grad():
-        logps = np.concatenate([[0], score(model, ids, tau).numpy()])
-    segments, a = [], 0
-    for n, (kind, turn) in zip(lengths, (("user", 0), ("assistant", 0), ("tool_result", 0), ("assistant", 1))):
-        own = kind == "assistant"
-        segments.append(Segment(ids[a:a + n], kind, turn, own, logprobs=logps[a:a + n] if own else None))
-        a += n
-    return Trajectory(task, segments, reward, {"temperature": tau}, info)
-
-
-def groups(model, step, n=3, rewards=(1.0, 0.0, 0.0, 1.0)):
-    rng = np.random.default_rng([7, step])
-    return [Group(f"{step}.{i}", [episode(model, rng, r, f"{step}.{i}") for r in rewards]) for i in range(n)]
 
 
 def endless(model, start=0):
     while True:
         yield from groups(model, start)
         start += 1
-
-
-def trainer(model, folder, **kw):
-    return RLTrainer(model, folder, **(dict(groups_per_step=3, dtype=None, lr=1e-3, save_every=2) | kw))
 
 
 def same(a, b):
@@ -58,7 +25,8 @@ def same(a, b):
 def test_the_gradient_is_the_formulas(tmp_path, normalise):
     model, seen = tiny(), {}
     batch = groups(model, 0, 2, (1.0, 0.0, 0.25))
-    t = trainer(model, tmp_path, objective=Objective(normalise=normalise, length=10 if normalise == "constant" else None), max_grad_norm=1e9, max_tokens=32)
+    objective = Objective(normalise=normalise, length=10 if normalise == "constant" else None)
+    t = trainer(model, tmp_path, objective=objective, max_grad_norm=1e9, max_tokens=32)
     t.optimizer.step = lambda: seen.update({n: p.grad.clone() for n, p in model.named_parameters()})
     t.step(batch)
     # by hand: on policy, so the clipped objective's gradient is the policy gradient's
@@ -71,15 +39,17 @@ def test_the_gradient_is_the_formulas(tmp_path, normalise):
         torch.testing.assert_close(seen[name], want, atol=1e-6, rtol=1e-4)
 
 
-@pytest.mark.parametrize("objective", [Objective(tis=2.0), Objective("gspo"), Objective(semantics="node"), Objective("cispo", entropy=0.01)], ids=lambda o: f"{o.loss}-{o.semantics}")
+@pytest.mark.parametrize("objective", [
+    Objective(tis=2.0), Objective("gspo"), Objective(semantics="node"), Objective("cispo", entropy=0.01)],
+    ids=lambda o: f"{o.loss}-{o.semantics}")
 def test_packs_change_nothing(objective):
     model = tiny()
-    rows = [make_row(x, a) for g in groups(model, 1) for x, a in zip(g.trajectories, (0.5, -0.5, -0.5, 0.5))]
+    rows = rows_of(groups(model, 1), (0.5, -0.5, -0.5, 0.5))
     grads, metrics = [], []
     for size in (None, 64, 7):
         model.zero_grad()
         metrics.append(accumulate(model, rows, objective, size))
-        grads.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
+        grads.append(all_gradients(model))
     for g, m in zip(grads[1:], metrics[1:]):
         torch.testing.assert_close(g, grads[0], atol=1e-7, rtol=1e-4)
         assert m == pytest.approx(metrics[0], abs=1e-5)
@@ -87,10 +57,10 @@ def test_packs_change_nothing(objective):
 
 def test_a_budget_trains_on_less_and_the_whole_budget_on_all():
     model = tiny()
-    rows = [make_row(x, a) for g in groups(model, 1) for x, a in zip(g.trajectories, (0.5, -0.5, -0.5, 0.5))]
-    def run(**kw):
+    rows = rows_of(groups(model, 1), (0.5, -0.5, -0.5, 0.5))
+    def run(**options):
         model.zero_grad()
-        return accumulate(model, rows, Objective(tis=2.0), **kw), torch.cat([p.grad.flatten() for p in model.parameters()])
+        return accumulate(model, rows, Objective(tis=2.0), **options), all_gradients(model)
     _, full = run()
     all_of_it, same_gradient = run(budget=1.0)
     half, gradient = run(budget=0.5)

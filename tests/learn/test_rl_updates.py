@@ -9,17 +9,18 @@ import numpy as np
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from rl_world import all_gradients, groups, rows_of, score, tiny, trainer
 from safetensors.torch import load_file
-from test_rl import groups, score, tiny, trainer
 from transformers import AutoModelForCausalLM
 
 from kat.core.types import Trajectory
+from kat.infer.engines import HFEngine
+from kat.infer.requests import Request
 from kat.learn.advantage import group_advantages
 from kat.learn.objective import Objective
 from kat.learn.rft import savings
-from kat.learn.rl import RLTrainer, accumulate, make_row, prepare, recorded_exactly
+from kat.learn.rl import RLTrainer, accumulate, prepare, recorded_exactly
 from kat.learn.training import has_adapter, lr_factor, make_optimizer, merged, weights_checksum
-from kat.infer.engines import HFEngine, Request
 from kat.recipe.rollouts import turn_facts
 from kat.tree.prune import Pruning
 
@@ -58,7 +59,8 @@ def by_hand(model, batch, objective, epochs, parts, lr, warmup):  # plain forwar
         old = {id(t): np.concatenate([[0], score(model, t.ids).numpy()]) for piece in pieces for t, _ in piece}
     for _ in range(epochs):
         for piece in pieces:
-            loss = objective.prepare_flat([t.mask for t, _ in piece], [a for _, a in piece], old=[old[id(t)] for t, _ in piece])
+            masks, own = [t.mask for t, _ in piece], [advantage for _, advantage in piece]
+            loss = objective.prepare_flat(masks, own, old=[old[id(t)] for t, _ in piece])
             optimizer.zero_grad()
             loss([new(t) for t, _ in piece]).backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -78,7 +80,8 @@ def test_minibatches_and_epochs_against_the_formula(tmp_path, objective):
     for (name, a), b in zip(one.named_parameters(), two.parameters()):
         torch.testing.assert_close(a, b, atol=2e-5, rtol=1e-3, msg=name)
     assert not torch.equal(one.model.norm.weight, tiny().model.norm.weight)
-    assert (m["version"], m["updates"]) == (1, 6) and (m["clipped"] > 0 or objective.loss == "cispo")  # whose ratio is cut at 5 only
+    assert (m["version"], m["updates"]) == (1, 6)
+    assert m["clipped"] > 0 or objective.loss == "cispo"  # whose ratio is cut at 5 only
 
 
 def test_the_first_update_of_a_batch_clips_nothing(tmp_path):
@@ -96,7 +99,8 @@ def test_a_batch_with_fewer_live_groups_than_minibatches(tmp_path):
 def test_warm_up_counts_updates_and_long_gradients_are_scaled_down(tmp_path):
     model, seen = tiny(), []
     t = trainer(model, tmp_path, epochs=2, warmup=3, lr=1.0, max_grad_norm=1e-3)
-    t.optimizer.step = lambda: seen.append((t.optimizer.param_groups[0]["lr"], torch.cat([p.grad.flatten() for p in model.parameters()]).norm().item()))
+    rate = lambda: t.optimizer.param_groups[0]["lr"]
+    t.optimizer.step = lambda: seen.append((rate(), all_gradients(model).norm().item()))
     norms = [t.step(groups(model, i))["grad_norm"] for i in range(3)]
     assert [lr for lr, _ in seen] == [0.25, 0.5, 0.75, 1.0, 1.0, 1.0]
     assert min(norms) > 1e-2 and [n for _, n in seen] == pytest.approx([1e-3] * 6, rel=1e-3)
@@ -118,10 +122,11 @@ def test_adapter_gradients_by_hand():
     model = lora()
     for p in (p for n, p in model.named_parameters() if "lora_B" in n):
         torch.nn.init.normal_(p, std=0.2)
-    rows = [make_row(t, a) for g in groups(base(model), 0, 2, (1.0, 0.0)) for t, a in zip(g.trajectories, (0.5, -0.5))]
+    rows = rows_of(groups(base(model), 0, 2, (1.0, 0.0)), (0.5, -0.5))
     accumulate(model, rows, Objective(), 16)
     n, names = sum(r.mask.sum() for r in rows), [k for k, p in model.named_parameters() if p.requires_grad]
-    loss = -sum(r.advantage / n * score(base(model), r.trajectory.ids)[torch.from_numpy(r.mask[1:])].sum() for r in rows)
+    new = lambda row: score(base(model), row.trajectory.ids)[torch.from_numpy(row.mask[1:])]
+    loss = -sum(row.advantage / n * new(row).sum() for row in rows)
     own = dict(model.named_parameters())
     for k, want in zip(names, torch.autograd.grad(loss, [own[k] for k in names])):
         torch.testing.assert_close(own[k].grad, want, atol=1e-6, rtol=1e-4)
@@ -243,10 +248,11 @@ def without_entropies(batch):  # as vLLM leaves them
 @pytest.mark.parametrize("policy", ["gradient", "entropy", "random"])
 def test_pruning_by_exact_records_is_pruning_by_computed_numbers(policy):
     model = tiny()
-    rows = [make_row(x, a) for g in with_records(model, groups(model, 1)) for x, a in zip(g.trajectories, (0.5, -0.5, -0.5, 0.5))]
-    def run(**kw):
+    rows = rows_of(with_records(model, groups(model, 1)), (0.5, -0.5, -0.5, 0.5))
+    def run(**options):
         model.zero_grad()
-        return accumulate(model, rows, Objective(tis=2.0), 32, budget=0.5, pruning=Pruning(policy), **kw), torch.cat([p.grad.flatten() for p in model.parameters()])
+        metrics = accumulate(model, rows, Objective(tis=2.0), 32, budget=0.5, pruning=Pruning(policy), **options)
+        return metrics, all_gradients(model)
     (one, computed), (two, recorded) = run(), run(recorded=True)
     torch.testing.assert_close(computed, recorded, atol=1e-7, rtol=1e-4)
     assert (one.pop("by_record"), two.pop("by_record")) == (0, 1) and one == pytest.approx(two, abs=1e-5)
@@ -254,18 +260,19 @@ def test_pruning_by_exact_records_is_pruning_by_computed_numbers(policy):
 
 def test_a_record_counts_under_the_same_weights_only(tmp_path):
     model = tiny()
-    rows = lambda version: [make_row(t, 1.0) for g in with_records(model, groups(model, 0), version) for t in g.trajectories]
+    rows = lambda version: rows_of(with_records(model, groups(model, 0), version), [1.0] * 4)
     assert recorded_exactly(rows(3), 3) and not recorded_exactly(rows(2), 3)
-    assert not recorded_exactly([make_row(t, 1.0) for g in groups(model, 0) for t in g.trajectories], 0)  # no versions
+    assert not recorded_exactly(rows_of(groups(model, 0), [1.0] * 4), 0)  # no versions
     t = trainer(model, tmp_path, budget=0.5)
     assert [t.step(with_records(model, groups(model, i), v))["by_record"] for i, v in enumerate((0, 0, 2))] == [1, 0, 1]
 
 
-@pytest.mark.parametrize("policy, enough", [("gradient", True), ("advantage", True), ("random", True), ("entropy", False), ("density", False)])
+@pytest.mark.parametrize("policy, enough", [
+    ("gradient", True), ("advantage", True), ("random", True), ("entropy", False), ("density", False)])
 def test_an_engine_without_entropies_is_enough_for_policies_that_read_none(tmp_path, policy, enough):
     model = tiny()
     batch = without_entropies(with_records(model, groups(model, 0)))
-    assert recorded_exactly([make_row(t, 1.0) for g in batch for t in g.trajectories], 0, Pruning(policy)) == enough
+    assert recorded_exactly(rows_of(batch, [1.0] * 4), 0, Pruning(policy)) == enough
     m = trainer(model, tmp_path, budget=0.5, pruning=Pruning(policy)).step(batch)
     assert m["by_record"] == enough and ("entropy" in m) == ("kept_entropy" in m) == (not enough)
 
@@ -284,9 +291,12 @@ def test_entropies_recorded_for_some_trajectories_only(tmp_path):
 
 def test_only_what_is_kept_is_computed_when_the_record_is_exact():
     model = tiny()
-    rows = [make_row(x, a) for g in with_records(model, groups(model, 1)) for x, a in zip(g.trajectories, (0.5, -0.5, -0.5, 0.5))]
+    rows = rows_of(with_records(model, groups(model, 1)), (0.5, -0.5, -0.5, 0.5))
     run = []
-    model.model.register_forward_pre_hook(lambda m, args, kw: run.append(kw["input_ids"].shape[1] if kw.get("input_ids") is not None else kw["inputs_embeds"].shape[1]), with_kwargs=True)
+    def count(module, args, inputs):
+        ids = inputs.get("input_ids")
+        run.append((inputs["inputs_embeds"] if ids is None else ids).shape[1])
+    model.model.register_forward_pre_hook(count, with_kwargs=True)
     tokens = []
     for recorded in (False, True):
         run.clear()
@@ -296,7 +306,8 @@ def test_only_what_is_kept_is_computed_when_the_record_is_exact():
 
 
 def test_equal_rollouts_with_different_rewards_do_not_end_a_run_with_a_budget(tmp_path):
-    "A flaky grader: all weights cancel. Alone the tree is trained whole; beside another minibatch the run's log lacks what only that one knows."
+    """A flaky grader: all weights cancel. Alone the tree is trained whole;
+    beside another minibatch the run's log lacks what only that one knows."""
     model = tiny()
     batch = with_records(model, groups(model, 0, 2))
     for i, t in enumerate(batch[0].trajectories):
@@ -311,7 +322,7 @@ def test_equal_rollouts_with_different_rewards_do_not_end_a_run_with_a_budget(tm
 
 def gradient_of(t, batch):
     seen = []
-    t.optimizer.step = lambda: seen.append(torch.cat([p.grad.flatten() for p in t.model.parameters()]))
+    t.optimizer.step = lambda: seen.append(all_gradients(t.model))
     t.step(batch)
     return seen[0]
 
@@ -321,13 +332,16 @@ def test_advantages_may_be_scaled(tmp_path, kw):
     model = tiny()
     batch = with_records(model, groups(model, 0, 1, (1.0, 0.0, 0.0, 0.0)) + groups(model, 1, 1))
     got = gradient_of(trainer(model, tmp_path, max_grad_norm=1e9, **kw), batch)
-    mean = [np.array([t.entropy[t.mask].mean() for t in g.trajectories]) for g in batch]
-    scaled = group_advantages([[t.reward for t in g.trajectories] for g in batch], "dr_grpo", kw.get("pass_rate", 0.0), mean if "by_entropy" in kw else None)[0]
-    plain = group_advantages([[t.reward for t in g.trajectories] for g in batch])[0]
+    rewards = [[t.reward for t in group.trajectories] for group in batch]
+    mean = [np.array([t.entropy[t.mask].mean() for t in group.trajectories]) for group in batch]
+    entropies = mean if "by_entropy" in kw else None
+    scaled = group_advantages(rewards, "dr_grpo", kw.get("pass_rate", 0.0), entropies)[0]
+    plain = group_advantages(rewards)[0]
     def want(advantages):
         model.zero_grad()
-        accumulate(model, [make_row(t, a) for g, adv in zip(batch, advantages) for t, a in zip(g.trajectories, adv)], Objective(tis=2.0))
-        return torch.cat([p.grad.flatten() for p in model.parameters()])
+        rows = [row for group, own in zip(batch, advantages) for row in rows_of([group], own)]
+        accumulate(model, rows, Objective(tis=2.0))
+        return all_gradients(model)
     torch.testing.assert_close(got, want(scaled), atol=1e-7, rtol=1e-4)
     assert not torch.allclose(got, want(plain), atol=1e-5)
 
@@ -352,12 +366,19 @@ def test_the_reference_of_an_adapter_is_the_model_without_it(tmp_path):
 # -- what doesn't combine
 
 @pytest.mark.parametrize("kw, message", [
-    (dict(epochs=0), "epochs 0: at least 1"), (dict(minibatches=4), "minibatches 4: they are whole groups, and a batch has 3"),
-    (dict(epochs=2, objective=Objective("pg")), "'pg' with 2 updates a batch"), (dict(pruning=Pruning(window=2)), "no budget: it would be ignored"),
-    (dict(budget=1.5), "budget 1.5"), (dict(budget=0.5, objective=Objective("gspo")), "needs whole paths"),
+    (dict(epochs=0), "epochs 0: at least 1"),
+    (dict(minibatches=4), "minibatches 4: they are whole groups, and a batch has 3"),
+    (dict(epochs=2, objective=Objective("pg")), "'pg' with 2 updates a batch"),
+    (dict(pruning=Pruning(window=2)), "no budget: it would be ignored"),
+    (dict(budget=1.5), "budget 1.5"),
+    (dict(budget=0.5, objective=Objective("gspo")), "needs whole paths"),
     (dict(budget=0.5, objective=Objective(tis=2.0, correct="turn")), "needs every token of a turn"),
-    (dict(objective=Objective(kl=0.1)), "kl=0.1 needs a reference"), (dict(reference=tiny()), "kl is 0: it would be ignored"),
-    (dict(warmup=-1), "warmup -1"), (dict(overlong=0), "overlong 0"), (dict(max_grad_norm=0.0), "max_grad_norm 0.0"), (dict(pass_rate=-1.0), "pass_rate -1.0")])
+    (dict(objective=Objective(kl=0.1)), "kl=0.1 needs a reference"),
+    (dict(reference=tiny()), "kl is 0: it would be ignored"),
+    (dict(warmup=-1), "warmup -1"),
+    (dict(overlong=0), "overlong 0"),
+    (dict(max_grad_norm=0.0), "max_grad_norm 0.0"),
+    (dict(pass_rate=-1.0), "pass_rate -1.0")])
 def test_settings_that_do_not_combine_are_refused(tmp_path, kw, message):
     with pytest.raises(ValueError, match=message):
         trainer(tiny(), tmp_path, **kw)
@@ -389,8 +410,8 @@ def run(folder: Path, make, die_at=0):  # in this process; SIGKILL at the die_at
     fsync, os.fsync = os.fsync, lambda fd: (tick(), fsync(fd))[1]   # each file of a checkpoint is an event
     try:
         model = make()
-        t = RLTrainer(model, folder / "run", groups_per_step=2, fill=2, epochs=2, minibatches=2, lr=3e-3, dtype=None, save_every=1, warmup=3,
-                      objective=Objective(tis=2.0), publish=lambda m, v: tick())
+        t = RLTrainer(model, folder / "run", groups_per_step=2, fill=2, epochs=2, minibatches=2, lr=3e-3, dtype=None,
+                      save_every=1, warmup=3, objective=Objective(tis=2.0), publish=lambda merged, version: tick())
         step = t.optimizer.step
         t.optimizer.step = lambda: (step(), tick())
         def waves():  # sampled by the weights of the moment; of three groups one teaches nothing
@@ -430,12 +451,13 @@ def test_killed_at_any_point_a_run_ends_with_the_same_bits(tmp_path, make):
     finally:
         torch.set_num_threads(threads)
     assert sum(died) >= 5 and events > 40
-    assert all(torch.equal(a, b) for a, b in zip(straight.parameters(), resumed.parameters())) and log == again and len(log) == 4
+    assert all(torch.equal(a, b) for a, b in zip(straight.parameters(), resumed.parameters()))
+    assert log == again and len(log) == 4
 
 
 # -- the page of metrics
 
-PAGE = Path(__file__).parents[2] / "nbs/learn/07_rl.ipynb"
+PAGE = Path(__file__).parents[2] / "nbs/learn/08_rl.ipynb"
 
 
 def explained() -> list[str]:  # names in the order of their paragraphs
@@ -447,9 +469,11 @@ def explained() -> list[str]:  # names in the order of their paragraphs
 def test_every_metric_has_its_paragraph_in_the_order_of_the_log(tmp_path):
     names, model = explained(), lora()
     assert len(names) == len(set(names))
-    way = Pruning(correction="horvitz_thompson")
-    for i, kw in enumerate((dict(objective=Objective(tis=2.0, kl=0.1), budget=0.5, pruning=way, epochs=2), dict(objective=Objective(mis=(0.5, 2.0))))):
-        m = list(trainer(model, tmp_path / str(i), **kw).step(groups(base(model), i)))
+    drawn = Pruning(correction="horvitz_thompson")
+    runs = (dict(objective=Objective(tis=2.0, kl=0.1), budget=0.5, pruning=drawn, epochs=2),
+            dict(objective=Objective(mis=(0.5, 2.0))))
+    for i, settings in enumerate(runs):
+        m = list(trainer(model, tmp_path / str(i), **settings).step(groups(base(model), i)))
         assert not {*m} - {*names} and [n for n in names if n in m] == m
     said = [{"turns": [{"calls": [1], "tokens": 3}], "finish": "cap"}]
     facts = {**turn_facts([Trajectory("t", [], info=i) for i in said]), **savings(said)}

@@ -93,7 +93,7 @@ def test_a_stopped_run_ends_with_the_same_bits(straight, tmp_path, stops):
 
 
 def test_a_killed_process_loses_nothing_finished(straight, tmp_path):
-    code = "import os, signal, test_learn_sft as t; t.train({!r}, 8, lambda: os.kill(os.getpid(), signal.SIGKILL))"
+    code = "import os, signal, test_sft as t; t.train({!r}, 8, lambda: os.kill(os.getpid(), signal.SIGKILL))"
     done = subprocess.run([sys.executable, "-c", code.format(str(tmp_path))], cwd=os.path.dirname(__file__),
                           capture_output=True, env={**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())})
     assert done.returncode == -signal.SIGKILL, done.stderr.decode()[-2000:]
@@ -191,9 +191,11 @@ def test_the_loss_of_rows_that_branch_is_that_of_the_rows():
     from tree_models import make
     model, rng = make("qwen3"), np.random.default_rng(0)
     base = rng.integers(0, 23, 9).astype(np.int32)
-    rows = [np.concatenate([base[:n], rng.integers(0, 23, m).astype(np.int32)]) for n, m in ((9, 4), (9, 4), (5, 6), (3, 2))] + [base[:6]]
-    masks = [rng.random(len(r)) < 0.6 for r in rows]
-    inputs = dict(input_ids=pad_rows(rows), attention_mask=pad_rows([r >= 0 for r in rows], False), labels=pad_rows(masks, False))
+    branch = lambda n, more: np.concatenate([base[:n], rng.integers(0, 23, more).astype(np.int32)])
+    rows = [branch(9, 4), branch(9, 4), branch(5, 6), branch(3, 2), base[:6]]
+    masks = [rng.random(len(row)) < 0.6 for row in rows]
+    inputs = dict(input_ids=pad_rows(rows), attention_mask=pad_rows([row >= 0 for row in rows], False),
+                  labels=pad_rows(masks, False))
     loss, entropy = batch_loss(model, inputs)
     loss.backward()
     have = {n: p.grad.clone() for n, p in model.named_parameters()}

@@ -27,8 +27,9 @@ def model_of(kind="qwen3"):
 
 
 def grpo(cls, tmp_path, model=None, more=None, **config):
-    config = GRPOConfig(output_dir=str(tmp_path), use_cpu=True, bf16=False, report_to=[], max_steps=1, num_generations=4, max_completion_length=8,
-                        save_strategy="no", disable_tqdm=True, **{"per_device_train_batch_size": 8, **config})
+    config = GRPOConfig(output_dir=str(tmp_path), use_cpu=True, bf16=False, report_to=[], max_steps=1,
+                        num_generations=4, max_completion_length=8, save_strategy="no", disable_tqdm=True,
+                        **{"per_device_train_batch_size": 8, **config})
     def reward(completion_ids, **kwargs):
         return [float(sum(i % 7 for i in ids)) for ids in completion_ids]
     data = Dataset.from_dict({"prompt": ["def add(a, b):", "x", "return a + b", "y = 1"]})
@@ -38,9 +39,12 @@ def grpo(cls, tmp_path, model=None, more=None, **config):
     return cls(model, reward_funcs=reward, args=config, train_dataset=data, processing_class=TOK, **(more or {}))
 
 
-LOSSES = [dict(loss_type="grpo"), dict(loss_type="dr_grpo"), dict(loss_type="dapo", epsilon_high=0.28), dict(loss_type="bnpo"), dict(loss_type="cispo", epsilon_high=5.0),
-          dict(loss_type="grpo", importance_sampling_level="sequence"), dict(loss_type="dapo", entropy_coef=0.05, temperature=0.7),
-          dict(loss_type="grpo", beta=0.1), dict(loss_type="dapo", top_entropy_quantile=0.5)]
+LOSSES = [
+    dict(loss_type="grpo"), dict(loss_type="dr_grpo"), dict(loss_type="dapo", epsilon_high=0.28),
+    dict(loss_type="bnpo"), dict(loss_type="cispo", epsilon_high=5.0),
+    dict(loss_type="grpo", importance_sampling_level="sequence"),
+    dict(loss_type="dapo", entropy_coef=0.05, temperature=0.7),
+    dict(loss_type="grpo", beta=0.1), dict(loss_type="dapo", top_entropy_quantile=0.5)]
 
 
 @pytest.mark.parametrize("config", LOSSES, ids=lambda c: "-".join(f"{k}={v}" for k, v in c.items()))
@@ -52,7 +56,8 @@ def test_every_loss_of_trl_has_the_same_value_and_gradients(config, tmp_path):
     inputs = plain._prepare_inputs(batch)
     if "ref_per_token_logps" in inputs:
         inputs["ref_per_token_logps"] = inputs["ref_per_token_logps"] - 0.1  # else KL is 0
-    inputs["old_per_token_logps"] = torch.randn_like(inputs["completion_ids"], dtype=torch.float32) * 0.1 - 7.3  # ratios away from 1
+    noise = torch.randn_like(inputs["completion_ids"], dtype=torch.float32)
+    inputs["old_per_token_logps"] = noise * 0.1 - 7.3  # ratios away from 1
     want = plain.compute_loss(model, inputs)
     want.backward()
     truth = gradients(model)
@@ -76,7 +81,8 @@ def test_groups_stay_together(tmp_path):
 
 
 def test_training_with_packs_and_checkpointing(tmp_path):
-    trainer = grpo(TreeGRPOTrainer, tmp_path, more=dict(tree_max_tokens=16), gradient_checkpointing=True, learning_rate=1e-2)
+    trainer = grpo(TreeGRPOTrainer, tmp_path, more=dict(tree_max_tokens=16), gradient_checkpointing=True,
+                   learning_rate=1e-2)
     before = [p.clone() for p in trainer.model.parameters()]
     assert np.isfinite(trainer.train().training_loss)
     assert any(not torch.equal(a, b) for a, b in zip(before, trainer.model.parameters()))
@@ -85,10 +91,12 @@ def test_training_with_packs_and_checkpointing(tmp_path):
 def sft(cls, tmp_path, model, **more):
     texts = ["def add(a, b):\n    return a + b", "def add(a, b):\n    return a - b", "def add(a):", "x = 1"]
     rows = [TOK(t)["input_ids"] for t in texts]
-    data = Dataset.from_dict({"input_ids": rows, "labels": [[-100 if i % 3 == 0 else t for i, t in enumerate(r)] for r in rows]})
-    config = SFTConfig(output_dir=str(tmp_path), use_cpu=True, bf16=False, report_to=[], max_steps=2, per_device_train_batch_size=2, gradient_accumulation_steps=2,
-                       save_strategy="no", disable_tqdm=True, learning_rate=1e-2, lr_scheduler_type="constant", gradient_checkpointing=False,
-                       dataset_kwargs={"skip_prepare_dataset": True}, optim="sgd")
+    labels = [[-100 if i % 3 == 0 else token for i, token in enumerate(row)] for row in rows]
+    data = Dataset.from_dict({"input_ids": rows, "labels": labels})
+    config = SFTConfig(output_dir=str(tmp_path), use_cpu=True, bf16=False, report_to=[], max_steps=2,
+                       per_device_train_batch_size=2, gradient_accumulation_steps=2, save_strategy="no",
+                       disable_tqdm=True, learning_rate=1e-2, lr_scheduler_type="constant",
+                       gradient_checkpointing=False, dataset_kwargs={"skip_prepare_dataset": True}, optim="sgd")
     trainer = cls(model, args=config, train_dataset=data, processing_class=TOK, **more)
     return trainer.train().training_loss, [p.detach().clone() for p in model.parameters()]
 
@@ -104,8 +112,10 @@ def test_sft_trains_the_same_weights(size, tmp_path):
 
 def test_what_trees_do_not_know_is_refused(tmp_path):
     with pytest.raises(ValueError, match="packing"):
-        config = SFTConfig(output_dir=str(tmp_path), use_cpu=True, bf16=False, report_to=[], packing=True, max_length=32)
-        TreeSFTTrainer(model_of(), args=config, train_dataset=Dataset.from_dict({"text": ["a b c"] * 4}), processing_class=TOK)
+        config = SFTConfig(output_dir=str(tmp_path), use_cpu=True, bf16=False, report_to=[], packing=True,
+                           max_length=32)
+        data = Dataset.from_dict({"text": ["a b c"] * 4})
+        TreeSFTTrainer(model_of(), args=config, train_dataset=data, processing_class=TOK)
     with pytest.raises(ValueError, match="row 1 of the batch is all padding"):
         rows_tree(torch.ones(2, 3, dtype=torch.long), torch.tensor([[1, 1, 1], [0, 0, 0]]))
 

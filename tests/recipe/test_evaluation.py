@@ -1,19 +1,18 @@
-"What the stage notebooks share"
+"What the stage notebooks share: the shipped base, checkpoints and pairs on disk, expert data, evaluations"
 import numpy as np
 import pytest
 import torch
 
-from kat.recipe.rollouts import ModelPolicy, rollout
 from kat.core.io import read_parquet
-from kat.envs.micro_tasks import make_task
-from kat.recipe.pipeline import ROOT, UserError
 from kat.infer.engines import HFEngine
-from kat.recipe.evaluation import evaluate
-from kat.recipe.rollouts import expert_data, turn_facts
-from kat.envs.micro import heldout, train_task, world
-from kat.learn.training import load_model
-from kat.data.corpus import load_pairs, save_pairs
 from kat.learn.rft import with_logprobs
+from kat.learn.training import load_model
+from kat.envs.micro import heldout, train_task, world
+from kat.envs.micro_tasks import make_task
+from kat.data.corpus import load_pairs, save_pairs
+from kat.recipe.evaluation import evaluate
+from kat.recipe.pipeline import ROOT, UserError
+from kat.recipe.rollouts import ModelPolicy, expert_data, rollout, turn_facts
 
 
 @pytest.fixture(scope='module')
@@ -24,13 +23,13 @@ def base():
 def test_the_shipped_base_is_whole_and_small(base):
     model, tok = base
     assert 2e6 < model.num_parameters() < 4e6 and tok.eos_token == '<|im_end|>'
-    assert sum(f.stat().st_size for f in (ROOT / 'data/base').iterdir()) <= 16 * 2**20
+    assert sum(file.stat().st_size for file in (ROOT / 'data/base').iterdir()) <= 16 * 2**20
 
 
 def test_pairs_round_trip_and_damage_is_named(tmp_path):
     pairs = [([1, 2, 3], [True, False, True]), ([4], [True])]
     save_pairs(tmp_path / 'a.npz', pairs)
-    assert [(list(i), list(m)) for i, m in load_pairs(tmp_path / 'a.npz')] == pairs
+    assert [(list(ids), list(mask)) for ids, mask in load_pairs(tmp_path / 'a.npz')] == pairs
     (tmp_path / 'a.npz').write_bytes(b'junk')
     with pytest.raises(UserError, match="a.npz"):
         load_pairs(tmp_path / 'a.npz')
@@ -42,8 +41,8 @@ def test_damaged_checkpoints_are_named(tmp_path, base):
     model, tok = base
     model.save_pretrained(tmp_path)
     tok.save_pretrained(tmp_path)
-    f = tmp_path / 'model.safetensors'
-    f.write_bytes(f.read_bytes()[:1000])
+    weights = tmp_path / 'model.safetensors'
+    weights.write_bytes(weights.read_bytes()[:1000])
     with pytest.raises(UserError, match="damaged checkpoint"):
         load_model(tmp_path)
 
@@ -54,27 +53,30 @@ def test_ground_truths_get_the_models_own_log_probs(base):
     with world(1) as make_env:
         engine = HFEngine(model, max_len=1024, slots=4)
         played = rollout(ModelPolicy(engine), tok, [make_task('train', i) for i in range(4)], make_env, max_turns=2)
-    old = [t.logprobs.copy() for t in played]
-    for a, t in zip(old, with_logprobs(model, played, torch.float32)):
-        assert np.abs(a[t.mask] - t.logprobs[t.mask]).max() < 1e-4 and t.sampling == dict(temperature=1.0)
+    recorded = [t.logprobs.copy() for t in played]
+    for before, t in zip(recorded, with_logprobs(model, played, torch.float32)):
+        assert np.abs(before[t.mask] - t.logprobs[t.mask]).max() < 1e-4 and t.sampling == dict(temperature=1.0)
 
 
 def test_expert_data_is_repeatable_and_seeds_differ(base):
     _, tok = base
     with world(1) as make_env:
-        a, b, c = (expert_data(tok, [train_task(0, i) for i in range(6)], make_env, s) for s in (0, 0, 1))
-    assert a == b != c
-    assert {t.id for t in heldout(5)}.isdisjoint({train_task(s, i).id for s in range(3) for i in range(5)})
-    assert set(turn_facts(a)) == {'turns', 'parallel', 'capped', 'stopped', 'sampled_tokens'}
+        first, again, other = (expert_data(tok, [train_task(0, i) for i in range(6)], make_env, seed)
+                               for seed in (0, 0, 1))
+    assert first == again != other
+    assert {t.id for t in heldout(5)}.isdisjoint({train_task(seed, i).id for seed in range(3) for i in range(5)})
+    assert set(turn_facts(first)) == {'turns', 'parallel', 'capped', 'stopped', 'sampled_tokens'}
 
 
 def test_evaluation_is_kept(tmp_path, base):
     model, tok = base
     with world(1) as make_env:
-        a = evaluate(model, tok, 'base', tmp_path, 4, 0, 3, make_env)
+        record = evaluate(model, tok, 'base', tmp_path, 4, 0, 3, make_env)
         stamp = (tmp_path / 'eval/base.json').stat().st_mtime_ns
-        assert evaluate(model, tok, 'base', tmp_path, 4, 0, 3, make_env) == a
-    assert (tmp_path / 'eval/base.json').stat().st_mtime_ns == stamp and a['n'] == 4 and a['sampled']['rate'] == 0
+        assert evaluate(model, tok, 'base', tmp_path, 4, 0, 3, make_env) == record
+    assert (tmp_path / 'eval/base.json').stat().st_mtime_ns == stamp
+    assert record['n'] == 4 and record['sampled']['rate'] == 0
     for name, temperature in (('base', 1.0), ('base.greedy', 0.0)):   # both sets can be read, and say what they are
         kept = list(read_parquet(tmp_path / f'eval/{name}.parquet'))
-        assert [t.task for t in kept] == [t.id for t in heldout(4)] and {t.sampling['temperature'] for t in kept} == {temperature}
+        assert [t.task for t in kept] == [t.id for t in heldout(4)]
+        assert {t.sampling['temperature'] for t in kept} == {temperature}

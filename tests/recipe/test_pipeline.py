@@ -66,9 +66,9 @@ def start(repo, *args):
                             stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=repo,
                             preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
 
-def finish(p):
-    out, err = p.communicate(timeout=300)
-    return p.returncode, out, err
+def finish(process):
+    out, err = process.communicate(timeout=300)
+    return process.returncode, out, err
 
 def wait_for_kernel(command, fifo):
     "The kernel's process id, when the stage has reached step 3."
@@ -83,14 +83,14 @@ def ended(pidfd):
     return bool(select.select([pidfd], [], [], 60)[0])
 
 def metrics(run):
-    lines = [json.loads(l) for l in (run/'metrics.jsonl').read_text().splitlines()]
-    return [(l['stage'], l['step'], l['sum']) for l in lines]
+    lines = [json.loads(line) for line in (run/'metrics.jsonl').read_text().splitlines()]
+    return [(line['stage'], line['step'], line['sum']) for line in lines]
 
 def snapshot(folder, but=()):
-    return {p: p.read_bytes() for p in folder.rglob('*') if p.is_file() and p.name not in but}
+    return {path: path.read_bytes() for path in folder.rglob('*') if path.is_file() and path.name not in but}
 
 def check(run):
-    assert metrics(run) == [('00_count', n, s) for n, s in enumerate(SUMS, 1)]
+    assert metrics(run) == [('00_count', n, logged) for n, logged in enumerate(SUMS, 1)]
     assert (run/'sum.txt').read_text() == str(sum(SUMS))
     assert (run/'report.html').exists() and not list(run.glob('*.running.ipynb')) + list(run.glob('*.failed.ipynb'))
 
@@ -134,10 +134,10 @@ def test_a_failed_cell_leaves_what_was_finished(repo):
     run, stages, log = repo/'runs'/'r', repo/'nbs'/'runs', io.StringIO()
     run.parent.mkdir()
     (run.parent/'break').touch()
-    with pytest.raises(Exception) as e:
+    with pytest.raises(Exception) as caught:
         run_pipeline(PRESET, run, stages, console=Console(file=log))
-    assert str(e.value) == '10_sum: cell [3]: ValueError: first line second line'
-    assert e.value.saved == run/'10_sum.failed.ipynb' and e.value.saved.exists()
+    assert str(caught.value) == '10_sum: cell [3]: ValueError: first line second line'
+    assert caught.value.saved == run/'10_sum.failed.ipynb' and caught.value.saved.exists()
     before = snapshot(run)
     (run.parent/'break').unlink()
     run_pipeline(PRESET, run, stages, console=Console(file=log))      # runs only the second stage
@@ -169,17 +169,18 @@ def test_a_lock_held_by_an_orphan_is_respected(tmp_path):
 import subprocess
 from pathlib import Path
 from kat.recipe.pipeline import locked
-with locked(Path({str(tmp_path/'r')!r})) as fd: print(subprocess.Popen(['cat'], stdin=0, pass_fds=[fd], stdout=2).pid)
+with locked(Path({str(tmp_path/'r')!r})) as fd:
+    print(subprocess.Popen(['cat'], stdin=0, pass_fds=[fd], stdout=2).pid)
 '''
-    r, w = os.pipe()
-    p = subprocess.run([sys.executable, '-c', code], stdin=r, stdout=subprocess.PIPE, text=True, check=True)
-    pid = p.stdout.strip()
-    os.close(r)
+    reads, writes = os.pipe()
+    command = subprocess.run([sys.executable, '-c', code], stdin=reads, stdout=subprocess.PIPE, text=True, check=True)
+    pid = command.stdout.strip()
+    os.close(reads)
     orphan = os.pidfd_open(int(pid))
     with pytest.raises(UserError, match=f'left over from a dead command .process {pid}.'):
         with locked(tmp_path/'r', patience=0):
             pass
-    os.close(w)                                                       # `cat` reads its end of file and goes
+    os.close(writes)                                                  # `cat` reads its end of file and goes
     with locked(tmp_path/'r', patience=30):
         assert ended(orphan)
 
@@ -190,7 +191,7 @@ def test_a_foreign_folder_is_not_taken_over(repo):
     for path in repo/'mine', repo/'mine'/'thesis.tex':
         with pytest.raises(UserError, match='in the way'):
             run_pipeline(PRESET, path, repo/'nbs/runs')
-    assert [p.name for p in (repo/'mine').iterdir()] == ['thesis.tex']
+    assert [path.name for path in (repo/'mine').iterdir()] == ['thesis.tex']
 
 
 def test_plans(repo):
@@ -205,9 +206,10 @@ def test_plans(repo):
             (PRESET, ['20_sft.steps=3'], ["stage '20_sft'", '10_sum']),
             (PRESET, ['steps=3.5'], ['steps=3.5', 'int']), (PRESET, ['run_dir=x'], ["'run_dir'"]),
             ({'00_count': dict(seed=1)}, [], ['00_count', 'steps']), ({'30_rft': {}}, [], ['30_rft.ipynb'])]:
-        with pytest.raises(UserError) as e:
+        with pytest.raises(UserError) as caught:
             make_plan(preset, stages, pairs)
-        assert all(p in str(e.value) for p in parts) and '\n' not in str(e.value), str(e.value)
+        said = str(caught.value)
+        assert all(part in said for part in parts) and '\n' not in said, said
     with pytest.raises(UserError, match='clone of the repository'):
         make_plan('tiny', repo/'elsewhere', [])
 
@@ -218,13 +220,13 @@ def test_presets_are_complete_and_name_only_what_exists(preset):
 
 def test_metrics_are_rewound_exactly(tmp_path):
     path = tmp_path/'metrics.jsonl'
-    a = Progress(tmp_path, 'a', 3)
+    first = Progress(tmp_path, 'a', 3)
     for n in 1, 2, 3:
-        a.step(n, x=n)
+        first.step(n, x=n)
     of_a = path.read_bytes()
-    b = Progress(tmp_path, 'b', 4)
+    second = Progress(tmp_path, 'b', 4)
     for n in 1, 2, 3:
-        b.step(n, x=float('nan'), y=1)
+        second.step(n, x=float('nan'), y=1)
     two = path.read_bytes().splitlines(keepends=True)[:5]
     path.write_bytes(path.read_bytes() + b'{"stage": "b", "st')        # killed while writing
     Progress(tmp_path, 'b', 4, resume_step=2)
@@ -236,12 +238,12 @@ def test_metrics_are_rewound_exactly(tmp_path):
         Progress(tmp_path, 'b', 4)
 
 def test_progress_refuses_steps_out_of_order(tmp_path):
-    p = Progress(tmp_path, 'a', 3, resume_step=1)
-    p.step(2)
-    p.step(2, extra=1)
+    progress = Progress(tmp_path, 'a', 3, resume_step=1)
+    progress.step(2)
+    progress.step(2, extra=1)
     for n in 1, 4:
         with pytest.raises(ValueError, match=f'a: step {n} after step 2 of 3'):
-            p.step(n)
+            progress.step(n)
     assert json.loads((tmp_path/'progress.json').read_text())['step'] in (1, 2)
 
 
@@ -249,12 +251,12 @@ def test_bars_and_lines():
     for display, width in (Bars, 120), (Bars, 60), (Lines, 80):
         file = io.StringIO()
         console = Console(file=file, force_terminal=display is Bars, width=width)
-        with (Bars(['a', 'b'], console) if display is Bars else Lines(console, every=0)) as d:
-            d.start('a')
+        with (Bars(['a', 'b'], console) if display is Bars else Lines(console, every=0)) as shown:
+            shown.start('a')
             for n in 1, 2, 3, 3:
-                d.step('a', n, 4, 'loss 0.1')
-            d.done('a', 'finished in 0:02')
-            d.start('b')
+                shown.step('a', n, 4, 'loss 0.1')
+            shown.done('a', 'finished in 0:02')
+            shown.start('b')
         text = file.getvalue()
         assert 'ETA' in text and ('3/4' in text or '4/4' in text)
     assert text.splitlines()[0] == 'a: started' and text.splitlines()[-2:] == ['a: finished in 0:02', 'b: started']

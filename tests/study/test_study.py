@@ -8,8 +8,8 @@ from hypothesis import given, settings, strategies as st
 
 from kat.core.io import MissingExtra
 from kat.core.types import Trajectory
-from kat.study.emergence import (bootstrap_weights, by_task, compare_models, entropy_split, measure, pattern, pattern_table,
-                                 task_rows)
+from kat.study.emergence import (bootstrap_weights, by_task, compare_models, entropy_split, measure, pattern,
+                                 pattern_table, task_rows)
 from kat.study.evaluate import (METRICS, count_episode, eval_record, load_eval, markdown_table, pass_at_k, save_eval,
                                 solve_table, summary, wilson)
 

@@ -13,7 +13,7 @@ from kat.core.io import write_records
 from kat.core.types import Group, Segment, Trajectory
 from kat.core.figures import save_picture
 from kat.tree.draw import draw_calls, draw_tree, node_columns, pooled_blocks, tree_labels
-from kat.tree.stats import (FAMILIES, LABELS, ModelCall, attention_pairs, compare_baselines, conversation_calls,
+from kat.tree.stats import (MODEL_FAMILIES, LABELS, ModelCall, attention_pairs, compare_baselines, conversation_calls,
                             flat_profile, log_calls, merge_calls, model_shape, por, record_calls, tree_profile)
 from kat.tree.trie import TokenTree
 
@@ -61,7 +61,7 @@ CASES = [('llama', {}), ('mistral', dict(sliding_window=5)), ('qwen2', NONE), ('
          ('qwen2_moe', MOE | NONE | dict(num_experts=8, shared_expert_intermediate_size=20, decoder_sparse_step=2))]
 
 def test_every_family_is_checked():
-    assert {n for n, _ in CASES} == set(FAMILIES)
+    assert {n for n, _ in CASES} == set(MODEL_FAMILIES)
 
 @pytest.mark.parametrize('name, more', CASES)
 def test_flops_equal_the_counter_of_pytorch(name, more):
