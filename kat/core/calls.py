@@ -450,8 +450,8 @@ def call_format(
         reply = parse_reply(written, [_TOOL], name)
         if [call['function'] for call in reply.calls] == [_CALL] and not reply.content.strip(): return name
     if _knows_tools(template):
-        warnings.warn(f'chat template: it knows tools, but writes calls in none of the formats {", ".join(FORMATS)}, so '
-                      'the calls in its answers stay text', stacklevel=2)
+        warnings.warn(f'chat template: it knows tools, but writes calls in none of the formats {", ".join(FORMATS)}, '
+                      'so the calls in its answers stay text', stacklevel=2)
     return None
 
 # %% ../../nbs/core/04_calls.ipynb #85f6e0b3

@@ -113,12 +113,14 @@ def _value(v, last: bool) -> str:
     if isinstance(v, str) and (last or (v and ' ' not in v and v[0] != '"')): return v
     return json.dumps(v, ensure_ascii=False)
 
+# %% ../../nbs/core/03_chat.ipynb #3b1e0cfd
 def _positional(name: str, arguments: dict, parameters: dict) -> list[str]:
     "The arguments at their places, up to the last one given; nothing where one is left out."
     properties = parameters.get('properties') or {}
     names = list(properties)
     if unknown := [key for key in arguments if key not in properties]:
-        raise ValueError(f'call of {name}: argument {unknown[0]!r} is not in its schema ({", ".join(names)}), so it has no place')
+        raise ValueError(f'call of {name}: argument {unknown[0]!r} has no place, for its schema has only '
+                         f'{", ".join(names) or "none"}')
     given = [i for i, key in enumerate(names) if key in arguments]
     out = []
     for i, key in enumerate(names[:given[-1] + 1] if given else []):
@@ -129,6 +131,7 @@ def _positional(name: str, arguments: dict, parameters: dict) -> list[str]:
         out.append(text)
     return out
 
+# %% ../../nbs/core/03_chat.ipynb #39690413
 def _reads_as(text: str, value: str, schema: dict, last: bool) -> bool:
     "Is `value` what the text of one argument says?"
     try:
@@ -330,7 +333,7 @@ def _kat_answer(codec: _Codec, message: dict, builder: _Builder, schemas: dict[s
     if found := re.search(r'</?tool_call>', content):
         raise ValueError(f'assistant content: {found[0]} outside tool_calls could not be told from a call')
     functions = [call['function'] for call in message.get('tool_calls', ())]
-    calls = [call_text(function['name'], function['arguments'], schemas.get(function['name'])) for function in functions]
+    calls = [call_text(each['name'], each['arguments'], schemas.get(each['name'])) for each in functions]
     runs = [(list(codec.text(content)), 'assistant')] if content or not calls else []
     for call in calls:
         runs.append(([*codec.ids('<tool_call>'), *codec.text(call), *codec.ids('</tool_call>')], 'tool_call'))
@@ -370,7 +373,8 @@ def _must(whole, turn: int) -> bool:
 def _kat_check(messages: list[dict], whole) -> None:
     "Our template has no place for thinking."
     for turn, message in enumerate(m for m in messages if m['role'] == 'assistant'):
-        if message.get('reasoning_content', '').strip() and _must(whole, turn): raise ValueError(_drops('the reasoning', turn))
+        if _must(whole, turn) and message.get('reasoning_content', '').strip():
+            raise ValueError(_drops('the reasoning', turn))
 
 def _drops(what: str, turn: int) -> str:
     return (f'the chat template drops {what} (turn {turn}), so the turn would be trained on what is left; '
@@ -414,7 +418,7 @@ def _text(tokenizer, messages: list[dict], tools, gen: bool = False) -> str | No
 class _Endings:
     "The tokens that close an answer under a chat template."
     own: frozenset = frozenset()     # written at the end of an answer
-    after: frozenset = frozenset()   # written at the beginning of the next message, where an answer has no end of its own
+    after: frozenset = frozenset()   # written by the next message, where an answer has no end of its own
     inside: frozenset = frozenset()  # written within an answer
     last: frozenset = frozenset()    # one of these two, by whether the answer is the last message
 
@@ -459,7 +463,8 @@ def _find_endings(tokenizer) -> _Endings:
         text = _text(tokenizer, [ask, answer], None) or ''
         words = [m.span() for m in _WORDS.finditer(text)]
         inside.update(found.findall(text[words[0][1]:words[-1][0]]) if words else ())
-    reply, result = dict(role='user', content=_NEXT), dict(role='tool', content=_NEXT, tool_call_id='call_0', name='probe')
+    reply = dict(role='user', content=_NEXT)
+    result = dict(role='tool', content=_NEXT, tool_call_id='call_0', name='probe')
     for answer, more in ((_probe(_SAID), reply), (_probe('', calls=1), result)):
         alone, then = behind(answer), behind(answer, more)
         both = [x for x in found.findall(commonprefix([alone or '', then or ''])) if x not in inside]
@@ -504,19 +509,19 @@ def _as_ids(ends) -> tuple[int, ...]:
 # %% ../../nbs/core/03_chat.ipynb #0321ad57
 def end_tokens(
     tokenizer,               # of the model
-    generation_config=None,  # transformers' `GenerationConfig`, or the dictionary of it; None: the file beside the tokenizer
+    generation_config=None,  # transformers' `GenerationConfig`, or its dictionary; None: the file beside the tokenizer
 ) -> tuple[int, ...]:        # ids, the tokenizer's own first
     "All tokens that end an answer. ValueError where there is none. Source: *own design*."
     if generation_config is None:
         stored = _stored_ends(str(getattr(tokenizer, 'name_or_path', '') or ''))
     else:
-        get = generation_config.get if isinstance(generation_config, dict) else lambda k: getattr(generation_config, k, None)
-        stored = _as_ids(get('eos_token_id'))
+        settings = generation_config if isinstance(generation_config, dict) else vars(generation_config)
+        stored = _as_ids(settings.get('eos_token_id'))
     known, own = _endings(tokenizer), _as_ids(tokenizer.eos_token_id)
     out = tuple(dict.fromkeys([*own, *stored, *sorted((known.own | known.after) - known.inside)]))
     if not out:
-        raise ValueError('no end token: the tokenizer has no eos_token, generation_config names no eos_token_id, and the '
-                         'chat template writes no special token after an answer; set tokenizer.eos_token')
+        raise ValueError('no end token: the tokenizer has no eos_token, generation_config names no eos_token_id, and '
+                         'the chat template writes no special token after an answer; set tokenizer.eos_token')
     return out
 
 # %% ../../nbs/core/03_chat.ipynb #a63794b4
@@ -679,26 +684,34 @@ def _reworded_call(words: _Words, function: dict) -> dict:
 # %% ../../nbs/core/03_chat.ipynb #7149fba7
 def _check_whole(tokenizer, messages, tools, gen: bool, written: _Written, whole) -> None:
     "ValueError unless each of these turns has in its run all that its message says, and a closing token."
-    wanted = [turn for turn in range(len(written.runs)) if _must(whole, turn)]
+    answers = [m for m in messages if m['role'] == 'assistant']
+    wanted = [turn for turn in range(len(answers)) if _must(whole, turn)]
     if not wanted: return
+    ends = _any_of(map(tokenizer.convert_ids_to_tokens, _ends_or_none(tokenizer)))
     for turn in wanted:
-        if turn in written.unclosed: raise ValueError(f'the chat template {written.unclosed[turn]} of turn {turn}, so it '
-                                                      'would be trained without; use a template that marks or writes it')
+        if found := ends.search(json.dumps(answers[turn], ensure_ascii=False)):
+            raise ValueError(f'the answer of turn {turn} spells the end token {found[0]}, which would end it there')
+        if why := written.unclosed.get(turn):
+            raise ValueError(f'the chat template {why} of turn {turn}, so it would be trained without; use a template '
+                             'that marks or writes it')
     words = _Words(written.full)
     probe = _write(tokenizer, [_reworded(words, m) for m in messages], tools, gen)
-    answers = [m for m in messages if m['role'] == 'assistant']
     for turn in wanted:
         shown = probe.answer(turn)
         for word, what, _ in words.turns[turn]:
             if word not in shown: raise ValueError(_lost(what, turn, turn + 1 < len(answers), word in probe.full))
         letters = _letters(written.answer(turn))
-        names = [(call['function']['name'], 'the name of a called function') for call in answers[turn].get('tool_calls', ())]
-        for piece, what in [*((piece, what) for _, what, piece in words.turns[turn]), *names]:
-            if not any(_letters(form) in letters for form in _forms(piece)): raise ValueError(_lost(what, turn, False, False))
+        pieces = [(what, piece) for _, what, piece in words.turns[turn]]
+        for call in answers[turn].get('tool_calls', ()):
+            pieces.append(('the name of a called function', call['function']['name']))
+        for what, piece in pieces:
+            if any(_letters(form) in letters for form in _forms(piece)): continue
+            raise ValueError(_lost(what, turn, False, False))
 
 def _lost(what: str, turn: int, earlier: bool, elsewhere: bool) -> str:
     "What became of a piece."
-    if elsewhere: return f'the chat template puts {what} outside of the mask of turn {turn}; mark it with {{% generation %}}'
+    if elsewhere:
+        return f'the chat template puts {what} outside of the mask of turn {turn}; mark it with {{% generation %}}'
     return _drops(what + (' of earlier turns' if earlier and what == 'the reasoning' else ''), turn)
 
 # %% ../../nbs/core/03_chat.ipynb #a8508e9b
@@ -811,7 +824,7 @@ def _hf_extension(tokenizer, messages: list[dict], tools, builder: _Builder) -> 
     letters, at = _letters(full[starts[cut + 1]:]), 0
     for i, m in enumerate(messages):
         found = [(k, form) for form in map(_letters, _forms(m['content'])) if (k := letters.find(form, at)) >= 0]
-        if not found: raise ValueError(f'chat template: messages[{i}] ({m["role"]}) is not whole in what follows an answer')
+        if not found: raise ValueError(f'chat template: after an answer, messages[{i}] ({m["role"]}) is not whole')
         at = sum(map(len, found[0][1:])) + found[0][0]
     _context(tokenizer, builder, talk, tools, (2, len(talk)), full, ids, starts, (cut + 1, len(ids)))
     return ids[cut]
@@ -871,13 +884,13 @@ def _ask_way(tokenizer, messages: list[dict], tools) -> tuple[str, bool]:
 
 # %% ../../nbs/core/03_chat.ipynb #d1a6262f
 def _wrong(tokenizer, messages: list[dict], tools, way: tuple[str, bool]) -> tuple[int, str] | None:
-    "What is wrong with the extension that a stand-in gives for messages of this kind, and how far it came; None: nothing."
+    "What is wrong with the extension that a stand-in gives for such messages, and how far it came; None: nothing."
     rename = lambda m, i: dict(name=f'Qname{i}q') if 'name' in m else {}
     talk = _stand_in([m | dict(content=f'{_NEXT}{i}q') | rename(m, i) for i, m in enumerate(messages)], *way)
     roles = ' and '.join(sorted({m['role'] for m in messages}))
     try:
         full = _full(tokenizer, talk, tools, True)
-        if not _WORDS.search(full): return 0, f'it does not show the call before a result'
+        if not _WORDS.search(full): return 0, 'it does not show the call before a result'
         ids, starts = _encoded(tokenizer, full)
         new = full[starts[_closing(tokenizer, full, ids, starts) + 1]:]
     except ValueError as e:
@@ -887,8 +900,9 @@ def _wrong(tokenizer, messages: list[dict], tools, way: tuple[str, bool]) -> tup
         before, found, new = new.partition(f'{_NEXT}{i}q')
         if not found: return 2, f'it leaves out messages[{i}] ({m["role"]}) after an answer'
         if _NAMELESS in before: return 3, 'it names the called function beside its result: tool messages need a `name`'
-        if _UNNUMBERED in before: return 3, 'it shows the id of the call beside its result: tool messages need a `tool_call_id`'
-        if {*re.findall('Qname[0-9]+q', before)} - {f'Qname{i}q'}: return 3, f'it gives messages[{i}] the name of another'
+        if _UNNUMBERED in before: return 3, 'it shows the id of the call: tool messages need a `tool_call_id`'
+        if {*re.findall('Qname[0-9]+q', before)} - {f'Qname{i}q'}:
+            return 3, f'it gives messages[{i}] the name of another'
     if re.search(f'{_NAMELESS}|{_UNNUMBERED}|{_NEXT}[0-9]+q', new): return 3, 'it repeats messages after an answer'
     return None
 

@@ -50,7 +50,8 @@ def _conversation(task: str, messages, calls, reward=None, info=None, tools=None
 
 def _says(answer: dict) -> bool:
     "Is there anything in an answer?"
-    return any(answer.get(key, '').strip() for key in ('content', 'reasoning_content')) or bool(answer.get('tool_calls'))
+    said = answer['content'] + answer.get('reasoning_content', '')
+    return bool(said.strip() or answer.get('tool_calls'))
 
 def _skipped(info: dict, more: dict) -> dict:
     "`info` with what else was left out; nothing where there is nothing."
@@ -86,7 +87,8 @@ def _tools(record: dict) -> list[dict] | None:
     tools = [loads(tool) if isinstance(tool, str) else tool for tool in _rows(record, name)]
     if wrong := [tool for tool in tools if not isinstance(tool, dict)]:
         raise ValueError(f'{name}: an object for each tool expected, got {str(wrong[0])[:40]!r}')
-    return [_full(tool) if tool.get('function') or not tool.get('name') else dict(type='function', function=_full(tool)) for tool in tools]
+    wrapped = lambda tool: tool.get('function') or not tool.get('name')
+    return [_full(tool) if wrapped(tool) else dict(type='function', function=_full(tool)) for tool in tools]
 
 def _full(schema):
     "A schema without the nulls of a table; in `default` and `const` they may be meant."

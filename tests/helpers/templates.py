@@ -1,4 +1,5 @@
 "Tokenizers for chat templates: those that trl brings, and any text of one, with the special tokens that it spells."
+
 import re
 from pathlib import Path
 
@@ -6,18 +7,17 @@ from kat.core.chat import train_tokenizer
 
 CORPUS = ['def add(a, b):\n    return a + b  # 12\n', 'view calc.py and fix add, then run the tests', 'LIMIT = 100\n'] * 9
 SPELLED = re.compile(
-    r'<\|[a-zA-Z_/]+\|?>|<[a-z_]+\|>|<｜[^<>｜]+｜>|<(?:start|end)_of_turn>|<sop>|\[gMASK\]|\[/?(?:INST|TOOL_CALLS)\]'
+    r'<\|[a-zA-Z_/]+\|?>|<[a-z_]+\|>|<｜[^<>｜]+｜>|<(?:start|end)_of_turn>|'
+    r'<sop>|\[gMASK\]|\[/?(?:INST|TOOL_CALLS|TOOL_RESULTS)\]'
 )
 
 
-def tokenizer_for(template, eos='<|endoftext|>', bos=None, special=()):
-    "A tokenizer whose special tokens are those that the template spells, and `special`."
+def tokenizer_for(template, eos='<|endoftext|>', bos='<s>'):
+    "A tokenizer whose special tokens are our own, eos, bos and those that the template spells."
     tok = train_tokenizer(CORPUS, 340)
-    found = [x for x in dict.fromkeys([*SPELLED.findall(template), *special, eos, bos]) if x]
+    found = list(dict.fromkeys([*SPELLED.findall(template), eos, bos]))
     tok.add_special_tokens(dict(additional_special_tokens=found), replace_extra_special_tokens=False)
-    tok.eos_token, tok.chat_template = eos, template
-    if bos:
-        tok.bos_token = bos
+    tok.eos_token, tok.bos_token, tok.chat_template = eos, bos, template
     return tok
 
 
@@ -28,4 +28,4 @@ def trl_templates():
     if (spec := find_spec('trl')) is None:
         return {}
     folder = Path(spec.submodule_search_locations[0]) / 'chat_templates'
-    return {p.stem: p.read_text() for p in sorted(folder.glob('*.jinja'))}
+    return {p.stem: p.read_text(encoding='utf-8') for p in sorted(folder.glob('*.jinja'))}
