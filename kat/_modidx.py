@@ -448,6 +448,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                'kat.core.chat._way': ('core/chat.html#_way', 'kat/core/chat.py'),
                                'kat.core.chat._wrap': ('core/chat.html#_wrap', 'kat/core/chat.py'),
                                'kat.core.chat._write': ('core/chat.html#_write', 'kat/core/chat.py'),
+                               'kat.core.chat._writer': ('core/chat.html#_writer', 'kat/core/chat.py'),
                                'kat.core.chat._wrong': ('core/chat.html#_wrong', 'kat/core/chat.py'),
                                'kat.core.chat.call_text': ('core/chat.html#call_text', 'kat/core/chat.py'),
                                'kat.core.chat.encode_prompt': ('core/chat.html#encode_prompt', 'kat/core/chat.py'),

@@ -11,7 +11,7 @@ from os.path import commonprefix
 from typing import Callable
 
 from .chat import KAT_TEMPLATE, call_text, parse_calls
-from .types import schema_kinds
+from .types import schema_kinds, schemas_by_name
 
 # %% auto #0
 __all__ = ['FORMATS', 'check_json', 'loads_strict', 'CallFormat', 'write_call', 'open_call', 'Reply', 'CallParser', 'in_thinking',
@@ -179,9 +179,11 @@ FORMATS = dict(
 def write_call(
     name: str, arguments: dict,  # of the call
     format: str = 'hermes',      # a name in FORMATS
+    tools: list[dict] | None = None,  # OpenAI tool schemas; `kat` goes by their order, and needs them to leave one out
 ) -> str:
     "A call as a model of this format writes it, tags and all. ValueError for `kat` where it could not be read back."
-    if format == 'kat': return f'<tool_call>{call_text(name, arguments)}</tool_call>'
+    schema = schemas_by_name(tools).get(name)
+    if format == 'kat': return f'<tool_call>{call_text(name, arguments, schema)}</tool_call>'
     as_json = lambda x: json.dumps(x, ensure_ascii=False)
     if format == 'llama3': return as_json(dict(name=name, parameters=arguments))
     if format == 'hermes': return f'<tool_call>\n{as_json(dict(name=name, arguments=arguments))}\n</tool_call>'

@@ -9,6 +9,7 @@ __all__ = ['SPECIAL', 'KAT_TEMPLATE', 'train_tokenizer', 'call_text', 'parse_cal
 
 # %% ../../nbs/core/03_chat.ipynb #0713e12f
 import json, re
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from os.path import commonprefix
@@ -297,8 +298,8 @@ class _Builder:
 # %% ../../nbs/core/03_chat.ipynb #1a6ab458
 def _kat_render(
     codec: _Codec, messages: list[dict], gen: bool, builder: _Builder,
-    schemas: dict[str, dict],  # of the tools' arguments, by name
-    pending: tuple = (),       # the parts that the turn before still lacks
+    text_of: Callable,    # of a call, given the number of its turn
+    pending: tuple = (),  # the parts that the turn before still lacks
 ) -> _Builder:
     "Our template, message by message, into `builder`."
     is_tool = lambda i: 0 <= i < len(messages) and messages[i]['role'] == 'tool'
@@ -308,7 +309,7 @@ def _kat_render(
         if role == 'assistant':
             builder.add(codec.ids(*pending, *header), 'assistant', builder.turn + 1, new=False)
             builder.turn, pending = builder.turn + 1, ('\n',)
-            _kat_answer(codec, message, builder, schemas)
+            _kat_answer(codec, message, builder, text_of)
             continue
         elif role == 'tool':
             head = [] if is_tool(i - 1) else codec.ids(*pending, '<|im_start|>', 'tool\n')
@@ -327,13 +328,12 @@ def _kat_render(
     return builder
 
 # %% ../../nbs/core/03_chat.ipynb #5b097bd3
-def _kat_answer(codec: _Codec, message: dict, builder: _Builder, schemas: dict[str, dict]) -> None:
+def _kat_answer(codec: _Codec, message: dict, builder: _Builder, text_of: Callable) -> None:
     "What an assistant message trains: text, then each call, the last run closed by <|im_end|>."
     content = message['content']
     if found := re.search(r'</?tool_call>', content):
         raise ValueError(f'assistant content: {found[0]} outside tool_calls could not be told from a call')
-    functions = [call['function'] for call in message.get('tool_calls', ())]
-    calls = [call_text(each['name'], each['arguments'], schemas.get(each['name'])) for each in functions]
+    calls = [text_of(call, builder.turn) for call in message.get('tool_calls', ())]
     runs = [(list(codec.text(content)), 'assistant')] if content or not calls else []
     for call in calls:
         runs.append(([*codec.ids('<tool_call>'), *codec.text(call), *codec.ids('</tool_call>')], 'tool_call'))
@@ -356,9 +356,10 @@ def render(
     messages, tools = _prepared(messages, tools)
     if codec := _codec(tokenizer):
         _kat_check(messages, whole)
-        builder = _kat_render(codec, messages, add_generation_prompt, _Builder(), schemas_by_name(tools))
+        builder = _kat_render(codec, messages, add_generation_prompt, _Builder(), _writer(tools, whole))
     else:
-        builder = _hf_render(tokenizer, _for_template(tokenizer, messages, tools), tools, add_generation_prompt, whole)
+        messages = _for_template(tokenizer, messages, tools, whole)
+        builder = _hf_render(tokenizer, messages, tools, add_generation_prompt, whole)
     return builder.segments()
 
 # %% ../../nbs/core/03_chat.ipynb #5a21cdbb
@@ -381,16 +382,30 @@ def _drops(what: str, turn: int) -> str:
             'take it out of the messages, or use a template that writes it')
 
 # %% ../../nbs/core/03_chat.ipynb #103003d4
-def _one_argument(messages: list[dict], tools: list[dict] | None) -> list[dict]:
-    "Messages whose calls have all their arguments as one text, which our template writes as it is."
+def _writer(tools: list[dict] | None, whole) -> Callable:
+    "What writes a call, given the number of its turn. In a turn to be trained it must be possible to read it back."
     schemas = schemas_by_name(tools)
 
-    def joined(call):
-        name = call['function']['name']
-        _, space, rest = call_text(name, call['function']['arguments'], schemas.get(name)).partition(' ')
-        return call | dict(function=dict(name=name, arguments={'all': rest} if space else {}))
-    return [m | dict(tool_calls=[joined(call) for call in m['tool_calls']]) if m.get('tool_calls') else m
-            for m in messages]
+    def text_of(call: dict, turn: int) -> str:
+        name, arguments = call['function']['name'], call['function']['arguments']
+        try:
+            return call_text(name, arguments, schemas.get(name))
+        except ValueError:
+            if _must(whole, turn): raise
+            return call_text(name, arguments)
+    return text_of
+
+def _one_argument(messages: list[dict], text_of: Callable) -> list[dict]:
+    "Messages whose calls have all their arguments as one text, which our template writes as it is."
+    turn, out = -1, []
+    for m in messages:
+        turn += m['role'] == 'assistant'
+        calls = []
+        for call in m.get('tool_calls', ()):
+            name, space, rest = text_of(call, turn).partition(' ')
+            calls.append(call | dict(function=dict(name=name, arguments={'all': rest} if space else {})))
+        out.append(m | dict(tool_calls=calls) if calls else m)
+    return out
 
 # %% ../../nbs/core/03_chat.ipynb #4b4efb74
 def ids_of(segments: list[Segment]) -> np.ndarray:
@@ -531,10 +546,10 @@ def _defuse(tokenizer, messages: list[dict]) -> list[dict]:
     fix = lambda m: m | dict(content=found.sub(lambda x: x[0][0] + '\u200b' + x[0][1:], m['content']))
     return [m if m['role'] == 'assistant' else fix(m) for m in messages]
 
-def _for_template(tokenizer, messages: list[dict], tools) -> list[dict]:
+def _for_template(tokenizer, messages: list[dict], tools, whole) -> list[dict]:
     "Messages as the template is to get them."
     ours = getattr(tokenizer, 'chat_template', None) == KAT_TEMPLATE
-    return _defuse(tokenizer, _one_argument(messages, tools) if ours else messages)
+    return _defuse(tokenizer, _one_argument(messages, _writer(tools, whole)) if ours else messages)
 
 # %% ../../nbs/core/03_chat.ipynb #837c53c0
 @dataclass
@@ -768,7 +783,7 @@ def encode_prompt(tokenizer, messages: list[dict], tools: list[dict] | None = No
     "int32 ids that ask for the next answer. What a template drops of earlier ones, it drops."
     messages, tools = _prepared(messages, tools)
     if _codec(tokenizer): return ids_of(render(tokenizer, messages, tools, True, whole=()))
-    full = _full(tokenizer, _for_template(tokenizer, messages, tools), tools, True)
+    full = _full(tokenizer, _for_template(tokenizer, messages, tools, ()), tools, True)
     return np.array(tokenizer(full, add_special_tokens=False)['input_ids'], np.int32)
 
 # %% ../../nbs/core/03_chat.ipynb #c15e239f
@@ -808,7 +823,7 @@ def extend_segments(
     builder.turn = turn
     if codec := _codec(tokenizer):
         pending = ('\n',) if last == codec.end else ('<|im_end|>', '\n')
-        return _kat_render(codec, messages, True, builder, {}, pending).segments()
+        return _kat_render(codec, messages, True, builder, _writer(tools, ()), pending).segments()
     end = _hf_extension(tokenizer, _defuse(tokenizer, messages), tools, builder)
     if last != end and not {last, end} <= _endings(tokenizer).last:
         builder.segs[0][0].insert(0, end)
@@ -823,9 +838,9 @@ def _hf_extension(tokenizer, messages: list[dict], tools, builder: _Builder) -> 
     cut = _closing(tokenizer, full, ids, starts)
     letters, at = _letters(full[starts[cut + 1]:]), 0
     for i, m in enumerate(messages):
-        found = [(k, form) for form in map(_letters, _forms(m['content'])) if (k := letters.find(form, at)) >= 0]
-        if not found: raise ValueError(f'chat template: after an answer, messages[{i}] ({m["role"]}) is not whole')
-        at = sum(map(len, found[0][1:])) + found[0][0]
+        forms = ((letters.find(form, at), len(form)) for form in map(_letters, _forms(m['content'])))
+        at = next((start + size for start, size in forms if start >= 0), None)
+        if at is None: raise ValueError(f'chat template: after an answer, messages[{i}] ({m["role"]}) is not whole')
     _context(tokenizer, builder, talk, tools, (2, len(talk)), full, ids, starts, (cut + 1, len(ids)))
     return ids[cut]
 
