@@ -765,6 +765,6 @@ def test_every_end_token_of_the_model_ends_an_answer(tmp_path):
         g = Gateway(engine, tok, w.store, 1000)
         assert set(g.stop) == set(end_tokens(tok)) == {tok.eos_token_id, tok.convert_tokens_to_ids('<|im_end|>')}
         out = asyncio.run(ask(g.app, f'/s/{end[2:5]}/v1/chat/completions', chat_body([dict(role='user', content='q')])))
-        choice = out['choices'][0]
+        choice = out['json']['choices'][0]
         assert (choice['finish_reason'], choice['message']['content']) == ('stop', 'hi')
         assert set(engine.asked[0].stop) == set(g.stop)
