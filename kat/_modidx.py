@@ -437,6 +437,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                'kat.core.chat._prepared': ('core/chat.html#_prepared', 'kat/core/chat.py'),
                                'kat.core.chat._probe': ('core/chat.html#_probe', 'kat/core/chat.py'),
                                'kat.core.chat._reads_as': ('core/chat.html#_reads_as', 'kat/core/chat.py'),
+                               'kat.core.chat._renamed': ('core/chat.html#_renamed', 'kat/core/chat.py'),
                                'kat.core.chat._reworded': ('core/chat.html#_reworded', 'kat/core/chat.py'),
                                'kat.core.chat._reworded_call': ('core/chat.html#_reworded_call', 'kat/core/chat.py'),
                                'kat.core.chat._special': ('core/chat.html#_special', 'kat/core/chat.py'),

@@ -832,10 +832,11 @@ def extend_segments(
 # %% ../../nbs/core/03_chat.ipynb #3bf1065f
 def _hf_extension(tokenizer, messages: list[dict], tools, builder: _Builder) -> int:
     "The closing token of an answer; what the template puts after it goes into `builder`."
-    talk = _stand_in(messages, *_way(tokenizer, messages, tools))
+    says, calls, n_words = _way(tokenizer, messages, tools)
+    talk = _stand_in(messages, says, calls)
     full = _full(tokenizer, talk, tools, True)
     ids, starts = _encoded(tokenizer, full)
-    cut = _closing(tokenizer, full, ids, starts)
+    cut = _closing(tokenizer, full, ids, starts, n_words)
     letters, at = _letters(full[starts[cut + 1]:]), 0
     for i, m in enumerate(messages):
         forms = ((letters.find(form, at), len(form)) for form in map(_letters, _forms(m['content'])))
@@ -864,11 +865,11 @@ def _stand_in(
     return [dict(role='user', content=_ASKED), answer, *talk]
 
 # %% ../../nbs/core/03_chat.ipynb #7e2917bf
-def _closing(tokenizer, full: str, ids: list[int], starts: np.ndarray) -> int:
-    "Where the stand-in's answer is closed."
+def _closing(tokenizer, full: str, ids: list[int], starts: np.ndarray, n_words: int) -> int:
+    "Where the stand-in's answer, which has so many words, is closed."
     known = _endings(tokenizer)
     closers = known.own | known.after | set(end_tokens(tokenizer))
-    begin = int(np.searchsorted(starts, [m.end() for m in _WORDS.finditer(full)][-1]))
+    begin = int(np.searchsorted(starts, [m.end() for m in _WORDS.finditer(full)][n_words - 1]))
     cut = next((j for j in range(begin, len(ids)) if ids[j] in closers), None)
     if cut is None: raise ValueError('chat template: no special token closes an answer, so none can be extended')
     return cut
@@ -878,8 +879,8 @@ _ways = WeakKeyDictionary()
 
 _WAYS = ('', True), (_SAID, True), (_SAID, False)  # what the stand-in's answer says, and does it call?
 
-def _way(tokenizer, messages: list[dict], tools) -> tuple[str, bool]:
-    "The first stand-in that shows these messages as they should be. Asked once for each kind of list."
+def _way(tokenizer, messages: list[dict], tools) -> tuple[str, bool, int]:
+    "The first stand-in that shows these messages as they should be, and its words. Asked once for each kind of list."
     shape = tuple((m['role'], 'name' in m, 'tool_call_id' in m) for m in messages)
     key = str(tokenizer.chat_template), shape, json.dumps(tools)
     known = _ways.setdefault(tokenizer, {})
@@ -889,27 +890,32 @@ def _way(tokenizer, messages: list[dict], tools) -> tuple[str, bool]:
         known[key] = _ask_way(tokenizer, messages, tools)
     return known[key]
 
-def _ask_way(tokenizer, messages: list[dict], tools) -> tuple[str, bool]:
+def _ask_way(tokenizer, messages: list[dict], tools) -> tuple[str, bool, int]:
     "Try them. ValueError says what is wrong with the one that comes nearest."
     wrongs = []
-    for way in _WAYS if any(m['role'] == 'tool' for m in messages) else _WAYS[2:]:
-        if not (wrong := _wrong(tokenizer, messages, tools, way)): return way
+    for says, calls in _WAYS if any(m['role'] == 'tool' for m in messages) else _WAYS[2:]:
+        probe = [m | dict(content=f'{_NEXT}{i}q') | _renamed(m, i) for i, m in enumerate(messages)]
+        full = _text(tokenizer, _stand_in(probe, says, calls), tools, True) or ''
+        n_words = len(_WORDS.findall(full))
+        if not (wrong := _wrong(tokenizer, messages, full, n_words)): return says, calls, n_words
         wrongs.append(wrong)
     raise ValueError(f'chat template: {max(wrongs)[1]}')
 
 # %% ../../nbs/core/03_chat.ipynb #d1a6262f
-def _wrong(tokenizer, messages: list[dict], tools, way: tuple[str, bool]) -> tuple[int, str] | None:
-    "What is wrong with the extension that a stand-in gives for such messages, and how far it came; None: nothing."
-    rename = lambda m, i: dict(name=f'Qname{i}q') if 'name' in m else {}
-    talk = _stand_in([m | dict(content=f'{_NEXT}{i}q') | rename(m, i) for i, m in enumerate(messages)], *way)
+def _renamed(message: dict, i: int) -> dict:
+    "A name of its own, where a message has one."
+    return dict(name=f'Qname{i}q') if 'name' in message else {}
+
+def _wrong(tokenizer, messages: list[dict], full: str, n_words: int) -> tuple[int, str] | None:
+    "What is wrong with a stand-in for such messages, and how far it came; None: nothing."
     roles = ' and '.join(sorted({m['role'] for m in messages}))
+    if not full: return 0, f'it refuses {roles} messages after an answer'
+    if not n_words: return 0, 'it does not show the call before a result'
+    ids, starts = _encoded(tokenizer, full)
     try:
-        full = _full(tokenizer, talk, tools, True)
-        if not _WORDS.search(full): return 0, 'it does not show the call before a result'
-        ids, starts = _encoded(tokenizer, full)
-        new = full[starts[_closing(tokenizer, full, ids, starts) + 1]:]
+        new = full[starts[_closing(tokenizer, full, ids, starts, n_words) + 1]:]
     except ValueError as e:
-        return 0, f'it refuses {roles} messages after an answer ({e})'
+        return 0, str(e).removeprefix('chat template: ')
     if _ASKED in new: return 1, 'it repeats earlier messages after an answer'
     for i, m in enumerate(messages):
         before, found, new = new.partition(f'{_NEXT}{i}q')

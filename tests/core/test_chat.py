@@ -394,7 +394,8 @@ def schemas_and_calls(draw):
     spell = [lambda k: {'type': k}, lambda k: {'anyOf': [{'type': x} for x in k]}]
     properties, args, required = {}, {}, []
     for i, kind in enumerate(kinds):
-        properties[f'p{i}'] = {} if not kind else {'type': kind[0]} if len(kind) == 1 else draw(st.sampled_from(spell))(kind)
+        one_of = (lambda k: {'type': k[0]}) if len(kind) == 1 else draw(st.sampled_from(spell))
+        properties[f'p{i}'] = one_of(kind) if kind else {}
         value = draw(st.one_of([KINDS[k] for k in kind or set(KINDS) - {'null'}]))  # a null must be declared
         if draw(st.booleans()):
             args[f'p{i}'] = value
@@ -408,7 +409,8 @@ def schemas_and_calls(draw):
 def test_every_call_comes_back_whatever_it_leaves_out(tok, drawn):
     parameters, args = drawn
     tools = [dict(type='function', function=dict(name='f', parameters=parameters))]
-    (segment,) = [s for s in render(tok, [dict(role='assistant', tool_calls=[call('f', **args)])], tools) if s.trainable]
+    segments = render(tok, [dict(role='assistant', tool_calls=[call('f', **args)])], tools)
+    (segment,) = [s for s in segments if s.trainable]
     text = tok.decode(segment.ids).removesuffix('<|im_end|>')
     content, calls, errors = parse_calls(text, tools)
     assert (content, errors) == ('', []) and json.dumps(calls[0]['function']['arguments']) == json.dumps(args)
@@ -468,7 +470,8 @@ def test_nulls_of_a_table_are_no_arguments(tok):
     hf = tokenizer_with(CHATML)
     for c in row:
         c['id'] = 'c'
-    text = hf.decode(ids_of(render(hf, [dict(role='user', content='q'), dict(role='assistant', tool_calls=row)], tools)))
+    ask = dict(role='user', content='q')
+    text = hf.decode(ids_of(render(hf, [ask, dict(role='assistant', tool_calls=row)], tools)))
     assert '{"path": "a"}' in text and '{"x": null}' in text
 
 

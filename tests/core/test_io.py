@@ -646,7 +646,8 @@ def test_what_cannot_be_read_is_one_line(tmp_path, row, says):
 
 def test_nulls_that_a_table_adds_are_no_arguments(tmp_path):
     padded = dict(path='p', command=None, mode=None, opts=dict(a=1, b=None))
-    row = lambda args, **kw: dict(messages=[ASK, dict(role='assistant', content=None, tool_calls=[use('read', args)])], **kw)
+    answer = lambda args: dict(role='assistant', content=None, tool_calls=[use('read', args)])
+    row = lambda args, **kw: dict(messages=[ASK, answer(args)], **kw)
     got = lambda r: imported(tmp_path, r)[0].calls[0][-1]['tool_calls'][0]['function']['arguments']
     assert got(row(padded)) == dict(path='p', opts=dict(a=1))
     assert got(row(padded, tools=[READ])) == dict(path='p', mode=None, opts=dict(a=1))

@@ -42,7 +42,10 @@ GLM = (
 )
 
 
-def template(answer=ANSWER, close="{{ '<|im_end|>\n' }}", marks=False, call=HERMES, tool=None, head="<|im_start|>", tail=''):
+CLOSE = "{{ '<|im_end|>\n' }}"
+
+
+def template(answer=ANSWER, close=CLOSE, marks=False, call=HERMES, tool=None, head='<|im_start|>', tail=''):
     answer = answer.replace('CALL', call)
     if marks:
         answer = '{% generation %}' + answer + '{% endgeneration %}' if marks == 'outside' else answer
@@ -64,7 +67,8 @@ PLAIN = template()
 OPEN = (
     "{% for m in messages %}{% if m.role == 'tool' %}{{ '<|observation|>\n' + m.content }}{% else %}"
     "{{ '<|' + m.role + '|>\n' + m.content }}{% for c in m.tool_calls or [] %}" + GLM + "{% endfor %}{% endif %}"
-    "{% endfor %}{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% endif %}{# <|user|> <|assistant|> <|system|> #}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% endif %}"
+    "{# <|user|> <|assistant|> <|system|> #}"
 )
 # the last answer is closed otherwise than earlier ones, thinking has the closing token of those (gpt-oss)
 HARMONY = (
@@ -74,7 +78,8 @@ HARMONY = (
     "m.tool_calls[0].function.arguments | tojson + '<|call|>' }}{% else %}{{ '<|start|>assistant<|channel|>final"
     "<|message|>' + m.content + ('<|return|>' if loop.last else '<|end|>') }}{% endif %}"
     "{% elif m.role == 'tool' %}{{ '<|start|>functions.' + messages[loop.index0 - 1].tool_calls[0].function.name + "
-    "'<|message|>' + m.content + '<|end|>' }}{% else %}{{ '<|start|>' + m.role + '<|message|>' + m.content + '<|end|>' }}"
+    "'<|message|>' + m.content + '<|end|>' }}{% else %}"
+    "{{ '<|start|>' + m.role + '<|message|>' + m.content + '<|end|>' }}"
     "{% endif %}{% endfor %}{% if add_generation_prompt %}{{ '<|start|>assistant' }}{% endif %}"
 )
 
@@ -231,7 +236,7 @@ def test_an_end_token_that_the_text_spells_is_not_trained_as_one():
 
 
 DROPS = [
-    (ANSWER.replace('{{ m.content }}', '{% if not m.tool_calls %}{{ m.content }}{% endif %}'), 'the text beside a tool'),
+    (ANSWER.replace('{{ m.content }}', '{% if not m.tool_calls %}{{ m.content }}{% endif %}'), 'the text beside'),
     (ANSWER.replace('m.content', "m.content.split('</think>')[-1]"), None),
     (ANSWER.replace('m.reasoning_content %}', 'm.reasoning_content and not m.tool_calls %}'), 'the reasoning'),
     (ANSWER.replace('m.reasoning_content %}', 'false %}'), 'the reasoning'),
@@ -263,7 +268,8 @@ def test_parts_that_are_dropped_within_text_or_calls(marks):
         (make(5), two, said(path='a')),
         (tokenizer_for(template(call=HERMES.replace('c.function.arguments', "{'path': c.function.arguments.path}"),
                                 marks=marks)), said(path='a', note='b'), said(path='a')),
-        (tokenizer_for(template(call=HERMES.replace('c.function.name', "'f'"), marks=marks)), said(path='a'), said('a')),
+        (tokenizer_for(template(call=HERMES.replace('c.function.name', "'f'"), marks=marks)), said(path='a'),
+         said('a')),
     ]:  # fmt: skip
         with pytest.raises(ValueError, match='the chat template drops'):
             render(tok, [user(), message])
@@ -277,8 +283,9 @@ def test_reasoning_of_earlier_turns():
     with pytest.raises(ValueError, match='drops the reasoning of earlier turns'):
         render(tok, talk)
     log = Conversation('t', talk, [talk[:2], talk])
-    assert [tok.decode(ids_of([s for s in t.segments if s.trainable])) for t in to_trajectories(log, tok, merge=False)] == [
-        'THINKwhy a/THINKa<|im_end|>', 'THINKwhy b/THINKb<|im_end|>']  # fmt: skip
+    learnt = lambda t: tok.decode(ids_of([s for s in t.segments if s.trainable]))
+    apart = to_trajectories(log, tok, merge=False)
+    assert list(map(learnt, apart)) == ['THINKwhy a/THINKa<|im_end|>', 'THINKwhy b/THINKb<|im_end|>']
     with pytest.raises(ValueError, match='drops the reasoning of earlier turns'):
         to_trajectories(log, tok)
     with pytest.raises(ValueError, match='drops the reasoning'):
@@ -359,8 +366,9 @@ NAMES = template(
 )
 NUMBERS = template(tool="{{ '<|im_start|>tool ' + m.tool_call_id + '\n' + m.content + '<|im_end|>\n' }}")
 CUTS = template(tool="{{ '<|im_start|>tool\n' + m.content[:20] + '<|im_end|>\n' }}")
-TURNS = template(tool="{% if loop.last %}{% for m in messages | reverse if m.role == 'tool' %}{{ m.content }}{% endfor %}"
-                      "{% endif %}")  # fmt: skip
+TURNS = template(
+    tool="{% if loop.last %}{% for m in messages | reverse if m.role == 'tool' %}{{ m.content }}{% endfor %}{% endif %}"
+)
 AS_JSON = template(tool="{{ '<|im_start|>tool\n' + (m.content | tojson) + '<|im_end|>\n' }}")
 
 
@@ -446,7 +454,16 @@ def test_templates_that_lose_a_result_or_need_its_name():
     assert tok.decode(extend(tok, call, [result('R', name='read')])) == (
         '<|start|>functions.read to=assistant<|channel|>commentary<|message|>"R"<|end|><|start|>assistant'
     )
-    assert 'response:read{' in (tok := tokenizer_for(TRL['diffusion_gemma'])).decode(extend(tok, [1], [result(name='read')]))
+    tok = tokenizer_for(TRL['diffusion_gemma'])
+    assert 'response:read{' in tok.decode(extend(tok, [1], [result(name='read')]))
+
+
+def test_words_of_the_stand_in_are_words_like_others_in_a_message():
+    for text in (PLAIN, OPEN, AFTER_A_CALL, NAMES):
+        tok, message = tokenizer_for(text), result('Qsaid Qgiven0q Qask Qnext0q Qname0q Qnameless Qz1x', name='read')
+        assert message['content'] in tok.decode(extend(tok, [1], [message, user('Qsaid')]))
+        marked = tokenizer_for(template(marks=True))
+        assert 'Qz1x Qz2x' in ''.join(trained(marked, [user('Qz3x'), said('Qz1x Qz2x', path='Qzq1x')]))
 
 
 # --- the format of calls
@@ -454,7 +471,8 @@ def test_templates_that_lose_a_result_or_need_its_name():
 
 def test_a_format_is_what_the_template_writes():
     coder = ("{{ '<tool_call>\n<function=' + c.function.name + '>\n' }}{% for k, v in c.function.arguments.items() %}"
-             "{{ '<parameter=' + k + '>\n' }}{{ v }}{{ '\n</parameter>\n' }}{% endfor %}{{ '</function>\n</tool_call>' }}")
+             "{{ '<parameter=' + k + '>\n' }}{{ v }}{{ '\n</parameter>\n' }}{% endfor %}"
+             "{{ '</function>\n</tool_call>' }}")
     llama = "{{ {'name': c.function.name, 'parameters': c.function.arguments} | tojson }}"
     kat = "{{ '<tool_call>' + c.function.name }}{% for v in c.function.arguments.values() %}{{ ' ' + v | tojson }}" \
           "{% endfor %}{{ '</tool_call>' }}"  # fmt: skip

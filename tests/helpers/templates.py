@@ -5,7 +5,7 @@ from pathlib import Path
 
 from kat.core.chat import train_tokenizer
 
-CORPUS = ['def add(a, b):\n    return a + b  # 12\n', 'view calc.py and fix add, then run the tests', 'LIMIT = 100\n'] * 9
+CORPUS = ['def add(a, b):\n    return a + b  # 12\n', 'view calc.py and fix add, then run the tests'] * 9
 SPELLED = re.compile(
     r'<\|[a-zA-Z_/]+\|?>|<[a-z_]+\|>|<｜[^<>｜]+｜>|<(?:start|end)_of_turn>|'
     r'<sop>|\[gMASK\]|\[/?(?:INST|TOOL_CALLS|TOOL_RESULTS)\]'

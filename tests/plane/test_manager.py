@@ -323,7 +323,8 @@ def test_a_result_is_rendered_with_the_name_of_its_function():
     call = dict(id='c1', type='function', function=dict(name='view', arguments=dict(path='a')))
     p = s.plan([user('q')], SCENARIO_TOOLS[0])
     answer = dict(role='assistant', content='', tool_calls=[call])
-    s.add(p.turn(Completion(np.array(say(s.tokenizer, 'x'), np.int32), z(2), z(2), 'stop', 0, z(2).astype(np.int32)), answer))
+    ids = np.array(say(s.tokenizer, 'x'), np.int32)
+    s.add(p.turn(Completion(ids, z(2), z(2), 'stop', 0, z(2).astype(np.int32)), answer))
     back = dict(role='tool', tool_call_id='c1', content='ok')
     p = s.plan([user('q'), answer, back], SCENARIO_TOOLS[0])
     assert p.reason == 'append' and '<tool_response name=view>\nok' in s.tokenizer.decode(ids_of(p.prompt))
@@ -332,8 +333,9 @@ def test_a_result_is_rendered_with_the_name_of_its_function():
 
 
 def test_what_a_template_drops_of_a_clients_answer_is_no_error():
-    tok = own(tokenizer('hermes').chat_template.replace("{{ m.content }}{% for", "{% if not m.tool_calls %}{{ m.content }}"
-                                                        "{% endif %}{% for"))
+    shown = "{{ m.content }}{% for"
+    tok = own(tokenizer('hermes').chat_template.replace(shown, '{% if not m.tool_calls %}' + shown.replace(
+        '{% for', '{% endif %}{% for')))
     call = dict(id='c1', type='function', function=dict(name='view', arguments=dict(path='a')))
     text = tok.decode(answer_ids(tok, dict(role='assistant', content='look', tool_calls=[call])))
     assert 'look' not in text and '"view"' in text and text.endswith('<|im_end|>')
