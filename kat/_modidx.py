@@ -366,6 +366,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                 'kat.core.calls._no': ('core/calls.html#_no', 'kat/core/calls.py'),
                                 'kat.core.calls._not_closed': ('core/calls.html#_not_closed', 'kat/core/calls.py'),
                                 'kat.core.calls._raw': ('core/calls.html#_raw', 'kat/core/calls.py'),
+                                'kat.core.calls._read_probe': ('core/calls.html#_read_probe', 'kat/core/calls.py'),
                                 'kat.core.calls._rendered': ('core/calls.html#_rendered', 'kat/core/calls.py'),
                                 'kat.core.calls._reply': ('core/calls.html#_reply', 'kat/core/calls.py'),
                                 'kat.core.calls._run': ('core/calls.html#_run', 'kat/core/calls.py'),

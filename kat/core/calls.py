@@ -441,20 +441,27 @@ def _knows_tools(template: str) -> bool:
     return bare != shown or 'probe' in _write_probe(template)
 
 # %% ../../nbs/core/04_calls.ipynb #18f885f9
-@lru_cache(64)
 def call_format(
-    template: str | None,  # a tokenizer's `chat_template`
-) -> str | None:           # a name in FORMATS
+    template: str | dict | None,  # a tokenizer's `chat_template`; of several, the one for tools
+) -> str | None:                  # a name in FORMATS
     "The format of a model with this chat template; None, with a warning, where no format reads its calls."
+    if isinstance(template, dict):
+        template = template.get('tool_use') or template.get('default')
     if not template or template == KAT_TEMPLATE: return 'kat' if template else None
+    name, knows_tools = _read_probe(template)
+    if not name and knows_tools:
+        warnings.warn(f'chat template: it knows tools, but writes calls in none of the formats {", ".join(FORMATS)}, '
+                      'so the calls in its answers stay text', stacklevel=2)
+    return name
+
+@lru_cache(64)
+def _read_probe(template: str) -> tuple[str | None, bool]:
+    "The format that reads back what the template writes, and whether the template knows tools at all."
     written = _write_probe(template)
     for name in FORMATS if written else ():
         reply = parse_reply(written, [_TOOL], name)
-        if [call['function'] for call in reply.calls] == [_CALL] and not reply.content.strip(): return name
-    if _knows_tools(template):
-        warnings.warn(f'chat template: it knows tools, but writes calls in none of the formats {", ".join(FORMATS)}, '
-                      'so the calls in its answers stay text', stacklevel=2)
-    return None
+        if [call['function'] for call in reply.calls] == [_CALL] and not reply.content.strip(): return name, True
+    return None, _knows_tools(template)
 
 # %% ../../nbs/core/04_calls.ipynb #85f6e0b3
 class Decoder:

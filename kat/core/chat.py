@@ -899,6 +899,7 @@ def _ask_way(tokenizer, messages: list[dict], tools) -> tuple[str, bool, int]:
         n_words = len(_WORDS.findall(full))
         if not (wrong := _wrong(tokenizer, messages, full, n_words)): return says, calls, n_words
         wrongs.append(wrong)
+        if wrong[0] == 3: break  # all is shown, so this is how the template writes it
     raise ValueError(f'chat template: {max(wrongs)[1]}')
 
 # %% ../../nbs/core/03_chat.ipynb #d1a6262f
@@ -917,14 +918,16 @@ def _wrong(tokenizer, messages: list[dict], full: str, n_words: int) -> tuple[in
     except ValueError as e:
         return 0, str(e).removeprefix('chat template: ')
     if _ASKED in new: return 1, 'it repeats earlier messages after an answer'
+    at = 0
     for i, m in enumerate(messages):
-        before, found, new = new.partition(f'{_NEXT}{i}q')
-        if not found: return 2, f'it leaves out messages[{i}] ({m["role"]}) after an answer'
-        if _NAMELESS in before: return 3, 'it names the called function beside its result: tool messages need a `name`'
-        if _UNNUMBERED in before: return 3, 'it shows the id of the call: tool messages need a `tool_call_id`'
-        if {*re.findall('Qname[0-9]+q', before)} - {f'Qname{i}q'}:
-            return 3, f'it gives messages[{i}] the name of another'
-    if re.search(f'{_NAMELESS}|{_UNNUMBERED}|{_NEXT}[0-9]+q', new): return 3, 'it repeats messages after an answer'
+        at = new.find(f'{_NEXT}{i}q', at)
+        if at < 0: return 2, f'it leaves out messages[{i}] ({m["role"]}) after an answer'
+    if _NAMELESS in new: return 3, 'it names the called function beside its result: tool messages need a `name`'
+    if _UNNUMBERED in new: return 3, 'it shows the id of the call: tool messages need a `tool_call_id`'
+    named = {i for i, m in enumerate(messages) if m['role'] == 'tool' and 'name' in m}
+    shown = {i for i in named if f'Qname{i}q' in new}
+    if shown and shown < named: return 3, f'it gives messages[{min(named - shown)}] the name of another'
+    if len(re.findall(f'{_NEXT}[0-9]+q', new)) > len(messages): return 3, 'it repeats messages after an answer'
     return None
 
 # %% ../../nbs/core/03_chat.ipynb #d8e9f4b5

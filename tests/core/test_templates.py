@@ -365,6 +365,11 @@ NAMES = template(
     "'<|im_end|>\n' }}"
 )
 NUMBERS = template(tool="{{ '<|im_start|>tool ' + m.tool_call_id + '\n' + m.content + '<|im_end|>\n' }}")
+IDS_BEHIND = template(tool="{{ '<|im_start|>tool\n' + m.content + '|' + m.tool_call_id + '<|im_end|>\n' }}")
+NAMES_ONE = template(
+    tool="{% for x in messages if x.tool_calls %}{{ '<|im_start|>tool ' + x.tool_calls[0].function.name }}{% endfor %}"
+    "{{ '\n' + m.content + '<|im_end|>\n' }}"
+)
 CUTS = template(tool="{{ '<|im_start|>tool\n' + m.content[:20] + '<|im_end|>\n' }}")
 TURNS = template(
     tool="{% if loop.last %}{% for m in messages | reverse if m.role == 'tool' %}{{ m.content }}{% endfor %}{% endif %}"
@@ -384,6 +389,9 @@ AS_JSON = template(tool="{{ '<|im_start|>tool\n' + (m.content | tojson) + '<|im_
         (NAMES, [result(name='read')], None),
         (NUMBERS, [result()], None),
         (NUMBERS, [dict(role='tool', content='x')], 'need a `tool_call_id`'),
+        (IDS_BEHIND, [dict(role='tool', content='x')], 'need a `tool_call_id`'),
+        (IDS_BEHIND, [result('1', name='a'), result('2', name='b')], None),
+        (NAMES_ONE, [result('1', name='a'), result('2', name='b')], r'gives messages\[1\] the name of another'),
         (CUTS, [result('short')], None),
         (CUTS, [result('a much longer text than twenty letters')], 'is not whole'),
         (TURNS, [result('1'), result('2')], r'leaves out messages\[1\]'),
@@ -478,6 +486,7 @@ def test_a_format_is_what_the_template_writes():
           "{% endfor %}{{ '</tool_call>' }}"  # fmt: skip
     for call, name in [(HERMES, 'hermes'), (coder, 'qwen3_coder'), (llama, 'llama3'), (kat, 'kat')]:
         assert call_format(template(call=call)) == name == call_format(template(call=call, marks=True))
+    assert call_format(dict(default=PLAIN, tool_use=template(call=coder))) == 'qwen3_coder'
     assert call_format(KAT_TEMPLATE) == 'kat' and call_format(None) is None and call_format('') is None
     with warnings.catch_warnings():
         warnings.simplefilter('error')  # a template without tools has nothing to say
@@ -499,7 +508,6 @@ def test_a_format_is_what_the_template_writes():
     ],
 )
 def test_a_template_that_is_not_understood_has_no_format_and_a_line_says_so(text):
-    call_format.cache_clear()
     with pytest.warns(UserWarning, match='none of the formats kat, hermes, qwen3_coder, llama3'):
         assert call_format(text) is None
 
