@@ -392,7 +392,8 @@ def _walls(trust, found) -> bool:
     if trust == 'foreign' or not sys.platform.startswith('linux'):
         raise InfraError(f'sandbox: bubblewrap does not work here ({found.reason}), and {trust} code runs nowhere else')
     if os.geteuid() == 0:
-        raise InfraError(f'sandbox: bubblewrap does not work here ({found.reason}), and no code runs as root without it: '
+        raise InfraError(f'sandbox: bubblewrap does not work here ({found.reason}), '
+                         'and no code runs as root without it: '
                          'run as an ordinary user, or see sandbox_report()')
     _warn_once(found.reason)
     return False
