@@ -87,7 +87,7 @@ def grade_one(pool, code, limits=WALL, right='def f(x): return x + 1'):
     ('def f(x):\n    while True: pass', 'cpu'),
     ('def f(x): return "x" * 10**9', None),
     ('def f(x): print("x" * 10**6)', 'output'),
-    ('import os\ndef f(x):\n    while True: os.fork()', 'processes'),
+    ('import os\ndef f(x):\n    while True: os.fork()', None),   # the next fork is refused: an error of its own
     ('import os\ndef f(x): os.kill(os.getpid(), 9)', 'killed'),
     ('import os\ndef f(x): os.abort()', 'signal'),
 ])
