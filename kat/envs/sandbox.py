@@ -233,6 +233,18 @@ def _group():
     except OSError:
         return None
 
+def _last_words(err) -> str:
+    err.seek(0)
+    return err.read().decode(errors='replace')[-2000:].strip()
+
+def _wait(process, seconds: int = 5):
+    "Until it has ended: by itself, or killed after that time."
+    try:
+        process.wait(seconds)
+    except subprocess.TimeoutExpired:
+        process.kill()
+    process.wait()
+
 # %% ../../nbs/envs/04_sandbox.ipynb #463c1e20
 class _Worker:
     "One zygote. Raises `InfraError` when it does not start."
@@ -250,9 +262,7 @@ class _Worker:
                 theirs.close()
             if select.select([self.ctl], [], [], 30)[0] and self.ctl.recv(64): return
             self.close()
-            err.seek(0)
-            words = err.read().decode(errors='replace')[-2000:].strip()
-            raise _NoStart(words or f'it ended with exit code {self.proc.returncode}')
+            raise _NoStart(_last_words(err) or f'it ended with exit code {self.proc.returncode}')
 
     def _begin(self, fd, box, warm, err):
         base = self.base or '/tmp'
@@ -268,11 +278,7 @@ class _Worker:
         "Hang up, and wait until everything inside has ended."
         self.ctl.close()
         if self.proc:
-            try:
-                self.proc.wait(5)
-            except subprocess.TimeoutExpired:
-                self.proc.kill()
-            self.proc.wait()
+            _wait(self.proc)
         if self.base and os.path.exists(self.base):
             subprocess.run([*zygote.REMOVE, self.base])
         if self.group:
