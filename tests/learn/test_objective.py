@@ -231,7 +231,6 @@ def test_metrics_by_hand():
 @pytest.mark.parametrize("o, message", [
     (dict(loss="dpo"), "loss 'dpo': one of pg, ppo"),
     (dict(loss="pg", clip_high=0.2), "clip_high=0.2: loss 'pg' has no such limit"),
-    (dict(loss="cispo", clip_low=0.2), "clip_low=0.2: loss 'cispo'"),
     (dict(clip_low=1.5), "clip_low=1.5"),
     (dict(clip_high=0), "clip_high=0"),
     (dict(clip_high=math.nan), "clip_high=nan"),
