@@ -256,7 +256,7 @@ class Trajectory(_Joined, _Record):
     """One path of segments with a reward. `reward` None means not graded (an infrastructure failure, say), never 0.
 
     `sampling` holds what the tokens were drawn with: `temperature`, truncation (`top_p`, `top_k`, `max_tokens`).
-    The paths of one episode (sub-agents, compaction) name their `session`; the reward is the session's, on each of them.
+    The paths of one episode (sub-agents, compaction) name their `session`, and each carries its reward.
     Turns must not decrease along the path. Errors: ValueError naming the field."""
     task: str                                       # task id
     segments: list[Segment]                         # in order of tokens

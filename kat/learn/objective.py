@@ -81,7 +81,8 @@ def _one_of(name, value, allowed):
 
 def _number(objective: Objective, name: str, low: float, high: float, what: str):
     value = getattr(objective, name)
-    if value is not None and (isinstance(value, bool) or not low <= value <= high): raise ValueError(f"{name}={value}: {what} expected")
+    if value is not None and (isinstance(value, bool) or not low <= value <= high):
+        raise ValueError(f"{name}={value}: {what} expected")
 
 # %% ../../nbs/learn/04_objective.ipynb #0cab017f
 def _check(objective: Objective) -> None:
@@ -94,7 +95,7 @@ def _check(objective: Objective) -> None:
     _number(objective, "clip_high", 1e-12, 1e12, "a number above 0")
     _number(objective, "dual_clip", 1 + 1e-12, 1e12, "a number above 1")
     if objective.dual_clip is not None and loss not in CLIPPED:
-        raise ValueError(f"dual_clip={objective.dual_clip}: loss {loss!r} has no clip that it could bound: leave it out")
+        raise ValueError(f"dual_clip={objective.dual_clip}: loss {loss!r} has no clip to bound: leave it out")
     for name in ("kl", "entropy"):
         _number(objective, name, 0, 1e12, "a number from 0")
     how = objective.how
@@ -143,7 +144,8 @@ def _check_mask(objective: Objective) -> None:
         if mask is None: raise ValueError(f"{name}={value!r} without mask: it would be ignored")
     if mask is None: return
     if which == "token" and objective.mask_ratio is not None:
-        raise ValueError(f"mask_ratio={objective.mask_ratio!r} with mask_unit='token': a token has one ratio: leave it out")
+        raise ValueError(f"mask_ratio={objective.mask_ratio!r} with mask_unit='token': "
+                         "a token has one ratio: leave it out")
     if UNITS.index(which) < UNITS.index(unit):
         raise ValueError(f"mask_unit={which!r} with loss {objective.loss!r}: its {unit} moves as one, "
                          "parts of it can't be left out")

@@ -26,8 +26,8 @@ from .advantage import MASK_REASONS, SessionRewards, group_advantages, is_live, 
 from .losses import leaf_counts
 from .objective import Objective, TreeLoss, merge_metrics
 from .training import (
-    adapter_settings, has_adapter, latest_checkpoint, load_finished, load_weights, lr_factor, make_optimizer,
-    merged, rng_state, save_checkpoint, save_finished, save_weights, set_rng_state, weights_checksum)
+    adapter_settings, check_adapter, has_adapter, latest_checkpoint, load_finished, load_weights, lr_factor,
+    make_optimizer, merged, rng_state, save_checkpoint, save_finished, save_weights, set_rng_state, weights_checksum)
 from ..tree.prune import Pruning, least_budget, prune, scored_by
 from ..tree.stats import model_shape
 from ..tree.trie import TokenTree
@@ -76,7 +76,8 @@ def batch_metrics(
 ) -> dict:                 # reward, solved, groups, live_groups, sessions, trajectories, masked, and masked by reason
     "Mean reward and share solved (reward at least 1) of sessions that count; how many of everything there are."
     each = [_sessions(group, overlong) for group in groups]
-    rewards, counts = (np.concatenate([np.zeros(0), *(getattr(x, name) for x in each)]) for name in ("rewards", "counts"))
+    rewards = np.concatenate([np.zeros(0), *(x.rewards for x in each)])
+    counts = np.concatenate([np.zeros(0, bool), *(x.counts for x in each)])
     graded = rewards[~np.isnan(rewards)]
     mean = lambda x: float(np.mean(x)) if len(x) else 0.0
     return {"reward": mean(graded), "solved": mean(graded >= 1), "groups": len(groups), "live_groups": int(live.sum()),
@@ -377,6 +378,7 @@ def _check_model(trainer) -> None:
     if p := max(dropouts, default=0):
         raise ValueError(f"dropout of {p}: old and new log-probs would come from different networks: "
                          "set it to 0 (an adapter's is `lora_dropout`)")
+    check_adapter(trainer.model, bool(trainer.objective.kl) and trainer.reference is None)
 
 # %% ../../nbs/learn/08_rl.ipynb #f236df9c
 def _settings(trainer) -> dict:  # what identifies a run, as plain values

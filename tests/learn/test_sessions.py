@@ -104,7 +104,8 @@ def test_weights_by_hand(options, want):
 def test_a_token_that_one_of_two_leaves_trains_counts_once():
     "As where a leaf was superseded, or a fork edited an answer, whose copy is context."
     masks = [[0, 1, 1, 1, 1], [0, 0, 0, 1], [0, 1, 1, 1]]
-    assert [x.tolist() for x in leaf_counts(IDS, masks, np.array(SESSIONS))] == [[0, 1, 1, 1, 1], [0, 1, 1, 1], [0, 1, 1, 1]]
+    counts = leaf_counts(IDS, masks, np.array(SESSIONS))
+    assert [x.tolist() for x in counts] == [[0, 1, 1, 1, 1], [0, 1, 1, 1], [0, 1, 1, 1]]
     got = Objective().weights(masks, sessions=SESSIONS, ids=IDS)
     assert [own.tolist() for own in got] == [[0] + [1 / 8] * 4, [0, 0, 0, 1 / 8], [0] + [1 / 8] * 3]
 
@@ -132,7 +133,8 @@ def objective(data, **fixed):
 def test_every_distinct_token_of_a_session_weighs_the_same(batch):
     seqs, masks, of, _ = batch
     tree = TokenTree.from_sequences(seqs)
-    trained = [{int(t) for k, own in enumerate(of) if own == s for t in tree.path(k)[np.array(masks[k])]} for s in range(3)]
+    on_tree = [tree.path(k)[np.array(mask)].tolist() for k, mask in enumerate(masks)]
+    trained = [{t for path, own in zip(on_tree, of) if own == s for t in path} for s in range(3)]
     for how, length in (("token", None), ("sequence", None), ("constant", 7)):
         weights = Objective(normalise=how, length=length).weights(masks, sessions=of, ids=seqs)
         alive = sum(map(bool, trained))
@@ -146,7 +148,7 @@ def test_every_distinct_token_of_a_session_weighs_the_same(batch):
 @few
 @given(sessions(), st.data())
 def test_one_more_leaf_over_the_same_tokens_changes_no_weight(batch, data):
-    "A client that asks for a compaction or a retry of nothing new must not make a session louder, or another one quieter."
+    "A client that compacts or retries without anything new must not make a session louder, or another one quieter."
     seqs, masks, of, _ = batch
     k = data.draw(st.integers(0, len(seqs) - 1))
     cut = data.draw(st.integers(1, len(seqs[k])))
@@ -187,8 +189,8 @@ def test_flat_and_tree_agree_on_sessions(batch, data):
     on_tree = o.prepare(tree, masks, advantages, old=tree.gather(old), turns=turns, sessions=of)
     shared = None
     if o.semantics == "node":  # sessions through each token, counted the slow way
-        through = [[len({own for path, own in zip(seqs, of) if path[:i + 1] == s[:i + 1]}) for i in range(len(s))] for s in seqs]
-        shared = [np.array(x) for x in through]
+        through = lambda start: len({own for path, own in zip(seqs, of) if path[:len(start)] == start})
+        shared = [np.array([through(s[:i + 1]) for i in range(len(s))]) for s in seqs]
     flat = o.prepare_flat(masks, advantages, old=tree.gather(old), turns=turns, shared=shared,
                           weights=o.weights(masks, turns, sessions=of, ids=seqs))
     a = flat([table[tree.path(k)][np.array(m)] for k, m in enumerate(masks)]).double() + 0 * table.sum()
@@ -242,7 +244,8 @@ def branched(model, rng, reward, name, n=3, task="t"):
 
 def mixed(model, seed=0):
     rng = np.random.default_rng(seed)
-    return [Group("t", branched(model, rng, 1.0, "a") + [episode(model, rng, 0.0)] + branched(model, rng, 0.25, "b", 2))]
+    make = lambda reward, name, n: branched(model, rng, reward, name, n)
+    return [Group("t", make(1.0, "a", 3) + [episode(model, rng, 0.0)] + make(0.25, "b", 2))]
 
 
 @pytest.mark.parametrize("spread", SPREADS)
@@ -260,7 +263,8 @@ def test_the_trainers_gradient_is_the_formulas(tmp_path, normalise, spread):
     last = [4, int(trajectories[3].mask.sum()) - first[1], 4]                         # of each leaf
     leaves = [3, 1, 2]
     size = [f + n * k for f, n, k in zip(first, last, leaves)]                        # distinct trained tokens
-    whole = {"token": [s / sum(size) for s in size], "sequence": [1 / 3] * 3, "constant": [s / 30 for s in size]}[normalise]
+    whole = {"token": [n / sum(size) for n in size], "sequence": [1 / 3] * 3, "constant": [n / 30 for n in size]}
+    whole = whole[normalise]
     loss = 0.0
     for x, s in zip(trajectories, of):
         logps = score(model, x.ids)[torch.from_numpy(x.mask[1:])]
@@ -275,9 +279,9 @@ def test_the_trainers_gradient_is_the_formulas(tmp_path, normalise, spread):
 
 
 @pytest.mark.parametrize("form", ["jsonl", "parquet"])
-@pytest.mark.parametrize("settings_", [dict(), dict(advantage="grpo", objective=Objective(normalise="sequence", tis=2.0)),
-                                       dict(advantage="batch_std", objective=Objective(spread="leaves")),
-                                       dict(minibatches=2, budget=0.7)], ids=str)
+@pytest.mark.parametrize("settings_", [
+    dict(), dict(advantage="grpo", objective=Objective(normalise="sequence", tis=2.0)),
+    dict(advantage="batch_std", objective=Objective(spread="leaves")), dict(minibatches=2, budget=0.7)], ids=str)
 def test_files_train_as_memory_does(tmp_path, form, settings_):
     a, b = tiny(), tiny()
     batch = mixed(a) + mixed(a, 1) + mixed(a, 2)
