@@ -132,7 +132,8 @@ def _check_correction(objective: Objective) -> None:
 
 # %% ../../nbs/learn/04_objective.ipynb #d354baba
 def _limits(name, limits) -> None:
-    if limits is not None and not (len(limits) == 2 and 0 <= limits[0] < 1 < limits[1]):
+    if limits is None: return
+    if not (isinstance(limits, (tuple, list)) and len(limits) == 2 and 0 <= limits[0] < 1 < limits[1]):
         raise ValueError(f"{name}={limits}: a limit below and one above 1 expected, like (0.5, 2.0)")
 
 def _check_mask(objective: Objective) -> None:
