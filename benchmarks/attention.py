@@ -1,10 +1,11 @@
 """Tree attention on a CPU, forward and forward + backward: `python benchmarks/attention.py --help`
 
-Shapes: one chain; a long prompt with 8 answers; an agent that rewrites its history (a deep comb); rollouts of a small world (hundreds
-or thousands of short nodes). Ways: this project's `segments` and `reference`; `per node`, the fused kernel once per node and run of
-ancestors, merged by log-sum-exp; PyTorch's SDPA under a dense mask, and one sequence after the other without sharing. Times are the
-best of a few repetitions (dense masks: one), in CPU seconds of this process, so that others disturb less; `first` is the first forward + backward of a
-tree, with plans to make and kernels to compile. Nothing is asserted."""
+Shapes: one chain; a long prompt with 8 answers; an agent that rewrites its history (a deep comb); rollouts of a small
+world (hundreds or thousands of short nodes). Ways: this project's `segments` and `reference`; `per node`, the fused
+kernel once per node and run of ancestors, merged by log-sum-exp; PyTorch's SDPA under a dense mask, and one sequence
+after the other without sharing. Times are the best of a few repetitions (dense masks: one), in CPU seconds of this
+process, so that others disturb less; `first` is the first forward + backward of a tree, with plans to make and kernels
+to compile. Nothing is asserted."""
 import argparse
 import time
 from pathlib import Path
@@ -44,15 +45,19 @@ def micro(tasks, rollouts=300, turns=4):
         return np.concatenate([system] + [text(key[:i+1]) for i in range(turns+1)])
     return [rollout(t) for t in range(tasks) for _ in range(rollouts)]
 
-SHAPES = {'chain 512': lambda: [new(512)], 'chain 4096': lambda: [new(4096)], 'prompt 2048 + 8 x 256': lambda: prompt(2048, 8, 256),
-          'history rewritten': lambda: comb(32, 96), 'short turns': lambda: micro(2), 'short turns, many': lambda: micro(10, 30)}
+SHAPES = {'chain 512': lambda: [new(512)],
+          'chain 4096': lambda: [new(4096)],
+          'prompt 2048 + 8 x 256': lambda: prompt(2048, 8, 256),
+          'history rewritten': lambda: comb(32, 96),
+          'short turns': lambda: micro(2),
+          'short turns, many': lambda: micro(10, 30)}
 DENSE = 'reference', 'sdpa, dense mask'  # left out above 8,192 tokens: their scores would take gigabytes
 
 flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 flash_back = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 
 class PerNode(torch.autograd.Function):
-    "The fused kernel for every node and every run of its ancestors, merged by log-sum-exp; key heads repeated beforehand."
+    "The fused kernel for every node and every run of its ancestors, merged by log-sum-exp; key heads are repeated."
     @staticmethod
     def parts(tree):
         bounds = tree.node_bounds()
@@ -63,12 +68,14 @@ class PerNode(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, q, k, v, parts):
-        out, lse = torch.empty_like(q), torch.empty(q.shape[:3], dtype=torch.promote_types(q.dtype, torch.float32))
-        for a, b, runs in parts:
-            got = [flash(q[:, :, a:b], k[:, :, lo:hi], v[:, :, lo:hi], 0.0, causal) for lo, hi, causal in runs]
-            each = torch.stack([x for _, x in got])
-            lse[:, :, a:b] = whole = each.logsumexp(0)
-            out[:, :, a:b] = sum((x - whole).exp().unsqueeze(-1)*o for (o, _), x in zip(got, each))
+        out = torch.empty_like(q)
+        lse = torch.empty(q.shape[:3], dtype=torch.promote_types(q.dtype, torch.float32))
+        for start, stop, runs in parts:
+            at = slice(start, stop)
+            got = [flash(q[:, :, at], k[:, :, lo:hi], v[:, :, lo:hi], 0.0, causal) for lo, hi, causal in runs]
+            each = torch.stack([its for _, its in got])
+            lse[:, :, at] = whole = each.logsumexp(0)
+            out[:, :, at] = sum((its - whole).exp().unsqueeze(-1)*values for (values, _), its in zip(got, each))
         ctx.save_for_backward(q, k, v, out, lse)
         ctx.parts = parts
         return out
@@ -76,31 +83,34 @@ class PerNode(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         q, k, v, out, lse = ctx.saved_tensors
-        dq, dk, dv = (torch.zeros(x.shape, dtype=lse.dtype) for x in (q, k, v))
-        for a, b, runs in ctx.parts:
-            at = slice(a, b)
+        grad_q, grad_k, grad_v = (torch.zeros(x.shape, dtype=lse.dtype) for x in (q, k, v))
+        for start, stop, runs in ctx.parts:
+            at = slice(start, stop)
             for lo, hi, causal in runs:
-                x, y, z = flash_back(grad[:, :, at], q[:, :, at], k[:, :, lo:hi], v[:, :, lo:hi], out[:, :, at], lse[:, :, at], 0.0, causal)
-                dq[:, :, at] += x
-                dk[:, :, lo:hi] += y
-                dv[:, :, lo:hi] += z
-        return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), None
+                keys, values = k[:, :, lo:hi], v[:, :, lo:hi]
+                parts = flash_back(grad[:, :, at], q[:, :, at], keys, values, out[:, :, at], lse[:, :, at], 0.0, causal)
+                grad_q[:, :, at] += parts[0]
+                grad_k[:, :, lo:hi] += parts[1]
+                grad_v[:, :, lo:hi] += parts[2]
+        return grad_q.to(q.dtype), grad_k.to(k.dtype), grad_v.to(v.dtype), None
 
 def ways(tree, args):
     "name -> attention of the tree as fn(q, k, v)"
-    D, group = args.dim, args.heads//args.kv_heads
+    scale, group = args.dim**-.5, args.heads//args.kv_heads
     layout = Layout(tree.end, tree.position, 0)
     mask, parts = dense_mask(layout) if len(tree) <= 8192 else None, list(PerNode.parts(tree))
     paths = [torch.as_tensor(tree.path(s)) for s in range(tree.n_sequences)]
     def flat(q, k, v):
         return [sdpa(*(x[:, :, p] for x in (q, k, v)), is_causal=True, enable_gqa=True) for p in paths]
-    out = {'segments': lambda q, k, v: tree_attention(q, k, v, layout, D**-.5, backend='segments'),
-           'per node': lambda q, k, v: PerNode.apply(q, k.repeat_interleave(group, 1), v.repeat_interleave(group, 1), parts),
-           'reference': lambda q, k, v: tree_attention(q, k, v, layout, D**-.5, backend='reference'),
+    def per_node(q, k, v):
+        return PerNode.apply(q, k.repeat_interleave(group, 1), v.repeat_interleave(group, 1), parts)
+    out = {'segments': lambda q, k, v: tree_attention(q, k, v, layout, scale, backend='segments'),
+           'per node': per_node,
+           'reference': lambda q, k, v: tree_attention(q, k, v, layout, scale, backend='reference'),
            'sdpa, dense mask': lambda q, k, v: sdpa(q, k, v, attn_mask=mask, enable_gqa=True),
            'sdpa, flat': flat}
     if tree.n_sequences == 1:
-        out['kat_eager'] = lambda q, k, v: causal_attention(q, k, v, D**-.5)
+        out['kat_eager'] = lambda q, k, v: causal_attention(q, k, v, scale)
         del out['per node']  # the same kernel as flat
     return {k: f for k, f in out.items() if mask is not None or k not in DENSE}
 
@@ -121,31 +131,40 @@ def clock(fn, q, k, v, up, reps):
         forward = min(once(lambda: fn(q, k, v)) for _ in range(reps))
     return forward, first if reps == 1 else min(once(both) for _ in range(reps)), first
 
+def arguments():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('--heads', type=int, default=9)
+    parser.add_argument('--kv-heads', type=int, default=3)
+    parser.add_argument('--dim', type=int, default=64)
+    parser.add_argument('--dtypes', nargs='+', default=['float32', 'bfloat16'])
+    parser.add_argument('--shapes', nargs='+', default=list(SHAPES), choices=list(SHAPES), metavar='NAME',
+                        help=', '.join(SHAPES))
+    parser.add_argument('--threads', type=int, default=1)
+    parser.add_argument('--reps', type=int, default=2)
+    return parser.parse_args()
+
+def cpu_name():
+    lines = Path('/proc/cpuinfo').read_text().splitlines()
+    return next((line.split(':')[1].strip() for line in lines if line.startswith('model name')), '?')
+
 def main():
-    a = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    a.add_argument('--heads', type=int, default=9)
-    a.add_argument('--kv-heads', type=int, default=3)
-    a.add_argument('--dim', type=int, default=64)
-    a.add_argument('--dtypes', nargs='+', default=['float32', 'bfloat16'])
-    a.add_argument('--shapes', nargs='+', default=list(SHAPES), choices=list(SHAPES), metavar='NAME', help=', '.join(SHAPES))
-    a.add_argument('--threads', type=int, default=1)
-    a.add_argument('--reps', type=int, default=2)
-    a = a.parse_args()
-    torch.set_num_threads(a.threads)
-    cpu = next((x.split(':')[1].strip() for x in Path('/proc/cpuinfo').read_text().splitlines() if x.startswith('model name')), '?')
-    print(f'{cpu}, {a.threads} thread(s), torch {torch.__version__}; {a.heads} heads, {a.kv_heads} key heads, {a.dim} numbers a head')
-    print(f'{"ms: forward, both, both first":36}' + ''.join(f'{d:>30}' for d in a.dtypes))
-    for name in a.shapes:
+    args = arguments()
+    torch.set_num_threads(args.threads)
+    print(f'{cpu_name()}, {args.threads} thread(s), torch {torch.__version__}; {args.heads} heads, '
+          f'{args.kv_heads} key heads, {args.dim} numbers a head')
+    print(f'{"ms: forward, both, both first":36}' + ''.join(f'{dtype:>30}' for dtype in args.dtypes))
+    for name in args.shapes:
         rng.bit_generator.state = np.random.default_rng(0).bit_generator.state  # the same tree whatever ran before
         tree = TokenTree.from_sequences(SHAPES[name]())
         print(f'{name}: {len(tree)} tokens in {tree.n_nodes} nodes, {tree.n_flat} flat')
         rows = {}
-        for dtype in a.dtypes:
-            make = lambda h: torch.randn(1, len(tree), h, a.dim, dtype=getattr(torch, dtype)).transpose(1, 2)
-            q, k, v, up = (make(h) for h in (a.heads, a.kv_heads, a.kv_heads, a.heads))
+        for dtype in args.dtypes:
+            def make(heads):
+                return torch.randn(1, len(tree), heads, args.dim, dtype=getattr(torch, dtype)).transpose(1, 2)
+            q, k, v, up = (make(heads) for heads in (args.heads, args.kv_heads, args.kv_heads, args.heads))
             q, k, v = (x.requires_grad_() for x in (q, k, v))
-            for way, fn in ways(tree, a).items():
-                rows.setdefault(way, []).append(clock(fn, q, k, v, up, 1 if way in DENSE else a.reps))
+            for way, fn in ways(tree, args).items():
+                rows.setdefault(way, []).append(clock(fn, q, k, v, up, 1 if way in DENSE else args.reps))
         for way, times in rows.items():
             print(f'    {way:32}' + ''.join(f'{x*1e3:10.0f}' for each in times for x in each), flush=True)
 

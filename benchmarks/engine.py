@@ -2,8 +2,8 @@
 
 A random Qwen3 of the demo's size. `decode`: one more token for every row, all at the same context; the fastest step, as
 other processes can only slow one down. `rollout`: groups of conversations with tools, ragged prompts and turns, as in a
-step of RL; transformers computes each turn's history anew, left-padded, as one must without an engine. `--serving`: agents that
-wait for nobody, continuous batching against waves. `--agreement`: the log-probs an engine reports, against
+step of RL; transformers computes each turn's history anew, left-padded, as one must without an engine. `--serving`:
+agents that wait for nobody, continuous batching against waves. `--agreement`: the log-probs an engine reports, against
 kat.compute's of the same text, on the shipped base model."""
 import argparse
 import asyncio
@@ -15,8 +15,9 @@ import torch
 from transformers import Qwen3Config, Qwen3ForCausalLM, StoppingCriteria
 from transformers.utils import logging
 
-from kat.infer import engines as engines
-from kat.infer.engines import HFEngine, Request
+from kat.infer import engines
+from kat.infer.engines import HFEngine
+from kat.infer.requests import Request
 from kat.infer.serving import HFAsyncEngine
 
 V = 1536
@@ -92,7 +93,8 @@ def rollout(way, groups, size, turns=5):
     return time.perf_counter() - begin, sampled
 
 def serving(model, dtype, groups, size, slots, turns=5):
-    "the same work for agents that wait for nobody: process seconds and tokens sampled, all at once and one turn of all after the other"
+    """the same work for agents that wait for nobody: process seconds and tokens sampled, all at once and one turn of
+    all after the other"""
     rng = np.random.default_rng(0)
     more = lambda lo, hi: rng.integers(len(STOP), V, rng.integers(lo, hi))
     system = more(80, 81)
@@ -106,7 +108,8 @@ def serving(model, dtype, groups, size, slots, turns=5):
         return n
     async def free(e):
         try:
-            return sum(await asyncio.gather(*[agent(e, i, h) for i, h in enumerate(starts)])), e.engine.stats['decode_steps']
+            tokens = await asyncio.gather(*[agent(e, i, h) for i, h in enumerate(starts)])
+            return sum(tokens), e.engine.stats['decode_steps']
         finally:
             await e.close()
     def waves(e):
@@ -121,8 +124,8 @@ def serving(model, dtype, groups, size, slots, turns=5):
         begin = time.process_time()
         n, steps = run()
         t = time.process_time() - begin
-        print(f"{name:12}{len(starts)} agents, {turns} turns, {slots} slots, {str(dtype)[6:]}: {t:.2f} process seconds, {n} tokens, "
-              f"{n/t:.0f} tok/s, {steps} steps", flush=True)
+        print(f"{name:12}{len(starts)} agents, {turns} turns, {slots} slots, {str(dtype)[6:]}: "
+              f"{t:.2f} process seconds, {n} tokens, {n/t:.0f} tok/s, {steps} steps", flush=True)
 
 def agreement(turns=64, n=64):
     "how far the sampled log-probs are from flat_logprobs"
@@ -130,18 +133,22 @@ def agreement(turns=64, n=64):
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from kat.compute.logprob import flat_logprobs
     base = Path(__file__).parents[1]/'data'/'base'
-    model, tok = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32).eval(), AutoTokenizer.from_pretrained(base)
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32).eval()
+    tok = AutoTokenizer.from_pretrained(base)
     prompt = np.array(tok.encode('def solve(xs):\n    """Return the sum of the even numbers in xs."""\n'))
     for ours in (torch.float32, torch.bfloat16):
-        cs = HFEngine(model, max_len=256, slots=turns, dtype=ours).generate([Request(prompt, n, seed=i) for i in range(turns)])
+        engine = HFEngine(model, max_len=256, slots=turns, dtype=ours)
+        cs = engine.generate([Request(prompt, n, seed=i) for i in range(turns)])
         ids = torch.tensor(np.array([np.r_[prompt, c.ids] for c in cs])).long()
         mask = torch.arange(ids.shape[1]).expand_as(ids) >= len(prompt)
         for theirs in (torch.float32, torch.bfloat16):
             with torch.no_grad():
                 lp = flat_logprobs(model, ids, mask, dtype=theirs)[0].numpy()
             d = lp - np.concatenate([c.logprobs for c in cs])
-            print(f"engine {str(ours)[6:]:9} flat_logprobs {str(theirs)[6:]:9} {d.size} tokens: mean |d| {np.abs(d).mean():.1e}, "
-                  f"99 % below {np.quantile(np.abs(d), .99):.1e}, max {np.abs(d).max():.1e}, k3 KL {(np.expm1(d) - d).mean():.1e}")
+            off, k3 = np.abs(d), (np.expm1(d) - d).mean()
+            print(f"engine {str(ours)[6:]:9} flat_logprobs {str(theirs)[6:]:9} {d.size} tokens: "
+                  f"mean |d| {off.mean():.1e}, 99 % below {np.quantile(off, .99):.1e}, max {off.max():.1e}, "
+                  f"k3 KL {k3:.1e}")
 
 def main():
     a = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)

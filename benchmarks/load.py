@@ -1,9 +1,11 @@
-"""The gateway under load, LiteLLM's proxy beside it: `make load`, or `python benchmarks/load.py` (half an hour on two idle cores)
+"""The gateway under load, LiteLLM's proxy beside it: `make load`, or `python benchmarks/load.py` (half an hour on
+two idle cores)
 
-One scripted upstream serves everybody and answers after a fixed delay: as an OpenAI endpoint to LiteLLM, with token ids in and out (vLLM's protocol) to our
-gateway. The server that is measured has a core of its own, client and upstream share another. Our gateway does all of its work: it checks the request, places
-it in its session's tree, renders and encodes what is new, and has every turn on the disk before the answer leaves. LiteLLM's runs as its documentation
-recommends for production: one worker, no database, no verbose logs, a master key; it records nothing.
+One scripted upstream serves everybody and answers after a fixed delay: as an OpenAI endpoint to LiteLLM, with token
+ids in and out (vLLM's protocol) to our gateway. The server that is measured has a core of its own, client and
+upstream share another. Our gateway does all of its work: it checks the request, places it in its session's tree,
+renders and encodes what is new, and has every turn on the disk before the answer leaves. LiteLLM's runs as its
+documentation recommends for production: one worker, no database, no verbose logs, a master key; it records nothing.
 
   direct    the client straight at the upstream: what the engine alone takes
   kat       our gateway; the upstream over HTTP, through a bare client of this benchmark's own
@@ -11,13 +13,16 @@ recommends for production: one worker, no database, no verbose logs, a master ke
   vllm      our gateway; the upstream over HTTP, through VLLMEngine (only where asked for)
   litellm   LiteLLM's proxy (`make litellm` installs it into .venv-litellm; left out where absent)
 
-Parts: `arrivals`, 64 sessions at 200 requests/s, their arrivals random, latency counted from when a request was due; `saturation`, 512 sessions without a
-pause; `streams`, the same with streamed answers; `memory`, 100,000 turns through `embedded`, whose manager may keep 128 MiB of sessions. A session is an
-agent's: a system prompt, four tools, sixteen turns of a call and its result, the whole history in every request (12 kB on average). Systems alternate within
-each repetition; intervals are the smallest and the largest of the repetitions. Overhead is a percentile less the same percentile of `direct`.
+Parts: `arrivals`, 64 sessions at 200 requests/s, their arrivals random, latency counted from when a request was due;
+`saturation`, 512 sessions without a pause; `streams`, the same with streamed answers; `memory`, 100,000 turns
+through `embedded`, whose manager may keep 128 MiB of sessions. A session is an agent's: a system prompt, four tools,
+sixteen turns of a call and its result, the whole history in every request (12 kB on average). Systems alternate
+within each repetition; intervals are the smallest and the largest of the repetitions. Overhead is a percentile less
+the same percentile of `direct`.
 
-Writes figures/load.json and figures/load.png (with `--quick`, which only checks that everything runs, nothing). Parts that are not run again stay as they are
-there, each with the command and the load average of its own run, if machine and number of sessions are the same.
+Writes figures/load.json and figures/load.png (with `--quick`, which only checks that everything runs, nothing).
+Parts that are not run again stay as they are there, each with the command and the load average of its own run, if
+machine and number of sessions are the same.
 """
 import argparse
 import asyncio
@@ -43,10 +48,15 @@ SYSTEMS = ('direct', 'kat', 'embedded', 'litellm')
 
 # --- what agents and the model say
 
-WORDS = 'the list of items is read from a file and every item is checked against its price before the total is returned'.split()
-SYSTEM = 'You fix bugs in a repository. ' + 'Read the files that matter, change as little as possible, run the tests, then submit. ' * 30
-TOOLS = [dict(type='function', function=dict(name=name, description=f'{name} something in the repository', parameters=dict(
-    type='object', properties={k: dict(type='string') for k in ('path', 'text')}, required=['path', 'text']))) for name in ('view', 'edit', 'run', 'submit')]
+WORDS = ('the list of items is read from a file and every item is checked against its price before the total '
+         'is returned').split()
+ADVICE = 'Read the files that matter, change as little as possible, run the tests, then submit. '
+SYSTEM = 'You fix bugs in a repository. ' + ADVICE * 30
+ARGUMENTS = dict(type='object', properties=dict(path=dict(type='string'), text=dict(type='string')),
+                 required=['path', 'text'])
+TOOLS = [dict(type='function', function=dict(
+    name=name, description=f'{name} something in the repository', parameters=ARGUMENTS))
+    for name in ('view', 'edit', 'run', 'submit')]
 
 
 def _said(i):
@@ -62,7 +72,8 @@ RESULTS = ['\n'.join(' '.join(random.Random(100 * i + j).choices(WORDS, k=10)) f
 def script_ids(tokenizer):
     "The script as token ids."
     end = tokenizer.eos_token_id
-    return [[*tokenizer.encode(f'{text}<tool_call>view {path} {more}</tool_call>', add_special_tokens=False), end] for text, path, more in SCRIPT]
+    return [[*tokenizer.encode(f'{text}<tool_call>view {path} {more}</tool_call>', add_special_tokens=False), end]
+            for text, path, more in SCRIPT]
 
 
 def tokenizer():
@@ -130,7 +141,8 @@ class Upstream(Wire):
     def on_message(self, head, body):
         path = head.split(b' ', 2)[1]
         if path.startswith(b'/v1/models'): return self.json(dict(data=[dict(id='scripted', max_model_len=2**20)]))
-        if path.startswith(b'/server_info'): return self.json(dict(vllm_config=dict(model_config=dict(logprobs_mode='raw_logprobs'))))
+        if path.startswith(b'/server_info'):
+            return self.json(dict(vllm_config=dict(model_config=dict(logprobs_mode='raw_logprobs'))))
         Upstream.n += 1
         stream = b'"stream": true' in body or b'"stream":true' in body
         kind = self.tokens if path.startswith(b'/inference') else self.chunks if stream else self.answer
@@ -157,18 +169,22 @@ class Upstream(Wire):
         self.send(b''.join(out) + b'0\r\n\r\n')
 
     def call(self, i):
-        return dict(id=f'call_{Upstream.n}', type='function', function=dict(name='view', arguments=json.dumps(dict(path=SCRIPT[i][1], text=SCRIPT[i][2]))))
+        return dict(id=f'call_{Upstream.n}', type='function',
+                    function=dict(name='view', arguments=json.dumps(dict(path=SCRIPT[i][1], text=SCRIPT[i][2]))))
 
     def answer(self, i):
         m, n = dict(role='assistant', content=SCRIPT[i][0], tool_calls=[self.call(i)]), len(Upstream.ids[i])
-        self.json(dict(id=f'chatcmpl-{Upstream.n}', object='chat.completion', created=1, model='scripted', usage=dict(prompt_tokens=1, completion_tokens=n, total_tokens=n + 1),
+        self.json(dict(id=f'chatcmpl-{Upstream.n}', object='chat.completion', created=1, model='scripted',
+                       usage=dict(prompt_tokens=1, completion_tokens=n, total_tokens=n + 1),
                        choices=[dict(index=0, message=m, finish_reason='tool_calls')]))
 
     def chunks(self, i):
         head = dict(id=f'chatcmpl-{Upstream.n}', object='chat.completion.chunk', created=1, model='scripted')
         chunk = lambda delta, reason=None: head | dict(choices=[dict(index=0, delta=delta, finish_reason=reason)])
         text, step = SCRIPT[i][0], -(-len(SCRIPT[i][0]) // PIECES)
-        deltas = [dict(role='assistant', content=''), *(dict(content=text[k:k + step]) for k in range(0, len(text), step)), dict(tool_calls=[self.call(i) | dict(index=0)])]
+        deltas = [dict(role='assistant', content=''),
+                  *(dict(content=text[k:k + step]) for k in range(0, len(text), step)),
+                  dict(tool_calls=[self.call(i) | dict(index=0)])]
         self.events([*map(chunk, deltas), chunk({}, 'tool_calls')])
 
     def tokens(self, i):
@@ -177,7 +193,9 @@ class Upstream(Wire):
         for k in range(0, len(ids), step):
             part = ids[k:k + step]
             last = k + step >= len(ids)
-            out.append(dict(choices=[dict(token_ids=part, logprobs=dict(content=[dict(token_id=t, logprob=-.5) for t in part]), finish_reason='stop' if last else None)]))
+            logprobs = dict(content=[dict(token_id=t, logprob=-.5) for t in part])
+            choice = dict(token_ids=part, logprobs=logprobs, finish_reason='stop' if last else None)
+            out.append(dict(choices=[choice]))
         self.events(out)
 
 
@@ -195,9 +213,14 @@ class WireEngine:
 
     async def generate(self, request, on_token=None):
         from kat.infer.vllm import Chunks, sampling_params
-        body = json.dumps(dict(model='scripted', token_ids=request.ids.tolist(), sampling_params=sampling_params(request), stream=True)).encode()
-        wire = self.free.pop() if self.free else (await asyncio.get_running_loop().create_connection(Wire, '127.0.0.1', self.port))[1]
-        _, events = await wire.ask(b'POST /inference/v1/generate HTTP/1.1\r\nhost: engine\r\ncontent-length: %d\r\n\r\n%b' % (len(body), body))
+        body = json.dumps(dict(model='scripted', token_ids=request.ids.tolist(),
+                               sampling_params=sampling_params(request), stream=True)).encode()
+        if self.free:
+            wire = self.free.pop()
+        else:
+            _, wire = await asyncio.get_running_loop().create_connection(Wire, '127.0.0.1', self.port)
+        head = b'POST /inference/v1/generate HTTP/1.1\r\nhost: engine\r\ncontent-length: %d\r\n\r\n' % len(body)
+        _, events = await wire.ask(head + body)
         self.free.append(wire)
         out = Chunks(self.version)
         for line in events.split(b'\n'):
@@ -225,7 +248,8 @@ async def serve_kat(port, store, upstream, megabytes):
         engine = ScriptEngine(lambda r: ids[next(count) % len(ids)], tok, delay=float(where))
     kept = Store(store)
     try:
-        await serve(Gateway(engine, tok, kept, 2**20, keys={KEY: 'load'}, manager=Manager(megabytes * 2**20)), '127.0.0.1', port, print)
+        await serve(Gateway(engine, tok, kept, 2**20, keys={KEY: 'load'}, manager=Manager(megabytes * 2**20)),
+                    '127.0.0.1', port, print)
     finally:
         kept.close()
 
@@ -245,11 +269,13 @@ class Agent:
             self.turn, self.number = 0, next(Agent.numbers)
             self.name = f'{self.tag}-{self.number}'
             head = dict(model='kat', tools=TOOLS, stream=self.stream, max_tokens=512)
-            self.parts = [json.dumps(head).encode()[:-1] + b', "messages": [', json.dumps(dict(role='system', content=SYSTEM)).encode(), b', ',
+            self.parts = [json.dumps(head).encode()[:-1] + b', "messages": [',
+                          json.dumps(dict(role='system', content=SYSTEM)).encode(), b', ',
                           json.dumps(dict(role='user', content=f'Fix issue {self.name}.')).encode()]
         body = b''.join(self.parts) + b']}'
-        return (f'POST /v1/chat/completions HTTP/1.1\r\nhost: 127.0.0.1:{self.port}\r\nauthorization: Bearer {KEY}\r\nx-kat-session: {self.name}\r\n'
-                f'content-type: application/json\r\ncontent-length: {len(body)}\r\n\r\n').encode() + body
+        head = ('POST /v1/chat/completions HTTP/1.1', f'host: 127.0.0.1:{self.port}', f'authorization: Bearer {KEY}',
+                f'x-kat-session: {self.name}', 'content-type: application/json', f'content-length: {len(body)}', '', '')
+        return '\r\n'.join(head).encode() + body
 
     async def step(self):
         "Ask, and take the answer into the history. RuntimeError for anything but an answer with its call."
@@ -259,7 +285,8 @@ class Agent:
         if not head.startswith(b'http/1.1 200'): raise RuntimeError(f'{head[:40]!r} {body[:300]!r}')
         m = _from_events(body) if self.stream else json.loads(body)['choices'][0]['message']
         if not m.get('tool_calls'): raise RuntimeError(f'an answer without its call: {body[:300]!r}')
-        result = dict(role='tool', tool_call_id=m['tool_calls'][0]['id'], content=RESULTS[(self.number + 7 * self.turn) % len(RESULTS)])
+        result = dict(role='tool', tool_call_id=m['tool_calls'][0]['id'],
+                      content=RESULTS[(self.number + 7 * self.turn) % len(RESULTS)])
         for x in (dict(role='assistant', content=m['content'], tool_calls=m['tool_calls']), result):
             self.parts += [b', ', json.dumps(x).encode()]
         self.turn += 1
@@ -338,16 +365,20 @@ class Servers:
         self.port, self.pid, me = {}, {}, [sys.executable, __file__]
         core, other = cores if len(cores) > 1 else (None, None)
         up = self.port['direct'] = free_port()
-        self.pid['direct'] = stack.enter_context(process([*me, 'serve-upstream', up, delay], up, other, tmp / 'upstream.log')).pid
+        upstream = process([*me, 'serve-upstream', up, delay], up, other, tmp / 'upstream.log')
+        self.pid['direct'] = stack.enter_context(upstream).pid
         for name in systems:
             if name == 'direct': continue
             port = self.port[name] = free_port()
             if name == 'litellm':
                 (tmp / 'litellm.yaml').write_text(LITELLM.format(port=up, key=KEY))
-                cmd = [PYTHON.parent / 'litellm', '--config', tmp / 'litellm.yaml', '--host', '127.0.0.1', '--port', port, '--num_workers', 1]
-                env = dict(LITELLM_MODE='PRODUCTION', LITELLM_LOG='ERROR', LITELLM_LOCAL_MODEL_COST_MAP='True', PYTHONPATH='', PATH=f'{PYTHON.parent}:{os.environ["PATH"]}')
+                cmd = [PYTHON.parent / 'litellm', '--config', tmp / 'litellm.yaml', '--host', '127.0.0.1', '--port',
+                       port, '--num_workers', 1]
+                env = dict(LITELLM_MODE='PRODUCTION', LITELLM_LOG='ERROR', LITELLM_LOCAL_MODEL_COST_MAP='True',
+                           PYTHONPATH='', PATH=f'{PYTHON.parent}:{os.environ["PATH"]}')
             else:
-                cmd, env = [*me, 'serve-kat', port, tmp / f'{name}.db', f'{name}={delay if name == "embedded" else up}', 128], {}
+                cmd, env = [*me, 'serve-kat', port, tmp / f'{name}.db', f'{name}={delay if name == "embedded" else up}',
+                            128], {}
             self.pid[name] = stack.enter_context(process(cmd, port, core, tmp / f'{name}.log', **env)).pid
 
 
@@ -369,7 +400,8 @@ class Tally:
         if not (xs := sorted(self.taken)):
             sys.exit(f'no answer within {self.seconds:.0f} s: too busy a machine, or give more --seconds')
         at = lambda q: 1000 * xs[min(len(xs) - 1, int(q * len(xs)))]
-        return dict(requests=len(xs), rate=len(xs) / self.seconds, p50=at(.5), p99=at(.99), cpu_ms=1000 * self.cpu / len(xs), megabytes=megabytes(self.pid))
+        return dict(requests=len(xs), rate=len(xs) / self.seconds, p50=at(.5), p99=at(.99),
+                    cpu_ms=1000 * self.cpu / len(xs), megabytes=megabytes(self.pid))
 
 
 async def saturate(servers, name, seconds, agents=512, stream=False):
@@ -431,7 +463,8 @@ async def arrive(servers, name, seconds, agents=64, rate=200):
 
 async def remember(servers, turns, agents=512):
     "So many turns through `embedded`: its memory, a hundred times on the way."
-    pid, left, seen, team = servers.pid['embedded'], iter(range(turns)), [], [Agent(servers.port['embedded'], False, 'memory') for _ in range(agents)]
+    pid, left, seen = servers.pid['embedded'], iter(range(turns)), []
+    team = [Agent(servers.port['embedded'], False, 'memory') for _ in range(agents)]
     cpu, began = cpu_seconds(pid), time.perf_counter()
 
     async def work(a):
@@ -443,13 +476,15 @@ async def remember(servers, turns, agents=512):
     for a in team:
         a.close()
     seconds = time.perf_counter() - began
-    return dict(turns=turns, seconds=seconds, rate=turns / seconds, cpu_ms=1000 * (cpu_seconds(pid) - cpu) / turns, megabytes=sorted(seen))
+    return dict(turns=turns, seconds=seconds, rate=turns / seconds, cpu_ms=1000 * (cpu_seconds(pid) - cpu) / turns,
+                megabytes=sorted(seen))
 
 
 # --- the report
 
 def interval(rows, key):
-    return dict(mid=statistics.median(r[key] for r in rows), low=min(r[key] for r in rows), high=max(r[key] for r in rows))
+    return dict(mid=statistics.median(r[key] for r in rows), low=min(r[key] for r in rows),
+                high=max(r[key] for r in rows))
 
 
 def summary(runs):
@@ -466,10 +501,13 @@ def summary(runs):
 def table(part, by):
     "One part as text."
     one = lambda x, digits: f'{x["mid"]:.{digits}f} [{x["low"]:.{digits}f}, {x["high"]:.{digits}f}]'
-    head = f'{part:10} {"requests/s":>22} {"p50 ms":>22} {"p99 ms":>24} {"p50 over direct":>20} {"CPU ms":>18} {"MB":>6}'
-    lines = [f'{n:10} {one(r["rate"], 0):>22} {one(r["p50"], 1):>22} {one(r["p99"], 1):>24} {one(r["over_p50"], 1) if "over_p50" in r else "":>20} '
-             f'{one(r["cpu_ms"], 2):>18} {r["megabytes"]["high"]:6.0f}' for n, r in by.items()]
-    return '\n'.join([head, *lines])
+    head = (f'{part:10} {"requests/s":>22} {"p50 ms":>22} {"p99 ms":>24} {"p50 over direct":>20} {"CPU ms":>18} '
+            f'{"MB":>6}')
+    def line(name, r):
+        over = one(r['over_p50'], 1) if 'over_p50' in r else ''
+        return (f'{name:10} {one(r["rate"], 0):>22} {one(r["p50"], 1):>22} {one(r["p99"], 1):>24} {over:>20} '
+                f'{one(r["cpu_ms"], 2):>18} {r["megabytes"]["high"]:6.0f}')
+    return '\n'.join([head, *(line(name, r) for name, r in by.items())])
 
 
 def flatness(m):
@@ -484,7 +522,8 @@ def bars(ax, columns, title):
     systems = list(dict.fromkeys(n for by in columns.values() for n in by))
     for j, (label, by) in enumerate(columns.items()):
         at, xs = [i + .4 * (j - .5) for i, n in enumerate(systems) if n in by], [by[n] for n in systems if n in by]
-        ax.bar(at, [x['mid'] for x in xs], .38, yerr=[[x['mid'] - x['low'] for x in xs], [x['high'] - x['mid'] for x in xs]], capsize=3, label=label)
+        ax.bar(at, [x['mid'] for x in xs], .38,
+               yerr=[[x['mid'] - x['low'] for x in xs], [x['high'] - x['mid'] for x in xs]], capsize=3, label=label)
     ax.set(xticks=range(len(systems)), xticklabels=systems, title=title)
     if columns:
         ax.legend(fontsize=8)
@@ -496,15 +535,19 @@ def draw(result):
     from kat.core.figures import save_figure
     sns.set_theme(style='whitegrid')
     fig, axes = plt.subplots(1, 2 + ('memory' in result), figsize=(8 + 4 * ('memory' in result), 3.6))
-    bars(axes[0], {p: {n: r['rate'] for n, r in result[p].items() if n != 'direct'} for p in ('saturation', 'streams') if p in result}, f'requests/s, {result["sessions"]} sessions')
-    bars(axes[1], {q: {n: r[q] for n, r in result['arrivals'].items()} for q in ('p50', 'p99') if 'arrivals' in result}, 'latency at 200 requests/s (ms)')
+    bars(axes[0], {p: {n: r['rate'] for n, r in result[p].items() if n != 'direct'}
+                   for p in ('saturation', 'streams') if p in result}, f'requests/s, {result["sessions"]} sessions')
+    bars(axes[1], {q: {n: r[q] for n, r in result['arrivals'].items()} for q in ('p50', 'p99') if 'arrivals' in result},
+         'latency at 200 requests/s (ms)')
     axes[1].set_yscale('log')
     if 'memory' in result:
         axes[2].plot(*zip(*result['memory']['megabytes']))
         axes[2].set(title='resident memory of the gateway (MB)', xlabel='turns', ylim=(0, None))
     fig.tight_layout()
-    caption = f'The gateway under load ({result["machine"]}); bars: medians of the repetitions, whiskers: smallest and largest; figures/load.json holds the numbers.'
-    save_figure(fig, ROOT / 'figures/load.png', caption, '; '.join(dict.fromkeys(h['command'] for h in result['how'].values())))
+    caption = (f'The gateway under load ({result["machine"]}); bars: medians of the repetitions, whiskers: smallest '
+               'and largest; figures/load.json holds the numbers.')
+    save_figure(fig, ROOT / 'figures/load.png', caption,
+                '; '.join(dict.fromkeys(h['command'] for h in result['how'].values())))
 
 
 def main():
@@ -513,9 +556,11 @@ def main():
     parser.add_argument('--systems', default='direct,kat,embedded,litellm')
     parser.add_argument('--sessions', type=int, default=512, help='at a time, in all parts but arrivals')
     parser.add_argument('--repeat', type=int, default=3)
-    parser.add_argument('--seconds', type=float, default=30, help='of measurement in a repetition, after half of it to warm up')
+    parser.add_argument('--seconds', type=float, default=30,
+                        help='of measurement in a repetition, after half of it to warm up')
     parser.add_argument('--turns', type=int, default=100_000, help='of the memory part')
-    parser.add_argument('--delay', type=float, default=.05, help='seconds that the upstream takes; none in the memory part')
+    parser.add_argument('--delay', type=float, default=.05,
+                        help='seconds that the upstream takes; none in the memory part')
     parser.add_argument('--quick', action='store_true')
     args = parser.parse_args()
     parts, systems = args.parts.split(','), args.systems.split(',')
@@ -527,9 +572,10 @@ def main():
     if args.quick:
         args.repeat, args.seconds, args.turns, args.sessions = 1, 4, 400, 16
     cores = sorted(os.sched_getaffinity(0))
-    result = _kept(dict(machine=f'{_cpu()}, {len(cores)} cores, Python {platform.python_version()}', sessions=args.sessions, delay=args.delay,
-                        litellm=_version() if PYTHON.exists() else None))
-    how = dict(command='python ' + ' '.join(sys.argv), load=os.getloadavg()[0], repetitions=args.repeat, seconds=args.seconds)
+    result = _kept(dict(machine=f'{_cpu()}, {len(cores)} cores, Python {platform.python_version()}',
+                        sessions=args.sessions, delay=args.delay, litellm=_version() if PYTHON.exists() else None))
+    how = dict(command='python ' + ' '.join(sys.argv), load=os.getloadavg()[0], repetitions=args.repeat,
+               seconds=args.seconds)
     if len(cores) > 1:
         os.sched_setaffinity(0, {cores[1]})
     home = ROOT / 'data/runs'
@@ -556,10 +602,12 @@ def run_part(part, args, systems, tmp, cores):
         if part == 'memory':
             out = asyncio.run(remember(servers, args.turns, args.sessions))
             out['flatness'] = flatness(out)
-            print(f'memory: {out["turns"]} turns in {out["seconds"]:.0f} s, {out["cpu_ms"]:.2f} ms of CPU each; {out["megabytes"][-1][1]:.0f} MB at the end, '
+            print(f'memory: {out["turns"]} turns in {out["seconds"]:.0f} s, {out["cpu_ms"]:.2f} ms of CPU each; '
+                  f'{out["megabytes"][-1][1]:.0f} MB at the end, '
                   f'second half over second quarter: {out["flatness"]:.3f}', flush=True)
             return out
-        work = dict(arrivals=lambda n: arrive(servers, n, args.seconds), saturation=lambda n: saturate(servers, n, args.seconds, args.sessions),
+        work = dict(arrivals=lambda n: arrive(servers, n, args.seconds),
+                    saturation=lambda n: saturate(servers, n, args.seconds, args.sessions),
                     streams=lambda n: saturate(servers, n, args.seconds, args.sessions, True))[part]
         runs = {n: [] for n in names}
         for _ in range(args.repeat):
@@ -569,14 +617,18 @@ def run_part(part, args, systems, tmp, cores):
     print(table(part, out), flush=True)
     for ours in ('kat', 'embedded'):
         if part != 'arrivals' and ours in out and 'litellm' in out:
-            print(f'{ours}: {out[ours]["rate"]["mid"] / out["litellm"]["rate"]["mid"]:.1f} times the requests/s of LiteLLM')
+            ratio = out[ours]['rate']['mid'] / out['litellm']['rate']['mid']
+            print(f'{ours}: {ratio:.1f} times the requests/s of LiteLLM')
     return out
 
 
 def _cpu():
-    return next((x.partition(': ')[2] for x in Path('/proc/cpuinfo').read_text().splitlines() if x.startswith('model name')), platform.machine())
+    return next(
+        (x.partition(': ')[2] for x in Path('/proc/cpuinfo').read_text().splitlines() if x.startswith('model name')),
+        platform.machine())
 def _version():
-    return subprocess.run([PYTHON, '-c', 'from importlib.metadata import version; print(version("litellm"))'], capture_output=True, text=True, check=True).stdout.strip()
+    return subprocess.run([PYTHON, '-c', 'from importlib.metadata import version; print(version("litellm"))'],
+                          capture_output=True, text=True, check=True).stdout.strip()
 
 
 if __name__ == '__main__':

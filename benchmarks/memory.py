@@ -1,9 +1,10 @@
-"""Peak memory of a tree's forward and backward against the tree's size: `python benchmarks/memory.py --out figures` (two minutes on one core).
+"""Peak memory of a tree's forward and backward against the tree's size: `python benchmarks/memory.py --out figures`
+(two minutes on one core).
 
-Live tensor bytes, counted at every operation, above what was there before (weights and gradients included there): the same numbers on every machine.
-Trees of one path length and 4 to 64 paths' worth of tokens, in packs of a quarter path, once computed again for their backward (the default) and once not.
-Beside them one path of 64 packs, and a comb 5,000 nodes deep: a stem with a leaf of one token at every token.
-"""
+Live tensor bytes, counted at every operation, above what was there before (weights and gradients included there): the
+same numbers on every machine. Trees of one path length and 4 to 64 paths' worth of tokens, in packs of a quarter path,
+once computed again for their backward (the default) and once not. Beside them one path of 64 packs, and a comb 5,000
+nodes deep: a stem with a leaf of one token at every token."""
 import argparse
 import weakref
 from pathlib import Path
@@ -33,7 +34,8 @@ class PeakMemory(TorchDispatchMode):
 
     def _see(self, storage, inputs):
         key = storage._cdata
-        if key in self.known or any(isinstance(x, torch.Tensor) and x.untyped_storage()._cdata == key for x in inputs): return
+        if key in self.known: return
+        if any(isinstance(x, torch.Tensor) and x.untyped_storage()._cdata == key for x in inputs): return
         self.known.add(key)
         size = storage.nbytes()
         self.live += size
@@ -59,21 +61,22 @@ def paths_tree(path: int, paths: float, seed: int = 0, vocab: int = 500) -> Toke
 
 def peak_of(model, tree, max_tokens, recompute=True) -> int:
     model.zero_grad(set_to_none=False)
-    with PeakMemory() as m:
+    with PeakMemory() as memory:
         TreeEngine(model, max_tokens=max_tokens, recompute=recompute).forward_backward(tree, lambda e: -e.logprob.sum())
-    return m.peak
+    return memory.peak
 
 
 def small_model() -> Qwen3ForCausalLM:
     torch.manual_seed(0)
-    model = Qwen3ForCausalLM(Qwen3Config(vocab_size=500, hidden_size=64, intermediate_size=192, num_hidden_layers=3, num_attention_heads=4,
-                                         num_key_value_heads=2, head_dim=16, max_position_embeddings=10**5))
+    model = Qwen3ForCausalLM(Qwen3Config(
+        vocab_size=500, hidden_size=64, intermediate_size=192, num_hidden_layers=3, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=16, max_position_embeddings=10**5))
     sum(p.sum() for p in model.parameters()).backward()  # gradients exist from now on
     return model
 
 
 def comb(depth: int, seed: int = 0, vocab: int = 500) -> TokenTree:
-    "A stem of `depth` nodes of one token, each with a leaf beside the next: the deepest branching that so many sequences have."
+    "A stem of `depth` nodes of one token, each with a leaf beside the next: the deepest branching there is."
     ids = np.random.default_rng(seed).integers(0, vocab, depth)
     return TokenTree.from_sequences([np.append(ids[:i], (ids[i] + 1) % vocab) for i in range(1, depth)] + [ids])
 
@@ -88,13 +91,16 @@ def figure(rows, path, folder):
     ax.axhspan(0.9 * rows[0][2], 1.1 * rows[0][2], color="0.9", label="±10 % of the first")
     ax.plot(x, [r[3] for r in rows], "s--", label="graphs kept (recompute=False)")
     ax.plot(x, [r[2] for r in rows], "o-", label="packs computed again (default)")
-    ax.set(xscale="log", yscale="log", xticks=x, xticklabels=[f"{n}\n{r[1]:,}" for n, r in zip(x, rows)], xlabel="paths' worth of tokens, tokens", ylabel="peak memory, MB",
+    ax.set(xscale="log", yscale="log", xticks=x, xticklabels=[f"{n}\n{r[1]:,}" for n, r in zip(x, rows)],
+           xlabel="paths' worth of tokens, tokens", ylabel="peak memory, MB",
            title=f"Peak above the model's own, paths of {path} tokens")
     ax.minorticks_off()
     ax.set(yticks=(2, 5, 10, 20, 50, 100, 200), yticklabels=(2, 5, 10, 20, 50, 100, 200), ylim=(2, 250))
     ax.legend(fontsize=9)
     fig.tight_layout()
-    save_figure(fig, folder / "tree_memory.png", f"Most bytes of tensors alive at once in a tree's forward and backward, paths of {path} tokens, packs of {path // 4}.", "python benchmarks/memory.py --out figures")
+    caption = ("Most bytes of tensors alive at once in a tree's forward and backward, "
+               f"paths of {path} tokens, packs of {path // 4}.")
+    save_figure(fig, folder / "tree_memory.png", caption, "python benchmarks/memory.py --out figures")
 
 
 if __name__ == "__main__":
@@ -106,12 +112,15 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     for paths in (4, 16, 64):
         tree = paths_tree(path, paths)
-        rows.append((paths, len(tree), *(peak_of(model, tree, path // 4, again) / 1e6 for again in (True, False))))
+        peaks = [peak_of(model, tree, path // 4, again) / 1e6 for again in (True, False)]
+        rows.append((paths, len(tree), *peaks))
         print(rows[-1], flush=True)
     lines = ["| tree | tokens | peak, MB | without recompute, MB |", "|---|---|---|---|"]
-    lines += [f"| {n} paths' worth, branches at random depths | {tokens:,} | {again:.1f} | {kept:.1f} |" for n, tokens, again, kept in rows]
+    lines += [f"| {n} paths' worth, branches at random depths | {tokens:,} | {again:.1f} | {kept:.1f} |"
+              for n, tokens, again, kept in rows]
     chain = TokenTree.from_sequences([np.random.default_rng(0).integers(0, 500, 16 * path)])
-    for name, tree in ((f"one path of 64 packs ({16 * path:,} tokens)", chain), ("a comb 5,000 nodes deep", comb(5000))):
+    others = {f"one path of 64 packs ({16 * path:,} tokens)": chain, "a comb 5,000 nodes deep": comb(5000)}
+    for name, tree in others.items():
         lines.append(f"| {name} | {len(tree):,} | {peak_of(model, tree, path // 4) / 1e6:.1f} | – |")
     table = "\n".join(lines) + "\n"
     print(f"\n{table}\ntorch {torch.__version__}; paths of {path} tokens, packs of {path // 4}")

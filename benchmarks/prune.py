@@ -1,7 +1,7 @@
 """Time pruning on this machine: `python benchmarks/prune.py` (a few seconds)
 
 80 rollouts of 80 turns that part ways early: about ten thousand units. Then the two extremes: a chain of units of one
-token, and a root with ten thousand children. Each line is the fastest of five; others on the machine only slow it down."""
+token, and a root with ten thousand children. Each line is the fastest of five; others only slow it down."""
 import time
 
 import numpy as np
@@ -23,12 +23,14 @@ def rollouts(K=80, turns=80, call=12, result=20, prompt=100):
         rows.append(np.concatenate([np.arange(prompt), own.ravel()]))
     tree = TokenTree.from_sequences(rows)
     later, inside = tree.position >= prompt, (tree.position - prompt) % (call + result)
-    return facts(tree, later & (inside < call), later & ((inside == 0) | (inside == call)), later & (inside >= call))
+    cuts = later & ((inside == 0) | (inside == call))
+    return facts(tree, later & (inside < call), cuts, later & (inside >= call))
 
 
 def facts(tree, trainable, cuts=None, event=None):
     n = len(tree)
-    return TokenFacts(tree, trainable, rng.exponential(size=n), rng.normal(size=n), -rng.exponential(size=n), 1 + 1e-3 * tree.position, cuts, event)
+    entropy, weight, logprob = rng.exponential(size=n), rng.normal(size=n), -rng.exponential(size=n)
+    return TokenFacts(tree, trainable, entropy, weight, logprob, 1 + 1e-3 * tree.position, cuts, event)
 
 
 def show(f, ways):
@@ -42,9 +44,10 @@ def show(f, ways):
         print(f'  {name:20} {min(spent):.3f} s', flush=True)
 
 
+some = 'gradient', 'entropy', 'density'
 extra = {'horvitz_thompson': Pruning(correction='horvitz_thompson'), 'window 64': Pruning(window=64)}
 show(rollouts(), {p: Pruning(p) for p in POLICIES} | extra)
 chain = TokenTree.from_sequences([np.arange(10_000)])
-show(facts(chain, chain.position > 0, np.ones(len(chain), bool)), {p: Pruning(p) for p in ('gradient', 'entropy', 'density')} | extra)
+show(facts(chain, chain.position > 0, np.ones(len(chain), bool)), {p: Pruning(p) for p in some} | extra)
 star = TokenTree.from_sequences([[0, i] for i in range(10_000)])
-show(facts(star, star.position > 0), {p: Pruning(p) for p in ('gradient', 'entropy', 'density')} | extra)
+show(facts(star, star.position > 0), {p: Pruning(p) for p in some} | extra)

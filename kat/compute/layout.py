@@ -41,7 +41,8 @@ def _check_layout(end, position, m):
     if not 0 <= m < size: raise ValueError(f"layout: n_past {m} of {size} tokens: at least one new token must follow")
     low = np.maximum(np.arange(size), m)  # its own index, or the boundary's last
     if len(bad := np.flatnonzero((end <= low) | (end > size))):
-        raise ValueError(f"layout: end[{bad[0]}] = {end[bad[0]]}: {low[bad[0]] + 1} … {size} expected, in key coordinates")
+        worst = bad[0]
+        raise ValueError(f"layout: end[{worst}] = {end[worst]}: {low[worst] + 1} … {size} expected, in key coordinates")
     if (np.diff(end[:m]) > 0).any() or (np.diff(position[:m]) <= 0).any():
         raise ValueError("layout: the boundary must be one path, root first: end falls, position rises")
 
@@ -53,9 +54,9 @@ def dense_mask(
 ) -> torch.Tensor:  # bool [n, m+n], True where the query sees the key
     "The mask as a matrix, for the reference and for pictures."
     end, position = (torch.as_tensor(x, device=device) for x in (layout.end, layout.position))
-    j = torch.arange(layout.m + layout.n, device=device)
-    r = j[layout.m:, None]
-    seen = (j <= r) & (r < end)
+    key = torch.arange(layout.m + layout.n, device=device)
+    query = key[layout.m:, None]
+    seen = (key <= query) & (query < end)
     return seen if window is None else seen & (position[layout.m:, None] - position < window)
 
 # %% ../../nbs/compute/02_layout.ipynb #d1265fe9
@@ -66,14 +67,15 @@ def visible_blocks(
     window: int | None = None,  # see `tree_attention`
 ) -> tuple[np.ndarray, np.ndarray]:  # bool [query blocks, key blocks], twice
     "Which blocks of keys each block of queries must look at, and which of these it sees whole, without a mask."
-    size, r = layout.m + layout.n, np.arange(layout.m, layout.m + layout.n, rows)
-    last, j = np.minimum(r + rows, size) - 1, np.arange(0, size, columns)
-    low, high = np.minimum.reduceat(layout.end, j), np.maximum.reduceat(layout.end, j)
-    some = (j <= last[:, None]) & (high > r[:, None])
-    whole = (j + columns - 1 <= r[:, None]) & (low > last[:, None])
+    size = layout.m + layout.n
+    first, keys = np.arange(layout.m, size, rows), np.arange(0, size, columns)  # where blocks begin
+    last = np.minimum(first + rows, size) - 1
+    low, high = np.minimum.reduceat(layout.end, keys), np.maximum.reduceat(layout.end, keys)
+    some = (keys <= last[:, None]) & (high > first[:, None])
+    whole = (keys + columns - 1 <= first[:, None]) & (low > last[:, None])
     if window is not None:
-        pos, mine = layout.position, layout.position[layout.m:]
-        least, most = (f.reduceat(mine, r - layout.m)[:, None] for f in (np.minimum, np.maximum))
-        some &= least - np.maximum.reduceat(pos, j) < window
-        whole &= most - np.minimum.reduceat(pos, j) < window
+        depth, own = layout.position, layout.position[layout.m:]
+        least, most = (f.reduceat(own, first - layout.m)[:, None] for f in (np.minimum, np.maximum))
+        some &= least - np.maximum.reduceat(depth, keys) < window
+        whole &= most - np.minimum.reduceat(depth, keys) < window
     return some, whole & some

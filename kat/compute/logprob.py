@@ -15,7 +15,6 @@ import numpy as np
 import torch
 from torch.func import functional_call
 from torch.nn import functional as F
-from transformers import PreTrainedModel
 
 from .forward import attends_to_trees, cast_weights, causal_model, check_model, check_tree, run_pack
 from ..tree.partition import Pack, partition
@@ -52,7 +51,7 @@ def pad_rows(
 
 # %% ../../nbs/compute/06_logprob.ipynb #2b396bb9
 def hidden_states(
-    model: PreTrainedModel,          # a decoder with a language-model head
+    model: torch.nn.Module,          # a Hugging Face decoder with a language-model head
     ids: torch.Tensor,               # [B, L] int64, padded on the right
     dtype: torch.dtype | None = None,  # compute in this dtype; None: the weights' own
 ) -> torch.Tensor:                   # [B, L, hidden], final states; those of padding mean nothing
@@ -60,16 +59,17 @@ def hidden_states(
     return functional_call(model.base_model, cast_weights(model, dtype), (ids,), {"use_cache": False}).last_hidden_state
 
 # %% ../../nbs/compute/06_logprob.ipynb #3e320cff
-SLICE = 2 ** 24  # so many probabilities of one call are kept for its backward; if there are more, all are computed again
-HEAD_ROWS = 512       # states in one product with the head at most, so that its logits stay near the processor
+SLICE = 2 ** 24  # so many probabilities of a call are kept for its backward; if there are more, all are computed again
+HEAD_ROWS = 512  # states in one product with the head at most, so that its logits stay near the processor
 
 # %% ../../nbs/compute/06_logprob.ipynb #80c49086
-def check_head(model: PreTrainedModel) -> None:
+def check_head(model: torch.nn.Module) -> None:
     "Raise ValueError if the model's logits aren't a plain linear map of the final states."
     config = model.config.get_text_config()
-    odd = [n for n in ("final_logit_softcapping", "logit_scale", "logits_scaling", "lm_head_multiplier",
-                       "output_multiplier") if getattr(config, n, None) not in (None, 1, 1.0)]
-    if odd: raise ValueError(f"{type(model).__name__} changes its logits after the head ({', '.join(odd)}): unsupported")
+    settings = "final_logit_softcapping", "logit_scale", "logits_scaling", "lm_head_multiplier", "output_multiplier"
+    odd = [name for name in settings if getattr(config, name, None) not in (None, 1, 1.0)]
+    if odd:
+        raise ValueError(f"{type(model).__name__} changes its logits after the head ({', '.join(odd)}): unsupported")
 
 # %% ../../nbs/compute/06_logprob.ipynb #af2ad171
 def _slices(hidden, targets, temperature, rows):  # row ranges and their inputs
@@ -77,10 +77,10 @@ def _slices(hidden, targets, temperature, rows):  # row ranges and their inputs
         part = slice(i, i + rows)
         yield part, hidden[part], targets[part], temperature[part, None]
 
-def _logps(h, w, bias, tau):  # [n, V] log-probs in the dtype of w; scaling the states is cheaper than scaling logits
-    logits = F.linear(h.to(w.dtype) / tau, w)
+def _logps(hidden, weight, bias, tau):  # [n, V] log-probs in weight's dtype; scaling states is cheaper than logits
+    logits = F.linear(hidden.to(weight.dtype) / tau, weight)
     if bias is not None:
-        logits += bias.to(w.dtype) / tau
+        logits += bias.to(weight.dtype) / tau
     return torch.log_softmax(logits, -1)
 
 # %% ../../nbs/compute/06_logprob.ipynb #e6fa472b
@@ -88,14 +88,15 @@ class _Score(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, bias, targets, temperature):
         n, vocab = len(hidden), weight.shape[0]
-        w = weight.to(torch.promote_types(hidden.dtype, torch.float32))
-        out = [w.new_empty(n) for _ in range(3)]
+        wide = weight.to(torch.promote_types(hidden.dtype, torch.float32))
+        out = [wide.new_empty(n) for _ in range(3)]
         ctx.rows, kept, keep = max(1, min(SLICE // vocab, HEAD_ROWS)), [], n * vocab <= SLICE
-        for part, h, y, tau in _slices(hidden, targets, temperature.to(w.dtype), ctx.rows):
-            logps = _logps(h, w, bias, tau)
+        for part, states, y, tau in _slices(hidden, targets, temperature.to(wide.dtype), ctx.rows):
+            logps = _logps(states, wide, bias, tau)
             p = logps.exp()
-            for o, x in zip(out, (logps.gather(-1, y[:, None])[:, 0], -(p * logps).sum(-1), (p * p).sum(-1))):
-                o[part] = x
+            scores = logps.gather(-1, y[:, None])[:, 0], -(p * logps).sum(-1), (p * p).sum(-1)
+            for whole, x in zip(out, scores):
+                whole[part] = x
             if keep:
                 kept.append(p)
         ctx.save_for_backward(hidden, weight, bias, targets, temperature, *out[1:], *kept)
@@ -105,50 +106,58 @@ class _Score(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, *grads):
-        hidden, weight, bias, targets, temperature, entropy, squares, *kept = ctx.saved_tensors
-        w = weight.to(entropy.dtype)
-        dh, dw, db = (None if x is None or not need else torch.zeros_like(x, dtype=t) for x, need, t in
-                      zip((hidden, weight, bias), ctx.needs_input_grad, (hidden.dtype, w.dtype, w.dtype)))
-        for i, (part, h, y, tau) in enumerate(_slices(hidden, targets, temperature.to(w.dtype), ctx.rows)):
-            p = kept[i] if kept else _logps(h, w, bias, tau).exp()
-            g = [None if x is None else x[part, None] for x in grads]
-            d = _at_logits(p, y, *g, entropy[part, None], squares[part, None]) / tau
-            if dh is not None:
-                dh[part] = (d @ w).to(dh.dtype)
-            if dw is not None:
-                dw.addmm_(d.T, h.to(w.dtype))
-            if db is not None:
-                db += d.sum(0)
-        return dh, None if dw is None else dw.to(weight.dtype), None if db is None else db.to(bias.dtype), None, None
+        return *_score_gradients(ctx.saved_tensors, grads, ctx.needs_input_grad, ctx.rows), None, None
+
+# %% ../../nbs/compute/06_logprob.ipynb #564062dc
+def _score_gradients(saved, grads, needs, rows):  # of hidden, weight and bias; None where not needed
+    hidden, weight, bias, targets, temperature, entropy, squares, *kept = saved
+    wide = weight.to(entropy.dtype)
+    dtypes = hidden.dtype, wide.dtype, wide.dtype
+    to_hidden, to_weight, to_bias = (None if x is None or not need else torch.zeros_like(x, dtype=dtype)
+                                     for x, need, dtype in zip((hidden, weight, bias), needs, dtypes))
+    for i, (part, states, y, tau) in enumerate(_slices(hidden, targets, temperature.to(wide.dtype), rows)):
+        p = kept[i] if kept else _logps(states, wide, bias, tau).exp()
+        arrived = [None if x is None else x[part, None] for x in grads]
+        at_logits = _at_logits(p, y, *arrived, entropy[part, None], squares[part, None]) / tau
+        if to_hidden is not None:
+            to_hidden[part] = (at_logits @ wide).to(to_hidden.dtype)
+        if to_weight is not None:
+            to_weight.addmm_(at_logits.T, states.to(wide.dtype))
+        if to_bias is not None:
+            to_bias += at_logits.sum(0)
+    to_weight = None if to_weight is None else to_weight.to(weight.dtype)
+    return to_hidden, to_weight, None if to_bias is None else to_bias.to(bias.dtype)
 
 # %% ../../nbs/compute/06_logprob.ipynb #acddc6cd
 def _at_logits(p, y, g_logp, g_entropy, g_squares, entropy, squares):  # gradient at the logits [n, V]
     if g_logp is None:
-        d = torch.zeros_like(p)
+        out = torch.zeros_like(p)
     else:
-        d = (p * -g_logp).scatter_add_(-1, y[:, None], g_logp.to(p.dtype))
+        out = (p * -g_logp).scatter_add_(-1, y[:, None], g_logp.to(p.dtype))
     if g_entropy is not None:
-        d -= g_entropy * (torch.special.xlogy(p, p) + p * entropy)
+        out -= g_entropy * (torch.special.xlogy(p, p) + p * entropy)
     if g_squares is not None:
-        d += 2 * g_squares * p * (p - squares)
-    return d
+        out += 2 * g_squares * p * (p - squares)
+    return out
 
 # %% ../../nbs/compute/06_logprob.ipynb #019b0421
 def score_tokens(
-    model: PreTrainedModel,      # gives the head
+    model: torch.nn.Module,      # gives the head
     hidden: torch.Tensor,        # [n, hidden] final state before each target
     targets: torch.Tensor,       # [n] int64 token ids
     temperature: torch.Tensor,   # [n], > 0
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # log-probs, entropies (nats), sums of squared probabilities, each [n]
-    "Score targets after hidden states, in float32 at least; at most `SLICE` logits are kept at a time. ValueError for odd heads."
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # log-probs, entropies (nats), sums of squared probabilities [n]
+    """Score targets after hidden states, in float32 at least; at most `SLICE` logits are kept at a time. ValueError for
+    odd heads."""
     head = model.get_output_embeddings()
     if type(head) is not torch.nn.Linear:
-        raise ValueError(f"the head is a {type(head).__name__}: only a plain torch.nn.Linear is known (an adapter on it? merge it)")
+        raise ValueError(f"the head is a {type(head).__name__}: only a plain torch.nn.Linear is known "
+                         "(an adapter on it? merge it)")
     return _Score.apply(hidden, head.weight, head.bias, targets, temperature)
 
 # %% ../../nbs/compute/06_logprob.ipynb #1a850434
 def flat_logprobs(
-    model: PreTrainedModel,             # a decoder with a language-model head
+    model: torch.nn.Module,             # a Hugging Face decoder with a language-model head
     ids: torch.Tensor,                  # [B, L] int64, padded on the right
     mask: torch.Tensor,                 # [B, L] bool, tokens to score; the first column is never scored
     temperature: float | torch.Tensor = 1.0,  # sampling temperature, one or [B]
@@ -172,6 +181,7 @@ class TreeLogprobs:
     entropy: torch.Tensor   # [N] nats, of the distribution that the token was drawn from
     squares: torch.Tensor   # [N] sum of its squared probabilities
 
+# %% ../../nbs/compute/06_logprob.ipynb #fa5d1f68
 def pack_edges(
     tree: TokenTree,
     pack: Pack,
@@ -181,7 +191,7 @@ def pack_edges(
     return np.flatnonzero((tree.prev >= pack.start) & (tree.prev < pack.stop) & wanted)
 
 def score_edges(
-    model: PreTrainedModel,
+    model: torch.nn.Module,  # gives the head
     tree: TokenTree,
     start: int,              # of the pack that `hidden` belongs to
     hidden: torch.Tensor,    # [n, hidden] its final states
@@ -189,14 +199,17 @@ def score_edges(
     temperature: float,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # log-probs, entropies, squares [e]
     "Score edges: a state with several children is used once for each."
-    source, target = (torch.as_tensor(x, dtype=torch.long, device=hidden.device) for x in (tree.prev[edges] - start, tree.ids[edges]))
-    wide = torch.promote_types(hidden.dtype, torch.float32)
-    return score_tokens(model, hidden.index_select(0, source), target, torch.full(target.shape, temperature, dtype=wide, device=hidden.device))
+    device, wide = hidden.device, torch.promote_types(hidden.dtype, torch.float32)
+    ends = tree.prev[edges] - start, tree.ids[edges]
+    source, target = (torch.as_tensor(x, dtype=torch.long, device=device) for x in ends)
+    tau = torch.full(target.shape, temperature, dtype=wide, device=device)
+    return score_tokens(model, hidden.index_select(0, source), target, tau)
 
 # %% ../../nbs/compute/06_logprob.ipynb #d6d2310e
 def check_temperature(temperature: float) -> None:
     "ValueError unless above 0."
-    if not temperature > 0: raise ValueError(f"temperature {temperature}: must be above 0, greedy choice has no density")
+    if not temperature > 0:
+        raise ValueError(f"temperature {temperature}: must be above 0, greedy choice has no density")
 
 def check_score(
     tree: TokenTree,
@@ -204,9 +217,11 @@ def check_score(
 ) -> np.ndarray:       # bool[N]
     "Which tokens are wanted: None means all. ValueError for a wrong length."
     wanted = np.ones(len(tree), bool) if score is None else np.asarray(score, bool)
-    if wanted.shape != (len(tree),): raise ValueError(f"score: {len(tree)} values expected (one per token of the tree), got shape {wanted.shape}")
+    if wanted.shape != (len(tree),):
+        raise ValueError(f"score: {len(tree)} values expected (one per token of the tree), got shape {wanted.shape}")
     return wanted
 
+# %% ../../nbs/compute/06_logprob.ipynb #89dc530d
 def tree_logprobs(
     model,                        # a Hugging Face causal language model (or PEFT's), of a kind `check_model` accepts
     tree: TokenTree,
@@ -214,7 +229,7 @@ def tree_logprobs(
     backend: str = "auto",        # of `tree_attention`
     max_tokens: int | None = None,  # most new tokens in a pack; None: one pack
     dtype: torch.dtype | None = None,  # compute dtype of the backbone; None: the weights' own
-    score: np.ndarray | None = None,   # bool[N], tokens wanted; the others stay 0, and the head isn't run for them. None: all
+    score: np.ndarray | None = None,   # bool[N], tokens wanted, None: all; others stay 0, no head is run for them
 ) -> TreeLogprobs:
     """Log-prob, entropy and sum of squares of every token given its path, each token computed once.
 
@@ -224,23 +239,29 @@ def tree_logprobs(
     model = causal_model(model)
     check_model(model), check_head(model), check_tree(model, tree)
     _refuse_checkpointing(model)
-    weights, stack, wanted, out, where = cast_weights(model, dtype), [], check_score(tree, score), [], []
+    weights, wanted = cast_weights(model, dtype), check_score(tree, score)
+    stack, where, out = [], [], []
     with attends_to_trees(model):
         for pack in partition(tree, max_tokens):
-            stack = [(i, kv) for i, kv in stack if tree.end[i[0]] > pack.start]
+            stack = [(tokens, kept) for tokens, kept in stack if tree.end[tokens[0]] > pack.start]
             hidden, kept = run_pack(model, tree, pack, _join(stack, tree.end, pack.start), backend, weights)
             if len(pack.open):
                 stack.append((pack.open, kept))
             where.append(pack_edges(tree, pack, wanted))
             out.append(score_edges(model, tree, pack.start, hidden, where[-1], temperature))
-    at = torch.as_tensor(np.concatenate(where), device=hidden.device)
-    return TreeLogprobs(*(x[0].new_zeros(len(tree)).index_copy(0, at, torch.cat(x)) for x in zip(*out)))
+    index = torch.as_tensor(np.concatenate(where), device=hidden.device)
+    return TreeLogprobs(*(_spread(parts, index, len(tree)) for parts in zip(*out)))
 
 # %% ../../nbs/compute/06_logprob.ipynb #ee7a2d39
-def _join(stack, end, start) -> dict:  # layer -> keys and values [1, K, m, D] of the tokens still on the path to `start`
-    sizes = [int((end[i] > start).sum()) for i, _ in stack]
+def _join(stack, end, start) -> dict:  # layer -> keys and values [1, K, m, D] of the tokens on the path to `start`
     if not stack: return {}
-    return {layer: [torch.cat([kv[layer][j][:, :, :r] for r, (_, kv) in zip(sizes, stack)], 2) for j in (0, 1)] for layer in stack[0][1]}
+    sizes = [int((end[tokens] > start).sum()) for tokens, _ in stack]
+    def joined(layer, j):
+        return torch.cat([kept[layer][j][:, :, :size] for size, (_, kept) in zip(sizes, stack)], 2)
+    return {layer: [joined(layer, j) for j in (0, 1)] for layer in stack[0][1]}
+
+def _spread(parts, index, size) -> torch.Tensor:  # what stands at `index`, 0 elsewhere
+    return parts[0].new_zeros(size).index_copy(0, index, torch.cat(parts))
 
 def _refuse_checkpointing(model) -> None:
     if torch.is_grad_enabled() and model.training and model.is_activation_checkpointing:
@@ -256,6 +277,7 @@ def rows_tree(
     real = attention_mask.bool().cpu().numpy()
     if not real.any(1).all(): raise ValueError(f"row {int(real.any(1).argmin())} of the batch is all padding")
     ids = input_ids.cpu().numpy()
-    tree, at = TokenTree.from_sequences([r[m] for r, m in zip(ids, real)]), np.full(ids.shape, -1)
-    at[real] = tree.paths
-    return tree, at
+    tree = TokenTree.from_sequences([row[mask] for row, mask in zip(ids, real)])
+    where = np.full(ids.shape, -1)
+    where[real] = tree.paths
+    return tree, where

@@ -12,7 +12,6 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch.distributed.tensor import DTensor
-from transformers import PreTrainedModel
 
 from .engine import TreeEngine
 from .forward import attends_to_trees, causal_model, run_pack
@@ -21,50 +20,53 @@ from ..tree.trie import TokenTree
 
 # %% ../../nbs/compute/10_ranks.ipynb #1a9693df
 def shard_layers(
-    model: PreTrainedModel,  # or PEFT's; the same weights on every rank
+    model: torch.nn.Module,  # a Hugging Face model, or PEFT's; the same weights on every rank
     mesh,                    # one-dimensional `torch.distributed.device_mesh.DeviceMesh`
 ) -> None:
-    "Shard every decoder layer over the mesh with FSDP2, in place. Gradients are summed over ranks, not averaged. ValueError without layers."
+    """Shard every decoder layer over the mesh with FSDP2, in place. Gradients are summed over ranks, not averaged.
+    ValueError without layers."""
     from torch.distributed.fsdp import fully_shard
     layers = getattr(causal_model(model).base_model, "layers", None)
-    if not layers: raise ValueError(f"{type(model).__name__}: no list of decoder layers at base_model.layers: shard it yourself")
+    if not layers:
+        raise ValueError(f"{type(model).__name__}: no list of decoder layers at base_model.layers: shard it yourself")
     for layer in layers:
         fully_shard(layer, mesh=mesh, reshard_after_forward=False)
         layer.set_gradient_divide_factor(1.0)
 
 def _sharded(model) -> list:
     from torch.distributed.fsdp import FSDPModule
-    return [m for m in model.modules() if isinstance(m, FSDPModule)]
+    return [module for module in model.modules() if isinstance(module, FSDPModule)]
 
 # %% ../../nbs/compute/10_ranks.ipynb #2c843a84
 def rank_gradients(
     engine: TreeEngine,
-    work: Sequence[tuple[TokenTree, Callable, np.ndarray | None]],  # of this rank: tree, loss and score as for `forward_backward`; may be empty
+    work: Sequence[tuple[TokenTree, Callable, np.ndarray | None]],  # of this rank, may be empty: tree, loss, score
     group=None,                    # process group; None: all ranks
 ) -> torch.Tensor:                 # the loss of all ranks
-    """Forward and backward of this rank's trees, then sum over ranks: afterwards every parameter holds the gradient of the
-    whole batch (of its own piece, where sharded). Every rank must call it. ValueError for a compute dtype of its own with sharded layers, and for
-    gradients that are there already, since they would be summed over ranks again. *Own design.*"""
+    """Forward and backward of this rank's trees, given as for `forward_backward`, then sum over ranks: afterwards every
+    parameter holds the gradient of the whole batch (of its own piece, where sharded). Every rank must call it.
+    ValueError for a compute dtype of its own with sharded layers, and for gradients that are there already, since they
+    would be summed over ranks again. *Own design.*"""
     model, sharded = engine.causal, _sharded(engine.causal)
     if sharded and engine.dtype not in (None, model.dtype):
-        raise ValueError(f"dtype {engine.dtype} with sharded layers: pieces can't be cast; give fully_shard a MixedPrecisionPolicy instead")
-    if any(p.grad is not None for p in model.parameters()): raise ValueError("gradients are there already: call zero_grad() first, and give all trees of a step at once")
+        raise ValueError(f"dtype {engine.dtype} with sharded layers: pieces can't be cast; "
+                         "give fully_shard a MixedPrecisionPolicy instead")
+    if any(p.grad is not None for p in model.parameters()):
+        raise ValueError("gradients are there already: call zero_grad() first, and give all trees of a step at once")
     _communicate(sharded, False)
     total = sum((engine.forward_backward(*item).double() for item in work), torch.zeros((), dtype=torch.float64))
     _communicate(sharded, True)
     _empty_pack(model)
-    for p in model.parameters():
-        if not p.requires_grad or isinstance(p, DTensor): continue
-        if p.grad is None:
-            p.grad = torch.zeros_like(p)
-        dist.all_reduce(p.grad, group=group)
+    _sum_whole(model, group)
     total = total.to(model.device)
     dist.all_reduce(total, group=group)
     return total
 
+# %% ../../nbs/compute/10_ranks.ipynb #9b18880e
 def _communicate(sharded, on):
-    for m in sharded:
-        m.set_requires_gradient_sync(on, recurse=False), m.set_reshard_after_backward(on, recurse=False)
+    for module in sharded:
+        module.set_requires_gradient_sync(on, recurse=False)
+        module.set_reshard_after_backward(on, recurse=False)
 
 def _empty_pack(model):  # every layer's backward runs, with gradient zero
     tree = TokenTree.from_sequences([[0]])
@@ -72,3 +74,10 @@ def _empty_pack(model):  # every layer's backward runs, with gradient zero
         hidden, _ = run_pack(model, tree, partition(tree)[0], {})
         if hidden.requires_grad:
             (hidden.sum() * 0).backward()
+
+def _sum_whole(model, group):  # the gradients of what isn't sharded
+    for p in model.parameters():
+        if not p.requires_grad or isinstance(p, DTensor): continue
+        if p.grad is None:
+            p.grad = torch.zeros_like(p)
+        dist.all_reduce(p.grad, group=group)

@@ -9,46 +9,41 @@ __all__ = ['find_routers', 'RouterBalance']
 from contextlib import contextmanager
 
 import torch
-from transformers import PreTrainedModel
 
 from ..tree.partition import Pack
 from ..tree.trie import TokenTree
 
 # %% ../../nbs/compute/07_router.ipynb #64a223b5
 def find_routers(
-    model: PreTrainedModel,
+    model: torch.nn.Module,  # a Hugging Face model
 ) -> tuple[list[torch.nn.Module], int]:  # routers in the order of the layers; which of their outputs are the logits
     "The routers of a mixture of experts. ValueError for a model without."
     spec = (getattr(model, "_can_record_outputs", None) or {}).get("router_logits")
     kind = getattr(spec, "target_class", spec)
-    found = [m for m in model.modules() if kind is not None and isinstance(m, kind)]
-    if not found: raise ValueError(f"{type(model).__name__} has no routers: a load-balancing loss is for mixtures of experts, leave router_coef at 0")
+    found = [module for module in model.modules() if kind is not None and isinstance(module, kind)]
+    if not found:
+        raise ValueError(f"{type(model).__name__} has no routers: "
+                         "a load-balancing loss is for mixtures of experts, leave router_coef at 0")
     return found, getattr(spec, "index", 0)
 
 # %% ../../nbs/compute/07_router.ipynb #7ce23665
 class RouterBalance:
     """The load-balancing loss over one tree, pack by pack: first every pack is seen (what was chosen is counted), then
-    each gives its share. Source: Switch Transformer (arXiv:2101.03961), as transformers computes it; over a tree *own design*."""
+    each gives its share. Source: Switch Transformer (arXiv:2101.03961), as transformers computes it; over a tree *own
+    design*."""
     def __init__(self,
-        model: PreTrainedModel,  # ValueError if it has no routers
+        model: torch.nn.Module,  # a Hugging Face model; ValueError if it has no routers
         tree: TokenTree,
     ):
         self.routers, self.index = find_routers(model)
-        self.top_k, device = model.config.get_text_config().num_experts_per_tok, next(model.parameters()).device
-        self.count = torch.as_tensor(tree.count, dtype=torch.float64, device=device)
+        self.top_k = model.config.get_text_config().num_experts_per_tok
+        self.count = torch.as_tensor(tree.count, dtype=torch.float64, device=next(model.parameters()).device)
         self.total = float(self.count.sum()) * len(self.routers)
         self.logits, self.chosen, self.counting = [], 0, True
 
-    @contextmanager
     def recording(self):
         "Inside, the routers' logits [n, E] of each forward are kept; clear `logits` before the next."
-        keep = lambda module, args, out: self.logits.append(out[self.index] if isinstance(out, tuple) else out)
-        hooks = [m.register_forward_hook(keep) for m in self.routers]
-        try:
-            yield
-        finally:
-            for h in hooks:
-                h.remove()
+        return _recording(self)
 
     def see(self, pack: Pack) -> None:
         "Count what was chosen in the forward just made, until `counting` is False."
@@ -63,3 +58,15 @@ class RouterBalance:
         count = self.count[pack.start:pack.stop, None]
         p = [(torch.softmax(x, -1, torch.promote_types(x.dtype, torch.float32)) * count).sum(0) for x in self.logits]
         return len(self.chosen) * (self.chosen / self.total * sum(p) / self.total).sum()
+
+# %% ../../nbs/compute/07_router.ipynb #60ec538e
+@contextmanager
+def _recording(balance: RouterBalance):
+    def keep(module, args, out):
+        balance.logits.append(out[balance.index] if isinstance(out, tuple) else out)
+    hooks = [router.register_forward_hook(keep) for router in balance.routers]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()

@@ -31,32 +31,41 @@ STEP = 32    # a block may begin at any node and at every STEP-th token
 CALL = 4000  # what one more block costs, counted in query-key pairs
 EDGE = 8     # what one more key of a block costs (to gather it, to add its gradients), counted in queries
 
-def _starts(layout, most, whole) -> np.ndarray:  # where a block may begin, and n; whole: not inside nodes longer than `most`
+def _starts(layout, most, whole) -> np.ndarray:  # where a block may begin, and n; whole: not inside nodes over `most`
     nodes = np.append(np.flatnonzero(np.diff(layout.end[layout.m:], prepend=-1)), layout.n)
     steps = np.arange(0, layout.n, STEP)
     if whole:
         steps = steps[np.diff(nodes)[np.searchsorted(nodes, steps, side="right") - 1] <= most]
     return np.union1d(nodes, steps)
 
-def _cuts(layout, window, most, whole) -> tuple[np.ndarray, int]:  # where blocks of at most `most` queries begin, and n; rows x keys of all
-    end, m, at = layout.end, layout.m, _starts(layout, most, whole)
-    closed = np.cumsum(np.bincount(end, minlength=m + layout.n + 1))
-    path = m + at - closed[m + at]  # keys before `at` that are open there
-    if window is not None:
-        path = np.minimum(path, window)
-    first = np.minimum(np.searchsorted(at, at - most), np.arange(len(at)) - 1)
-    best, back = np.zeros(len(at)), np.zeros(len(at), np.int64)
-    for i in range(1, len(at)):
-        rows = at[i] - at[first[i]:i]
-        cost = best[first[i]:i] + CALL + (rows + EDGE) * (path[first[i]:i] + rows)
-        back[i] = first[i] + (j := int(cost.argmin()))
-        best[i] = cost[j]
-    cuts = [len(at) - 1]
-    while cuts[-1]:
-        cuts.append(int(back[cuts[-1]]))
-    cuts = cuts[::-1]
-    rows = np.diff(at[cuts])
-    return at[cuts], int((rows * (path[cuts[:-1]] + rows)).sum())
+def _path_lengths(layout, window, starts) -> np.ndarray:  # keys before each of these queries that are open there
+    closed = np.cumsum(np.bincount(layout.end, minlength=layout.m + layout.n + 1))
+    path = layout.m + starts - closed[layout.m + starts]
+    return path if window is None else np.minimum(path, window)
+
+# %% ../../nbs/compute/04_tree_attention.ipynb #27d0ae18
+def _retraced(back) -> list[int]:  # the shortest path to the last point; back: each point's best predecessor
+    path = [len(back) - 1]
+    while path[-1]:
+        path.append(int(back[path[-1]]))
+    return path[::-1]
+
+def _cuts(layout, window, most, whole) -> tuple[np.ndarray, int]:
+    # where blocks of at most `most` queries begin, and n; rows x keys of all
+    starts = _starts(layout, most, whole)
+    path = _path_lengths(layout, window, starts)
+    first = np.minimum(np.searchsorted(starts, starts - most), np.arange(len(starts)) - 1)
+    best, back = np.zeros(len(starts)), np.zeros(len(starts), np.int64)
+    for i in range(1, len(starts)):
+        before = slice(first[i], i)
+        rows = starts[i] - starts[before]
+        cost = best[before] + CALL + (rows + EDGE) * (path[before] + rows)
+        cheapest = int(cost.argmin())
+        back[i] = first[i] + cheapest
+        best[i] = cost[cheapest]
+    cuts = _retraced(back)
+    rows = np.diff(starts[cuts])
+    return starts[cuts], int((rows * (path[cuts[:-1]] + rows)).sum())
 
 # %% ../../nbs/compute/04_tree_attention.ipynb #c3c90060
 HIDDEN = -1e30
@@ -67,7 +76,7 @@ class _Tile:  # some keys of one block
     width: int                  # how many
     whole: int                  # so many columns are seen by every query
     causal: bool                # the other columns are the block's own, one chain: the bias is a triangle
-    bias: torch.Tensor | None   # float32 [rows, width - whole]: 0 where seen, HIDDEN where not; None: causal, or all whole
+    bias: torch.Tensor | None   # float32 [rows, width - whole]: 0 where seen, HIDDEN if not; None: causal, or all whole
 
     def take(self, x):  # [K, m+n, D] -> [K, width, D]
         return x[:, self.keys] if isinstance(self.keys, slice) else x.index_select(1, self.keys)
@@ -79,29 +88,37 @@ class _Tile:  # some keys of one block
             x.index_add_(dim, self.keys, part.to(x.dtype))
 
 def _tile(keys, whole, causal=False, bias=None) -> _Tile:
-    run = np.array_equal(keys, np.arange(keys[0], keys[0] + len(keys)))
-    return _Tile(slice(int(keys[0]), int(keys[0]) + len(keys)) if run else torch.as_tensor(keys), len(keys), whole, causal, bias)
+    start, width = int(keys[0]), len(keys)
+    run = np.array_equal(keys, np.arange(start, start + width))
+    return _Tile(slice(start, start + width) if run else torch.as_tensor(keys), width, whole, causal, bias)
 
 # %% ../../nbs/compute/04_tree_attention.ipynb #cb0699b6
-def _block(layout, window, a, b, split) -> tuple[int, int, list[_Tile]]:  # queries a … b-1; split: the whole columns in a tile of their own
-    end, pos, A, B = layout.end, layout.position, layout.m + a, layout.m + b
-    path, own = np.flatnonzero(end[:A] > A), np.arange(A, B)
-    whole = end[path] >= B
-    if window is not None:  # the lowest query under a key decides whether it is needed, the highest whether it needs no bias
-        lowest = np.minimum.accumulate(pos[A:B])[np.minimum(end[path], B) - A - 1]
-        near, whole = lowest - pos[path] < window, whole & (pos[A:B].max() - pos[path] < window)
+def _lowest_under(layout, path, start, stop) -> np.ndarray:
+    # least depth of the queries under each key of the path; all in key coordinates
+    lowest = np.minimum.accumulate(layout.position[start:stop])
+    return lowest[np.minimum(layout.end[path], stop) - start - 1]
+
+def _block(layout, window, a, b, split) -> tuple[int, int, list[_Tile]]:
+    # queries a … b-1; split: the whole columns in a tile of their own
+    end, depth, start, stop = layout.end, layout.position, layout.m + a, layout.m + b
+    path, own = np.flatnonzero(end[:start] > start), np.arange(start, stop)
+    whole = end[path] >= stop
+    if window is not None:  # the lowest query under a key says whether it is needed, the highest whether without a bias
+        near = _lowest_under(layout, path, start, stop) - depth[path] < window
+        whole &= depth[start:stop].max() - depth[path] < window
         path, whole = path[near], whole[near]
     rest = np.concatenate([path[~whole], own])
-    causal = bool(whole.all() and (end[own] >= B).all() and (window is None or b - a <= window))
-    bias = None if causal else _bias(layout, window, rest, A, B)
-    if split and whole.any(): return a, b, [_tile(path[whole], int(whole.sum())), _tile(rest, 0, causal, bias)]
+    causal = bool(whole.all() and (end[own] >= stop).all() and (window is None or b - a <= window))
+    bias = None if causal else _bias(layout, window, rest, start, stop)
+    if split and whole.any():
+        return a, b, [_tile(path[whole], int(whole.sum())), _tile(rest, 0, causal, bias)]
     return a, b, [_tile(np.concatenate([path[whole], rest]), int(whole.sum()), causal, bias)]
 
-def _bias(layout, window, keys, A, B) -> torch.Tensor:  # float32 [B-A, len(keys)]
-    r = np.arange(A, B)[:, None]
-    seen = (keys <= r) & (r < layout.end[keys])
+def _bias(layout, window, keys, start, stop) -> torch.Tensor:  # float32 [stop-start, len(keys)]
+    query = np.arange(start, stop)[:, None]
+    seen = (keys <= query) & (query < layout.end[keys])
     if window is not None:
-        seen &= layout.position[A:B, None] - layout.position[keys] < window
+        seen &= layout.position[start:stop, None] - layout.position[keys] < window
     return torch.zeros(seen.shape).masked_fill_(torch.from_numpy(~seen), HIDDEN)
 
 # %% ../../nbs/compute/04_tree_attention.ipynb #4f1a8cd1
@@ -118,35 +135,41 @@ def _triangle(rows) -> torch.Tensor:
     return torch.full((rows, rows), HIDDEN).triu(1)
 
 # %% ../../nbs/compute/04_tree_attention.ipynb #ec656281
-def _short_forward(q, k, v, blocks, scaling, keep):  # q [K, n*G, D], k, v [K, m+n, D] -> output like q, probabilities if kept
+def _short_forward(q, k, v, blocks, scaling, keep):
+    # q [K, n*G, D], k, v [K, m+n, D] -> output like q, probabilities if kept
     wide, G = torch.promote_types(q.dtype, torch.float32), q.shape[1] // blocks[-1][1]
-    out, kept, qs, kw = torch.empty_like(q), [], q.to(wide) * scaling, k.to(wide)
-    room = q.new_empty(2, max((b - a) * t.width for a, b, (t,) in blocks) * G * len(q), dtype=wide)
-    for a, b, (t,) in blocks:
-        rows, shape = slice(a * G, b * G), (len(q), (b - a) * G, t.width)
-        s, p = (x[:math.prod(shape)].view(shape) for x in room)
-        torch.bmm(qs[:, rows], t.take(kw).transpose(1, 2), out=s)
-        s.unflatten(1, (b - a, G))[..., t.whole:].add_((_triangle(b - a) if t.causal else t.bias)[:, None])
-        p = torch.softmax(s, -1, out=torch.empty_like(s) if keep and q.dtype == wide else p).to(q.dtype)
-        out[:, rows] = torch.bmm(p, t.take(v))
+    out, kept, scaled, wide_k = torch.empty_like(q), [], q.to(wide) * scaling, k.to(wide)
+    largest = max((stop - start) * tile.width for start, stop, (tile,) in blocks)
+    room = q.new_empty(2, largest * G * len(q), dtype=wide)
+    for start, stop, (tile,) in blocks:
+        rows, shape = slice(start * G, stop * G), (len(q), (stop - start) * G, tile.width)
+        scores, p = (x[:math.prod(shape)].view(shape) for x in room)
+        torch.bmm(scaled[:, rows], tile.take(wide_k).transpose(1, 2), out=scores)
+        bias = _triangle(stop - start) if tile.causal else tile.bias
+        scores.unflatten(1, (stop - start, G))[..., tile.whole:].add_(bias[:, None])
+        target = torch.empty_like(scores) if keep and q.dtype == wide else p
+        p = torch.softmax(scores, -1, out=target).to(q.dtype)
+        out[:, rows] = torch.bmm(p, tile.take(v))
         if keep:
             kept.append(p)
     return out, kept
 
 # %% ../../nbs/compute/04_tree_attention.ipynb #0f54ed74
 def _short_backward(q, k, v, blocks, scaling, kept, grad):  # shapes as in `_short_forward` -> gradients of q, k, v
-    wide, G, dq = torch.promote_types(q.dtype, torch.float32), q.shape[1] // blocks[-1][1], torch.empty_like(q)
-    dk, dv = q.new_zeros(2, len(k), k.shape[2], k.shape[1], dtype=wide)
+    wide, G = torch.promote_types(q.dtype, torch.float32), q.shape[1] // blocks[-1][1]
+    grad_q = torch.empty_like(q)
+    grad_k, grad_v = q.new_zeros(2, len(k), k.shape[2], k.shape[1], dtype=wide)
     room = q.new_empty(2, max(p.numel() for p in kept))
-    for (a, b, (t,)), p in zip(blocks, kept):
-        rows, (dp, ds) = slice(a * G, b * G), (x[:p.numel()].view_as(p) for x in room)
-        do = grad[:, rows]
-        t.give(dv, torch.bmm(do.transpose(1, 2), p), 2)
-        torch.bmm(do, t.take(v).transpose(1, 2), out=dp)
-        torch._softmax_backward_data(dp, p, -1, p.dtype, grad_input=ds)
-        dq[:, rows] = torch.bmm(ds, t.take(k))
-        t.give(dk, torch.bmm(q[:, rows].transpose(1, 2), ds), 2)
-    return dq.mul_(scaling), (dk * scaling).transpose(1, 2), dv.transpose(1, 2)
+    for (start, stop, (tile,)), p in zip(blocks, kept):
+        rows = slice(start * G, stop * G)
+        grad_p, grad_scores = (x[:p.numel()].view_as(p) for x in room)
+        grad_out = grad[:, rows]
+        tile.give(grad_v, torch.bmm(grad_out.transpose(1, 2), p), 2)
+        torch.bmm(grad_out, tile.take(v).transpose(1, 2), out=grad_p)
+        torch._softmax_backward_data(grad_p, p, -1, p.dtype, grad_input=grad_scores)
+        grad_q[:, rows] = torch.bmm(grad_scores, tile.take(k))
+        tile.give(grad_k, torch.bmm(q[:, rows].transpose(1, 2), grad_scores), 2)
+    return grad_q.mul_(scaling), (grad_k * scaling).transpose(1, 2), grad_v.transpose(1, 2)
 
 # %% ../../nbs/compute/04_tree_attention.ipynb #f7232894
 MANY = 16        # more blocks than this are made alike
@@ -154,31 +177,35 @@ EVEN_ROWS = (32, 64)  # queries a block: one of these for all blocks of a pack
 FILL = 32        # keys of a block: a multiple of this
 GROUP = 2 ** 16  # query-key pairs in one call at most, so that they stay in the cache
 
-def _groups(width, rows) -> list[tuple[np.ndarray, int]]:  # keys of each block -> blocks to compute together, and how wide
+def _groups(width, rows) -> list[tuple[np.ndarray, int]]:
+    # keys of each block -> blocks to compute together, and how wide
     filled = -(-width // FILL) * FILL
     wide, count = np.unique(filled, return_counts=True)
-    upto, best, cuts = np.cumsum(np.append(0, count)), np.zeros(len(wide) + 1), [len(wide)]
-    back = np.zeros(len(wide) + 1, np.int64)
+    upto = np.cumsum(np.append(0, count))  # blocks narrower than each width
+    best, back = np.zeros(len(wide) + 1), np.zeros(len(wide) + 1, np.int64)
     for j in range(1, len(wide) + 1):
         cost = best[:j] + CALL + (rows + EDGE) * wide[j - 1] * (upto[j] - upto[:j])
         back[j], best[j] = cost.argmin(), cost.min()
-    while cuts[-1]:
-        cuts.append(int(back[cuts[-1]]))
+    cuts = _retraced(back)[::-1]  # the widest first
     order = np.argsort(filled, kind="stable")
-    parts = [(order[upto[a]:upto[b]], int(wide[b - 1])) for b, a in zip(cuts, cuts[1:])]
-    return [(x, w) for blocks, w in parts for x in np.array_split(blocks, -(-len(blocks) // max(1, GROUP // (rows * w))))]
+    parts = [(order[upto[low]:upto[high]], int(wide[high - 1])) for high, low in zip(cuts, cuts[1:])]
+    return [(some, most) for blocks, most in parts for some in _cache_sized(blocks, rows * most)]
+
+def _cache_sized(blocks, pairs) -> list[np.ndarray]:  # pairs: of query and key in each block
+    return np.array_split(blocks, -(-len(blocks) // max(1, GROUP // pairs)))
 
 # %% ../../nbs/compute/04_tree_attention.ipynb #58ddec05
-def _block_keys(layout, window, rows) -> list[np.ndarray]:  # of each block of so many queries: its path, root first, and its own
-    end, pos, path, out = layout.end, layout.position, np.arange(layout.m), []
-    for A in range(layout.m, layout.m + layout.n, rows):
-        B = min(A + rows, layout.m + layout.n)
-        near = path = path[end[path] > A]
+def _block_keys(layout, window, rows) -> list[np.ndarray]:
+    # of each block of so many queries: its path, root first, and its own
+    out, path, size = [], np.arange(layout.m), layout.m + layout.n
+    for start in range(layout.m, size, rows):
+        stop = min(start + rows, size)
+        near = path = path[layout.end[path] > start]
         if window is not None:  # the lowest query under a key decides whether it is needed
-            lowest = np.minimum.accumulate(pos[A:B])[np.minimum(end[path], B) - A - 1]
-            near = path[lowest - pos[path] < window]
-        out.append(np.concatenate([near, np.arange(A, B)]))
-        path = np.concatenate([path, np.arange(A, B)])
+            near = path[_lowest_under(layout, path, start, stop) - layout.position[path] < window]
+        own = np.arange(start, stop)
+        out.append(np.concatenate([near, own]))
+        path = np.concatenate([path, own])
     return out
 
 # %% ../../nbs/compute/04_tree_attention.ipynb #789640df
@@ -193,14 +220,16 @@ class _Group:  # b blocks that are computed together
     def make(cls, layout, window, rows, blocks, width, keys):  # keys: of all blocks
         start, last = layout.m + blocks[:, None] * rows, layout.m + layout.n - 1
         table, there = np.repeat(start, width, 1), np.zeros((len(blocks), width), bool)
-        for i, b in enumerate(blocks):
-            table[i, :len(keys[b])], there[i, :len(keys[b])] = keys[b], True
-        r, j = (start + np.arange(rows))[:, :, None], table[:, None]
-        seen = there[:, None] & (j <= r) & (r < layout.end[j])
+        for i, block in enumerate(blocks):
+            filled = slice(len(keys[block]))
+            table[i, filled], there[i, filled] = keys[block], True
+        query, key = (start + np.arange(rows))[:, :, None], table[:, None]
+        seen = there[:, None] & (key <= query) & (query < layout.end[key])
         if window is not None:
-            seen &= layout.position[np.minimum(r, last)] - layout.position[j] < window
+            seen &= layout.position[np.minimum(query, last)] - layout.position[key] < window
         first = int(np.append(seen.all((0, 1)), False).argmin())
-        bias = torch.zeros(seen[..., first:].shape).masked_fill_(torch.from_numpy(~seen[..., first:]), HIDDEN)
+        hidden = torch.from_numpy(~seen[..., first:])
+        bias = torch.zeros(hidden.shape).masked_fill_(hidden, HIDDEN)
         return cls(torch.from_numpy(blocks), torch.from_numpy(table), first, bias[:, None, :, None])
 
 # %% ../../nbs/compute/04_tree_attention.ipynb #d061358e
@@ -208,50 +237,53 @@ def _even_plan(layout, window) -> list[_Group]:
     ways = []
     for rows in EVEN_ROWS:
         keys = _block_keys(layout, window, rows)
-        groups = _groups(np.array([len(k) for k in keys]), rows)
-        ways.append((sum(CALL + (rows + EDGE) * w * len(b) for b, w in groups), rows, groups, keys))
+        groups = _groups(np.array([len(own) for own in keys]), rows)
+        cost = sum(CALL + (rows + EDGE) * width * len(blocks) for blocks, width in groups)
+        ways.append((cost, rows, groups, keys))
     _, rows, groups, keys = min(ways, key=lambda way: way[0])
-    return [_Group.make(layout, window, rows, b, w, keys) for b, w in groups]
+    return [_Group.make(layout, window, rows, blocks, width, keys) for blocks, width in groups]
 
 # %% ../../nbs/compute/04_tree_attention.ipynb #8635b7ee
 def _to_blocks(x, K, rows) -> torch.Tensor:  # [1, H, n, D] -> [blocks, K, rows*G, D], zeros after the last
     x = torch.nn.functional.pad(x[0].transpose(0, 1), (0, 0, 0, 0, 0, -x.shape[2] % rows))
     return x.unflatten(0, (-1, rows)).unflatten(2, (K, -1)).transpose(1, 2).flatten(2, 3)
 
-def _from_blocks(x, H, n, rows) -> torch.Tensor:  # [blocks, K, rows*G, D] -> [1, H, n, D], each token's heads side by side in memory
+def _from_blocks(x, H, n, rows) -> torch.Tensor:
+    # [blocks, K, rows*G, D] -> [1, H, n, D], each token's heads side by side in memory
     return x.unflatten(2, (rows, -1)).transpose(1, 2).reshape(-1, H, x.shape[3])[None, :n].transpose(1, 2)
 
-def _flat_keys(g, K, size) -> torch.Tensor:  # int64[b*K*w], into keys and values as [K*(m+n), D]
-    return (g.keys[:, None] + torch.arange(0, K * size, size)[:, None]).flatten()
+def _flat_keys(group, K, size) -> torch.Tensor:  # int64[b*K*w], into keys and values as [K*(m+n), D]
+    return (group.keys[:, None] + torch.arange(0, K * size, size)[:, None]).flatten()
 
 # %% ../../nbs/compute/04_tree_attention.ipynb #fd5c3e23
 def _even_forward(q, k, v, groups, scaling, keep):  # q [blocks, K, rows*G, D], k, v [K*(m+n), D]
     K, D, wide = q.shape[1], q.shape[3], torch.promote_types(q.dtype, torch.float32)
-    out, kept, qs, kw = torch.empty_like(q), [], q.to(wide) * scaling, k.to(wide)
-    for g in groups:
-        at, w, rows = _flat_keys(g, K, len(k) // K), g.keys.shape[1], g.bias.shape[2]
-        keys, values = (x.index_select(0, at).view(-1, w, D) for x in (kw, v))
-        s = torch.bmm(qs.index_select(0, g.blocks).flatten(0, 1), keys.transpose(1, 2))
-        s.view(len(g.blocks), K, rows, -1, w)[..., g.first:].add_(g.bias)
-        p = torch.softmax(s, -1).to(q.dtype)
-        out.index_copy_(0, g.blocks, torch.bmm(p, values).view(len(g.blocks), K, -1, D))
+    out, kept, scaled, wide_k = torch.empty_like(q), [], q.to(wide) * scaling, k.to(wide)
+    for group in groups:
+        at, width, rows = _flat_keys(group, K, len(k) // K), group.keys.shape[1], group.bias.shape[2]
+        keys, values = (x.index_select(0, at).view(-1, width, D) for x in (wide_k, v))
+        scores = torch.bmm(scaled.index_select(0, group.blocks).flatten(0, 1), keys.transpose(1, 2))
+        scores.view(len(group.blocks), K, rows, -1, width)[..., group.first:].add_(group.bias)
+        p = torch.softmax(scores, -1).to(q.dtype)
+        out.index_copy_(0, group.blocks, torch.bmm(p, values).view(len(group.blocks), K, -1, D))
         if keep:
             kept.append(p)
     return out, kept
 
 # %% ../../nbs/compute/04_tree_attention.ipynb #daf1e0dc
 def _even_backward(q, k, v, groups, scaling, kept, grad):  # shapes as in `_even_forward` -> gradients of q, k, v
-    K, D, dq = q.shape[1], q.shape[3], torch.empty_like(q)
-    dk, dv = k.new_zeros(2, *k.shape, dtype=torch.promote_types(k.dtype, torch.float32))
-    for g, p in zip(groups, kept):
-        at, w = _flat_keys(g, K, len(k) // K), g.keys.shape[1]
-        keys, values = (x.index_select(0, at).view(-1, w, D) for x in (k, v))
-        do, qg = (x.index_select(0, g.blocks).flatten(0, 1) for x in (grad, q))
-        dv.index_add_(0, at, torch.bmm(p.transpose(1, 2), do).flatten(0, 1).to(dv.dtype))
-        ds = torch._softmax_backward_data(torch.bmm(do, values.transpose(1, 2)), p, -1, p.dtype)
-        dq.index_copy_(0, g.blocks, torch.bmm(ds, keys).view(len(g.blocks), K, -1, D))
-        dk.index_add_(0, at, torch.bmm(ds.transpose(1, 2), qg).flatten(0, 1).to(dk.dtype))
-    return dq.mul_(scaling), dk.mul_(scaling), dv
+    K, D, grad_q = q.shape[1], q.shape[3], torch.empty_like(q)
+    grad_k, grad_v = k.new_zeros(2, *k.shape, dtype=torch.promote_types(k.dtype, torch.float32))
+    for group, p in zip(groups, kept):
+        at, width = _flat_keys(group, K, len(k) // K), group.keys.shape[1]
+        keys, values = (x.index_select(0, at).view(-1, width, D) for x in (k, v))
+        grad_out, queries = (x.index_select(0, group.blocks).flatten(0, 1) for x in (grad, q))
+        grad_v.index_add_(0, at, torch.bmm(p.transpose(1, 2), grad_out).flatten(0, 1).to(grad_v.dtype))
+        grad_p = torch.bmm(grad_out, values.transpose(1, 2))
+        grad_scores = torch._softmax_backward_data(grad_p, p, -1, p.dtype)
+        grad_q.index_copy_(0, group.blocks, torch.bmm(grad_scores, keys).view(len(group.blocks), K, -1, D))
+        grad_k.index_add_(0, at, torch.bmm(grad_scores.transpose(1, 2), queries).flatten(0, 1).to(grad_k.dtype))
+    return grad_q.mul_(scaling), grad_k.mul_(scaling), grad_v
 
 # %% ../../nbs/compute/04_tree_attention.ipynb #325275b5
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
@@ -262,10 +294,13 @@ def _merge(out, lse, more, its):  # two parts of a softmax: outputs […, D], lo
     return out * (lse - both).exp().unsqueeze(-1) + more * (its - both).exp().unsqueeze(-1), both
 
 # %% ../../nbs/compute/04_tree_attention.ipynb #24f2f45d
-def _inputs(q, k, v, t, scaling, G):  # q [K, rows*G, D], k, v [K, m+n, D] -> the kernel's inputs for one tile
-    k, v = t.take(k).unsqueeze(1), t.take(v).unsqueeze(1)
-    if t.causal: return _apart(q, G), k.expand(-1, G, -1, -1), v.expand(-1, G, -1, -1), dict(is_causal=True, scale=scaling)
-    mask = None if t.bias is None else t.bias.to(torch.promote_types(q.dtype, torch.float32)).repeat_interleave(G, 0)[None, None]
+def _inputs(q, k, v, tile, scaling, G):  # q [K, rows*G, D], k, v [K, m+n, D] -> the kernel's inputs for one tile
+    k, v = tile.take(k).unsqueeze(1), tile.take(v).unsqueeze(1)
+    if tile.causal:
+        return _apart(q, G), k.expand(-1, G, -1, -1), v.expand(-1, G, -1, -1), dict(is_causal=True, scale=scaling)
+    mask = None
+    if tile.bias is not None:
+        mask = tile.bias.to(torch.promote_types(q.dtype, torch.float32)).repeat_interleave(G, 0)[None, None]
     return q.unsqueeze(1), k, v, dict(attn_mask=mask, scale=scaling)
 
 def _apart(x, G):
@@ -276,35 +311,39 @@ def _together(x):
 
 # %% ../../nbs/compute/04_tree_attention.ipynb #08f22091
 def _long_forward(q, k, v, blocks, scaling):  # shapes as in `_short_forward` -> output, log-sum-exp [K, n*G]
-    out, lse = torch.empty_like(q), q.new_empty(q.shape[:2], dtype=torch.promote_types(q.dtype, torch.float32))
+    out = torch.empty_like(q)
+    lse = q.new_empty(q.shape[:2], dtype=torch.promote_types(q.dtype, torch.float32))
     G = q.shape[1] // blocks[-1][1]
-    for a, b, tiles in blocks:
-        rows, parts = slice(a * G, b * G), []
-        for t in tiles:
-            *qkv, how = _inputs(q[:, rows], k, v, t, scaling, G)
+    for start, stop, tiles in blocks:
+        rows, parts = slice(start * G, stop * G), []
+        for tile in tiles:
+            *qkv, how = _inputs(q[:, rows], k, v, tile, scaling, G)
             parts.append([_together(x) for x in _flash(*qkv, **how)])
-        out[:, rows], lse[:, rows] = functools.reduce(lambda x, y: _merge(*x, *y), parts)
+        out[:, rows], lse[:, rows] = functools.reduce(lambda done, part: _merge(*done, *part), parts)
     return out, lse
 
 # %% ../../nbs/compute/04_tree_attention.ipynb #1675001e
 def _long_backward(q, k, v, out, lse, blocks, scaling, grad):  # -> gradients of q, k, v
-    dq, dk, dv = (torch.zeros_like(x, dtype=lse.dtype) for x in (q, k, v))
+    grad_q, grad_k, grad_v = (torch.zeros_like(x, dtype=lse.dtype) for x in (q, k, v))
     G = q.shape[1] // blocks[-1][1]
-    for a, b, tiles in blocks:
-        rows = slice(a * G, b * G)
-        for t in tiles:
-            *qkv, how = _inputs(q[:, rows], k, v, t, scaling, G)
-            g, o, its = (_apart(x[:, rows], G) if t.causal else x[:, rows].unsqueeze(1) for x in (grad, out, lse))
-            x, y, z = _flash_backward(g, *qkv, o, its, 0.0, **{"is_causal": False, **how})
-            dq[:, rows] += _together(x)
-            t.give(dk, y.sum(1))
-            t.give(dv, z.sum(1))
-    return dq, dk, dv
+    for start, stop, tiles in blocks:
+        rows = slice(start * G, stop * G)
+        for tile in tiles:
+            *qkv, how = _inputs(q[:, rows], k, v, tile, scaling, G)
+            ours = [_apart(x[:, rows], G) if tile.causal else x[:, rows].unsqueeze(1) for x in (grad, out, lse)]
+            grad_out, its_out, its_lse = ours
+            parts = _flash_backward(grad_out, *qkv, its_out, its_lse, 0.0, **{"is_causal": False, **how})
+            grad_q[:, rows] += _together(parts[0])
+            tile.give(grad_k, parts[1].sum(1))
+            tile.give(grad_v, parts[2].sum(1))
+    return grad_q, grad_k, grad_v
 
 # %% ../../nbs/compute/04_tree_attention.ipynb #9a1e5713
-SHORT_ROWS, LONG_ROWS = 128, 256  # queries a block at most (the fused kernel likes tall blocks); longer nodes stay whole on long paths
+SHORT_ROWS = 128  # queries a block at most, where probabilities are kept
+LONG_ROWS = 256   # and for the fused kernel, which likes tall blocks; longer nodes stay whole on long paths
 
-def _plan(layout, window, narrow) -> tuple[str, list]:  # narrow: 16 bits? -> 'short', 'even' or 'long'; blocks or groups
+def _plan(layout, window, narrow) -> tuple[str, list]:
+    # narrow: 16 bits? -> 'short', 'even' or 'long'; blocks or groups
     cuts, pairs = _cuts(layout, window, SHORT_ROWS, False)
     way = "long" if pairs > SHORT * layout.n else "even" if narrow and len(cuts) - 1 > MANY else "short"
     if way == "even": return way, _even_plan(layout, window)
@@ -316,12 +355,12 @@ def _plan(layout, window, narrow) -> tuple[str, list]:  # narrow: 16 bits? -> 's
 class _Segments(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k, v, way, plan, scaling):
-        H, K, keep = q.shape[1], k.shape[1], any(ctx.needs_input_grad)
+        H, keep = q.shape[1], any(ctx.needs_input_grad)
         if way == "even":
             out, more = _even_forward(*_as_blocks(q, k, v, plan), plan, scaling, keep)
             out = _from_blocks(out, H, q.shape[2], _height(plan))
         else:
-            rows = _rows(q, K), k[0].contiguous(), v[0].contiguous(), plan, scaling
+            rows = *_as_rows(q, k, v), plan, scaling
             out, more = _short_forward(*rows, keep) if way == "short" else _long_forward(*rows)
             out = _heads(out, H)
         if keep:
@@ -334,32 +373,40 @@ class _Segments(torch.autograd.Function):
     def backward(ctx, grad):
         (q, k, v, *more), (way, plan, scaling) = ctx.saved_tensors, ctx.rest
         with torch.autocast("cpu", enabled=False):
-            dq, dk, dv = _gradients(q, k, v, more, way, plan, scaling, grad)
-        return dq.to(q.dtype), dk.reshape(k.shape).to(k.dtype), dv.reshape(v.shape).to(v.dtype), None, None, None
+            grad_q, grad_k, grad_v = _gradients(q, k, v, more, way, plan, scaling, grad)
+        grad_k, grad_v = grad_k.reshape(k.shape).to(k.dtype), grad_v.reshape(v.shape).to(v.dtype)
+        return grad_q.to(q.dtype), grad_k, grad_v, None, None, None
 
+# %% ../../nbs/compute/04_tree_attention.ipynb #a7eeddcb
 def _height(plan):
     return plan[0].bias.shape[2]
 
 def _as_blocks(q, k, v, plan):
     return _to_blocks(q, k.shape[1], _height(plan)), k[0].flatten(0, 1), v[0].flatten(0, 1)
 
+def _as_rows(q, k, v):
+    return _rows(q, k.shape[1]), k[0].contiguous(), v[0].contiguous()
+
 def _gradients(q, k, v, more, way, plan, scaling, grad):  # of q [1, H, n, D], and of k and v as they are numbered
     (_, H, n, _), K = q.shape, k.shape[1]
     if way == "even":
-        dq, *rest = _even_backward(*_as_blocks(q, k, v, plan), plan, scaling, more, _to_blocks(grad, K, _height(plan)))
-        return _from_blocks(dq, H, n, _height(plan)), *rest
-    rows, grad = (_rows(q, K), k[0].contiguous(), v[0].contiguous()), _rows(grad, K)
+        grad = _to_blocks(grad, K, _height(plan))
+        grad_q, *rest = _even_backward(*_as_blocks(q, k, v, plan), plan, scaling, more, grad)
+        return _from_blocks(grad_q, H, n, _height(plan)), *rest
+    rows, grad = _as_rows(q, k, v), _rows(grad, K)
     if way == "short":
-        dq, *rest = _short_backward(*rows, plan, scaling, more, grad)
+        grad_q, *rest = _short_backward(*rows, plan, scaling, more, grad)
     else:
-        dq, *rest = _long_backward(*rows, _rows(more[0], K), more[1], plan, scaling, grad)
-    return _heads(dq, H), *rest
+        grad_q, *rest = _long_backward(*rows, _rows(more[0], K), more[1], plan, scaling, grad)
+    return _heads(grad_q, H), *rest
 
 # %% ../../nbs/compute/04_tree_attention.ipynb #ae0887a5
 def _segments(q, k, v, layout, scaling, window):
-    if q.device.type != "cpu": raise ValueError(f"segments attention is for the CPU, not {q.device}: take backend='auto'")
+    if q.device.type != "cpu":
+        raise ValueError(f"segments attention is for the CPU, not {q.device}: take backend='auto'")
     narrow = q.dtype.itemsize == 2
-    return _Segments.apply(q, k, v, *layout.cached(("segments", window, narrow), lambda: _plan(layout, window, narrow)), scaling)
+    way, plan = layout.cached(("segments", window, narrow), lambda: _plan(layout, window, narrow))
+    return _Segments.apply(q, k, v, way, plan, scaling)
 
 # %% ../../nbs/compute/04_tree_attention.ipynb #46892f0d
 FLEX_BLOCK = 128
@@ -369,9 +416,9 @@ def _flex_mask(layout, window, device):
     from torch.nn.attention.flex_attention import BlockMask
     end, position = (torch.as_tensor(x, dtype=torch.int32, device=device) for x in (layout.end, layout.position))
     m = layout.m
-    def seen(b, h, q, j):
-        mine = (j <= q + m) & (q + m < end[j])
-        return mine if window is None else mine & (position[q + m] - position[j] < window)
+    def seen(batch, head, query, key):
+        mine = (key <= query + m) & (query + m < end[key])
+        return mine if window is None else mine & (position[query + m] - position[key] < window)
     some, whole = visible_blocks(layout, FLEX_BLOCK, FLEX_BLOCK, window)
     tables = []
     for table in (some & ~whole, whole):
@@ -416,7 +463,8 @@ def choose_backend(
     elif layout.n <= 16:
         name, reason = "reference", f"{device}, at most 16 new tokens: not worth a kernel"
     elif device == "cuda" and dtype in ("float16", "bfloat16", "float32"):
-        name, reason = "flex", "cuda: FlexAttention; the triton kernels are taken only by name until they have run on a GPU"
+        name = "flex"
+        reason = "cuda: FlexAttention; the triton kernels are taken only by name until they have run on a GPU"
     else:
         name, reason = "reference", f"no kernel for {dtype} on {device}: dense mask"
     _say(name, reason)
@@ -426,10 +474,13 @@ def choose_backend(
 def _check(q, k, v, layout, window):
     "ValueError for tensors that don't fit the layout or each other."
     (B, H, n, D), (_, K, size, _) = q.shape, k.shape
-    if k.shape != v.shape or B != 1 or k.shape[0] != 1 or k.shape[3] != D or H % K or (n, size) != (layout.n, layout.m + layout.n):
-        raise ValueError(f"tree attention: q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}: expected [1, H, {layout.n}, D] and "
-                         f"twice [1, K, {layout.m + layout.n}, D], H a multiple of K")
-    if not q.dtype == k.dtype == v.dtype: raise ValueError(f"tree attention: q, k, v of one dtype expected, got {q.dtype}, {k.dtype}, {v.dtype}")
+    one = B == k.shape[0] == 1 and k.shape == v.shape and k.shape[3] == D
+    if not one or H % K or (n, size) != (layout.n, layout.m + layout.n):
+        raise ValueError(f"tree attention: q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}: "
+                         f"expected [1, H, {layout.n}, D] and twice [1, K, {layout.m + layout.n}, D], "
+                         "H a multiple of K")
+    if not q.dtype == k.dtype == v.dtype:
+        raise ValueError(f"tree attention: q, k, v of one dtype expected, got {q.dtype}, {k.dtype}, {v.dtype}")
     if window is not None and window < 1: raise ValueError(f"tree attention: window {window}: at least 1, or None")
 
 # %% ../../nbs/compute/04_tree_attention.ipynb #1f26de94
@@ -442,11 +493,12 @@ def tree_attention(
     window: int | None = None,   # a key is seen only if position[query] - position[key] < window; None: no limit
     backend: str = "auto",       # 'auto' or a name in `BACKENDS`
 ) -> torch.Tensor:               # [1, H, n, D] in q's dtype
-    """Attention over a pack of a prefix tree, differentiable in q, k and v, boundary included. ValueError for shapes that don't
-    fit, for an unknown backend, and for one that can't do what is asked on this device."""
+    """Attention over a pack of a prefix tree, differentiable in q, k and v, boundary included. ValueError for shapes
+    that don't fit, for an unknown backend, and for one that can't do what is asked on this device."""
     _check(q, k, v, layout, window)
     if backend == "auto":
         backend, _ = choose_backend(q, layout, window)
-    if backend not in BACKENDS: raise ValueError(f"tree attention: backend {backend!r}: one of auto, {', '.join(BACKENDS)} expected")
+    if backend not in BACKENDS:
+        raise ValueError(f"tree attention: backend {backend!r}: one of auto, {', '.join(BACKENDS)} expected")
     with torch.autocast(q.device.type, enabled=False):
         return BACKENDS[backend](q, k, v, layout, scaling, window)

@@ -17,132 +17,158 @@ from .layout import Layout, visible_blocks
 from ..core.io import need
 
 # %% ../../nbs/compute/03_triton_kernels.ipynb #49b5b7a1
-def _lists(some, whole, device):  # bool [blocks, blocks], twice -> int32 tensors start [blocks+1], split [blocks], index
+def _lists(some, whole, device):  # bool [blocks, blocks], twice -> int32: start [blocks+1], split [blocks], index
     start = np.concatenate([[0], np.cumsum(some.sum(1))])
     order = np.argsort(np.where(whole, 0, np.where(some, 1, 2)), axis=1, kind="stable")
     index = order[np.arange(some.shape[1]) < some.sum(1)[:, None]]
-    return [torch.as_tensor(x, dtype=torch.int32, device=device) for x in (start, start[:-1] + whole.sum(1), index)]
+    lists = start, start[:-1] + whole.sum(1), index
+    return [torch.as_tensor(x, dtype=torch.int32, device=device) for x in lists]
 
 # %% ../../nbs/compute/03_triton_kernels.ipynb #b9aa9933
 tl = SimpleNamespace(constexpr="constexpr")  # becomes triton.language
 
-def _seen(r, j, END, POSITION, size, last, window, WINDOWED: tl.constexpr):  # r [rows, 1], j [1, columns] or the other way round
-    mine = (j <= r) & (r < tl.load(END + j, mask=j < size, other=0))
+def _seen(row, j, END, POSITION, size, last, window, WINDOWED: tl.constexpr):
+    # row [rows, 1] and key j [1, columns], or the other way round
+    mine = (j <= row) & (row < tl.load(END + j, mask=j < size, other=0))
     if WINDOWED:
-        here = tl.load(POSITION + r, mask=r < last, other=0)
+        here = tl.load(POSITION + row, mask=row < last, other=0)
         mine = mine & (here - tl.load(POSITION + j, mask=j < size, other=0) < window)
     return mine
 
 # %% ../../nbs/compute/03_triton_kernels.ipynb #67bc0b72
-def _forward_step(acc, total, top, q, r, block, K, V, END, POSITION, size, last, kn, vn, scale, window,
-                  D: tl.constexpr, BD: tl.constexpr, BN: tl.constexpr, WINDOWED: tl.constexpr, MASKED: tl.constexpr,
-                  PRECISION: tl.constexpr):
-    j, d = block * BN + tl.arange(0, BN), tl.arange(0, BD)
-    there = (j[:, None] < size) & (d[None, :] < D)
-    k = tl.load(K + j[:, None] * kn + d[None, :], mask=there, other=0.0)
-    s = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale
+def _forward_step(acc, total, top, q, row, block, K, V, END, POSITION, size, last,
+                  stride_kn, stride_vn, scale, window,
+                  D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr,
+                  WINDOWED: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr):
+    j, dim = block * BLOCK_N + tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_D)
+    there = (j[:, None] < size) & (dim[None, :] < D)
+    k = tl.load(K + j[:, None] * stride_kn + dim[None, :], mask=there, other=0.0)
+    scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale
     if MASKED:
-        s = tl.where(_seen(r[:, None], j[None, :], END, POSITION, size, last, window, WINDOWED), s, float("-inf"))
-    higher = tl.maximum(top, tl.max(s, 1))
+        seen = _seen(row[:, None], j[None, :], END, POSITION, size, last, window, WINDOWED)
+        scores = tl.where(seen, scores, float("-inf"))
+    higher = tl.maximum(top, tl.max(scores, 1))
     safe = tl.where(higher == float("-inf"), 0.0, higher)
-    p, shrink = tl.exp2(s - safe[:, None]), tl.exp2(top - safe)
-    v = tl.load(V + j[:, None] * vn + d[None, :], mask=there, other=0.0)
+    p, shrink = tl.exp2(scores - safe[:, None]), tl.exp2(top - safe)
+    v = tl.load(V + j[:, None] * stride_vn + dim[None, :], mask=there, other=0.0)
     acc = acc * shrink[:, None] + tl.dot(p.to(v.dtype), v, input_precision=PRECISION)
     return acc, total * shrink + tl.sum(p, 1), higher
 
 # %% ../../nbs/compute/03_triton_kernels.ipynb #dc6854c7
-def _forward_kernel(Q, K, V, OUT, LSE, END, POSITION, START, SPLIT, INDEX, n, size, m, qh, qn, kh, kn, vh, vn, oh, on, scale, window,
-                    G: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+def _forward_kernel(Q, K, V, OUT, LSE, END, POSITION, START, SPLIT, INDEX, n, size, m,
+                    stride_qh, stride_qn, stride_kh, stride_kn, stride_vh, stride_vn, stride_oh, stride_on,
+                    scale, window, G: tl.constexpr, D: tl.constexpr,
+                    BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
                     WINDOWED: tl.constexpr, PRECISION: tl.constexpr):
     mine, head = tl.num_programs(0) - 1 - tl.program_id(0), tl.program_id(1)  # late blocks see most: they go first
-    K, V = K + head // G * kh, V + head // G * vh
-    i, d = mine * BM + tl.arange(0, BM), tl.arange(0, BD)
-    there = (i[:, None] < n) & (d[None, :] < D)
-    q = tl.load(Q + head * qh + i[:, None] * qn + d[None, :], mask=there, other=0.0)
-    acc, total = tl.zeros([BM, BD], tl.float32), tl.zeros([BM], tl.float32)
-    top = tl.full([BM], float("-inf"), tl.float32)
+    K, V = K + head // G * stride_kh, V + head // G * stride_vh
+    i, dim = mine * BLOCK_M + tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_D)
+    there = (i[:, None] < n) & (dim[None, :] < D)
+    q = tl.load(Q + head * stride_qh + i[:, None] * stride_qn + dim[None, :], mask=there, other=0.0)
+    acc, total = tl.zeros([BLOCK_M, BLOCK_D], tl.float32), tl.zeros([BLOCK_M], tl.float32)
+    top = tl.full([BLOCK_M], float("-inf"), tl.float32)
     first, split, stop = tl.load(START + mine), tl.load(SPLIT + mine), tl.load(START + mine + 1)
     for t in range(first, split):
         acc, total, top = _forward_step(acc, total, top, q, m + i, tl.load(INDEX + t), K, V, END, POSITION, size, m + n,
-                                        kn, vn, scale, window, D, BD, BN, WINDOWED, False, PRECISION)
+                                        stride_kn, stride_vn, scale, window,
+                                        D, BLOCK_D, BLOCK_N, WINDOWED, False, PRECISION)
     for t in range(split, stop):
         acc, total, top = _forward_step(acc, total, top, q, m + i, tl.load(INDEX + t), K, V, END, POSITION, size, m + n,
-                                        kn, vn, scale, window, D, BD, BN, WINDOWED, True, PRECISION)
+                                        stride_kn, stride_vn, scale, window,
+                                        D, BLOCK_D, BLOCK_N, WINDOWED, True, PRECISION)
     total = tl.where(i < n, total, 1.0)
-    tl.store(OUT + head * oh + i[:, None] * on + d[None, :], (acc / total[:, None]).to(q.dtype), mask=there)
+    out = (acc / total[:, None]).to(q.dtype)
+    tl.store(OUT + head * stride_oh + i[:, None] * stride_on + dim[None, :], out, mask=there)
     tl.store(LSE + head * n + i, top + tl.log2(total), mask=i < n)
 
 # %% ../../nbs/compute/03_triton_kernels.ipynb #e12cb6c4
-def _query_step(dq, q, do, lse, delta, r, block, K, V, END, POSITION, size, last, kn, vn, scale, window,
-                D: tl.constexpr, BD: tl.constexpr, BN: tl.constexpr, WINDOWED: tl.constexpr, MASKED: tl.constexpr,
-                PRECISION: tl.constexpr):
-    j, d = block * BN + tl.arange(0, BN), tl.arange(0, BD)
-    there = (j[:, None] < size) & (d[None, :] < D)
-    k = tl.load(K + j[:, None] * kn + d[None, :], mask=there, other=0.0)
-    v = tl.load(V + j[:, None] * vn + d[None, :], mask=there, other=0.0)
+def _query_step(grad_q, q, grad, lse, delta, row, block, K, V, END, POSITION, size, last,
+                stride_kn, stride_vn, scale, window,
+                D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr,
+                WINDOWED: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr):
+    j, dim = block * BLOCK_N + tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_D)
+    there = (j[:, None] < size) & (dim[None, :] < D)
+    k = tl.load(K + j[:, None] * stride_kn + dim[None, :], mask=there, other=0.0)
+    v = tl.load(V + j[:, None] * stride_vn + dim[None, :], mask=there, other=0.0)
     p = tl.exp2(tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale - lse[:, None])
     if MASKED:
-        p = tl.where(_seen(r[:, None], j[None, :], END, POSITION, size, last, window, WINDOWED), p, 0.0)
-    ds = p * (tl.dot(do, tl.trans(v), input_precision=PRECISION) - delta[:, None])
-    return dq + tl.dot(ds.to(k.dtype), k, input_precision=PRECISION)
+        p = tl.where(_seen(row[:, None], j[None, :], END, POSITION, size, last, window, WINDOWED), p, 0.0)
+    grad_scores = p * (tl.dot(grad, tl.trans(v), input_precision=PRECISION) - delta[:, None])
+    return grad_q + tl.dot(grad_scores.to(k.dtype), k, input_precision=PRECISION)
 
 # %% ../../nbs/compute/03_triton_kernels.ipynb #c96e2805
-def _query_kernel(Q, K, V, DO, DQ, LSE, DELTA, END, POSITION, START, SPLIT, INDEX, n, size, m, qh, qn, kh, kn, vh, vn, oh, on, gh, gn,
-                  scale, scaling, window, G: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr,
-                  BN: tl.constexpr, WINDOWED: tl.constexpr, PRECISION: tl.constexpr):
+def _query_kernel(Q, K, V, GRAD, GRAD_Q, LSE, DELTA, END, POSITION, START, SPLIT, INDEX, n, size, m,
+                  stride_qh, stride_qn, stride_kh, stride_kn, stride_vh, stride_vn,
+                  stride_gh, stride_gn, stride_gqh, stride_gqn,
+                  scale, scaling, window, G: tl.constexpr, D: tl.constexpr,
+                  BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+                  WINDOWED: tl.constexpr, PRECISION: tl.constexpr):
     mine, head = tl.num_programs(0) - 1 - tl.program_id(0), tl.program_id(1)
-    K, V = K + head // G * kh, V + head // G * vh
-    i, d = mine * BM + tl.arange(0, BM), tl.arange(0, BD)
-    there = (i[:, None] < n) & (d[None, :] < D)
-    q = tl.load(Q + head * qh + i[:, None] * qn + d[None, :], mask=there, other=0.0)
-    do = tl.load(DO + head * oh + i[:, None] * on + d[None, :], mask=there, other=0.0)
-    lse, delta = tl.load(LSE + head * n + i, mask=i < n, other=0.0), tl.load(DELTA + head * n + i, mask=i < n, other=0.0)
-    dq = tl.zeros([BM, BD], tl.float32)
+    K, V = K + head // G * stride_kh, V + head // G * stride_vh
+    i, dim = mine * BLOCK_M + tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_D)
+    there = (i[:, None] < n) & (dim[None, :] < D)
+    q = tl.load(Q + head * stride_qh + i[:, None] * stride_qn + dim[None, :], mask=there, other=0.0)
+    grad = tl.load(GRAD + head * stride_gh + i[:, None] * stride_gn + dim[None, :], mask=there, other=0.0)
+    lse = tl.load(LSE + head * n + i, mask=i < n, other=0.0)
+    delta = tl.load(DELTA + head * n + i, mask=i < n, other=0.0)
+    grad_q = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     first, split, stop = tl.load(START + mine), tl.load(SPLIT + mine), tl.load(START + mine + 1)
     for t in range(first, split):
-        dq = _query_step(dq, q, do, lse, delta, m + i, tl.load(INDEX + t), K, V, END, POSITION, size, m + n, kn, vn, scale, window,
-                         D, BD, BN, WINDOWED, False, PRECISION)
+        grad_q = _query_step(grad_q, q, grad, lse, delta, m + i, tl.load(INDEX + t), K, V, END, POSITION, size, m + n,
+                             stride_kn, stride_vn, scale, window,
+                             D, BLOCK_D, BLOCK_N, WINDOWED, False, PRECISION)
     for t in range(split, stop):
-        dq = _query_step(dq, q, do, lse, delta, m + i, tl.load(INDEX + t), K, V, END, POSITION, size, m + n, kn, vn, scale, window,
-                         D, BD, BN, WINDOWED, True, PRECISION)
-    tl.store(DQ + head * gh + i[:, None] * gn + d[None, :], (dq * scaling).to(q.dtype), mask=there)
+        grad_q = _query_step(grad_q, q, grad, lse, delta, m + i, tl.load(INDEX + t), K, V, END, POSITION, size, m + n,
+                             stride_kn, stride_vn, scale, window,
+                             D, BLOCK_D, BLOCK_N, WINDOWED, True, PRECISION)
+    grad_q = (grad_q * scaling).to(q.dtype)
+    tl.store(GRAD_Q + head * stride_gqh + i[:, None] * stride_gqn + dim[None, :], grad_q, mask=there)
 
 # %% ../../nbs/compute/03_triton_kernels.ipynb #1c886c52
-def _key_step(dk, dv, k, v, j, block, Q, DO, LSE, DELTA, END, POSITION, n, size, m, qn, on, scale, window,
-              D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, WINDOWED: tl.constexpr, MASKED: tl.constexpr,
-              PRECISION: tl.constexpr):
-    i, d = block * BM + tl.arange(0, BM), tl.arange(0, BD)
-    there = (i[:, None] < n) & (d[None, :] < D)
-    q = tl.load(Q + i[:, None] * qn + d[None, :], mask=there, other=0.0)
-    do = tl.load(DO + i[:, None] * on + d[None, :], mask=there, other=0.0)
+def _key_step(grad_k, grad_v, k, v, j, block, Q, GRAD, LSE, DELTA, END, POSITION, n, size, m,
+              stride_qn, stride_gn, scale, window,
+              D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
+              WINDOWED: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr):
+    i, dim = block * BLOCK_M + tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_D)
+    there = (i[:, None] < n) & (dim[None, :] < D)
+    q = tl.load(Q + i[:, None] * stride_qn + dim[None, :], mask=there, other=0.0)
+    grad = tl.load(GRAD + i[:, None] * stride_gn + dim[None, :], mask=there, other=0.0)
     lse, delta = tl.load(LSE + i, mask=i < n, other=0.0), tl.load(DELTA + i, mask=i < n, other=0.0)
     p = tl.exp2(tl.dot(k, tl.trans(q), input_precision=PRECISION) * scale - lse[None, :])
     if MASKED:
         p = tl.where(_seen((m + i)[None, :], j[:, None], END, POSITION, size, m + n, window, WINDOWED), p, 0.0)
-    dv = dv + tl.dot(p.to(do.dtype), do, input_precision=PRECISION)
-    ds = p * (tl.dot(v, tl.trans(do), input_precision=PRECISION) - delta[None, :])
-    return dk + tl.dot(ds.to(q.dtype), q, input_precision=PRECISION), dv
+    grad_v = grad_v + tl.dot(p.to(grad.dtype), grad, input_precision=PRECISION)
+    grad_scores = p * (tl.dot(v, tl.trans(grad), input_precision=PRECISION) - delta[None, :])
+    return grad_k + tl.dot(grad_scores.to(q.dtype), q, input_precision=PRECISION), grad_v
 
 # %% ../../nbs/compute/03_triton_kernels.ipynb #b79c6ff0
-def _key_kernel(Q, K, V, DO, DK, DV, LSE, DELTA, END, POSITION, START, SPLIT, INDEX, n, size, m, qh, qn, kh, kn, vh, vn, oh, on,
-                dkh, dkn, dvh, dvn, scale, scaling, window, G: tl.constexpr, D: tl.constexpr, BD: tl.constexpr,
-                BM: tl.constexpr, BN: tl.constexpr, WINDOWED: tl.constexpr, PRECISION: tl.constexpr):
+def _key_kernel(Q, K, V, GRAD, GRAD_K, GRAD_V, LSE, DELTA, END, POSITION, START, SPLIT, INDEX, n, size, m,
+                stride_qh, stride_qn, stride_kh, stride_kn, stride_vh, stride_vn, stride_gh, stride_gn,
+                stride_gkh, stride_gkn, stride_gvh, stride_gvn,
+                scale, scaling, window, G: tl.constexpr, D: tl.constexpr,
+                BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+                WINDOWED: tl.constexpr, PRECISION: tl.constexpr):
     mine, group = tl.program_id(0), tl.program_id(1)  # early keys are seen most: they go first
-    j, d = mine * BN + tl.arange(0, BN), tl.arange(0, BD)
-    there = (j[:, None] < size) & (d[None, :] < D)
-    k = tl.load(K + group * kh + j[:, None] * kn + d[None, :], mask=there, other=0.0)
-    v = tl.load(V + group * vh + j[:, None] * vn + d[None, :], mask=there, other=0.0)
-    dk, dv = tl.zeros([BN, BD], tl.float32), tl.zeros([BN, BD], tl.float32)
+    j, dim = mine * BLOCK_N + tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_D)
+    there = (j[:, None] < size) & (dim[None, :] < D)
+    k = tl.load(K + group * stride_kh + j[:, None] * stride_kn + dim[None, :], mask=there, other=0.0)
+    v = tl.load(V + group * stride_vh + j[:, None] * stride_vn + dim[None, :], mask=there, other=0.0)
+    grad_k, grad_v = tl.zeros([BLOCK_N, BLOCK_D], tl.float32), tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     first, split, stop = tl.load(START + mine), tl.load(SPLIT + mine), tl.load(START + mine + 1)
     for head in range(group * G, group * G + G):
         for t in range(first, split):
-            dk, dv = _key_step(dk, dv, k, v, j, tl.load(INDEX + t), Q + head * qh, DO + head * oh, LSE + head * n, DELTA + head * n,
-                               END, POSITION, n, size, m, qn, on, scale, window, D, BD, BM, WINDOWED, False, PRECISION)
+            grad_k, grad_v = _key_step(grad_k, grad_v, k, v, j, tl.load(INDEX + t), Q + head * stride_qh,
+                                       GRAD + head * stride_gh, LSE + head * n, DELTA + head * n, END, POSITION,
+                                       n, size, m, stride_qn, stride_gn, scale, window,
+                                       D, BLOCK_D, BLOCK_M, WINDOWED, False, PRECISION)
         for t in range(split, stop):
-            dk, dv = _key_step(dk, dv, k, v, j, tl.load(INDEX + t), Q + head * qh, DO + head * oh, LSE + head * n, DELTA + head * n,
-                               END, POSITION, n, size, m, qn, on, scale, window, D, BD, BM, WINDOWED, True, PRECISION)
-    tl.store(DK + group * dkh + j[:, None] * dkn + d[None, :], (dk * scaling).to(k.dtype), mask=there)
-    tl.store(DV + group * dvh + j[:, None] * dvn + d[None, :], dv.to(v.dtype), mask=there)
+            grad_k, grad_v = _key_step(grad_k, grad_v, k, v, j, tl.load(INDEX + t), Q + head * stride_qh,
+                                       GRAD + head * stride_gh, LSE + head * n, DELTA + head * n, END, POSITION,
+                                       n, size, m, stride_qn, stride_gn, scale, window,
+                                       D, BLOCK_D, BLOCK_M, WINDOWED, True, PRECISION)
+    grad_k, grad_v = (grad_k * scaling).to(k.dtype), grad_v.to(v.dtype)
+    tl.store(GRAD_K + group * stride_gkh + j[:, None] * stride_gkn + dim[None, :], grad_k, mask=there)
+    tl.store(GRAD_V + group * stride_gvh + j[:, None] * stride_gvn + dim[None, :], grad_v, mask=there)
 
 # %% ../../nbs/compute/03_triton_kernels.ipynb #78a21d26
 _KERNELS = ["_seen", "_forward_step", "_query_step", "_key_step", "_forward_kernel", "_query_kernel", "_key_kernel"]
@@ -157,41 +183,53 @@ def load_kernels():
         globals()[name] = triton.jit(globals()[name])
 
 # %% ../../nbs/compute/03_triton_kernels.ipynb #48196c38
-TABLE = {  # (padded head size at most, bytes): forward, backward; each (BM, BN, warps, stages)
-    (64, 2): ((128, 64, 4, 3), (64, 64, 4, 2)), (128, 2): ((128, 64, 8, 2), (64, 32, 4, 2)), (256, 2): ((64, 32, 4, 2), (32, 32, 8, 1)),
-    (64, 4): ((64, 32, 8, 2), (32, 32, 8, 1)), (128, 4): ((32, 32, 8, 1), (16, 16, 4, 1)), (256, 4): ((16, 16, 8, 1), (16, 16, 4, 1)),
+TABLE = {  # (padded head size at most, bytes): forward, backward; each (BLOCK_M, BLOCK_N, warps, stages)
+    (64, 2): ((128, 64, 4, 3), (64, 64, 4, 2)),
+    (128, 2): ((128, 64, 8, 2), (64, 32, 4, 2)),
+    (256, 2): ((64, 32, 4, 2), (32, 32, 8, 1)),
+    (64, 4): ((64, 32, 8, 2), (32, 32, 8, 1)),
+    (128, 4): ((32, 32, 8, 1), (16, 16, 4, 1)),
+    (256, 4): ((16, 16, 8, 1), (16, 16, 4, 1)),
 }
 
 def _config(D, dtype):  # padded head size, forward's and backward's configuration
-    bd = max(16, 1 << (D - 1).bit_length())
+    padded = max(16, 1 << (D - 1).bit_length())
     for (most, size), pair in TABLE.items():
-        if bd <= most and size == dtype.itemsize: return bd, *pair
+        if padded <= most and size == dtype.itemsize: return padded, *pair
     raise ValueError(f"triton attention: head size {D} of {dtype}: up to 256 of float32, float16 or bfloat16 expected")
 
 # %% ../../nbs/compute/03_triton_kernels.ipynb #4f61031c
-def _prepared(layout, window, device, BM, BN):  # int32 tensors: end, position, and both ways' lists
-    some, whole = visible_blocks(layout, BM, BN, window)
-    ends = [torch.as_tensor(x, dtype=torch.int32, device=device) for x in (layout.end, layout.position)]
-    return ends, _lists(some, whole, device), _lists(some.T, whole.T, device)
+def _prepared(layout, window, device, rows, columns):  # int32 tensors: [end, position], and both ways' lists; made once
+    def make():
+        some, whole = visible_blocks(layout, rows, columns, window)
+        ends = [torch.as_tensor(x, dtype=torch.int32, device=device) for x in (layout.end, layout.position)]
+        return ends, _lists(some, whole, device), _lists(some.T, whole.T, device)
+    return layout.cached(("triton", window, device, rows, columns), make)
 
 def _strides(*tensors):
-    return [s for x in tensors for s in x.stride()[1:3]]  # of heads and rows
+    return [stride for x in tensors for stride in x.stride()[1:3]]  # of heads and rows
 
 def _precision(dtype):  # float32 products: exact unless torch itself is allowed TF32
     return "tf32" if dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest" else "ieee"
+
+def _constants(q, k, window, padded, config):  # what the kernels are compiled for
+    rows, columns, warps, stages = config
+    return dict(G=q.shape[1] // k.shape[1], D=q.shape[3], BLOCK_D=padded, BLOCK_M=rows, BLOCK_N=columns,
+                WINDOWED=window is not None, PRECISION=_precision(q.dtype), num_warps=warps, num_stages=stages)
 
 # %% ../../nbs/compute/03_triton_kernels.ipynb #40473d21
 class _TritonAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k, v, layout, scaling, window):
         q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
-        (_, H, n, D), (_, K, size, _) = q.shape, k.shape
-        bd, (BM, BN, warps, stages), _ = _config(D, q.dtype)
-        ends, lists, _ = layout.cached(("triton", window, q.device, BM, BN), lambda: _prepared(layout, window, q.device, BM, BN))
+        (_, H, n, D), size = q.shape, k.shape[2]
+        padded, config, _ = _config(D, q.dtype)
+        rows, columns, *_ = config
+        ends, lists, _ = _prepared(layout, window, q.device, rows, columns)
         out, lse = torch.empty_like(q), q.new_empty(H, n, dtype=torch.float32)
-        _forward_kernel[-(-n // BM), H](
-            q, k, v, out, lse, *ends, *lists, n, size, layout.m, *_strides(q, k, v, out), scaling * math.log2(math.e), window or 0,
-            G=H // K, D=D, BD=bd, BM=BM, BN=BN, WINDOWED=window is not None, PRECISION=_precision(q.dtype), num_warps=warps, num_stages=stages)
+        _forward_kernel[-(-n // rows), H](
+            q, k, v, out, lse, *ends, *lists, n, size, layout.m, *_strides(q, k, v, out),
+            scaling * math.log2(math.e), window or 0, **_constants(q, k, window, padded, config))
         ctx.save_for_backward(q, k, v, out, lse)
         ctx.rest = layout, scaling, window
         return out
@@ -205,17 +243,20 @@ class _TritonAttention(torch.autograd.Function):
 def _gradients(q, k, v, out, lse, grad, layout, scaling, window):  # of q, k, v
     grad = grad if grad.stride(-1) == 1 else grad.contiguous()
     (_, H, n, D), (_, K, size, _) = q.shape, k.shape
-    bd, _, (BM, BN, warps, stages) = _config(D, q.dtype)
-    ends, lists, turned = layout.cached(("triton", window, q.device, BM, BN), lambda: _prepared(layout, window, q.device, BM, BN))
+    padded, _, config = _config(D, q.dtype)
+    rows, columns, *_ = config
+    ends, lists, turned = _prepared(layout, window, q.device, rows, columns)
     delta = (grad.float() * out.float()).sum(-1)[0].contiguous()
-    dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
-    both = dict(G=H // K, D=D, BD=bd, BM=BM, BN=BN, WINDOWED=window is not None, PRECISION=_precision(q.dtype),
-                num_warps=warps, num_stages=stages)
+    grad_q, grad_k, grad_v = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+    constants = _constants(q, k, window, padded, config)
     scales = scaling * math.log2(math.e), scaling, window or 0
-    _query_kernel[-(-n // BM), H](q, k, v, grad, dq, lse, delta, *ends, *lists, n, size, layout.m, *_strides(q, k, v, grad, dq), *scales, **both)
-    _key_kernel[-(-size // BN), K](q, k, v, grad, dk, dv, lse, delta, *ends, *turned, n, size, layout.m, *_strides(q, k, v, grad, dk, dv),
-                                   *scales, **both)
-    return dq, dk, dv
+    _query_kernel[-(-n // rows), H](
+        q, k, v, grad, grad_q, lse, delta, *ends, *lists, n, size, layout.m,
+        *_strides(q, k, v, grad, grad_q), *scales, **constants)
+    _key_kernel[-(-size // columns), K](
+        q, k, v, grad, grad_k, grad_v, lse, delta, *ends, *turned, n, size, layout.m,
+        *_strides(q, k, v, grad, grad_k, grad_v), *scales, **constants)
+    return grad_q, grad_k, grad_v
 
 # %% ../../nbs/compute/03_triton_kernels.ipynb #31d5f6d9
 def triton_attention(
@@ -226,15 +267,19 @@ def triton_attention(
     scaling: float,              # multiplies the scores
     window: int | None = None,   # sliding window in positions
 ) -> torch.Tensor:               # [1, H, n, D] in q's dtype
-    """Tree attention on this page's kernels, differentiable in q, k and v. ValueError for a dtype or head size without a
-    configuration, tensors too large for 32-bit offsets, on a CPU without Triton's interpreter, and for bfloat16 in it. *Own design*, after FlashAttention-2 (arXiv:2307.08691)."""
+    """Tree attention on this page's kernels, differentiable in q, k and v. ValueError for a dtype or head size without
+    a configuration, tensors too large for 32-bit offsets, on a CPU without Triton's interpreter, and for bfloat16 in
+    it. *Own design*, after FlashAttention-2 (arXiv:2307.08691)."""
     _config(q.shape[3], q.dtype)
-    if (most := max(x.shape[1] * x.stride(1) + x.shape[2] * x.stride(2) for x in (q, k, v))) >= 2**31:
-        raise ValueError(f"triton attention: offsets up to {most}: tensors below 2**31 numbers expected, so smaller packs")
-    knobs = need("triton", extra="triton").knobs
-    if q.device.type == "cpu" and not knobs.runtime.interpret:
-        raise ValueError("triton attention on a CPU needs Triton's interpreter: set TRITON_INTERPRET=1 before Python starts")
-    if knobs.runtime.interpret and q.dtype == torch.bfloat16:  # it would multiply the bit patterns
+    most = max(x.shape[1] * x.stride(1) + x.shape[2] * x.stride(2) for x in (q, k, v))
+    if most >= 2**31:
+        raise ValueError(f"triton attention: offsets up to {most}: "
+                         "tensors below 2**31 numbers expected, so smaller packs")
+    interpret = need("triton", extra="triton").knobs.runtime.interpret
+    if q.device.type == "cpu" and not interpret:
+        raise ValueError("triton attention on a CPU needs Triton's interpreter: "
+                         "set TRITON_INTERPRET=1 before Python starts")
+    if interpret and q.dtype == torch.bfloat16:  # it would multiply the bit patterns
         raise ValueError("Triton's interpreter does not know bfloat16: take float32 or float16, or a GPU")
     load_kernels()
     return _TritonAttention.apply(q, k, v, layout, scaling, window)

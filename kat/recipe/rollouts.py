@@ -15,7 +15,7 @@ import numpy as np
 
 from ..core.chat import ids_of, render
 from ..core.types import GENERATED, Segment, Trajectory
-from ..infer.engines import Completion, Engine, Request
+from ..infer.requests import Completion, Engine, Request
 from ..plane.gateway import Gateway
 from ..plane.manager import Manager, Session, Turn, show
 from ..plane.writing import Writing

@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 from itertools import accumulate
 
 # %% auto #0
-__all__ = ['TokenLogprob', 'Answer', 'call_prefix', 'signature', 'render_answer', 'sse', 'Stream', 'render_error',
-           'models_answer', 'count_tokens_answer']
+__all__ = ['TokenLogprob', 'Answer', 'call_prefix', 'signature', 'render_answer', 'sse', 'UnfinishedStream', 'Stream',
+           'render_error', 'models_answer', 'count_tokens_answer']
 
 # %% ../../nbs/wire/02_answers.ipynb #878cf3c9
 @dataclass
@@ -36,7 +36,7 @@ class Answer:
     logprobs: list[TokenLogprob] | None = None
     ids: list[int] | None = None  # of the answer, for the record
     error: str = ''             # what happened, where `finish` is 'error'
-    malformed: list[str] = field(default_factory=list)  # why calls stayed text; told in whole chat completions, as `malformed_calls`
+    malformed: list[str] = field(default_factory=list)  # why calls stayed text; whole chat completions tell it
     created: int = field(default_factory=lambda: int(time.time()))  # Unix seconds
 
 # %% ../../nbs/wire/02_answers.ipynb #58cebe3c
@@ -50,70 +50,77 @@ def call_prefix(
 # %% ../../nbs/wire/02_answers.ipynb #36cdbcf8
 _js = json.JSONEncoder(ensure_ascii=False, separators=(',', ':')).encode
 
-def _usage(a: Answer) -> dict:
+def _usage(answer: Answer) -> dict:
     "OpenAI's token counts."
-    return dict(prompt_tokens=a.prompt_tokens, completion_tokens=a.completion_tokens,
-                total_tokens=a.prompt_tokens + a.completion_tokens, prompt_tokens_details=dict(cached_tokens=a.cached_tokens))
+    return dict(prompt_tokens=answer.prompt_tokens, completion_tokens=answer.completion_tokens,
+                total_tokens=answer.prompt_tokens + answer.completion_tokens,
+                prompt_tokens_details=dict(cached_tokens=answer.cached_tokens))
 
 # %% ../../nbs/wire/02_answers.ipynb #739c617e
-def _openai_call(c: dict) -> dict:
+def _openai_call(tool_call: dict) -> dict:
     "A call with its arguments as text."
-    f = c['function']
-    return dict(id=c['id'], type='function', function=dict(name=f['name'], arguments=_js(f['arguments'])))
+    function = tool_call['function']
+    written = dict(name=function['name'], arguments=_js(function['arguments']))
+    return dict(id=tool_call['id'], type='function', function=written)
 
-def _finish(call, a: Answer) -> str:
+def _finish(call, answer: Answer) -> str:
     "OpenAI's finish_reason."
-    if a.finish == 'length': return 'length'
-    return 'tool_calls' if a.tool_calls and call.dialect == 'chat' else 'stop'
+    if answer.finish == 'length': return 'length'
+    return 'tool_calls' if answer.tool_calls and call.dialect == 'chat' else 'stop'
 
 # %% ../../nbs/wire/02_answers.ipynb #7bc2fd02
-def _chat_logprobs(call, a: Answer) -> dict | None:
+def _chat_logprobs(call, answer: Answer) -> dict | None:
     "Log-probs of Chat Completions, where asked for."
     n = call.sampling.logprobs
     if n is None: return None
-    if a.logprobs is None: raise ValueError('logprobs: asked for, but the answer has none')
-    one = lambda t, lp: dict(token=t, logprob=lp, bytes=list(t.encode()))
-    content = [one(t.token, t.logprob) | dict(top_logprobs=[one(*x) for x in t.top[:n]]) for t in a.logprobs]
+    if answer.logprobs is None: raise ValueError('logprobs: asked for, but the answer has none')
+    one = lambda token, logprob: dict(token=token, logprob=logprob, bytes=list(token.encode()))
+    content = [one(t.token, t.logprob) | dict(top_logprobs=[one(*likely) for likely in t.top[:n]])
+               for t in answer.logprobs]
     return dict(content=content, refusal=None)
 
 # %% ../../nbs/wire/02_answers.ipynb #da966f74
-def _text_logprobs(call, a: Answer) -> dict | None:
+def _text_logprobs(call, answer: Answer) -> dict | None:
     "Log-probs of Completions, where asked for."
     n = call.sampling.logprobs
     if n is None: return None
-    if a.logprobs is None: raise ValueError('logprobs: asked for, but the answer has none')
-    offsets = list(accumulate((len(t.token) for t in a.logprobs[:-1]), initial=0)) if a.logprobs else []
-    return dict(tokens=[t.token for t in a.logprobs], token_logprobs=[t.logprob for t in a.logprobs],
-                top_logprobs=[dict(t.top[:n]) for t in a.logprobs] if n else None, text_offset=offsets)
+    tokens = answer.logprobs
+    if tokens is None: raise ValueError('logprobs: asked for, but the answer has none')
+    offsets = list(accumulate((len(t.token) for t in tokens[:-1]), initial=0)) if tokens else []
+    return dict(tokens=[t.token for t in tokens], token_logprobs=[t.logprob for t in tokens],
+                top_logprobs=[dict(t.top[:n]) for t in tokens] if n else None, text_offset=offsets)
 
 # %% ../../nbs/wire/02_answers.ipynb #1eaa1807
-def _chat_answer(call, a: Answer) -> dict:
+def _chat_answer(call, answer: Answer) -> dict:
     "A chat.completion."
-    m = dict(role='assistant', content=a.content if a.content or not a.tool_calls else None, refusal=None)
-    if a.reasoning:
-        m['reasoning_content'] = a.reasoning
-    if a.tool_calls:
-        m['tool_calls'] = list(map(_openai_call, a.tool_calls))
-    if a.malformed:
-        m['malformed_calls'] = a.malformed
-    choice = dict(index=0, message=m, logprobs=_chat_logprobs(call, a), finish_reason=_finish(call, a))
-    return dict(id=f'chatcmpl-{a.id}', object='chat.completion', created=a.created, model=call.model, choices=[choice],
-                usage=_usage(a))
+    content = answer.content if answer.content or not answer.tool_calls else None
+    m = dict(role='assistant', content=content, refusal=None)
+    if answer.reasoning:
+        m['reasoning_content'] = answer.reasoning
+    if answer.tool_calls:
+        m['tool_calls'] = list(map(_openai_call, answer.tool_calls))
+    if answer.malformed:
+        m['malformed_calls'] = answer.malformed
+    choice = dict(index=0, message=m, logprobs=_chat_logprobs(call, answer), finish_reason=_finish(call, answer))
+    return dict(id=f'chatcmpl-{answer.id}', object='chat.completion', created=answer.created, model=call.model,
+                choices=[choice], usage=_usage(answer))
 
-def _text_answer(call, a: Answer) -> dict:
+def _text_answer(call, answer: Answer) -> dict:
     "A text_completion."
-    choice = dict(text=a.content, index=0, logprobs=_text_logprobs(call, a), finish_reason=_finish(call, a))
-    return dict(id=f'cmpl-{a.id}', object='text_completion', created=a.created, model=call.model, choices=[choice],
-                usage=_usage(a))
+    logprobs = _text_logprobs(call, answer)
+    choice = dict(text=answer.content, index=0, logprobs=logprobs, finish_reason=_finish(call, answer))
+    return dict(id=f'cmpl-{answer.id}', object='text_completion', created=answer.created, model=call.model,
+                choices=[choice], usage=_usage(answer))
 
 # %% ../../nbs/wire/02_answers.ipynb #d0aefdbd
 def signature(reasoning: str) -> str:
     "What stands for a thinking block when its text is left out."
     return base64.b64encode(hashlib.sha256(reasoning.encode()).digest()).decode()
 
-def _tool_use(c: dict, input: dict) -> dict:
+def _tool_use(tool_call: dict, input: dict) -> dict:
     "A tool_use block."
-    return dict(type='tool_use', id=c['id'], name=c['function']['name'], input=input, caller=dict(type='direct'))
+    name = tool_call['function']['name']
+    return dict(type='tool_use', id=tool_call['id'], name=name, input=input, caller=dict(type='direct'))
 
 # %% ../../nbs/wire/02_answers.ipynb #7e17db88
 def _message_usage(prompt: int, cached: int, completion: int) -> dict:
@@ -121,10 +128,10 @@ def _message_usage(prompt: int, cached: int, completion: int) -> dict:
     return dict(input_tokens=prompt - cached, cache_creation_input_tokens=0, cache_read_input_tokens=cached,
                 output_tokens=completion)
 
-def _stop_reason(a: Answer) -> str:
+def _stop_reason(answer: Answer) -> str:
     "Anthropic's stop_reason."
-    if a.finish == 'length': return 'max_tokens'
-    return 'tool_use' if a.tool_calls else 'stop_sequence' if a.stop is not None else 'end_turn'
+    if answer.finish == 'length': return 'max_tokens'
+    return 'tool_use' if answer.tool_calls else 'stop_sequence' if answer.stop is not None else 'end_turn'
 
 # %% ../../nbs/wire/02_answers.ipynb #8cf3e913
 def _message(call, id: str, content: list, reason: str | None, stop: str | None, usage: dict) -> dict:
@@ -132,17 +139,17 @@ def _message(call, id: str, content: list, reason: str | None, stop: str | None,
     return dict(id=f'msg_{id}', type='message', role='assistant', model=call.model, content=content,
                 stop_reason=reason, stop_sequence=stop, usage=usage)
 
-def _message_answer(call, a: Answer) -> dict:
+def _message_answer(call, answer: Answer) -> dict:
     "A whole message."
     content = []
-    if a.reasoning and call.thinking != 'off':
-        shown = a.reasoning if call.thinking == 'shown' else ''
-        content.append(dict(type='thinking', thinking=shown, signature=signature(a.reasoning)))
-    if a.content:
-        content.append(dict(type='text', text=a.content, citations=None))
-    content += [_tool_use(c, c['function']['arguments']) for c in a.tool_calls]
-    usage = _message_usage(a.prompt_tokens, a.cached_tokens, a.completion_tokens)
-    return _message(call, a.id, content, _stop_reason(a), a.stop, usage)
+    if answer.reasoning and call.thinking != 'off':
+        shown = answer.reasoning if call.thinking == 'shown' else ''
+        content.append(dict(type='thinking', thinking=shown, signature=signature(answer.reasoning)))
+    if answer.content:
+        content.append(dict(type='text', text=answer.content, citations=None))
+    content += [_tool_use(tool_call, tool_call['function']['arguments']) for tool_call in answer.tool_calls]
+    usage = _message_usage(answer.prompt_tokens, answer.cached_tokens, answer.completion_tokens)
+    return _message(call, answer.id, content, _stop_reason(answer), answer.stop, usage)
 
 # %% ../../nbs/wire/02_answers.ipynb #59fac427
 def render_answer(
@@ -160,16 +167,15 @@ def sse(data, event: str | None = None) -> bytes:
     return f'{head}data: {data if isinstance(data, str) else _js(data)}\n\n'.encode()
 
 # %% ../../nbs/wire/02_answers.ipynb #b3c465fa
-class Stream:
-    "The events of one answer, in the dialect of its call."
+class UnfinishedStream:
+    "An answer as far as it has been sent."
     def __init__(self,
         call,                        # the `ApiCall` answered
         id: str = '0',               # the answer's
         created: int | None = None,  # Unix seconds; None: now
     ):
         self.call, self.id = call, id
-        self.form = dict(chat=_ChatForm, completions=_TextForm, messages=_MessageForm)[call.dialect](
-            call, id, int(time.time()) if created is None else created)
+        self.form = _form(call, id, int(time.time()) if created is None else created)
         self.text, self.reasoning, self.calls = [], [], []
 
     def start(self, prompt_tokens: int = 0, cached_tokens: int = 0) -> list[bytes]:
@@ -185,11 +191,14 @@ class Stream:
         if text:
             self.text.append(text)
             out += self.form.text(text)
-        for c in calls:
-            self.calls.append(c)
-            out += self.form.call_(c, len(self.calls) - 1)
+        for tool_call in calls:
+            self.calls.append(tool_call)
+            out += self.form.call_(tool_call, len(self.calls) - 1)
         return out
 
+# %% ../../nbs/wire/02_answers.ipynb #496567d4
+class Stream(UnfinishedStream):
+    "The events of one answer, in the dialect of its call."
     def finish(self, answer: Answer) -> list[bytes]:
         "The rest of the answer and the end. ValueError where `answer` is not a continuation of what was sent."
         if answer.finish == 'error': return self.error(answer.error or 'the engine failed')
@@ -204,8 +213,8 @@ class Stream:
 
     def error(self, message: str, status: int = 500) -> list[bytes]:
         "The end, where something failed: an event that clients raise."
-        e = render_error(self.call.dialect, status, message)
-        return [sse(e, 'error') if self.call.dialect == 'messages' else sse(e)]
+        told = render_error(self.call.dialect, status, message)
+        return [sse(told, 'error') if self.call.dialect == 'messages' else sse(told)]
 
 # %% ../../nbs/wire/02_answers.ipynb #a23ad58e
 def _rest(name: str, sent, whole):
@@ -227,18 +236,18 @@ class _ChatForm:
 
     def start(self, prompt, cached):
         return self.chunk(dict(role='assistant', content=''))
-    def text(self, s):
-        return self.chunk(dict(content=s))
-    def reasoning(self, s):
-        return self.chunk(dict(reasoning_content=s))
-    def call_(self, c, i):
-        return self.chunk(dict(tool_calls=[dict(index=i) | _openai_call(c)]))
+    def text(self, text):
+        return self.chunk(dict(content=text))
+    def reasoning(self, text):
+        return self.chunk(dict(reasoning_content=text))
+    def call_(self, tool_call, i):
+        return self.chunk(dict(tool_calls=[dict(index=i) | _openai_call(tool_call)]))
 
-    def end(self, a: Answer) -> list[bytes]:
+    def end(self, answer: Answer) -> list[bytes]:
         "The reason, the counts, and the mark of the end."
-        out = self.chunk({}, _finish(self.call, a), _chat_logprobs(self.call, a))
+        out = self.chunk({}, _finish(self.call, answer), _chat_logprobs(self.call, answer))
         if self.call.usage:
-            out.append(sse(self.head | dict(choices=[], usage=_usage(a))))
+            out.append(sse(self.head | dict(choices=[], usage=_usage(answer))))
         return [*out, sse('[DONE]')]
 
 # %% ../../nbs/wire/02_answers.ipynb #77c34068
@@ -255,34 +264,28 @@ class _TextForm:
 
     def start(self, prompt, cached):
         return []
-    def text(self, s):
-        return self.chunk(s)
-    def reasoning(self, s):
+    def text(self, text):
+        return self.chunk(text)
+    def reasoning(self, text):
         return []
-    def call_(self, c, i):
+    def call_(self, tool_call, i):
         return []
 
-    def end(self, a: Answer) -> list[bytes]:
+    def end(self, answer: Answer) -> list[bytes]:
         "The reason, the counts, and the mark of the end."
-        out = self.chunk('', _finish(self.call, a), _text_logprobs(self.call, a))
+        out = self.chunk('', _finish(self.call, answer), _text_logprobs(self.call, answer))
         if self.call.usage:
-            out.append(sse(self.head | dict(choices=[], usage=_usage(a))))
+            out.append(sse(self.head | dict(choices=[], usage=_usage(answer))))
         return [*out, sse('[DONE]')]
 
 # %% ../../nbs/wire/02_answers.ipynb #562d83ad
-class _MessageForm:
-    "Events of the Messages API."
-    def __init__(self, call, id, created):
-        self.call, self.id, self.index, self.open, self.thought = call, id, -1, None, []
-        self.written = self.again = False  # was there text, and a call after it?
+class _Blocks:
+    "The content blocks of a message: one is open at a time."
+    def __init__(self):
+        self.index, self.open, self.thought = -1, None, []
 
     def event(self, kind: str, **data) -> list[bytes]:
         return [sse(dict(type=kind) | data, kind)]
-
-    def start(self, prompt, cached) -> list[bytes]:
-        "The message without content."
-        usage = _message_usage(prompt, cached, 0)
-        return self.event('message_start', message=_message(self.call, self.id, [], None, None, usage))
 
     def block(self, **block) -> list[bytes]:
         "Open a block, unless the open one is of its type and can grow."
@@ -304,32 +307,49 @@ class _MessageForm:
         self.open, self.thought = None, []
         return out + self.event('content_block_stop', index=self.index)
 
-    def text(self, s) -> list[bytes]:
+# %% ../../nbs/wire/02_answers.ipynb #6a3af367
+class _MessageForm(_Blocks):
+    "Events of the Messages API."
+    def __init__(self, call, id, created):
+        super().__init__()
+        self.call, self.id = call, id
+        self.written = self.again = False  # was there text, and a call after it?
+
+    def start(self, prompt, cached) -> list[bytes]:
+        usage = _message_usage(prompt, cached, 0)
+        return self.event('message_start', message=_message(self.call, self.id, [], None, None, usage))
+
+    def text(self, text) -> list[bytes]:
         "Text; after a call without the line end that a new block stands for."
         if self.again:
-            self.again, s = False, s.removeprefix('\n')
-        if not s: return []
+            self.again, text = False, text.removeprefix('\n')
+        if not text: return []
         self.written = True
-        return self.block(type='text', text='', citations=None) + self.grow('text_delta', text=s)
+        return self.block(type='text', text='', citations=None) + self.grow('text_delta', text=text)
 
-    def reasoning(self, s) -> list[bytes]:
-        "Thinking, as far as it is shown."
+    def reasoning(self, text) -> list[bytes]:
         if self.call.thinking == 'off': return []
         out = self.block(type='thinking', thinking='', signature='')
-        self.thought.append(s)
-        return out + (self.grow('thinking_delta', thinking=s) if self.call.thinking == 'shown' else [])
+        self.thought.append(text)
+        return out + (self.grow('thinking_delta', thinking=text) if self.call.thinking == 'shown' else [])
 
-    def call_(self, c, i) -> list[bytes]:
-        "A call: its block, its input as JSON."
-        self.again = self.written
-        args = _js(c['function']['arguments'])
-        return self.block(**_tool_use(c, {})) + self.grow('input_json_delta', partial_json=args)
+    def call_(self, tool_call, i) -> list[bytes]:
+        self.again, arguments = self.written, _js(tool_call['function']['arguments'])
+        return self.block(**_tool_use(tool_call, {})) + self.grow('input_json_delta', partial_json=arguments)
 
-    def end(self, a: Answer) -> list[bytes]:
-        "The reason, the counts, and the mark of the end."
-        usage = _message_usage(a.prompt_tokens, a.cached_tokens, a.completion_tokens)
-        delta = dict(stop_reason=_stop_reason(a), stop_sequence=a.stop)
-        return self.close() + self.event('message_delta', delta=delta, usage=usage) + self.event('message_stop')
+    def end(self, answer: Answer) -> list[bytes]:
+        return self.close() + self.event('message_delta', **_message_end(answer)) + self.event('message_stop')
+
+# %% ../../nbs/wire/02_answers.ipynb #3d6952df
+def _message_end(answer: Answer) -> dict:
+    "The reason and the counts."
+    delta = dict(stop_reason=_stop_reason(answer), stop_sequence=answer.stop)
+    return dict(delta=delta, usage=_message_usage(answer.prompt_tokens, answer.cached_tokens, answer.completion_tokens))
+
+def _form(call, id: str, created: int):
+    "The events of the call's dialect."
+    forms = dict(chat=_ChatForm, completions=_TextForm, messages=_MessageForm)
+    return forms[call.dialect](call, id, created)
 
 # %% ../../nbs/wire/02_answers.ipynb #cc2ed5ef
 _ANTHROPIC = {401: 'authentication_error', 402: 'billing_error', 403: 'permission_error', 404: 'not_found_error',

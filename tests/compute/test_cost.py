@@ -13,20 +13,23 @@ from kat.tree.stats import flat_profile, model_shape, tree_profile
 from kat.tree.trie import TokenTree
 
 FEW = settings(max_examples=20, deadline=None, suppress_health_check=list(HealthCheck))
-SHAPES = [model_shape(LlamaConfig(hidden_size=64, intermediate_size=96, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2, vocab_size=99)),
-          model_shape(Gemma3TextConfig(hidden_size=64, intermediate_size=96, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2, head_dim=16, vocab_size=99, sliding_window=5))]
+SIZE = dict(hidden_size=64, intermediate_size=96, num_attention_heads=4, num_key_value_heads=2, vocab_size=99)
+SHAPES = [model_shape(LlamaConfig(**SIZE, num_hidden_layers=3)),
+          model_shape(Gemma3TextConfig(**SIZE, num_hidden_layers=4, head_dim=16, sliding_window=5))]
 
 
 @FEW
 @given(seqs=sequences(), size=st.sampled_from([None, 1, 4, 9]), shape=st.sampled_from(SHAPES))
 def test_packs_add_up_to_the_tree(seqs, size, shape):
     tree = TokenTree.from_sequences(seqs)
-    assert token_flops(shape, tree.position).sum() == pytest.approx(shape.forward(tree_profile(tree)))
+    forward, lengths = shape.forward(tree_profile(tree)), [len(s) for s in seqs]
+    assert token_flops(shape, tree.position).sum() == pytest.approx(forward)
     costs = tree_costs(shape, tree, size, recompute=False)
-    assert sum(c.tokens for c in costs) == len(tree) and sum(c.flops for c in costs) == pytest.approx(3 * shape.forward(tree_profile(tree)))
-    assert flat_cost(shape, [len(s) for s in seqs]).flops == pytest.approx(3 * shape.forward(flat_profile([len(s) for s in seqs])))
-    again = tree_costs(shape, tree, size)
-    assert 3 * shape.forward(tree_profile(tree)) <= sum(c.flops for c in again) * (1 + 1e-12) <= 4 * shape.forward(tree_profile(tree)) * (1 + 1e-9)
+    assert sum(cost.tokens for cost in costs) == len(tree)
+    assert sum(cost.flops for cost in costs) == pytest.approx(3 * forward)
+    assert flat_cost(shape, lengths).flops == pytest.approx(3 * shape.forward(flat_profile(lengths)))
+    again = sum(cost.flops for cost in tree_costs(shape, tree, size))
+    assert 3 * forward <= again * (1 + 1e-12) <= 4 * forward * (1 + 1e-9)
 
 
 @FEW
@@ -42,7 +45,8 @@ def test_ranks_add_up_to_the_whole(seqs, ranks, seed):
     assert own.tolist() == list(range(len(tree)))
     for p in parts:
         index = torch.from_numpy(p.index)
-        TreeEngine(model, max_tokens=5).forward_backward(p.tree, lambda e: (w[index[e.index]] * e.logprob).sum(), p.score)
+        engine = TreeEngine(model, max_tokens=5)
+        engine.forward_backward(p.tree, lambda e: (w[index[e.index]] * e.logprob).sum(), p.score)
     assert worst(want, gradients(model)) < 1e-9
     with pytest.raises(ValueError, match="ranks"):
         split_ranges(tree, len(tree) + 1)

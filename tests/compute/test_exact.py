@@ -7,7 +7,8 @@ import torch
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from torch.nn import functional as F
-from transformers import AutoModelForCausalLM, FalconH1Config, Lfm2Config, LlamaConfig, LlamaForCausalLM, MambaConfig, Qwen3NextConfig
+from transformers import (AutoModelForCausalLM, FalconH1Config, Lfm2Config, LlamaConfig, LlamaForCausalLM, MambaConfig,
+                          Qwen3NextConfig)
 from tree_models import KINDS, flat_logprobs_of, gradients, make, sequences, worst
 
 from kat.compute.engine import TreeEngine
@@ -59,7 +60,8 @@ def tree_run(model, tree, w, temperature, bonus, **how):
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("kind", KINDS)
 @FEW
-@given(seqs=sequences(), size=PACKS, node=st.booleans(), recompute=st.booleans(), temperature=st.sampled_from([1.0, 0.6]), seed=st.integers(0, 99))
+@given(seqs=sequences(), size=PACKS, node=st.booleans(), recompute=st.booleans(),
+       temperature=st.sampled_from([1.0, 0.6]), seed=st.integers(0, 99))
 def test_gradients_are_the_flat_ones(kind, backend, seqs, size, node, recompute, temperature, seed):
     model = MODELS[kind]
     tree, ws, total = weights_of(seqs, np.random.default_rng(seed), node)
@@ -88,7 +90,7 @@ def test_logprobs_are_the_flat_ones(kind, backend, seqs, size, temperature):
 @pytest.mark.parametrize("kind", ["qwen3", "gemma3", "qwen3moe"])
 @FEW
 @given(seqs=sequences(), size=PACKS)
-@example(seqs=[np.array([18, 14, 22, 2, 17, 17, 15, 21, 21, 2])], size=1)  # Gemma's own rounding is 6e-7 of the gradient here
+@example(seqs=[np.array([18, 14, 22, 2, 17, 17, 15, 21, 21, 2])], size=1)  # Gemma's own rounding: 6e-7 of the gradient
 def test_stock_models_in_float32(kind, seqs, size):
     "Nothing swapped, transformers as it is: the tree is as near to the gradient in float64 as plain sequences are."
     single, double = STOCK[kind]
@@ -246,8 +248,10 @@ def test_bfloat16_is_no_worse_than_flat():
         _, truth = flat_run(full, seqs, ws, 1.0, 0.0)
         _, flat = flat_run(low, seqs, ws, 1.0, 0.0)
         _, have = tree_run(low, tree, torch.from_numpy(total), 1.0, 0.0, max_tokens=40)
-        for name, g in (("flat", flat), ("tree", have)):
-            errors[name].append(float(sum((truth[n] - g[n].float()).norm() ** 2 for n in truth) ** 0.5 / sum(t.norm() ** 2 for t in truth.values()) ** 0.5))
+        size = sum(x.norm() ** 2 for x in truth.values()) ** 0.5
+        for name, grads in (("flat", flat), ("tree", have)):
+            off = sum((truth[n] - grads[n].float()).norm() ** 2 for n in truth) ** 0.5
+            errors[name].append(float(off / size))
     assert np.mean(errors["tree"]) <= 1.1 * np.mean(errors["flat"]), errors
 
 
@@ -276,7 +280,8 @@ def plain_run(model, ids, loss):  # of one sequence by one plain forward: loss a
 @pytest.fixture
 def deep():  # one small layer that takes long sequences
     torch.manual_seed(0)
-    config = LlamaConfig(vocab_size=23, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=1, num_key_value_heads=1, head_dim=16, max_position_embeddings=5000)
+    config = LlamaConfig(vocab_size=23, hidden_size=16, intermediate_size=16, num_hidden_layers=1,
+                         num_attention_heads=1, num_key_value_heads=1, head_dim=16, max_position_embeddings=5000)
     model = LlamaForCausalLM(config).double()
     with torch.no_grad():
         for p in model.parameters():
@@ -291,30 +296,37 @@ def test_backward_through_a_chain_of_5000_nodes_in_packs(deep):
     assert tree.n_nodes == len(tree) == 5000 and len(partition(tree, 700)) >= 8
     value = TreeEngine(deep, max_tokens=700).forward_backward(tree, lambda e: -(w[e.index] * e.logprob).sum())
     have = gradients(deep)
-    loss, want = plain_run(deep, ids, lambda logits: (w[1:] * F.cross_entropy(logits, torch.from_numpy(ids[1:]), reduction="none")).sum())
+    def weighted(logits):
+        return (w[1:] * F.cross_entropy(logits, torch.from_numpy(ids[1:]), reduction="none")).sum()
+    loss, want = plain_run(deep, ids, weighted)
     assert worst(want, have) < 1e-9 and float(value) == pytest.approx(loss, rel=1e-12)
 
 
 def test_backward_through_a_comb_of_1500_levels_in_packs(deep):
-    "At every level one token leaves the trunk, alone. It is a target only, so one plain sequence with two targets a position says the same."
+    "At every level one token leaves the trunk, alone. It is a target only: in one plain sequence, a second one."
     trunk = np.random.default_rng(1).integers(0, 22, 1500)
     tooth = (trunk + 1) % 22
     tree = TokenTree.from_sequences([np.append(trunk[:n], tooth[n]) for n in range(1, 1500)] + [trunk])
     assert len(tree) == 1500 + 1499 and tree.n_nodes > 2900 and len(partition(tree, 200)) >= 15
     value = TreeEngine(deep, max_tokens=200).forward_backward(tree, lambda e: -e.logprob.sum())
     have = gradients(deep)
-    loss, want = plain_run(deep, trunk, lambda logits: sum(F.cross_entropy(logits, torch.from_numpy(x[1:]), reduction="sum") for x in (trunk, tooth)))
+    def of_both(logits):
+        return sum(F.cross_entropy(logits, torch.from_numpy(x[1:]), reduction="sum") for x in (trunk, tooth))
+    loss, want = plain_run(deep, trunk, of_both)
     assert worst(want, have) < 1e-9 and float(value) == pytest.approx(loss, rel=1e-12)
 
 
+TINY = dict(vocab_size=50, hidden_size=32, num_hidden_layers=2)
+HEADS = dict(intermediate_size=32, num_attention_heads=2, num_key_value_heads=1)
 REFUSED = {
-    "linear_attention": Qwen3NextConfig(vocab_size=50, hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1, head_dim=16, num_experts=2,
-        num_experts_per_tok=1, moe_intermediate_size=16, shared_expert_intermediate_size=16, linear_num_key_heads=2, linear_num_value_heads=2,
-        linear_key_head_dim=8, linear_value_head_dim=8, layer_types=["linear_attention", "full_attention"]),
-    "conv": Lfm2Config(vocab_size=50, hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1, layer_types=["conv", "full_attention"]),
-    "hybrid": FalconH1Config(vocab_size=50, hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1, head_dim=16,
-                             mamba_d_ssm=32, mamba_n_heads=4, mamba_d_head=8, mamba_d_state=4),
-    "linear_attention (state space)": MambaConfig(vocab_size=50, hidden_size=32, num_hidden_layers=2, state_size=4)}
+    "linear_attention": Qwen3NextConfig(
+        **TINY, **HEADS, head_dim=16, num_experts=2, num_experts_per_tok=1, moe_intermediate_size=16,
+        shared_expert_intermediate_size=16, linear_num_key_heads=2, linear_num_value_heads=2, linear_key_head_dim=8,
+        linear_value_head_dim=8, layer_types=["linear_attention", "full_attention"]),
+    "conv": Lfm2Config(**TINY, **HEADS, layer_types=["conv", "full_attention"]),
+    "hybrid": FalconH1Config(**TINY, **HEADS, head_dim=16, mamba_d_ssm=32, mamba_n_heads=4, mamba_d_head=8,
+                             mamba_d_state=4),
+    "linear_attention (state space)": MambaConfig(**TINY, state_size=4)}
 
 
 @pytest.mark.parametrize("kind", REFUSED)
@@ -322,8 +334,10 @@ def test_layers_with_a_state_are_refused_by_name(kind):
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(REFUSED[kind])
     tree = TokenTree.from_sequences([[1, 2, 3], [1, 2, 4]])
+    said = (f"{type(model).__name__}: layers of kind {kind.split()[0]} aren't plain attention"
+            ".*trees need attention in every layer")
     for call in (lambda: check_model(model), lambda: TreeEngine(model), lambda: tree_logprobs(model, tree)):
-        with pytest.raises(ValueError, match=f"{type(model).__name__}: layers of kind {kind.split()[0]} aren't plain attention.*trees need attention in every layer"):
+        with pytest.raises(ValueError, match=said):
             call()
 
 

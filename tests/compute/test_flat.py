@@ -128,9 +128,9 @@ def test_slices_of_the_vocabulary_change_nothing(monkeypatch):
     ids = torch.randint(0, 50, (3, 20), generator=torch.Generator().manual_seed(0))
     mask = torch.ones_like(ids, dtype=torch.bool)
     results = []
-    for size, rows in ((2**24, 512), (2**24, 7), (50 * 7, 512)):  # in one piece; in pieces that are kept; that are computed again
+    for size, rows in ((2**24, 512), (2**24, 7), (50 * 7, 512)):  # in one piece; in pieces, kept or computed again
         monkeypatch.setattr(logprob, "SLICE", size)
-        monkeypatch.setattr(logprob, "ROWS", rows)
+        monkeypatch.setattr(logprob, "HEAD_ROWS", rows)
         logps, _ = flat_logprobs(model, ids, mask)
         results.append((logps, *torch.autograd.grad(logps.sum(), list(model.parameters()))))
     for other in results[1:]:

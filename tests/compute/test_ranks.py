@@ -1,4 +1,4 @@
-"Two processes on a CPU (gloo): gradients equal those of one, sharded with FSDP2 and whole, also where a rank has nothing to do."
+"Two processes on a CPU (gloo): gradients equal those of one, sharded (FSDP2) and whole, also where a rank has no work."
 import os
 import subprocess
 import sys
@@ -14,7 +14,8 @@ from kat.tree.trie import TokenTree
 
 def trees():
     rng = np.random.default_rng(0)
-    return [TokenTree.from_sequences([np.r_[p, rng.integers(0, 23, n)] for n in (5, 9, 7)]) for p in rng.integers(0, 23, (3, 12))]
+    prompts = rng.integers(0, 23, (3, 12))
+    return [TokenTree.from_sequences([np.r_[prompt, rng.integers(0, 23, n)] for n in (5, 9, 7)]) for prompt in prompts]
 
 
 def items(tree, part=None):
@@ -34,6 +35,12 @@ def cases():
             "ranges": ([items(a, left)], [items(a, right), items(c)], [items(a), items(c)])}
 
 
+def gradients_of(model):
+    from torch.distributed.tensor import DTensor
+    return {name: p.grad.full_tensor() if isinstance(p.grad, DTensor) else p.grad
+            for name, p in model.named_parameters()}
+
+
 def work(rank, store):
     import torch.distributed as dist
     from tree_models import make, worst
@@ -50,22 +57,25 @@ def work(rank, store):
             total = rank_gradients(TreeEngine(model, max_tokens=6 + 5 * rank), parts[rank])  # other packs on each rank
             truth = sum(TreeEngine(alone).forward_backward(*x) for x in whole)
             assert abs(total - truth) < 1e-9, (name, total, truth)
-            have, want = ({n: p.grad.full_tensor() if isinstance(p.grad, DTensor) else p.grad for n, p in m.named_parameters()} for m in (model, alone))
+            have, want = gradients_of(model), gradients_of(alone)
             assert worst(want, have) < 1e-9, (shard, name)
-            model.zero_grad(), alone.zero_grad()
+            model.zero_grad()
+            alone.zero_grad()
             print("equal", shard, name, rank, flush=True)
     dist.destroy_process_group()
 
 
 def test_two_ranks_give_the_gradients_of_one(tmp_path):
     here = Path(__file__)
-    code = f"import sys; sys.path.insert(0, {str(here.parent)!r}); import {here.stem}; {here.stem}.work(int(sys.argv[1]), sys.argv[2])"
-    env = os.environ | {"PYTHONPATH": os.pathsep.join([str(here.parents[2]), os.environ.get("PYTHONPATH", "")])}
-    ranks = [subprocess.Popen([sys.executable, "-c", code, str(r), tmp_path / "store"], env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) for r in range(2)]
+    code = f"import sys, {here.stem}; {here.stem}.work(int(sys.argv[1]), sys.argv[2])"
+    path = [here.parents[2], here.parent, here.parents[1] / "helpers", os.environ.get("PYTHONPATH", "")]
+    env = os.environ | {"PYTHONPATH": os.pathsep.join(map(str, path))}
+    ranks = [subprocess.Popen([sys.executable, "-c", code, str(rank), tmp_path / "store"], env=env, text=True,
+                              stdout=subprocess.PIPE, stderr=subprocess.STDOUT) for rank in range(2)]
     try:
-        said = [p.communicate(timeout=300)[0] for p in ranks]
+        said = [process.communicate(timeout=300)[0] for process in ranks]
     finally:
-        for p in ranks:
-            p.kill()
+        for process in ranks:
+            process.kill()
     for text in said:
         assert text.count("equal") == 6, text[-3000:]

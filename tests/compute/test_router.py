@@ -1,4 +1,4 @@
-"The load-balancing loss of a mixture of experts on trees: transformers' own, on the padded batch of the tree's sequences."
+"The load-balancing loss of a mixture of experts on trees: transformers' own, on the padded batch of the sequences."
 import numpy as np
 import pytest
 import torch
@@ -36,13 +36,14 @@ def test_as_transformers_on_the_batch(seqs, size, recompute, paths):
     count = torch.from_numpy(tree.count).float()
     want_loss, want = flat(MODEL, seqs, 0.1)
     engine = TreeEngine(MODEL, size, recompute=recompute, router_coef=COEF)
-    loss = engine.forward_backward(tree, lambda e: -0.1 * (count[e.index] * e.logprob).sum(), whole_paths=paths and tree.position.max() > 0)
+    whole = paths and tree.position.max() > 0
+    loss = engine.forward_backward(tree, lambda e: -0.1 * (count[e.index] * e.logprob).sum(), whole_paths=whole)
     assert abs(float(loss) - want_loss) < 1e-4 * max(1, abs(want_loss)) and close(want, gradients(MODEL))
 
 
 @pytest.mark.parametrize("size", [None, 3])
 def test_only_the_routers(size):
-    "No edge is wanted: packs without any still give their share. With checkpointing the layers run twice and count once."
+    "No edge is wanted: packs without any still give their share. With checkpointing layers run twice and count once."
     seqs = [[1, 2, 3, 4], [1, 2, 5], [7, 8, 9]]
     _, want = flat(MODEL, seqs, 0.0)
     assert max(g.norm() for g in want.values()) > 1e-4

@@ -1,4 +1,4 @@
-"Every attention backend against the dense mask: outputs and gradients on trees that branch, packs, windows, grouped heads, dtypes."
+"Every attention backend against the dense mask: outputs and gradients on trees that branch, packs, windows, dtypes."
 import contextlib
 import logging
 import os
@@ -19,7 +19,7 @@ from kat.core.io import MissingExtra
 from kat.tree.trie import TokenTree
 
 ON_CPU = ["reference", "segments", "flex", "triton"]
-SMALL = {(256, size): ((16, 16, 4, 1), (16, 16, 4, 1)) for size in (2, 4)}  # small blocks, so that small trees have many
+SMALL = {(256, size): ((16, 16, 4, 1), (16, 16, 4, 1)) for size in (2, 4)}  # small blocks: small trees have many
 
 
 @contextlib.contextmanager
@@ -50,7 +50,8 @@ def draw(layout, heads, kv_heads, dim, dtype=torch.float64, seed=0):
     g = torch.Generator().manual_seed(seed)
     def one(h, n):
         return torch.randn(1, n, h, dim, generator=g, dtype=torch.float64).to(dtype).transpose(1, 2)
-    q, k, v, up = one(heads, layout.n), one(kv_heads, layout.m + layout.n), one(kv_heads, layout.m + layout.n), one(heads, layout.n)
+    size = layout.m + layout.n
+    q, k, v, up = one(heads, layout.n), one(kv_heads, size), one(kv_heads, size), one(heads, layout.n)
     return [x.requires_grad_() for x in (q, k, v)], up
 
 
@@ -69,7 +70,8 @@ def close(got, truth, atol, rtol=0):
         torch.testing.assert_close(a, b, atol=atol, rtol=rtol)
 
 
-sequences = st.lists(st.lists(st.integers(0, 2), min_size=1, max_size=25), min_size=1, max_size=14)  # three letters: most share something
+letters = st.integers(0, 2)  # so few that most sequences share something
+sequences = st.lists(st.lists(letters, min_size=1, max_size=25), min_size=1, max_size=14)
 windows = st.sampled_from([None, 1, 2, 5, 12])
 
 
@@ -94,12 +96,13 @@ def test_reference_is_each_sequence_alone(data):
 
 
 def even_plan(layout, window, rows):
-    with setting(page, ROWS=(rows, rows + 1), FILL=3, GROUP=40, CALL=6, EDGE=1):
+    with setting(page, EVEN_ROWS=(rows, rows + 1), FILL=3, GROUP=40, CALL=6, EDGE=1):
         return page._even_plan(layout, window)
 
 
 @settings(max_examples=200, deadline=None)
-@given(packs(), windows, st.sampled_from([(1, 1), (3, 1), (4, 2)]), st.sampled_from(["short", "even", "long"]), st.integers(1, 9))
+@given(packs(), windows, st.sampled_from([(1, 1), (3, 1), (4, 2)]), st.sampled_from(["short", "even", "long"]),
+       st.integers(1, 9))
 def test_segments_equal_the_reference(layout, window, heads, way, rows):
     "Small blocks, so that there are many, with the probabilities kept, computed together, and with the fused kernel"
     inputs, up = draw(layout, *heads, 4)
@@ -126,13 +129,17 @@ def test_groups_hold_every_block_once(layout, window, rows):
 
 
 RNG = np.random.default_rng
-BIG = TokenTree.from_sequences([np.r_[[1] * 30, RNG(i // 4).integers(0, 3, 60), RNG(i).integers(0, 3, 20 + 10 * i)] for i in range(8)])
-MANY = TokenTree.from_sequences([np.r_[[1] * 30, RNG(i // 8).integers(0, 3, 40), RNG(i).integers(0, 3, 60)] for i in range(48)])
+BIG = TokenTree.from_sequences([np.r_[[1] * 30, RNG(i // 4).integers(0, 3, 60), RNG(i).integers(0, 3, 20 + 10 * i)]
+                                for i in range(8)])
+MANY = TokenTree.from_sequences([np.r_[[1] * 30, RNG(i // 8).integers(0, 3, 40), RNG(i).integers(0, 3, 60)]
+                                 for i in range(48)])
 LONG = TokenTree.from_sequences([[1] * 700, [1] * 500 + [2] * 300, [1] * 500 + [2] * 90 + [3] * 40])
 
 
-@pytest.mark.parametrize("dtype, atol", [(torch.float64, 1e-12), (torch.float32, 3e-5), (torch.bfloat16, 0.1), (torch.float16, 0.02)])
-@pytest.mark.parametrize("tree, a, b", [(BIG, 0, len(BIG)), (BIG, 300, 500), (MANY, 0, len(MANY)), (LONG, 0, len(LONG)), (LONG, 600, 1000)], ids=["short", "short pack", "many", "long", "long pack"])
+@pytest.mark.parametrize("dtype, atol", [(torch.float64, 1e-12), (torch.float32, 3e-5), (torch.bfloat16, 0.1),
+                                         (torch.float16, 0.02)])
+@pytest.mark.parametrize("tree, a, b", [(BIG, 0, len(BIG)), (BIG, 300, 500), (MANY, 0, len(MANY)), (LONG, 0, len(LONG)),
+                                        (LONG, 600, 1000)], ids=["short", "short pack", "many", "long", "long pack"])
 @pytest.mark.parametrize("window", [None, 70])
 def test_segments_as_shipped(tree, a, b, window, dtype, atol):
     layout = pack(tree, a, b)
@@ -146,13 +153,17 @@ def test_segments_as_shipped(tree, a, b, window, dtype, atol):
 
 def test_all_ways_were_shipped():
     "The trees above are what their names say"
-    ways = {page._plan(pack(tree, 0, len(tree)), None, narrow)[0] for tree in (BIG, MANY, LONG) for narrow in (False, True)}
-    assert ways == {"short", "even", "long"} and page._plan(pack(MANY, 0, len(MANY)), None, True)[0] == "even"
+    def way(tree, narrow):
+        return page._plan(pack(tree, 0, len(tree)), None, narrow)[0]
+    assert {way(tree, narrow) for tree in (BIG, MANY, LONG) for narrow in (False, True)} == {"short", "even", "long"}
+    assert way(MANY, True) == "even"
     blocks = page._plan(Layout(np.full(5000, 5000), np.arange(5000), 0), None, False)[1]
     assert len(blocks) == 1 and blocks[0][2][0].causal  # a chain is one call of the causal kernel
 
 
-SLOW = settings(max_examples=6, deadline=None, phases=(Phase.explicit, Phase.reuse, Phase.generate))  # shrinking would take minutes
+# shrinking would take minutes
+SLOW = settings(max_examples=6, deadline=None, phases=(Phase.explicit, Phase.reuse, Phase.generate))
+
 
 @SLOW
 @given(packs(), windows)
@@ -169,7 +180,8 @@ small = packs(st.lists(st.lists(st.integers(0, 2), min_size=4, max_size=25), min
 def test_triton_equals_the_reference(layout, window, shape, dtype):
     inputs, up = draw(layout, *shape, dtype)
     with setting(triton_kernels, TABLE=SMALL):
-        close(run("triton", inputs, up, layout, window), run("reference", inputs, up, layout, window), 1e-5 if dtype == torch.float32 else 0.01)
+        got, truth = run("triton", inputs, up, layout, window), run("reference", inputs, up, layout, window)
+        close(got, truth, 1e-5 if dtype == torch.float32 else 0.01)
 
 
 def test_triton_as_shipped():
@@ -212,12 +224,12 @@ def test_a_sequence_in_packs(backend):
     truth = run("reference", (q, k, v), up, Layout(tree.end, tree.position, 0))
     sums = [torch.zeros_like(x) for x in (q, q, k, v)]
     for a, b in [(0, 6), (6, 21), (21, len(tree))]:
-        past = np.flatnonzero(tree.end[:a] > a)
+        past, own = np.flatnonzero(tree.end[:a] > a), torch.arange(a, b)
         keys = torch.as_tensor(np.concatenate([past, np.arange(a, b)]))
         part = [x.detach().requires_grad_() for x in (q[:, :, a:b], k[:, :, keys], v[:, :, keys])]
         got = run(backend, part, up[:, :, a:b], pack(tree, a, b))
-        for x, y in zip(sums, got):
-            x.index_add_(2, torch.arange(a, b) if y.shape[2] == b - a and x is not sums[2] and x is not sums[3] else keys, y)
+        for total, x, at in zip(sums, got, (own, own, keys, keys)):
+            total.index_add_(2, at, x)
     close(sums, truth, 1e-5)
 
 
@@ -282,21 +294,28 @@ def test_choice_is_logged_once(caplog):
     with caplog.at_level(logging.INFO, logger="kat.compute.tree_attention"):
         for _ in range(3):
             tree_attention(q, k, v, layout, 0.4)
-    assert [r.getMessage() for r in caplog.records] == ["tree attention: segments (the fastest on a CPU for every tree measured)"]
-    def on(device, dtype):
-        return choose_backend(torch.empty(1, 2, layout.n, 8, device="meta", dtype=dtype), layout, None)[0] if device == "meta" else None
-    assert on("meta", torch.float32) == "reference"  # a device without a kernel
+    said = "tree attention: segments (the fastest on a CPU for every tree measured)"
+    assert [record.getMessage() for record in caplog.records] == [said]
+    elsewhere = torch.empty(1, 2, layout.n, 8, device="meta")  # a device without a kernel
+    assert choose_backend(elsewhere, layout, None)[0] == "reference"
 
 
 def test_bad_input():
-    for args, text in [(([3, 2], [0, 1], 0), r"end\[0\] = 3"), (([2, 2], [0, 1], 2), "at least one new token"), (([2, 2], [0], 0), "one length"),
-                       (([1, 1], [0, 1], 0), r"end\[1\] = 1"), (([1, 2], [0, 1], 1), r"end\[0\] = 1"), (([3, 3, 3], [1, 1, 2], 2), "one path")]:
+    for args, text in [(([3, 2], [0, 1], 0), r"end\[0\] = 3"),
+                       (([2, 2], [0, 1], 2), "at least one new token"),
+                       (([2, 2], [0], 0), "one length"),
+                       (([1, 1], [0, 1], 0), r"end\[1\] = 1"),
+                       (([1, 2], [0, 1], 1), r"end\[0\] = 1"),
+                       (([3, 3, 3], [1, 1, 2], 2), "one path")]:
         with pytest.raises(ValueError, match=text):
             Layout(*args)
     layout = pack(BIG, 0, 40)
     (q, k, v), _ = draw(layout, 2, 1, 8, torch.float32)
-    for args, text in [((q, k, v[:, :, 1:]), "expected"), ((q[:, :1].expand(-1, 3, -1, -1), k.expand(-1, 2, -1, -1), v.expand(-1, 2, -1, -1)), "multiple of K"),
-                       ((q, k.double(), v), "one dtype"), ((q[:, :, :5], k, v), "expected")]:
+    three_over_two = q[:, :1].expand(-1, 3, -1, -1), k.expand(-1, 2, -1, -1), v.expand(-1, 2, -1, -1)
+    for args, text in [((q, k, v[:, :, 1:]), "expected"),
+                       (three_over_two, "multiple of K"),
+                       ((q, k.double(), v), "one dtype"),
+                       ((q[:, :, :5], k, v), "expected")]:
         with pytest.raises(ValueError, match=text):
             tree_attention(*args, layout, 0.4)
     with pytest.raises(ValueError, match="window 0"):

@@ -1,11 +1,13 @@
 """Compile the Triton kernels for GPUs that aren't there: `python tests/drills/compile_kernels.py [--all]`
 
-Without --all one configuration for compute capability 8.0, which pytest runs too; with it every entry of the table, for 8.0 and 9.0
-(about two minutes). Prints shared memory, registers and spilled bytes a thread. TRITON_INTERPRET must not be set."""
+Without --all one configuration for compute capability 8.0, which pytest runs too; with it every entry of the table, for
+8.0 and 9.0 (about two minutes). Prints shared memory, registers and spilled bytes a thread. TRITON_INTERPRET must not
+be set."""
 import re
 import subprocess
 import sys
 import tempfile
+from itertools import product
 from pathlib import Path
 
 import torch
@@ -25,15 +27,16 @@ def kind(name, fixed, dtype):
     return 'fp32' if name in ('scale', 'scaling') else 'i32'
 
 
-def compiled(fn, capability, D, dtype, bd, config):
-    BM, BN, warps, stages = config
-    fixed = dict(G=3, D=D, BD=bd, BM=BM, BN=BN, WINDOWED=True, PRECISION='ieee')
+def compiled(fn, capability, D, dtype, padded, config):
+    rows, columns, warps, stages = config
+    fixed = dict(G=3, D=D, BLOCK_D=padded, BLOCK_M=rows, BLOCK_N=columns, WINDOWED=True, PRECISION='ieee')
     names = [p.name for p in fn.params]
-    aligned = {(i,): [['tt.divisibility', 16]] for i, x in enumerate(names)
-               if x not in fixed and (x.isupper() or x[-1] in 'hn' and x != 'n')}  # pointers and strides, as in a real call
-    source = ASTSource(fn=fn, signature={x: kind(x, fixed, dtype) for x in names}, attrs=aligned,
-                       constexprs={(names.index(x),): v for x, v in fixed.items()})
-    return triton.compile(source, target=GPUTarget('cuda', capability, 32), options=dict(num_warps=warps, num_stages=stages))
+    aligned = {(i,): [['tt.divisibility', 16]] for i, name in enumerate(names)
+               if name not in fixed and (name.isupper() or name.startswith('stride_'))}  # as in a real call
+    source = ASTSource(fn=fn, signature={name: kind(name, fixed, dtype) for name in names}, attrs=aligned,
+                       constexprs={(names.index(name),): value for name, value in fixed.items()})
+    options = dict(num_warps=warps, num_stages=stages)
+    return triton.compile(source, target=GPUTarget('cuda', capability, 32), options=options)
 
 
 def usage(kernel):
@@ -45,18 +48,23 @@ def usage(kernel):
     return [int(re.search(rf'{x}:(\d+)', text)[1]) for x in ('REG', 'STACK')]
 
 
+def show(capability, D, dtype):
+    "Compile the three kernels for one head size and dtype, and print what each takes."
+    padded, forward, backward = page._config(D, dtype)
+    for name, config in dict(_forward_kernel=forward, _query_kernel=backward, _key_kernel=backward).items():
+        kernel = compiled(getattr(page, name), capability, D, dtype, padded, config)
+        shared, (registers, spilled) = kernel.metadata.shared, usage(kernel)
+        print(f'{capability/10} {str(dtype)[6:]:9}{D:4} {name:16}{str(config):17} {shared/1024:5.0f} KB shared '
+              f'{registers:4} registers {spilled:3} B spilled', 'tensor cores' if 'mma' in kernel.asm['ptx'] else '',
+              flush=True)
+        if shared > 99*1024: raise SystemExit('too much shared memory')
+
+
 def main(everything):
     page.load_kernels()
-    for capability in (80, 90) if everything else (80,):
-        for D in (16, 64, 96, 128, 256) if everything else (64,):
-            for dtype in (torch.bfloat16, torch.float32) if everything else (torch.bfloat16,):
-                bd, forward, backward = page._config(D, dtype)
-                for name, config in dict(_forward_kernel=forward, _query_kernel=backward, _key_kernel=backward).items():
-                    kernel = compiled(getattr(page, name), capability, D, dtype, bd, config)
-                    shared, (registers, spilled) = kernel.metadata.shared, usage(kernel)
-                    print(f'{capability/10} {str(dtype)[6:]:9}{D:4} {name:16}{str(config):17} {shared/1024:5.0f} KB shared {registers:4} registers '
-                          f'{spilled:3} B spilled', 'tensor cores' if 'mma' in kernel.asm['ptx'] else '', flush=True)
-                    if shared > 99*1024: raise SystemExit('too much shared memory')
+    if not everything: return show(80, 64, torch.bfloat16)
+    for capability, D, dtype in product((80, 90), (16, 64, 96, 128, 256), (torch.bfloat16, torch.float32)):
+        show(capability, D, dtype)
 
 
 if __name__ == '__main__':

@@ -1,10 +1,13 @@
-"""Kill the data plane at random under load: `python tests/drills/drill_plane.py [ROUNDS] [SEED]` (200 rounds, a few minutes; `make drill`)
+"""Kill the data plane at random under load: `python tests/drills/drill_plane.py [ROUNDS] [SEED]` (200 rounds, a few
+minutes; `make drill`)
 
-Six agents work through a gateway with a store, in front of an engine behind HTTP (`VLLMEngine`; the server is scripted and speaks vLLM's protocol); they
-grade their sessions and put them in groups, which a trainer reads through a `Loader`, writing a checkpoint after each. In every round SIGKILL hits the
-gateway, the engine or the trainer at a random moment, and the same process starts again. Agents know nothing of it: they send a request again until it is
-answered. In the end: every turn whose answer was completed is in the store with the same words, none twice; all trees are valid, and every prompt holds the
-whole conversation to the letter; every agent got through all of its turns; the trainer saw every group once, in order.
+Six agents work through a gateway with a store, in front of an engine behind HTTP (`VLLMEngine`; the server is
+scripted and speaks vLLM's protocol); they grade their sessions and put them in groups, which a trainer reads through
+a `Loader`, writing a checkpoint after each. In every round SIGKILL hits the gateway, the engine or the trainer at a
+random moment, and the same process starts again. Agents know nothing of it: they send a request again until it is
+answered. In the end: every turn whose answer was completed is in the store with the same words, none twice; all
+trees are valid, and every prompt holds the whole conversation to the letter; every agent got through all of its
+turns; the trainer saw every group once, in order.
 """
 import asyncio
 import json
@@ -61,7 +64,8 @@ def engine(port):
         return JSONResponse(dict(data=[dict(id='kat', max_model_len=100_000)]))
     async def info(request):
         return JSONResponse(dict(vllm_config=dict(model_config=dict(logprobs_mode='raw_logprobs'))))
-    app = Starlette(routes=[Route('/inference/v1/generate', generate, methods=['POST']), Route('/v1/models', models), Route('/server_info', info)])
+    app = Starlette(routes=[Route('/inference/v1/generate', generate, methods=['POST']), Route('/v1/models', models),
+                            Route('/server_info', info)])
     uvicorn.run(app, host='127.0.0.1', port=port, log_config=None)
 
 
@@ -134,7 +138,8 @@ async def insist(what):
 
 
 def body_of(session, messages, stream):
-    return dict(model='kat', messages=messages, stream=stream), {'x-kat-session': session, 'x-kat-task': session.partition('-')[0]}
+    headers = {'x-kat-session': session, 'x-kat-task': session.partition('-')[0]}
+    return dict(model='kat', messages=messages, stream=stream), headers
 
 
 async def complete(client, session, messages, stream):
@@ -150,7 +155,8 @@ async def complete(client, session, messages, stream):
     lines = [x[6:] for x in r.text.split('\n') if x.startswith('data: ')]
     if lines[-1:] != ['[DONE]']: return None  # an error event
     events = [json.loads(x) for x in lines[:-1]]
-    return events[0]['id'].removeprefix('chatcmpl-'), ''.join(c['delta'].get('content') or '' for e in events for c in e['choices'])
+    text = ''.join(c['delta'].get('content') or '' for e in events for c in e['choices'])
+    return events[0]['id'].removeprefix('chatcmpl-'), text
 
 
 async def said(client, path, **body):
@@ -175,10 +181,12 @@ def free_ports(n):
 
 def drill(rounds, folder, seed=0, tell=lambda *a: None):
     "Kill `rounds` times; what was seen. AssertionError where anything is wrong."
-    rng, path, diary, checkpoint = random.Random(seed), folder / 'store.db', folder / 'diary.jsonl', folder / 'checkpoint.json'
+    rng, path = random.Random(seed), folder / 'store.db'
+    diary, checkpoint = folder / 'diary.jsonl', folder / 'checkpoint.json'
     over, done, end = FORK.Event(), FORK.Value('l', 0), folder / 'end'
     e, g = free_ports(2)
-    work = dict(engine=(engine, (e,)), gateway=(gateway, (g, e, path)), trainer=(trainer, (path, checkpoint, end)), agents=(agents, (g, diary, over, done)))
+    work = dict(engine=(engine, (e,)), gateway=(gateway, (g, e, path)), trainer=(trainer, (path, checkpoint, end)),
+                agents=(agents, (g, diary, over, done)))
 
     def start(name):
         f, args = work[name]
@@ -203,7 +211,8 @@ def drill(rounds, folder, seed=0, tell=lambda *a: None):
             name = rng.choice(list(killed))
             os.kill(running[name].pid, signal.SIGKILL)
             running[name].join()
-            assert running[name].exitcode == -signal.SIGKILL, f'round {i}: the {name} had ended by itself ({running[name].exitcode})'
+            code = running[name].exitcode
+            assert code == -signal.SIGKILL, f'round {i}: the {name} had ended by itself ({code})'
             killed[name] += 1
             running[name] = start(name)
             if (i + 1) % 20 == 0:
@@ -225,7 +234,8 @@ def check(path, diary, checkpoint):
     "What the agents and the trainer saw against what is in the store."
     lines = [json.loads(x) for x in diary.read_text().splitlines()]
     told = lambda kind: [x for x in lines if x['kind'] == kind]
-    answers, paths, groups, tok, store = told('answer'), told('session'), [x['key'] for x in told('group')], tokenizer(), Store(path)
+    answers, paths, groups = told('answer'), told('session'), [x['key'] for x in told('group')]
+    tok, store = tokenizer(), Store(path)
     with store.engine.begin() as c:
         assert c.exec_driver_sql('PRAGMA integrity_check').scalar() == 'ok'
         stored = [r[0] for r in c.exec_driver_sql('SELECT id FROM turns')]
@@ -236,22 +246,27 @@ def check(path, diary, checkpoint):
     for x in paths:
         check_session(tok, sessions[x['session']], x['path'])
     seen = json.loads(checkpoint.read_text())
-    assert [x['key'] for x in seen] == [g.info['key'] for _, g in store.finished_groups(0, 10**6)] and set(groups) <= {x['key'] for x in seen}
+    assert [x['key'] for x in seen] == [g.info['key'] for _, g in store.finished_groups(0, 10**6)]
+    assert set(groups) <= {x['key'] for x in seen}
     assert all(x['turns'].count(TURNS) >= 2 for x in seen)
     store.close()
     return dict(answers=len(answers), turns=len(stored), sessions=len(paths), groups=len(seen))
 
 
 def check_session(tok, s, path):
-    "The agent's turns are one path; each prompt says all that was said before; the rest of the tree is tries that did not reach the agent."
+    """The agent's turns are one path; each prompt says all that was said before; the rest of the tree is tries that did
+    not reach the agent."""
     turns = [s.turns[i] for i in path]
     assert len(path) == TURNS and [t.parent for t in turns] == [None, *turns[:-1]] and s.finished and s.reward == 1
-    said = ''.join(f'<|im_start|>{m["role"]}\n{m["content"]}<|im_end|>\n' for t in turns for m in (*t.context, t.message)).rstrip('\n')
+    said = ''.join(f'<|im_start|>{m["role"]}\n{m["content"]}<|im_end|>\n'
+                   for t in turns for m in (*t.context, t.message)).rstrip('\n')
     assert tok.decode(turns[-1].ids) == said, (tok.decode(turns[-1].ids), said)
-    assert [m['content'] for t in turns for m in t.context if m['role'] == 'user'] == [f'request {k} of {s.name}' for k in range(TURNS)]
+    assert [m['content'] for t in turns
+            for m in t.context if m['role'] == 'user'] == [f'request {k} of {s.name}' for k in range(TURNS)]
     assert s.tree().n_sequences == len(s.leaves) == len(s.trajectories())
     for t in s.turns.values():
-        assert t.finish in ('stop', 'abort') and (t.parent is None or s.turns[t.parent.id] is t.parent) and len(ids_of(t.prompt))
+        assert t.finish in ('stop', 'abort')
+        assert (t.parent is None or s.turns[t.parent.id] is t.parent) and len(ids_of(t.prompt))
 
 
 if __name__ == '__main__':
@@ -259,4 +274,5 @@ if __name__ == '__main__':
     with tempfile.TemporaryDirectory() as tmp:
         began = time.monotonic()
         out = drill(args[0] if args else 200, Path(tmp), args[1] if args[1:] else 0, lambda *a: print(*a, flush=True))
-        print(', '.join(f'{k} {v}' for k, v in out.items()), f'in {time.monotonic() - began:.0f} s: all there, none twice')
+        print(', '.join(f'{k} {v}' for k, v in out.items()),
+              f'in {time.monotonic() - began:.0f} s: all there, none twice')

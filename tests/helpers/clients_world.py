@@ -44,8 +44,9 @@ class Lab:
         home = self.path/'home'
         home.mkdir(exist_ok=True)
         env = PLAIN | dict(HOME=str(home), NO_PROXY='127.0.0.1', CI='1') | env
-        p = await asyncio.create_subprocess_exec(*map(str, command), cwd=cwd, env=env, stdin=asyncio.subprocess.DEVNULL, stdout=asyncio.subprocess.PIPE,
-                                                 stderr=asyncio.subprocess.STDOUT, start_new_session=True)
+        p = await asyncio.create_subprocess_exec(*map(str, command), cwd=cwd, env=env, stdin=asyncio.subprocess.DEVNULL,
+                                                 stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.STDOUT,
+                                                 start_new_session=True)
         try:
             out, _ = await asyncio.wait_for(p.communicate(), seconds)
         finally:

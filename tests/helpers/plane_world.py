@@ -12,13 +12,18 @@ from kat.infer.scripted import ScriptEngine
 from kat.plane.store import Store
 
 # JSON calls, tools shown in the prompt, the reasoning of old turns dropped: a template of Qwen3's kind
-HERMES = ("{% for m in messages %}{% if loop.first and tools %}{{ '<|im_start|>system\n' + (tools | tojson) + '<|im_end|>\n' }}{% endif %}"
-          "{% if m.role == 'tool' %}{% if loop.first or loop.previtem.role != 'tool' %}{{ '<|im_start|>user' }}{% endif %}"
-          "{{ '\n<tool_response>\n' + m.content + '\n</tool_response>' }}{% if loop.last or loop.nextitem.role != 'tool' %}"
-          "{{ '<|im_end|>\n' }}{% endif %}{% else %}{{ '<|im_start|>' + m.role + '\n' }}"
-          "{% if loop.last and m.reasoning_content %}{{ '<think>\n' + m.reasoning_content + '\n</think>\n\n' }}{% endif %}{{ m.content }}"
-          "{% for c in m.tool_calls or [] %}{{ '\n<tool_call>\n' + {'name': c.function.name, 'arguments': c.function.arguments} | tojson + '\n</tool_call>' }}{% endfor %}"
-          "{{ '<|im_end|>\n' }}{% endif %}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}")
+HERMES = (
+    "{% for m in messages %}{% if loop.first and tools %}"
+    "{{ '<|im_start|>system\n' + (tools | tojson) + '<|im_end|>\n' }}{% endif %}"
+    "{% if m.role == 'tool' %}{% if loop.first or loop.previtem.role != 'tool' %}{{ '<|im_start|>user' }}{% endif %}"
+    "{{ '\n<tool_response>\n' + m.content + '\n</tool_response>' }}"
+    "{% if loop.last or loop.nextitem.role != 'tool' %}"
+    "{{ '<|im_end|>\n' }}{% endif %}{% else %}{{ '<|im_start|>' + m.role + '\n' }}"
+    "{% if loop.last and m.reasoning_content %}{{ '<think>\n' + m.reasoning_content + '\n</think>\n\n' }}{% endif %}"
+    "{{ m.content }}{% for c in m.tool_calls or [] %}"
+    "{{ '\n<tool_call>\n' + {'name': c.function.name, 'arguments': c.function.arguments} | tojson + '\n</tool_call>' }}"
+    "{% endfor %}{{ '<|im_end|>\n' }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}")
 
 
 @cache
@@ -42,7 +47,8 @@ def chat_body(messages, tools=(), **more):
         if m.get('reasoning'):
             d['reasoning_content'] = m['reasoning']
         if m.get('tool_calls'):
-            d['tool_calls'] = [c | dict(function=dict(name=c['function']['name'], arguments=json.dumps(c['function']['arguments']))) for c in m['tool_calls']]
+            d['tool_calls'] = [c | dict(function=dict(
+                name=c['function']['name'], arguments=json.dumps(c['function']['arguments']))) for c in m['tool_calls']]
         out.append(d)
     return dict(model='kat', messages=out, **(dict(tools=list(tools)) if tools else {})) | more
 
@@ -51,7 +57,8 @@ def messages_body(messages, tools=(), **more):
     out = []
     for m in messages:
         if m['role'] == 'tool':
-            block = dict(type='tool_result', tool_use_id=m['tool_call_id'], content=m['content'], is_error=m.get('error', False))
+            block = dict(type='tool_result', tool_use_id=m['tool_call_id'], content=m['content'],
+                         is_error=m.get('error', False))
             if out and out[-1]['role'] == 'user' and out[-1]['content'][0]['type'] == 'tool_result':
                 out[-1]['content'].append(block)
             else:
@@ -62,10 +69,12 @@ def messages_body(messages, tools=(), **more):
             blocks = [dict(type='thinking', thinking=m['reasoning'], signature='x')] if m.get('reasoning') else []
             if m['content']:
                 blocks.append(dict(type='text', text=m['content']))
-            blocks += [dict(type='tool_use', id=c['id'], name=c['function']['name'], input=c['function']['arguments']) for c in m.get('tool_calls', ())]
+            blocks += [dict(type='tool_use', id=c['id'], name=c['function']['name'], input=c['function']['arguments'])
+                       for c in m.get('tool_calls', ())]
             out.append(dict(role='assistant', content=blocks))
     system = [dict(type='text', text=m['content']) for m in messages if m['role'] == 'system']
-    spec = [dict(name=t['function']['name'], description=t['function']['description'], input_schema=t['function']['parameters']) for t in tools]
+    spec = [dict(name=t['function']['name'], description=t['function']['description'],
+                 input_schema=t['function']['parameters']) for t in tools]
     return dict(model='kat', max_tokens=9999, thinking=dict(type='enabled', budget_tokens=1024), messages=out,
                 **(dict(system=system) if system else {}), **(dict(tools=spec) if spec else {})) | more
 
@@ -80,13 +89,16 @@ def heard(dialect, response):
     body = response['json']
     if dialect == 'chat':
         m = body['choices'][0]['message']
-        calls = [c | dict(function=dict(name=c['function']['name'], arguments=json.loads(c['function']['arguments']))) for c in m.get('tool_calls', ())]
+        calls = [c | dict(function=dict(name=c['function']['name'], arguments=json.loads(c['function']['arguments'])))
+                 for c in m.get('tool_calls', ())]
         text, thought = m['content'] or '', m.get('reasoning_content')
     else:
         get = lambda kind, key: [b[key] for b in body['content'] if b['type'] == kind]
-        calls = [dict(id=b['id'], type='function', function=dict(name=b['name'], arguments=b['input'])) for b in body['content'] if b['type'] == 'tool_use']
+        calls = [dict(id=b['id'], type='function', function=dict(name=b['name'], arguments=b['input']))
+                 for b in body['content'] if b['type'] == 'tool_use']
         text, thought = ''.join(get('text', 'text')), ''.join(get('thinking', 'thinking'))
-    return dict(role='assistant', content=text) | (dict(reasoning=thought) if thought else {}) | (dict(tool_calls=calls) if calls else {})
+    more = (dict(reasoning=thought) if thought else {}) | (dict(tool_calls=calls) if calls else {})
+    return dict(role='assistant', content=text) | more
 
 
 def heard_stream(dialect, events):
@@ -96,16 +108,19 @@ def heard_stream(dialect, events):
             for c in e['choices']:
                 d = c['delta']
                 text, thought = text + (d.get('content') or ''), thought + d.get('reasoning_content', '')
-                calls += [dict(id=x['id'], type='function', function=dict(name=x['function']['name'], arguments=json.loads(x['function']['arguments'])))
-                          for x in d.get('tool_calls', ())]
+                calls += [dict(id=x['id'], type='function', function=dict(
+                    name=x['function']['name'],
+                    arguments=json.loads(x['function']['arguments']))) for x in d.get('tool_calls', ())]
         elif e['type'] == 'content_block_start' and e['content_block']['type'] == 'tool_use':
-            calls.append(dict(id=e['content_block']['id'], type='function', function=dict(name=e['content_block']['name'], arguments='')))
+            calls.append(dict(id=e['content_block']['id'], type='function',
+                              function=dict(name=e['content_block']['name'], arguments='')))
         elif e['type'] == 'content_block_delta':
             d = e['delta']
             text, thought = text + d.get('text', ''), thought + d.get('thinking', '')
             if 'partial_json' in d:
                 calls[-1]['function']['arguments'] = json.loads(d['partial_json'])
-    return dict(role='assistant', content=text) | (dict(reasoning=thought) if thought else {}) | (dict(tool_calls=calls) if calls else {})
+    more = (dict(reasoning=thought) if thought else {}) | (dict(tool_calls=calls) if calls else {})
+    return dict(role='assistant', content=text) | more
 
 
 # --- the ASGI application, called as a server calls it
@@ -113,7 +128,8 @@ def heard_stream(dialect, events):
 async def ask(app, path, body=None, headers=None, method=None, leave=None, chunks=None):
     """One request. `leave`: an event on which the client goes away. `body`: JSON, or bytes as they are.
 
-    Returns status, headers and bytes; `json` or `events` where they can be read; `last`: the parts of the body as they were sent."""
+    Returns status, headers and bytes; `json` or `events` where they can be read; `last`: the parts of the body as they
+    were sent."""
     raw = chunks or [body if isinstance(body, bytes) else b'' if body is None else json.dumps(body).encode()]
     parts = iter([*[dict(type='http.request', body=c, more_body=i + 1 < len(raw)) for i, c in enumerate(raw)]])
     over = asyncio.Event()
@@ -133,8 +149,9 @@ async def ask(app, path, body=None, headers=None, method=None, leave=None, chunk
             if not m.get('more_body'):
                 over.set()
 
-    scope = dict(type='http', asgi=dict(version='3.0'), http_version='1.1', method=method or ('GET' if body is None and not chunks else 'POST'),
-                 path=path, raw_path=path.encode(), root_path='', query_string=b'', scheme='http', server=('kat', 80), client=('agent', 1),
+    scope = dict(type='http', asgi=dict(version='3.0'), http_version='1.1',
+                 method=method or ('GET' if body is None and not chunks else 'POST'), path=path, raw_path=path.encode(),
+                 root_path='', query_string=b'', scheme='http', server=('kat', 80), client=('agent', 1),
                  headers=[(k.lower().encode(), v.encode()) for k, v in (headers or {}).items()])
     await app(scope, receive, send)
     data = b''.join(sent['parts'])
@@ -175,7 +192,8 @@ class World:
     def ask(self, path, body=None, headers=None, **more):
         return ask(self.g.app, path, body, headers, **more)
     def chat(self, text, session='s', headers=None, **more):
-        return self.ask(f'/s/{session}/v1/chat/completions', chat_body([dict(role='user', content=text)], **more), headers)
+        return self.ask(f'/s/{session}/v1/chat/completions', chat_body([dict(role='user', content=text)], **more),
+                        headers)
     def session(self, name='s', owner=''):
         return self.g.manager.get(owner, name) or self.store.load(self.tok, owner, name)
 

@@ -11,15 +11,19 @@ from transformers import (Gemma3ForCausalLM, Gemma3TextConfig, LlamaConfig, Llam
 
 SMALL = dict(vocab_size=23, hidden_size=24, intermediate_size=32, num_hidden_layers=2, num_attention_heads=4,
              num_key_value_heads=2, head_dim=8, max_position_embeddings=256, tie_word_embeddings=False)
+THREE_HEADS = dict(tie_word_embeddings=True, num_attention_heads=3, num_key_value_heads=1)
+HEADS_BY_SIZE = {name: x for name, x in SMALL.items() if name != "head_dim"} | dict(hidden_size=32)
 KINDS = {
     "llama": lambda: LlamaForCausalLM(LlamaConfig(**SMALL)),
-    "smollm2": lambda: LlamaForCausalLM(LlamaConfig(**SMALL | dict(tie_word_embeddings=True, num_attention_heads=3, num_key_value_heads=1))),
-    "qwen2": lambda: Qwen2ForCausalLM(Qwen2Config(**{k: v for k, v in SMALL.items() if k != "head_dim"} | dict(hidden_size=32))),
+    "smollm2": lambda: LlamaForCausalLM(LlamaConfig(**SMALL | THREE_HEADS)),
+    "qwen2": lambda: Qwen2ForCausalLM(Qwen2Config(**HEADS_BY_SIZE)),
     "qwen3": lambda: Qwen3ForCausalLM(Qwen3Config(**SMALL)),
     "mistral": lambda: MistralForCausalLM(MistralConfig(**SMALL, sliding_window=4)),
-    "gemma3": lambda: Gemma3ForCausalLM(Gemma3TextConfig(**SMALL | dict(tie_word_embeddings=True), sliding_window=3, query_pre_attn_scalar=8,
-                                                        layer_types=["sliding_attention", "full_attention"])),
-    "qwen3moe": lambda: Qwen3MoeForCausalLM(Qwen3MoeConfig(**SMALL, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16)),
+    "gemma3": lambda: Gemma3ForCausalLM(Gemma3TextConfig(
+        **SMALL | dict(tie_word_embeddings=True), sliding_window=3, query_pre_attn_scalar=8,
+        layer_types=["sliding_attention", "full_attention"])),
+    "qwen3moe": lambda: Qwen3MoeForCausalLM(Qwen3MoeConfig(
+        **SMALL, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16)),
 }
 
 
@@ -62,13 +66,13 @@ def sequences(draw, most=6, vocab=23, longest=12):
         how, tail = rng.random(), rng.integers(0, vocab, rng.integers(1, longest)).astype(np.int32)
         base = out[rng.integers(len(out))] if out else tail
         if not out or how < 0.15:
-            out.append(tail)                                              # a root of its own
+            out.append(tail)  # a root of its own
         elif how < 0.25:
-            out.append(base.copy())                                                # a duplicate
+            out.append(base.copy())  # a duplicate
         elif how < 0.4:
-            out.append(base[:rng.integers(1, len(base) + 1)])                       # a strict prefix
+            out.append(base[:rng.integers(1, len(base) + 1)])  # a strict prefix
         else:
-            out.append(np.concatenate([base[:rng.integers(1, len(base) + 1)], tail]))         # a branch
+            out.append(np.concatenate([base[:rng.integers(1, len(base) + 1)], tail]))  # a branch
     return out
 
 
@@ -81,12 +85,14 @@ def flat_logprobs_of(model, seq, temperature=1.0):
 
 
 def gradients(model):
-    out = {n: p.grad.clone() if p.grad is not None else torch.zeros_like(p) for n, p in model.named_parameters() if p.requires_grad}
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    out = {name: torch.zeros_like(p) if p.grad is None else p.grad.clone() for name, p in trained.items()}
     model.zero_grad(set_to_none=True)
     return out
 
 
 def worst(want, have):
     "Largest relative error of a parameter's gradient; a parameter without gradient counts absolutely."
-    scale = max(g.norm() for g in want.values())
-    return max(float((want[n] - have[n]).norm() / max(want[n].norm(), 1e-6 * scale)) for n in want) if scale > 0 else 0.0
+    scale = max(grad.norm() for grad in want.values())
+    if not scale > 0: return 0.0
+    return max(float((want[name] - have[name]).norm() / max(want[name].norm(), 1e-6 * scale)) for name in want)

@@ -14,7 +14,7 @@ MODULES = sorted(p for p in (ROOT/'kat').rglob('*.py') if p.name not in ('__init
 CODE = MODULES + [p for d in ('tests', 'benchmarks', 'docs') for p in sorted((ROOT/d).rglob('*.py'))]
 NOTEBOOKS = sorted((ROOT/'nbs').rglob('*.ipynb'))
 # symbols of the field, its libraries' usual names, and words that are short
-SHORT = set('''q k v n m lr i j x y t p w F G H K D T N U V B np pd nn tl ax fd id ok to by lo hi db st pa plt os io re _
+SHORT = set('''q k v n m lr i j x y t p w F G H K D T N U V B np pd nn tl ax fd id ok to by lo hi db st pa plt os io re
                '''.split())
 
 
@@ -124,6 +124,13 @@ def test_one_statement_a_line():
     magic = re.compile(r'^\s*[%!]', re.M)
     assert {(p.name, c['id']): x for p in NOTEBOOKS for c in cells(p)
             if not magic.search(s := ''.join(c['source'])) and (x := crowded(s))} == {}
+
+
+def test_lines_end_before_column_121():
+    "In kat/ too, but for the list of names that nbdev writes over each module"
+    listed = re.compile(r'^__all__ = \[.*?\]$', re.M | re.S)
+    assert {name_of(p): x for p in CODE
+            if (x := [s for s in listed.sub('', p.read_text()).split('\n') if len(s) > 120])} == {}
 
 
 def test_exported_cells_are_short():

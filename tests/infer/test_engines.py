@@ -10,7 +10,11 @@ from transformers import (Gemma2Config, Gemma2ForCausalLM, Gemma3ForCausalLM, Ge
                           MistralForCausalLM, Qwen3Config, Qwen3ForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM)
 
 from kat.infer import engines
-from kat.infer.engines import HFEngine, Prefixes, Request, Settings, SlotTable, check_sessions, common, pick, prefill_groups, sample, truncate, uniforms
+from kat.infer.cache import prefill_groups
+from kat.infer.engines import HFEngine
+from kat.infer.requests import Request, check_sessions
+from kat.infer.sampling import Settings, pick, sample, truncate, uniforms
+from kat.infer.slots import Prefixes, SlotTable, common
 
 V = 64
 small = dict(vocab_size=V, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
@@ -249,7 +253,8 @@ def test_prefill_groups(rows, budget):
             done[s] = b
     assert done == {s: b for s, _, b in todo}
 
-@given(st.lists(st.lists(st.integers(0, 2), max_size=9), max_size=8), st.lists(st.integers(0, 2), min_size=1, max_size=9))
+@given(st.lists(st.lists(st.integers(0, 2), max_size=9), max_size=8),
+       st.lists(st.integers(0, 2), min_size=1, max_size=9))
 @settings(max_examples=200, deadline=None)
 def test_prefixes_find_the_longest(rows, ids):
     rows, ids = [np.array(r, np.int64) for r in rows], np.array(ids)
@@ -321,8 +326,10 @@ def test_bfloat16_is_close(model):
     (dict(ids=[3, V]), f'holds {V}, .* 0 to {V-1}'),
     (dict(max_tokens=0), 'max_tokens'), (dict(temperature=-.1), 'temperature'),
     (dict(temperature=float('nan')), 'temperature'), (dict(top_p=0), 'top_p'), (dict(top_p=1.1), 'top_p'),
-    (dict(top_k=-1), 'top_k'), (dict(seed=-1), 'seed'), (dict(stop=3), 'stop'), (dict(min_tokens=9), 'min_tokens'), (dict(min_tokens=1, stop=range(V)), 'every token'),
-    (dict(stop_strings='ab'), 'stop_strings'), (dict(stop_strings=('',)), 'stop_strings'), (dict(stop_strings=('a',)), 'tokenizer')])
+    (dict(top_k=-1), 'top_k'), (dict(seed=-1), 'seed'), (dict(stop=3), 'stop'),
+    (dict(min_tokens=9), 'min_tokens'), (dict(min_tokens=1, stop=range(V)), 'every token'),
+    (dict(stop_strings='ab'), 'stop_strings'), (dict(stop_strings=('',)), 'stop_strings'),
+    (dict(stop_strings=('a',)), 'tokenizer')])
 def test_bad_requests(model, bad, msg):
     e = HFEngine(model, max_len=16, slots=2)
     good = Request([1, 2], 3, session='g')

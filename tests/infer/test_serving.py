@@ -11,7 +11,8 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from kat.compute.logprob import flat_logprobs
 from kat.infer import engines
-from kat.infer.engines import Completion, HFEngine, Request, StopStrings
+from kat.infer.engines import HFEngine
+from kat.infer.requests import Completion, Request, StopStrings
 from kat.infer.partial import PartialRollout, Publisher
 from kat.infer.serving import EngineClosed, HFAsyncEngine
 
@@ -20,9 +21,9 @@ V = 64
 def make(seed=0, dtype=torch.float32):
     torch.manual_seed(seed)
     return Qwen3ForCausalLM(Qwen3Config(
-        vocab_size=V, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
-        head_dim=8, initializer_range=.3, max_position_embeddings=512, bos_token_id=None, eos_token_id=None,
-        pad_token_id=None)).to(dtype).eval()
+        vocab_size=V, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=8, initializer_range=.3, max_position_embeddings=512, bos_token_id=None,
+        eos_token_id=None, pad_token_id=None)).to(dtype).eval()
 
 @pytest.fixture(scope='module')
 def model():
@@ -71,7 +72,8 @@ def test_any_schedule_gives_the_same_samples(model64, data):
     turns, aborted, rs = [], [], []
     for i in range(data.draw(st.integers(2, 9))):
         ids = np.r_[system[:rng.integers(0, 31)], rng.integers(0, V, rng.integers(1, 90))]
-        rs.append(Request(ids, int(rng.integers(1, 12)), seed=i, session=f's{i%3}', stop=(3,), top_p=.9 if i % 2 else 1.))
+        rs.append(Request(ids, int(rng.integers(1, 12)), seed=i, session=f's{i%3}', stop=(3,),
+                          top_p=.9 if i % 2 else 1.))
     patient = data.draw(st.booleans())
     for r in rs:
         turns.append(e.submit(r))
@@ -137,7 +139,8 @@ def test_two_turns_of_a_session_at_once(model):
     e, (p, x, y) = HFEngine(model, max_len=256, slots=4), prompts(60, 5, 6)
     e.generate([Request(p, 2, seed=0, session='s')])
     n = e.stats['prefilled_tokens']
-    a, b = e.submit(Request(np.r_[p, x], 6, seed=1, session='s')), e.submit(Request(np.r_[p, y], 6, seed=2, session='s'))
+    a = e.submit(Request(np.r_[p, x], 6, seed=1, session='s'))
+    b = e.submit(Request(np.r_[p, y], 6, seed=2, session='s'))
     while e.busy:
         e.step()
     assert e.stats['prefilled_tokens'] - n == 5 + 6
@@ -173,14 +176,16 @@ def test_weights_change_midway(model, keep):
         mask[:, len(t.history) + 8:] = True
         want = flat_logprobs(new, ids, mask)[0].detach().numpy()
         assert np.allclose(t.logprobs[8:], want, atol=1e-4) != keep
-    assert e.stats['prefilled_tokens'] - n == (40 if keep else 47 + 37 + 1)  # all but the last token each, the prompt once
+    # all but the last token each, the prompt once
+    assert e.stats['prefilled_tokens'] - n == (40 if keep else 47 + 37 + 1)
     n = e.stats['prefilled_tokens']
     e.generate([Request(a.ids, 2, session='a')])
     assert (e.stats['prefilled_tokens'] - n > 10) == keep  # what was kept is not handed on
 
 # ---------------------------------------------------------------- stop strings
 
-WORDS = ['a', 'b', 'ab', 'ba', '<', '>', '\u0120', '\u00c3', '\u00a9']  # the last two are the bytes of an e with an accent
+# the last two are the bytes of an e with an accent
+WORDS = ['a', 'b', 'ab', 'ba', '<', '>', '\u0120', '\u00c3', '\u00a9']
 
 @pytest.fixture(scope='module')
 def words():
@@ -265,7 +270,8 @@ def test_damaged_weights_are_noticed(model):
         with pytest.raises(FloatingPointError):
             await e.generate(Request([1, 2], 3))
         await e.update_weights(sd, 2)
-        assert (await e.generate(Request([1, 2], 3, seed=0))).ids.tolist() == alone(model, Request([1, 2], 3, seed=0)).ids.tolist()
+        request = Request([1, 2], 3, seed=0)
+        assert (await e.generate(request)).ids.tolist() == alone(model, request).ids.tolist()
         await e.close()
     run(go())
 
@@ -323,7 +329,9 @@ class Cuts:
 @settings(max_examples=60, deadline=None)
 def test_cut_answers_go_on(cuts, most, least):
     heard, e = [], Cuts(*cuts)
-    go = lambda: asyncio.run(PartialRollout(e).generate(Request([7, 7], most, seed=5, min_tokens=min(least, most)), lambda i, *_: heard.append(i)))
+    def go():
+        request = Request([7, 7], most, seed=5, min_tokens=min(least, most))
+        return asyncio.run(PartialRollout(e).generate(request, lambda i, *_: heard.append(i)))
     if any(cuts[i:i+3] == [0, 0, 0] and sum(cuts[:i]) < most for i in range(len(cuts))):
         with pytest.raises(RuntimeError, match='three times'):
             go()

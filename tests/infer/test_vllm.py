@@ -20,8 +20,9 @@ from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.routing import Route
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
-from kat.infer.engines import Request
-from kat.infer.vllm import EngineError, VLLMEngine, sampling_params, server_command, vllm_python, vllm_server, write_model, write_weights
+from kat.infer.requests import Request
+from kat.infer.vllm import (EngineError, VLLMEngine, sampling_params, server_command, vllm_python, vllm_server,
+                            write_model, write_weights)
 
 def chunk(*tokens, **more):
     return dict(choices=[dict(index=0, token_ids=[i for i, _ in tokens], logprobs=dict(content=[
@@ -30,8 +31,9 @@ def chunk(*tokens, **more):
 def sse(*chunks):
     return ''.join(f'data: {json.dumps(c)}\n\n' for c in chunks) + 'data: [DONE]\n\n'
 
-GOOD = sse(chunk((5, -.5), (6, -1.)), dict(choices=[], usage={}), chunk((7, -2.), finish_reason='stop', stop_reason=7, weight_versions=[
-    dict(version='default', start=0, end=1), dict(version='12', start=1, end=3)]))
+SPANS = [dict(version='default', start=0, end=1), dict(version='12', start=1, end=3)]
+GOOD = sse(chunk((5, -.5), (6, -1.)), dict(choices=[], usage={}),
+           chunk((7, -2.), finish_reason='stop', stop_reason=7, weight_versions=SPANS))
 
 class StandIn:
     "Answers of a server, to be changed by tests; what it was asked."
@@ -71,27 +73,31 @@ def generate(server, r=None, **kw):
 
 def test_a_good_answer(server):
     heard = []
-    c = ask(server, lambda e: e.generate(Request(np.array([1, 2]), 9, seed=3, stop=(7, np.int64(8)), stop_strings=('x',), min_tokens=1),
-                                         lambda *t: heard.append(t)), version=4)
+    request = Request(np.array([1, 2]), 9, seed=3, stop=(7, np.int64(8)), stop_strings=('x',), min_tokens=1)
+    c = ask(server, lambda e: e.generate(request, lambda *t: heard.append(t)), version=4)
     assert c.ids.tolist() == [5, 6, 7] and c.logprobs.tolist() == [-.5, -1, -2] and np.isnan(c.entropy).all()
     assert c.finish == 'stop' and c.stopped_by == 7 and c.versions.tolist() == [4, 12, 12] and c.version == 12
     assert [t[:2] + t[3:] for t in heard] == [(5, -.5, 4), (6, -1., 4), (7, -2., 4)]
     _, _, body = server.asked[-1]
     assert body['token_ids'] == [1, 2] and body['model'] == 'kat' and body['stream'] is True
-    assert body['sampling_params'] == dict(max_tokens=9, min_tokens=1, temperature=1., top_p=1., top_k=0, seed=3, stop_token_ids=[7, 8],
-                                           stop=['x'], detokenize=True, skip_special_tokens=False, ignore_eos=True, logprobs=0)
+    assert body['sampling_params'] == dict(
+        max_tokens=9, min_tokens=1, temperature=1., top_p=1., top_k=0, seed=3, stop_token_ids=[7, 8], stop=['x'],
+        detokenize=True, skip_special_tokens=False, ignore_eos=True, logprobs=0)
     assert sampling_params(Request([1], 2))['detokenize'] is False
 
+OUTSIDE = dict(error=dict(message='Token id 99 is out of vocabulary', code=400))
+
 @pytest.mark.parametrize('answer, error, msg', [
-    (JSONResponse(dict(error=dict(message='Token id 99 is out of vocabulary', code=400)), 400), ValueError, 'refused.*out of vocabulary'),
+    (JSONResponse(OUTSIDE, 400), ValueError, 'refused.*out of vocabulary'),
     (JSONResponse(dict(detail='Scale-out endpoints are disabled.'), 403), EngineError, 'enable-scale-out'),
     (JSONResponse(dict(error='Unauthorized'), 401), EngineError, '401 Unauthorized'),
     (PlainTextResponse('Bad Gateway', 502), EngineError, '502 Bad Gateway'),
     (Response(sse(chunk((5, -.5)))), EngineError, 'ended before it was complete'),
-    (Response(sse(chunk((5, -.5)), dict(error=dict(message='Internal server error')))), EngineError, 'Internal server error'),
-    (Response(sse(dict(error=dict(message='Token id 99 is out of vocabulary', code=400)))), ValueError, 'refused.*out of vocabulary'),
-    (Response(sse(dict(choices=[dict(token_ids=[5, 6], logprobs=dict(content=[dict(token_id=5, logprob=0.)]))]))), EngineError,
-     '2 tokens with 1 log-probs'),
+    (Response(sse(chunk((5, -.5)), dict(error=dict(message='Internal server error')))), EngineError,
+     'Internal server error'),
+    (Response(sse(OUTSIDE)), ValueError, 'refused.*out of vocabulary'),
+    (Response(sse(dict(choices=[dict(token_ids=[5, 6], logprobs=dict(content=[dict(token_id=5, logprob=0.)]))]))),
+     EngineError, '2 tokens with 1 log-probs'),
     (Response(sse(chunk((5, -9999.), finish_reason='length'))), EngineError, 'no log-prob'),
     (Response('data: {"half'), EngineError, 'not JSON')])
 def test_bad_answers(server, answer, error, msg):
@@ -127,7 +133,8 @@ def test_servers_that_lack_something(server):
         generate(server)
 
 @pytest.mark.parametrize('mode, kw, ok', [
-    ('raw_logprobs', {}, True), ('raw_logprobs', dict(temperature=0), True), ('raw_logprobs', dict(top_p=.5, top_k=3, min_tokens=1), True),
+    ('raw_logprobs', {}, True), ('raw_logprobs', dict(temperature=0), True),
+    ('raw_logprobs', dict(top_p=.5, top_k=3, min_tokens=1), True),
     ('raw_logprobs', dict(temperature=.7), False), ('processed_logprobs', dict(temperature=.7), True),
     ('processed_logprobs', dict(top_p=.5), False), ('processed_logprobs', dict(top_k=5), False),
     ('processed_logprobs', dict(min_tokens=1), False)])
@@ -151,8 +158,9 @@ def folder(tmp_path):
 
 def model(seed):
     torch.manual_seed(seed)
-    return Qwen3ForCausalLM(Qwen3Config(vocab_size=16, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1,
-                                        num_key_value_heads=1, head_dim=8, tie_word_embeddings=True))
+    return Qwen3ForCausalLM(Qwen3Config(
+        vocab_size=16, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1,
+        num_key_value_heads=1, head_dim=8, tie_word_embeddings=True))
 
 @pytest.mark.parametrize('as_dict', [False, True])
 @pytest.mark.parametrize('keep', [False, True])
@@ -211,7 +219,10 @@ SERVER = """
 import http.server, os, sys
 open(sys.argv[2], 'w').write(str(os.getpid()))
 class Answer(http.server.BaseHTTPRequestHandler):
-    def do_GET(self): self.send_response(200 if self.path == '/health' and os.environ['VLLM_SERVER_DEV_MODE'] == '1' else 500); self.end_headers()
+    def do_GET(self):
+        well = self.path == '/health' and os.environ['VLLM_SERVER_DEV_MODE'] == '1'
+        self.send_response(200 if well else 500)
+        self.end_headers()
 http.server.HTTPServer(('127.0.0.1', int(sys.argv[1])), Answer).serve_forever()
 """
 
@@ -226,7 +237,8 @@ def gone(pid):
 
 def test_the_server_ends_with_the_block(tmp_path):
     async def go():
-        async with vllm_server(lambda port: [sys.executable, '-c', SERVER, str(port), str(tmp_path/'pid')], tmp_path/'log') as url:
+        command = lambda port: [sys.executable, '-c', SERVER, str(port), str(tmp_path/'pid')]
+        async with vllm_server(command, tmp_path/'log') as url:
             async with httpx2.AsyncClient() as c:
                 assert (await c.get(url + '/health')).status_code == 200
             return int((tmp_path/'pid').read_text())
@@ -271,5 +283,6 @@ def test_where_vllm_is(tmp_path, monkeypatch):
 
 def test_the_command_is_what_the_engine_needs():
     c = server_command('python', Path('m'), 80, None, 8, True)
-    assert c[c.index('--logprobs-mode') + 1] == 'processed_logprobs' and '--enable-scale-out' in c and c[c.index('--host') + 1] == '127.0.0.1'
-    assert not {'--enforce-eager', '--max-model-len'} & set(c) and {'--enforce-eager', '--max-model-len'} < set(server_command('python', Path('m'), 80, 99, 8, False))
+    assert c[c.index('--logprobs-mode') + 1] == 'processed_logprobs' and c[c.index('--host') + 1] == '127.0.0.1'
+    assert '--enable-scale-out' in c and not {'--enforce-eager', '--max-model-len'} & set(c)
+    assert {'--enforce-eager', '--max-model-len'} < set(server_command('python', Path('m'), 80, 99, 8, False))

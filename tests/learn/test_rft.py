@@ -18,7 +18,8 @@ from kat.envs.expert import Expert
 from kat.envs.micro import SYSTEM, MicroEnv
 from kat.envs.micro_tasks import make_task
 from kat.envs.sandbox import MeteredPool
-from kat.infer.engines import Completion, HFEngine
+from kat.infer.engines import HFEngine
+from kat.infer.requests import Completion
 from kat.learn.rft import (Alignment, Attempt, GroundTruth, Monitor, discrepancy, load_ground_truths, normal_turn,
                            parts, patch_facts, rft_advantages, rft_reward, save_ground_truths, savings, shadow,
                            shared, squeeze, with_logprobs)

@@ -14,7 +14,8 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from kat.core.types import Trajectory
-from kat.infer.engines import HFEngine, Request
+from kat.infer.engines import HFEngine
+from kat.infer.requests import Request
 from kat.learn.advantage import group_advantages
 from kat.learn.objective import Objective
 from kat.learn.rft import savings

@@ -18,7 +18,7 @@ from plane_world import say
 
 from kat.compute.logprob import tree_logprobs
 from kat.core.chat import ids_of
-from kat.plane.manager import CLEAN
+from kat.plane.turns import CLEAN
 from kat.infer.serving import HFAsyncEngine
 
 pytestmark = pytest.mark.skipif('KAT_CLIENTS' not in os.environ, reason='real agents: run them with `make clients`')
@@ -46,7 +46,8 @@ def version(venv, name):
 
 def says(path, binary):
     "The version that a program tells."
-    return subprocess.run([binary, '--version'], capture_output=True, text=True, env=os.environ | dict(HOME=str(path/'home'))).stdout.split()[0]
+    return subprocess.run([binary, '--version'], capture_output=True, text=True,
+                          env=os.environ | dict(HOME=str(path/'home'))).stdout.split()[0]
 
 
 def turns_of(l):
@@ -66,13 +67,16 @@ def check(l: Lab, name, of, shown):
     "What holds for every client; then a row of the table."
     turns = turns_of(l)
     assert all((t.drift == 'forked') == (t.reason not in CLEAN) for t in turns)
-    # what the engine was asked: the recorded ids of the turns before, answers included, then the new context, then the opening of a demanded call
-    prompt = lambda t: ids_of([*(t.parent.segments if t.parent else ()), *t.prompt, *(s for s in t.answer if not s.trainable)])
+    # what the engine was asked: the recorded ids of the turns before, answers included, then the new context, then the
+    # opening of a demanded call
+    prompt = lambda t: ids_of([*(t.parent.segments if t.parent else ()), *t.prompt,
+                               *(s for s in t.answer if not s.trainable)])
     assert Counter(r.ids.tobytes() for r in l.engine.asked) == Counter(prompt(t).tobytes() for t in turns)
     statuses = {dict(labels)['status'] for (n, labels), _ in l.g.metrics.counts.items() if n == 'requests_total'}
     assert statuses == {200}
     drift = Counter(t.drift for t in turns)
-    ROWS.append((name, of, len(turns), *(drift[d] for d in ('clean', 'realigned', 'forked')), sum(len(s.leaves) for s in l.sessions()), shown))
+    ROWS.append((name, of, len(turns), *(drift[d] for d in ('clean', 'realigned', 'forked')),
+                 sum(len(s.leaves) for s in l.sessions()), shown))
 
 
 @pytest.fixture(scope='module', autouse=True)
@@ -101,18 +105,24 @@ SUMMARY = '<summary>\nThe words were said one after the other, and the notes wer
 async def claude(l, cwd, *args, codes=(0,), **env):
     "The result of one run in print mode."
     out = await l.run(client(CLAUDE), '-p', *args, '--output-format', 'json', '--dangerously-skip-permissions', cwd=cwd,
-                      ANTHROPIC_BASE_URL=l.address, ANTHROPIC_AUTH_TOKEN='kat', CLAUDE_CODE_DISABLE_NONESSENTIAL_TRAFFIC='1', DISABLE_TELEMETRY='1',
-                      DISABLE_AUTOUPDATER='1', DISABLE_ERROR_REPORTING='1', IS_SANDBOX='1', **env, codes=codes)
+                      ANTHROPIC_BASE_URL=l.address, ANTHROPIC_AUTH_TOKEN='kat',
+                      CLAUDE_CODE_DISABLE_NONESSENTIAL_TRAFFIC='1', DISABLE_TELEMETRY='1', DISABLE_AUTOUPDATER='1',
+                      DISABLE_ERROR_REPORTING='1', IS_SANDBOX='1', **env, codes=codes)
     return json.loads(out.strip().splitlines()[-1])['result']
 
 
 def test_claude_code(tmp_path):
-    "A tool, two at once, a sub-agent, a second prompt in a later process, compaction, one more prompt. The model thinks; the agent hides it."
+    """A tool, two at once, a sub-agent, a second prompt in a later process, compaction, one more prompt. The model
+    thinks; the agent hides it."""
     binary, d = client(CLAUDE), work(tmp_path)
     bash = lambda word: call('Bash', command=f'echo {word}', description='say a word')
-    rules = {'STEP-ONE': '<think>\nhm\n</think>\n\nI begin.\n' + bash('RESULT-ONE'), 'RESULT-ONE': bash('RESULT-TWO') + '\n' + call('Read', file_path=f'{d}/notes.txt'),
-             'RESULT-TWO': call('Agent', description='a small task', prompt='SUB-TASK', subagent_type='general-purpose', run_in_background=False),
-             'SUB-TASK': bash('SUB-RESULT'), 'SUB-RESULT': 'SUB-DONE', 'SUB-DONE': 'ALL-DONE', 'STEP-TWO': 'STEP-TWO is done', 'STEP-THREE': 'STEP-THREE is done'}
+    rules = {
+        'STEP-ONE': '<think>\nhm\n</think>\n\nI begin.\n' + bash('RESULT-ONE'),
+        'RESULT-ONE': bash('RESULT-TWO') + '\n' + call('Read', file_path=f'{d}/notes.txt'),
+        'RESULT-TWO': call('Agent', description='a small task', prompt='SUB-TASK', subagent_type='general-purpose',
+                           run_in_background=False),
+        'SUB-TASK': bash('SUB-RESULT'), 'SUB-RESULT': 'SUB-DONE', 'SUB-DONE': 'ALL-DONE',
+        'STEP-TWO': 'STEP-TWO is done', 'STEP-THREE': 'STEP-THREE is done'}
     async def go():
         async with lab(tmp_path, rules, SUMMARY) as l:
             assert await claude(l, d, 'STEP-ONE', '--session-id', SESSION) == 'ALL-DONE'
@@ -121,13 +131,17 @@ def test_claude_code(tmp_path):
             assert await claude(l, d, 'STEP-THREE', '--resume', SESSION) == 'STEP-THREE is done'
             s, = l.sessions()
             got = shape(s)
-            assert got.pop('') == ['start', *['append'] * 5, 'compaction'] and list(got.values()) == [['start', 'append']]
+            assert got.pop('') == ['start', *['append'] * 5, 'compaction']
+            assert list(got.values()) == [['start', 'append']]
             main = [t for t in s.turns.values() if not t.agent]
-            assert len(main[1].message['tool_calls']) == 2 and [m['role'] for m in main[2].context][:2] == ['tool', 'tool'] and SUMMARY in main[5].message['content']
+            assert len(main[1].message['tool_calls']) == 2
+            assert [m['role'] for m in main[2].context][:2] == ['tool', 'tool']
+            assert SUMMARY in main[5].message['content']
             notes = {n.split(':')[0] for t in s.turns.values() for n in t.info.get('normalised', ())}
             assert {'billing', 'reminders', 'cache_control', 'deferred'} <= notes
             assert not any('x-anthropic-' in l.tok.decode(r.ids) for r in l.engine.asked)
-            check(l, 'Claude Code', says(tmp_path, binary), 'tool, parallel tools, sub-agent, hidden thinking, resume, /compact')
+            check(l, 'Claude Code', says(tmp_path, binary),
+                  'tool, parallel tools, sub-agent, hidden thinking, resume, /compact')
     run(go())
 
 
@@ -137,7 +151,8 @@ def test_mini_swe_agent(tmp_path):
     "A tool, two at once, and the command that hands in."
     binary, d = client(MINI), work(tmp_path)
     bash = lambda c: call('bash', command=c)
-    rules = {'STEP-ONE': 'I begin.\n' + bash('echo RESULT-ONE'), 'RESULT-ONE': bash('echo RESULT-TWO') + '\n' + bash('echo RESULT-THREE'),
+    rules = {'STEP-ONE': 'I begin.\n' + bash('echo RESULT-ONE'),
+             'RESULT-ONE': bash('echo RESULT-TWO') + '\n' + bash('echo RESULT-THREE'),
              'RESULT-THREE': bash('echo COMPLETE_TASK_AND_SUBMIT_FINAL_OUTPUT')}
     async def go():
         async with lab(tmp_path, rules) as l:
@@ -150,19 +165,23 @@ def test_mini_swe_agent(tmp_path):
 
 
 async def mini(l, cwd, binary, *args):
-    await l.run(binary, '-m', 'openai/kat', '-t', 'STEP-ONE', '-y', '-l', '0', '--exit-immediately', '-o', l.path/'log.json', *args, cwd=cwd,
-                MSWEA_CONFIGURED='true', MSWEA_COST_TRACKING='ignore_errors', LITELLM_LOCAL_MODEL_COST_MAP='True', OPENAI_API_KEY='kat', OPENAI_API_BASE=l.address + '/v1')
+    await l.run(binary, '-m', 'openai/kat', '-t', 'STEP-ONE', '-y', '-l', '0', '--exit-immediately', '-o',
+                l.path/'log.json', *args, cwd=cwd, MSWEA_CONFIGURED='true', MSWEA_COST_TRACKING='ignore_errors',
+                LITELLM_LOCAL_MODEL_COST_MAP='True', OPENAI_API_KEY='kat', OPENAI_API_BASE=l.address + '/v1')
 
 
 # --- opencode
 
 def test_opencode(tmp_path):
-    "A title beside the work, a tool, two at once, a sub-agent with a session of its own, and a second prompt in a later process."
+    """A title beside the work, a tool, two at once, a sub-agent with a session of its own, and a second prompt in a
+    later process."""
     binary, d = client(OPENCODE), work(tmp_path)
     bash = lambda word: call('bash', command=f'echo {word}', description='say a word')
-    rules = {'STEP-ONE': 'I begin.\n' + bash('RESULT-ONE'), 'RESULT-ONE': bash('RESULT-TWO') + '\n' + call('read', filePath=f'{d}/notes.txt'),
+    rules = {'STEP-ONE': 'I begin.\n' + bash('RESULT-ONE'),
+             'RESULT-ONE': bash('RESULT-TWO') + '\n' + call('read', filePath=f'{d}/notes.txt'),
              'RESULT-TWO': call('task', description='a small task', prompt='SUB-TASK', subagent_type='general'),
-             'SUB-TASK': bash('SUB-RESULT'), 'SUB-RESULT': 'SUB-DONE', 'SUB-DONE': 'ALL-DONE', 'STEP-TWO': 'STEP-TWO is done'}
+             'SUB-TASK': bash('SUB-RESULT'), 'SUB-RESULT': 'SUB-DONE', 'SUB-DONE': 'ALL-DONE',
+             'STEP-TWO': 'STEP-TWO is done'}
     async def go():
         async with lab(tmp_path, rules) as l:
             assert 'ALL-DONE' in await opencode(l, d, 'STEP-ONE')
@@ -171,7 +190,8 @@ def test_opencode(tmp_path):
             got = shape(s)
             main = got.pop('')
             # the title is asked for beside the first step, and either may come first
-            assert sorted(main[:2])[1] == 'start' and sorted(main[:2])[0] in ('conversation', 'system') and main[2:] == ['append'] * 4
+            assert sorted(main[:2])[1] == 'start'
+            assert sorted(main[:2])[0] in ('conversation', 'system') and main[2:] == ['append'] * 4
             assert list(got.values()) == [['start', 'append']] and len(s.leaves) == 3
             check(l, 'opencode', says(tmp_path, binary), 'title, tool, parallel tools, sub-agent, continue')
     run(go())
@@ -181,20 +201,24 @@ async def opencode(l, cwd, *args, limit=dict(context=900_000, output=8000), **co
     "What one run prints."
     provider = dict(npm='@ai-sdk/openai-compatible', name='kat', options=dict(baseURL=l.address + '/v1', apiKey='kat'),
                     models=dict(kat=dict(name='kat', tool_call=True, limit=limit)))
-    (cwd/'opencode.json').write_text(json.dumps(dict(provider=dict(kat=provider), permission={'*': 'allow'}, autoupdate=False, share='disabled', **config)))
-    return await l.run(client(OPENCODE), 'run', '-m', 'kat/kat', *args, cwd=cwd,
-                       **{f'OPENCODE_DISABLE_{x}': '1' for x in ('AUTOUPDATE', 'MODELS_FETCH', 'DEFAULT_PLUGINS', 'LSP_DOWNLOAD')})
+    (cwd/'opencode.json').write_text(json.dumps(dict(provider=dict(kat=provider), permission={'*': 'allow'},
+                                                     autoupdate=False, share='disabled', **config)))
+    return await l.run(
+        client(OPENCODE), 'run', '-m', 'kat/kat', *args, cwd=cwd,
+        **{f'OPENCODE_DISABLE_{x}': '1' for x in ('AUTOUPDATE', 'MODELS_FETCH', 'DEFAULT_PLUGINS', 'LSP_DOWNLOAD')})
 
 
 # --- the SDKs
 
 VIEW = call('view', path='a', line=1)
 SAID = ('<think>\nhm\n</think>\n\nI look. ' + VIEW, VIEW + '\n' + call('submit', line=2, path='b'),
-        VIEW.partition('"name": "')[2], ' {"path": "c"}}\n</tool_call>',     # what follows the opening of any call, and of one to submit
+        # what follows the opening of any call, and of one to submit
+        VIEW.partition('"name": "')[2], ' {"path": "c"}}\n</tool_call>',
         'the end', 'upon a time')
 
 
-@pytest.mark.parametrize('name, breakers', [('openai', 'arguments rewritten, thinking dropped, another day'), ('anthropic', 'billing line, reminder dropped, thinking dropped')])
+@pytest.mark.parametrize('name, breakers', [('openai', 'arguments rewritten, thinking dropped, another day'),
+                                            ('anthropic', 'billing line, reminder dropped, thinking dropped')])
 def test_sdk(tmp_path, name, breakers):
     "Streaming and not, tools, parallel tools, calls by force; and on purpose all that breaks prefixes."
     python = client('sdk/bin/python')
@@ -202,13 +226,16 @@ def test_sdk(tmp_path, name, breakers):
         async with lab(tmp_path, {}) as l:
             said = iter(SAID)
             l.engine.answer = lambda request: say(l.tok, next(said))
-            got = json.loads((await l.run(python, HERE/'clients'/f'{name}_sdk.py', l.address, cwd=tmp_path)).splitlines()[-1])
+            printed = await l.run(python, HERE/'clients'/f'{name}_sdk.py', l.address, cwd=tmp_path)
+            got = json.loads(printed.splitlines()[-1])
             assert got['calls'] == [['view'], ['view', 'submit'], ['view'], ['submit']] and got['last'] == 'the end'
             s, = l.sessions()
             first = [t for t in s.turns.values() if t.context[0]['role'] != 'prompt']
-            assert [t.reason for t in first] == ['start', *['append'] * 4] and [t.drift for t in first] == ['clean', *['realigned'] * 4]
+            assert [t.reason for t in first] == ['start', *['append'] * 4]
+            assert [t.drift for t in first] == ['clean', *['realigned'] * 4]
             why = {n for t in first for n in t.notes}
-            assert why == (dict(openai={'arguments rewritten', 'reasoning dropped', 'date'}, anthropic={'reminder dropped', 'reasoning dropped'})[name])
+            assert why == (dict(openai={'arguments rewritten', 'reasoning dropped', 'date'},
+                                anthropic={'reminder dropped', 'reasoning dropped'})[name])
             check(l, f'{name} SDK', version('sdk', name), f'streams, parallel tools, demanded calls; {breakers}')
     run(go())
 
@@ -223,7 +250,8 @@ def smol():
     where = dict(pretrained_model_name_or_path=weights.parent, gguf_file=weights.name)
     with pytest.MonkeyPatch.context() as m:
         m.syspath_prepend(HOME/'smol')      # the reader of its file format
-        model = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32, quantization_config=GgufConfig(dequantize=True))
+        model = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32,
+                                                     quantization_config=GgufConfig(dequantize=True))
         return model.eval(), AutoTokenizer.from_pretrained(**where)
 
 
@@ -251,7 +279,8 @@ async def smol_lab(path, smol):
 
 
 def real_check(l, model, name, of, shown, reasons):
-    "One session of these reasons. The recorded log-probs are those of a fresh pass over the recorded tree, and the engine was asked as `check` says."
+    """One session of these reasons. The recorded log-probs are those of a fresh pass over the recorded tree, and the
+    engine was asked as `check` says."""
     s, = l.sessions()
     assert shape(s) == {'': reasons}
     tree, worst, n = s.tree(), 0, sum(t.n_answer for t in s.turns.values())
@@ -267,23 +296,27 @@ def real_check(l, model, name, of, shown, reasons):
 
 
 def test_claude_code_with_a_real_model(tmp_path, smol):
-    "Two prompts, the second in a later process. An answer that reaches the limit makes the agent ask for the rest, three times at most, and then give up."
+    """Two prompts, the second in a later process. An answer that reaches the limit makes the agent ask for the rest,
+    three times at most, and then give up."""
     binary, d = client(CLAUDE), work(tmp_path)
     async def go():
         async with smol_lab(tmp_path, smol) as l:
             for prompt, which in (('Say hello.', '--session-id'), ('Say it again.', '--resume')):
-                result = await claude(l, d, prompt, which, SESSION, '--tools', '', '--system-prompt', 'You are a helpful assistant.', codes=(0, 1), CLAUDE_CODE_MAX_OUTPUT_TOKENS='24')
+                result = await claude(l, d, prompt, which, SESSION, '--tools', '', '--system-prompt',
+                                      'You are a helpful assistant.', codes=(0, 1), CLAUDE_CODE_MAX_OUTPUT_TOKENS='24')
                 assert 'API Error' not in result or 'exceeded the 24 output token maximum' in result
             turns = turns_of(l)
             assert 2 <= len(turns) <= 8 and sum('Say it again.' in t.context[0]['content'] for t in turns) == 1
-            real_check(l, smol[0], 'Claude Code', says(tmp_path, binary), 'resume', ['start', *['append'] * (len(turns) - 1)])
+            real_check(l, smol[0], 'Claude Code', says(tmp_path, binary), 'resume',
+                       ['start', *['append'] * (len(turns) - 1)])
     run(go())
 
 
 def test_opencode_with_a_real_model(tmp_path, smol):
     "Two prompts, the second in a later process."
     binary, d = client(OPENCODE), work(tmp_path)
-    config = dict(limit=dict(context=4096, output=24), agent=dict(title=dict(disable=True), build=dict(prompt='You are a helpful assistant.')))
+    config = dict(limit=dict(context=4096, output=24),
+                  agent=dict(title=dict(disable=True), build=dict(prompt='You are a helpful assistant.')))
     async def go():
         async with smol_lab(tmp_path, smol) as l:
             for args in (['Say hello.'], ['--continue', 'Say it again.']):
@@ -298,17 +331,21 @@ def test_sdk_with_a_real_model(tmp_path, smol, name):
     async def go():
         async with smol_lab(tmp_path, smol) as l:
             await l.run(python, HERE/'clients/chat.py', name, l.address, cwd=tmp_path)
-            real_check(l, smol[0], f'{name} SDK', version('sdk', name), 'streamed and not', ['start', 'append', 'append'])
+            real_check(l, smol[0], f'{name} SDK', version('sdk', name), 'streamed and not',
+                       ['start', 'append', 'append'])
     run(go())
 
 
 @pytest.mark.parametrize('how, regex, reason', [('no', '(?!)', 'discarded'), ('the empty', '^()', 'append')])
 def test_mini_swe_agent_with_a_real_model(tmp_path, smol, how, regex, reason):
-    "Its text form, three steps. The regex for commands finds none in any answer, and mini throws the answer away; or an empty one in each. Nothing that the model writes is run."
+    """Its text form, three steps. The regex for commands finds none in any answer, and mini throws the answer away; or
+    an empty one in each. Nothing that the model writes is run."""
     binary, d = client(MINI), work(tmp_path)
     async def go():
         async with smol_lab(tmp_path, smol) as l:
-            args = [x for c in ('mini_textbased.yaml', 'agent.step_limit=3', 'model.model_kwargs.max_tokens=24', 'model.model_kwargs.seed=0', f'model.action_regex={regex}') for x in ('-c', c)]
+            args = [x for c in ('mini_textbased.yaml', 'agent.step_limit=3', 'model.model_kwargs.max_tokens=24',
+                                'model.model_kwargs.seed=0', f'model.action_regex={regex}') for x in ('-c', c)]
             await mini(l, d, binary, *args, '--agent-class', 'default', '--model-class', 'litellm_textbased')
-            real_check(l, smol[0], 'mini-swe-agent', version('mini', 'mini-swe-agent'), f'answers read as {how} command', ['start', reason, reason])
+            real_check(l, smol[0], 'mini-swe-agent', version('mini', 'mini-swe-agent'),
+                       f'answers read as {how} command', ['start', reason, reason])
     run(go())

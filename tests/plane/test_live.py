@@ -9,7 +9,8 @@ from plane_world import World, say, until
 
 from kat.core.types import Segment
 from kat.plane.live import Pulse, live_page, text_of, tree_blocks
-from kat.plane.manager import Session, Turn
+from kat.plane.manager import Session
+from kat.plane.turns import Turn
 from kat.tree.trie import TokenTree
 
 pytest.importorskip('starlette')
@@ -52,7 +53,8 @@ def recorded(draw):
         few = st.lists(st.integers(0, 1), min_size=1, max_size=5)
         prompt, answer = draw(few), draw(st.one_of(st.just([]), few))
         event = draw(st.sampled_from([None, 'error', 'memory']))
-        turns.append(Turn(str(i), parent, [], [Segment(prompt, 'tool_result', event=event)], [Segment(answer, 'assistant')] if answer else [], dict(content=''), 'stop'))
+        turns.append(Turn(str(i), parent, [], [Segment(prompt, 'tool_result', event=event)],
+                          [Segment(answer, 'assistant')] if answer else [], dict(content=''), 'stop'))
     return turns
 
 @given(recorded())
@@ -68,17 +70,20 @@ def test_blocks_are_the_token_tree(turns):
     kept = sum(b[2] for b in blocks)
     assert kept >= len(tree) and (kept == len(tree) or any(begins(t) for t in turns if t.id in followed))
     for i, (parent, top, length, count, runs) in enumerate(blocks):
-        assert parent < i and length == sum(runs[1::2]) > 0 and count > 0 and top == (sum(blocks[parent][1:3]) if parent >= 0 else 0)
+        assert parent < i and length == sum(runs[1::2]) > 0 and count > 0
+        assert top == (sum(blocks[parent][1:3]) if parent >= 0 else 0)
         assert all(a != b for a, b in zip(runs[::2], runs[2::2]))
     for t in turns:
         assert sum(blocks[end[t.id]][1:3]) == len(t.ids)
 
 
 def test_labels_and_text():
-    t = Turn('a', None, [], [Segment([1, 2], 'user'), Segment([3], 'tool_result'), Segment([4], 'tool_result', event='error')],
+    t = Turn('a', None, [],
+             [Segment([1, 2], 'user'), Segment([3], 'tool_result'), Segment([4], 'tool_result', event='error')],
              [Segment([5, 6], 'assistant'), Segment([7], 'tool_call')], dict(content=''), 'stop')
     assert tree_blocks([t]) == ([[-1, 0, 7, 1, [0, 2, 2, 1, 4, 1, 1, 3]]], {'a': 0}) and tree_blocks([]) == ([], {})
-    assert text_of(dict(content=' a\n b ')) == 'a b' and text_of(dict(content='', tool_calls=[dict(function=dict(name='ls'))])) == 'ls'
+    assert text_of(dict(content=' a\n b ')) == 'a b'
+    assert text_of(dict(content='', tool_calls=[dict(function=dict(name='ls'))])) == 'ls'
     assert len(text_of(dict(content='x'*999))) == 200
 
 
@@ -95,10 +100,13 @@ def test_a_key_sees_its_own_and_no_other(tmp_path):
                     r = await w.ask(path, headers=headers)
                     assert r['status'] == 401 and b'ann' not in r['body']
             ann, bob = [(await w.ask('/live/state', headers=h))['json'] for h in (ANN, BOB)]
-            assert [s['name'] for s in ann['sessions']] == ['same', 'only-ann'] and [s['name'] for s in bob['sessions']] == ['same']
-            assert ann['active'] == bob['active'] == 0 and not ann['more'] and (ann['weights'], ann['engine']) == (0, 'ScriptEngine')
+            assert [s['name'] for s in ann['sessions']] == ['same', 'only-ann']
+            assert [s['name'] for s in bob['sessions']] == ['same']
+            assert ann['active'] == bob['active'] == 0 and not ann['more']
+            assert (ann['weights'], ann['engine']) == (0, 'ScriptEngine')
             assert {'uid', 'owner', 'info'}.isdisjoint(ann['sessions'][0])
-            assert sum(c[1] for c in w.g.pulse.counts['bob']) == len(say(w.tok, 'an answer'))   # what ann got isn't bob's
+            # what ann got isn't bob's
+            assert sum(c[1] for c in w.g.pulse.counts['bob']) == len(say(w.tok, 'an answer'))
             assert (await w.ask('/s/only-ann/blocks', headers=BOB))['status'] == 404
             view = (await w.ask('/s/same/blocks', headers=BOB))['json']
             assert [t['text'] for t in view['turns']] == ['an answer'] and view['turns'][0]['drift'] == 'clean'
@@ -114,12 +122,14 @@ def test_what_is_being_answered_shows(tmp_path):
             await until(lambda: w.g.pulse.counts.get('') and w.g.pulse.counts[''][-1][1])
             await w.chat('y', 'other')
             state = (await w.ask('/live/state'))['json']
-            assert state['active'] == 1 and [(s['name'], s['busy']) for s in state['sessions']] == [('other', 0)]   # s is not in the store yet
+            # s is not in the store yet
+            assert state['active'] == 1 and [(s['name'], s['busy']) for s in state['sessions']] == [('other', 0)]
             w.hold[0][1].set()
             await task
             w.g.pulse.clock = lambda: 10**9   # a long time later
             state = (await w.ask('/live/state'))['json']
-            assert state['active'] == 0 and len(state['written']) == 300 and not any(state['written']) and len(state['sessions']) == 2
+            assert state['active'] == 0 and len(state['written']) == 300
+            assert not any(state['written']) and len(state['sessions']) == 2
     run(go())
 
 
@@ -158,15 +168,18 @@ def test_only_the_latest_sessions_are_listed(tmp_path):
 # --- the page
 
 def test_the_page_is_closed(tmp_path):
-    "No key is needed to get it; nothing but its own script may run in it; it is in the package; it makes no HTML of strings."
+    """No key is needed to get it; nothing but its own script may run in it; it is in the package; it makes no HTML of
+    strings."""
     async def go():
         async with world(tmp_path, **KEYS) as w:
             return await w.ask('/live')
     r = run(go())
     assert r['status'] == 200 and r['headers']['content-type'] == 'text/html; charset=utf-8'
     policy = dict(x.split(' ', 1) for x in r['headers']['content-security-policy'].split('; '))
-    assert policy['default-src'] == "'none'" and policy['connect-src'] == "'self'" and re.fullmatch("'sha256-[^' ]+='", policy['script-src'])
+    assert policy['default-src'] == "'none'" and policy['connect-src'] == "'self'"
+    assert re.fullmatch("'sha256-[^' ]+='", policy['script-src'])
     page = r['body'].decode()
     assert r['body'] == live_page()[0] == files('kat.plane').joinpath('live.html').read_bytes()
     assert len(re.findall('<script', page)) == len(re.findall('<style', page)) == 1 and 'http' not in page
-    assert not re.search(r'innerHTML|outerHTML|insertAdjacent|document\.write|eval\(|Function\(|localStorage|style="|\son\w+="', page)
+    assert not re.search(
+        r'innerHTML|outerHTML|insertAdjacent|document\.write|eval\(|Function\(|localStorage|style="|\son\w+="', page)

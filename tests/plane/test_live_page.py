@@ -11,7 +11,8 @@ from plane_world import tokenizer
 from kat.plane.manager import Session
 
 pytest.importorskip('playwright', reason="no playwright: run `make page`")
-pytestmark = pytest.mark.skipif(chromium() is None, reason="no Chromium: apt install chromium, or name one in KAT_CHROMIUM; then `make page`")
+pytestmark = pytest.mark.skipif(
+    chromium() is None, reason="no Chromium: apt install chromium, or name one in KAT_CHROMIUM; then `make page`")
 
 IMG, SVG = "<img/src=x/onerror=window.pwned=1>", "<svg/onload=window.pwned=1>"
 TEXT = "<script>window.pwned=1</script><img src=x onerror=window.pwned=1> {{7*7}} \u202e"
@@ -45,7 +46,8 @@ def open_page(chrome):
 
 def post(address, session, text, **headers):
     body = json.dumps(dict(model='kat', messages=[dict(role='user', content=text)])).encode()
-    return urlopen(Request(f'{address}/s/{session}/v1/chat/completions', body, {'content-type': 'application/json', **headers})).read()
+    return urlopen(Request(f'{address}/s/{session}/v1/chat/completions', body,
+                           {'content-type': 'application/json', **headers})).read()
 
 
 def test_empty_then_alive(open_page, tmp_path):
@@ -56,7 +58,8 @@ def test_empty_then_alive(open_page, tmp_path):
         post(address, 'first', 'hello', **{'x-kat-task': 'a/task'})
         page.click('tr.go')
         page.wait_for_selector('#rows tr')
-        assert 'task a/task · 1 turn · 1 path' in page.inner_text('#sizes') and page.inner_text('#rows tr td:last-child') == 'done'
+        assert 'task a/task · 1 turn · 1 path' in page.inner_text('#sizes')
+        assert page.inner_text('#rows tr td:last-child') == 'done'
         post(address, 'first', 'hello')
         page.wait_for_selector('#rows tr:nth-child(2)')
         assert '1 clean 1 forked' in page.inner_text('#sessions tr') and '2 turns' in page.inner_text('#sizes')
@@ -78,16 +81,20 @@ def test_hostile_strings_are_text(open_page, tmp_path):
         page.click('tr.go')
         page.wait_for_selector('#rows tr')
         page.hover('#tree', position=dict(x=50, y=50))
-        assert page.inner_text('#title') == s.name and IMG in page.inner_text('#sizes') and IMG in page.inner_text('#sessions')
+        assert page.inner_text('#title') == s.name and IMG in page.inner_text('#sizes')
+        assert IMG in page.inner_text('#sessions')
         rows = page.inner_text('#rows')
         assert IMG in rows and SVG in rows and '<script>window.pwned=1</script>' in rows
         assert unquote(page.url.split('#')[1]) == s.name
         page.wait_for_selector('#tip:visible')
-        assert page.evaluate("(() => { const s = document.createElement('script'); s.textContent = 'window.ran = 1'; document.body.append(s); return window.ran })()") is None
+        injected = ("(() => { const s = document.createElement('script'); s.textContent = 'window.ran = 1'; "
+                    "document.body.append(s); return window.ran })()")
+        assert page.evaluate(injected) is None
 
 
 def test_the_key_stays_where_it_belongs(open_page, tmp_path):
-    with served(tmp_path, [agent_session('of-ann', 't', 3, owner='ann'), agent_session('of-bob', 't', 3, owner='bob')], keys={'ann-secret': 'ann'}) as (address, g):
+    with served(tmp_path, [agent_session('of-ann', 't', 3, owner='ann'), agent_session('of-bob', 't', 3, owner='bob')],
+                keys={'ann-secret': 'ann'}) as (address, g):
         page = open_page(address + '/live')
         page.wait_for_selector('#key:visible')
         page.fill('#secret', 'wrong')
@@ -96,8 +103,10 @@ def test_the_key_stays_where_it_belongs(open_page, tmp_path):
         page.fill('#secret', 'ann-secret')
         page.keyboard.press('Enter')
         page.wait_for_selector('text=of-ann')
-        assert 'of-bob' not in page.content() and 'ann-secret' not in page.content() and page.input_value('#secret') == ''
-        assert page.evaluate("sessionStorage.getItem('kat-key')") == 'ann-secret' and page.evaluate('localStorage.length + document.cookie.length') == 0
+        assert 'of-bob' not in page.content() and 'ann-secret' not in page.content()
+        assert page.input_value('#secret') == ''
+        assert page.evaluate("sessionStorage.getItem('kat-key')") == 'ann-secret'
+        assert page.evaluate('localStorage.length + document.cookie.length') == 0
         page.reload()
         page.wait_for_selector('text=of-ann')
         held = []   # an answer on its way while the key is forgotten
@@ -113,7 +122,8 @@ def test_the_key_stays_where_it_belongs(open_page, tmp_path):
             page.evaluate("fetch('live').then(r => r.text())")   # the page has had its turn
         assert page.is_visible('#key') and page.is_hidden('#page')
         assert page.evaluate('sessionStorage.length') == 0 and 'of-ann' not in page.content()
-        assert not any('secret' in x or '?' in x for x in page.asked) and {x.split('/')[2] for x in page.asked if x.startswith('http')} == {address.split('/')[2]}
+        assert not any('secret' in x or '?' in x for x in page.asked)
+        assert {x.split('/')[2] for x in page.asked if x.startswith('http')} == {address.split('/')[2]}
 
 
 def test_thousands_of_blocks(open_page, tmp_path):
@@ -123,8 +133,10 @@ def test_thousands_of_blocks(open_page, tmp_path):
     with served(tmp_path, [s]) as (address, g):
         page = open_page(address + '/live#big')
         page.wait_for_selector('#rows tr', timeout=120_000)
-        colours = "(() => { const c = document.getElementById('tree'), d = c.getContext('2d').getImageData(0, 0, c.width, c.height).data, n = new Set();" \
-                  "for (let i = 0; i < d.length; i += 4) n.add(d[i] << 16 | d[i + 1] << 8 | d[i + 2]); return [n.size, c.toDataURL()] })()"
+        colours = ("(() => { const c = document.getElementById('tree'), "
+                   "d = c.getContext('2d').getImageData(0, 0, c.width, c.height).data, n = new Set();"
+                   "for (let i = 0; i < d.length; i += 4) n.add(d[i] << 16 | d[i + 1] << 8 | d[i + 2]); "
+                   "return [n.size, c.toDataURL()] })()")
         n, before = page.evaluate(colours)
         assert n > 20 and page.locator('#rows tr').count() == 200
         page.click('#tree', position=dict(x=20, y=5))
@@ -141,7 +153,8 @@ def test_thousands_of_blocks(open_page, tmp_path):
 @pytest.mark.parametrize('scheme', ['light', 'dark'])
 def test_a_phone(open_page, tmp_path, scheme):
     "Nothing sticks out to the side, and the ground is dark where the system's is."
-    with served(tmp_path, [agent_session('a-session-with-a-name-that-is-long-and-has-no-space-in-it-whatsoever', 'x' * 200, 6, 1, 2, 3)]) as (address, g):
+    with served(tmp_path, [agent_session('a-session-with-a-name-that-is-long-and-has-no-space-in-it-whatsoever',
+                                         'x' * 200, 6, 1, 2, 3)]) as (address, g):
         page = open_page(address + '/live', viewport=dict(width=360, height=740), color_scheme=scheme)
         page.click('tr.go')
         page.wait_for_selector('#rows tr')

@@ -15,7 +15,7 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from kat.core.types import Group, Segment, Trajectory
 from kat.learn.rl import RLTrainer
-from kat.infer.engines import Completion
+from kat.infer.requests import Completion
 from kat.plane.loader import Gate, Loader, capacity, staleness
 from kat.plane.manager import Session
 from kat.plane.store import Store, StoreError
@@ -24,7 +24,8 @@ SA = pytest.importorskip('sqlalchemy')
 
 def make_group(i, version=0, versions=None, mask=True):
     v = versions or [version]*3
-    t = Trajectory(f't{i}', [Segment([9, 9], 'user'), Segment(range(len(v)), 'assistant', trainable=mask, version=v)], reward=1.)
+    t = Trajectory(f't{i}', [Segment([9, 9], 'user'), Segment(range(len(v)), 'assistant', trainable=mask, version=v)],
+                   reward=1.)
     return Group(f't{i}', [t])
 
 def rollout(i, version=0, ids=(3, 4, 5)):
@@ -95,7 +96,8 @@ def train(store, disk, steps_left, versions, bound, per_step, save_every, over):
         for _ in batch:
             if next(life, None) is None: return disk
         if len(batch) < per_step and not over: return disk  # the rest is to come
-        now = dict(seen=now['seen'] + len(batch), version=now['version'] + 1, weights=now['weights'] + tasks(batch), dropped=loader.dropped)
+        now = dict(seen=now['seen'] + len(batch), version=now['version'] + 1, weights=now['weights'] + tasks(batch),
+                   dropped=loader.dropped)
         if now['version'] % save_every == 0:
             disk = now
     return now | dict(dropped=loader.dropped) if over else disk
@@ -104,12 +106,15 @@ def train(store, disk, steps_left, versions, bound, per_step, save_every, over):
        st.lists(st.integers(0, 4), min_size=1, max_size=25), st.sampled_from([None, 0, 2]))
 @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_exactly_once(tmp_path_factory, kills, per_step, save_every, versions, bound):
-    "trainer and loader killed anywhere, groups finished in between: in the surviving weights every group is once, but for those too old"
+    """trainer and loader killed anywhere, groups finished in between: in the surviving weights every group is once, but
+    for those too old"""
     store = Store(tmp_path_factory.mktemp('s')/'g.db')
-    SA.event.listen(store.engine, 'connect', lambda raw, _: raw.execute('PRAGMA synchronous=OFF'))  # nobody pulls the plug here
+    # nobody pulls the plug here
+    SA.event.listen(store.engine, 'connect', lambda raw, _: raw.execute('PRAGMA synchronous=OFF'))
     store.engine.dispose()
     write(store, [rollout(i, v) for i, v in enumerate(versions)])
-    disk, arrived, more = dict(seen=0, weights=[], version=0, dropped=0), 0, dict(versions=versions, bound=bound, per_step=per_step, save_every=save_every)
+    disk, arrived = dict(seen=0, weights=[], version=0, dropped=0), 0
+    more = dict(versions=versions, bound=bound, per_step=per_step, save_every=save_every)
     for n, life in kills:
         for arrived in range(arrived, min(arrived + n, len(versions))):
             finish(store, arrived)
@@ -138,7 +143,8 @@ def test_going_back_forgets_what_came_after(stores):
     store = stores()
     fill(store, [i % 2 for i in range(6)])
     assert tasks(Loader(store, lambda: 0, wait=none)) == [f't{i}' for i in range(6)]
-    stricter = Loader(store, lambda: 1, start=1, max_staleness=0, wait=none)  # back to the first; now every other one is too old
+    # back to the first; now every other one is too old
+    stricter = Loader(store, lambda: 1, start=1, max_staleness=0, wait=none)
     assert tasks(stricter) == ['t1', 't3', 't5'] and stricter.dropped == 2
     assert store.given('trainer', 4) == (6, 2)
     with pytest.raises(ValueError):
@@ -196,8 +202,8 @@ def test_the_real_trainer_killed_and_resumed(tmp_path):
         assert store.finish(str(i), [x.name for x, _ in two])
     def train(out, consumer, die_at=None):
         torch.manual_seed(0)
-        m = Qwen3ForCausalLM(Qwen3Config(vocab_size=64, hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2,
-                                         num_key_value_heads=1, head_dim=8))
+        m = Qwen3ForCausalLM(Qwen3Config(vocab_size=64, hidden_size=16, intermediate_size=24, num_hidden_layers=1,
+                                         num_attention_heads=2, num_key_value_heads=1, head_dim=8))
         t = RLTrainer(m, tmp_path/out, groups_per_step=2, save_every=1, dtype=None)
         def take():
             for n, g in enumerate(Loader(store, lambda: t.version, start=t.groups_seen, consumer=consumer, wait=none)):

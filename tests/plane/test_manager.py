@@ -1,4 +1,5 @@
-"Session trees: the walk against a search through everything, recorded ids never encoded again, rewards where they belong"
+"""Session trees: the walk against a search through everything, recorded ids never encoded again, rewards where they
+belong"""
 import gc
 import weakref
 
@@ -9,9 +10,10 @@ from plane_world import say, tokenizer, z
 
 from kat.core.chat import encode_prompt, ids_of
 from kat.wire.dialects import canonical_key, explain
-from kat.infer.engines import Completion
-from kat.plane.manager import Manager, Session, Turn, _key, answer_ids, changes, plan_text, show, split, tool_mark
+from kat.infer.requests import Completion
+from kat.plane.manager import Manager, Session, _key, plan_text, show
 from kat.plane.scenarios import SCENARIOS, SCENARIO_TOOLS, play_scenario
+from kat.plane.turns import Turn, answer_ids, changes, split, tool_mark
 
 
 def user(text):
@@ -36,12 +38,15 @@ def calls(*ids, **arguments):
 
 
 def test_a_key_that_is_looked_up_is_the_key():
-    "What comes back as it was recorded is found; what Python calls equal and JSON does not (1, 1.0, true; the order of arguments) is no hit."
+    """What comes back as it was recorded is found; what Python calls equal and JSON does not (1, 1.0, true; the order
+    of arguments) is no hit."""
     s, args = Session(tokenizer(), 's'), dict(a=1, b=dict(c=[0, 2], d=None))
     old = reply(s.plan([user('q')]), 'x', tool_calls=calls('c', **args))
-    variants = [dict(args), dict(reversed(args.items())), args | dict(a=True), args | dict(a=1.0), args | dict(b=dict(d=None, c=[0, 2])), args | dict(b=dict(c=[False, 2], d=None)), {}]
-    back = [said('x', tool_calls=calls('c', **a)) for a in variants] + [said('x', tool_calls=calls('new', **args)), said('x', tool_calls=calls('c', 'd', **args)), said('x'), said('x '),
-            old | dict(reasoning='why'), user('x'), user('q'), user('q') | dict(name='ann')]
+    variants = [dict(args), dict(reversed(args.items())), args | dict(a=True), args | dict(a=1.0),
+                args | dict(b=dict(d=None, c=[0, 2])), args | dict(b=dict(c=[False, 2], d=None)), {}]
+    back = [said('x', tool_calls=calls('c', **a)) for a in variants]
+    back += [said('x', tool_calls=calls('new', **args)), said('x', tool_calls=calls('c', 'd', **args)),
+             said('x'), said('x '), old | dict(reasoning='why'), user('x'), user('q'), user('q') | dict(name='ann')]
     for m in back:
         assert _key(s, m) == canonical_key(m)
         assert changes([m], [old]) == set(explain(old, m)) - {'ids renamed'}
@@ -69,10 +74,11 @@ def search(s, messages):
 @st.composite
 def moves(draw):
     "What an agent does next: how much of which branch it goes back to, what it changes, what it says."
-    return [(draw(st.integers(0, 9)), draw(st.integers(0, 5)), draw(st.sampled_from(['keep', 'edit', 'blank', 'elide'])),
-             draw(st.sampled_from('ab')), draw(st.sampled_from(['x', 'y', 'long answer\nof two lines'])),
-             draw(st.sampled_from(['stop', 'stop', 'length', 'abort'])), draw(st.sampled_from(['', '', 'sub'])))
-            for _ in range(draw(st.integers(1, 8)))]
+    return [(draw(st.integers(0, 9)), draw(st.integers(0, 5)),
+             draw(st.sampled_from(['keep', 'edit', 'blank', 'elide'])), draw(st.sampled_from('ab')),
+             draw(st.sampled_from(['x', 'y', 'long answer\nof two lines'])),
+             draw(st.sampled_from(['stop', 'stop', 'length', 'abort'])),
+             draw(st.sampled_from(['', '', 'sub']))) for _ in range(draw(st.integers(1, 8)))]
 
 
 @settings(max_examples=60, deadline=None)
@@ -85,7 +91,8 @@ def test_the_walk_finds_what_a_search_finds(todo):
         if how != 'keep' and len(messages) > 2:
             k = 1 + which % (len(messages) - 1)
             m = messages[k]
-            change = dict(edit='other ', blank='', elide='')[how] + ('…' if how == 'elide' else m['content']) + (' ' if how == 'blank' else '')
+            change = dict(edit='other ', blank='',
+                          elide='')[how] + ('…' if how == 'elide' else m['content']) + (' ' if how == 'blank' else '')
             messages = [*messages[:k], m | dict(content=change), *messages[k + 1:]]
         messages = [*messages, user(question)]
         want = search(s, messages)
@@ -155,7 +162,8 @@ def test_text_of_the_client_spells_no_special_token():
 
 def test_a_beginning_is_cut_between_tokens_or_encoded():
     tok = tokenizer()
-    for text, keep, cut in (('return sum(items)', 'return', True), ('naïve 𝄞 text', 'naïve 𝄞', True), ('a 𝄞', 'a \ufffd', False)):
+    for text, keep, cut in (('return sum(items)', 'return', True), ('naïve 𝄞 text', 'naïve 𝄞', True),
+                            ('a 𝄞', 'a \ufffd', False)):
         s = Session(tok)
         ids = [i for c in text for i in tok.encode(c)]   # a character at a time
         reply(s.plan([user('q')]), text, ids=[*ids, tok.eos_token_id])
@@ -240,7 +248,8 @@ def test_sampling_that_differs_stays_with_the_turns():
         m = [user('a')] + ([said('one'), user('b')] if i else [])
         p = s.plan(m)
         with p:
-            s.add(p.turn(Completion(np.array(say(s.tokenizer, 'one'), np.int32), None, None, 'stop', 0), said('one'), sampling=dict(temperature=t, top_p=1.0)))
+            s.add(p.turn(Completion(np.array(say(s.tokenizer, 'one'), np.int32), None, None, 'stop', 0), said('one'),
+                         sampling=dict(temperature=t, top_p=1.0)))
     t, = s.trajectories()
     assert t.sampling == dict(top_p=1.0) and [x['sampling']['temperature'] for x in t.info['turns']] == [1.0, 0.5]
 
@@ -290,5 +299,6 @@ def test_show_is_readable_and_narrow():
     for q in ('b', 'c'):
         reply(s.plan([user('a'), a, user(q)]), 'two\nlines')
     lines = show(s, 60).split('\n')
-    assert max(map(len, lines)) <= 60 and [x.partition(':')[0].strip() for x in lines[1:]] == ['0 start', '1 append', '+ 1 rewind']
+    assert max(map(len, lines)) <= 60
+    assert [x.partition(':')[0].strip() for x in lines[1:]] == ['0 start', '1 append', '+ 1 rewind']
     assert isinstance(next(iter(s.turns.values())), Turn)

@@ -1,4 +1,5 @@
-"The store: durable when it says so, idempotent, the same tree after a restart, clear refusals; on SQLite and on a real PostgreSQL"
+"""The store: durable when it says so, idempotent, the same tree after a restart, clear refusals; on SQLite and on a
+real PostgreSQL"""
 import asyncio
 import multiprocessing
 import os
@@ -13,11 +14,12 @@ from plane_world import full_store, say, tokenizer, z
 
 from kat.core.io import read_records
 from kat.core.types import groups_of
-from kat.plane import store as module
-from kat.infer.engines import Completion
+from kat.plane import schema
+from kat.infer.requests import Completion
 from kat.plane.manager import Session
 from kat.plane.scenarios import SCENARIOS, play_scenario
-from kat.plane.store import Store, StoreError, export, pack, row_turn, store_error, turn_row, unpack
+from kat.plane.schema import pack, row_turn, turn_row, unpack
+from kat.plane.store import Store, StoreError, export, store_error
 
 import numpy as np
 
@@ -44,7 +46,8 @@ def turn(s, text='x', **more):
     p = s.plan([dict(role='user', content=text)])
     ids = np.array(say(s.tokenizer, text), np.int32)
     with p:
-        return p.turn(Completion(ids, z(len(ids)), z(len(ids)), 'stop', 1), dict(role='assistant', content=text), **more)
+        return p.turn(Completion(ids, z(len(ids)), z(len(ids)), 'stop', 1), dict(role='assistant', content=text),
+                      **more)
 
 
 # --- rows
@@ -66,7 +69,8 @@ def test_a_turn_comes_back():
 
 # --- writing and reading
 
-@pytest.mark.parametrize('name', ['compaction', 'two sub-agents side by side', 'old results elided, again and again', 'left in mid-answer, part of it kept'])
+@pytest.mark.parametrize('name', ['compaction', 'two sub-agents side by side', 'old results elided, again and again',
+                                  'left in mid-answer, part of it kept'])
 def test_a_session_is_the_same_after_a_restart(url, name):
     s = session_of(name)
     s.name, s.uid = name, name
@@ -110,7 +114,7 @@ def test_a_bad_row_fails_alone(url):
         return await asyncio.gather(store.write(bad, [broken]), store.write(good, [turn(good)]), return_exceptions=True)
     with Opened(url) as store:
         a, b = asyncio.run(run(store))
-        assert isinstance(a, SA.exc.IntegrityError) and b is None and store.error is None
+        assert isinstance(a, SA.exc.IntegrityError) and b is None and store.writer.error is None
         assert [r['name'] for r in store.sessions()] == ['good']
 
 
@@ -122,8 +126,10 @@ def test_rewards_tasks_and_finish_are_kept(url):
         asyncio.run(store.write(s, [t]))
         asyncio.run(store.update(s, t))
         new = store.load(s.tokenizer, 'ann', 's')
-        assert (new.task, new.reward, new.finished, new.info, next(iter(new.turns.values())).reward) == ('t', 1.0, True, s.info, 0.5)
-        assert [r['name'] for r in store.sessions(finished=True, owner='ann')] == ['s'] and not store.sessions(finished=False)
+        assert (new.task, new.reward, new.finished, new.info,
+                next(iter(new.turns.values())).reward) == ('t', 1.0, True, s.info, 0.5)
+        assert [r['name'] for r in store.sessions(finished=True, owner='ann')] == ['s']
+        assert not store.sessions(finished=False)
         early = Session(tokenizer(), 'early', task='t')       # updated before its first turn
         asyncio.run(store.update(early))
         assert store.load(s.tokenizer, '', 'early').task == 't'
@@ -176,7 +182,8 @@ def test_a_group_is_what_its_sessions_were(url):
         asyncio.run(store.write(a, [a.add(turn(a, 'too late'))]))
     with Opened(url) as store:
         (cursor, group), = store.finished_groups(0, 9)
-        assert (cursor, group.task, group.trajectories, group.info) == (1, 't', want, dict(key='k')) and not store.finished_groups(1, 9)
+        assert (cursor, group.task, group.trajectories, group.info) == (1, 't', want, dict(key='k'))
+        assert not store.finished_groups(1, 9)
         assert len(next(store.groups(task='t'))) == len(want) + 1
 
 
@@ -186,8 +193,9 @@ def test_what_is_no_group(url):
             finished(store, name, **more)
         asyncio.run(store.update(Session(tokenizer(), 'open', task='t')))
         store.finish('first', ['c'])
-        for names, why in (([], 'different sessions expected'), (['a', 'a'], 'different sessions expected'), (['a', 'x'], "no session 'x'"),
-                           (['a', 'd'], "no session 'd'"), (['a', 'open'], "'open' is not finished"), (['a', 'b'], "'b' is of task 'u', 'a' of 't'"),
+        for names, why in (([], 'different sessions expected'), (['a', 'a'], 'different sessions expected'),
+                           (['a', 'x'], "no session 'x'"), (['a', 'd'], "no session 'd'"),
+                           (['a', 'open'], "'open' is not finished"), (['a', 'b'], "'b' is of task 'u', 'a' of 't'"),
                            (['a', 'c'], "'c' is in another group"), (['empty'], 'no turn')):
             with pytest.raises(ValueError, match=f"group 'k': .*{why}"):
                 store.finish('k', names)
@@ -197,12 +205,13 @@ def test_what_is_no_group(url):
 
 
 def test_a_group_that_is_committed_later_has_a_later_cursor(url):
-    "one finisher is between its insert and its commit while another one comes: nobody may see the second one's group first"
+    """one finisher is between its insert and its commit while another one comes: nobody may see the second one's group
+    first"""
     with Opened(url) as one, Opened(url) as two:
         for name in 'ab':
             finished(one, name)
-        with one.writing.begin() as conn:
-            assert module._finish(one, conn, 'slow', ['a'], '')
+        with one.writing() as conn:
+            assert one._finish(conn, 'slow', ['a'], '')
             other = threading.Thread(target=two.finish, args=('quick', ['b']))
             other.start()
             assert not two.finished_groups(0, 9)
@@ -242,7 +251,7 @@ def test_an_older_store_is_brought_up_and_a_newer_one_refused(url, monkeypatch):
     def add_column(conn):
         conn.exec_driver_sql("ALTER TABLE sessions ADD COLUMN colour TEXT DEFAULT 'red'")
     with monkeypatch.context() as m:
-        m.setattr(module, 'MIGRATIONS', [*module.MIGRATIONS, add_column])
+        m.setattr(schema, 'MIGRATIONS', [*schema.MIGRATIONS, add_column])
         for _ in range(2):   # the second time there is nothing to do
             with Opened(url) as store:
                 with store.engine.begin() as c:
@@ -254,7 +263,7 @@ def test_an_older_store_is_brought_up_and_a_newer_one_refused(url, monkeypatch):
 def test_a_store_of_the_first_version_gets_groups(url, monkeypatch):
     s = Session(tokenizer(), 's', finished=True)
     with monkeypatch.context() as m:
-        m.setattr(module, 'MIGRATIONS', module.MIGRATIONS[:1])
+        m.setattr(schema, 'MIGRATIONS', schema.MIGRATIONS[:1])
         with Opened(url) as store:
             asyncio.run(store.write(s, [s.add(turn(s))]))
             assert not SA.inspect(store.engine).has_table('finished_groups')
@@ -268,7 +277,7 @@ def test_a_migration_that_fails_leaves_the_store_as_it_was(url, monkeypatch):
         conn.exec_driver_sql('CREATE TABLE half (x INTEGER)')
         raise RuntimeError('stop')
     with monkeypatch.context() as m:
-        m.setattr(module, 'MIGRATIONS', [*module.MIGRATIONS, half])
+        m.setattr(schema, 'MIGRATIONS', [*schema.MIGRATIONS, half])
         with pytest.raises(RuntimeError):
             Store(url)
     with Opened(url) as store:
@@ -298,7 +307,7 @@ def test_a_full_disk_is_said_and_gets_over(tmp_path):
             full_store(store, None)
             await store.check()
             await store.write(s, [turn(s, big)])
-            assert store.error is None
+            assert store.writer.error is None
         asyncio.run(run())
         assert len(store.load(s.tokenizer, '', 's').turns) == 2
 

@@ -11,7 +11,8 @@ import torch
 
 from kat.core.chat import extend_segments, generation_segments, parse_calls, render, train_tokenizer
 from kat.core.types import Segment, Trajectory
-from kat.infer.engines import Completion, HFEngine, Request
+from kat.infer.engines import HFEngine
+from kat.infer.requests import Completion, Request
 from kat.plane.gateway import running
 from kat.plane.manager import Session
 from kat.learn.training import load_model

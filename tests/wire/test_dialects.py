@@ -1,4 +1,4 @@
-"Dialects in and out: what agents send becomes one kind of call, hostile bodies a 400, and streams say what answers say."
+"Dialects in and out: what agents send becomes one kind of call, hostile bodies a 400; streams say what answers say."
 
 import copy
 import json
@@ -12,8 +12,12 @@ from hypothesis import strategies as st
 
 from kat.core.calls import CallParser, Decoder, parse_reply, write_call
 from kat.core.chat import train_tokenizer
-from kat.wire.dialects import Answer, BadRequest, RequestLimits, Stream, TokenLogprob, call_prefix, canonical_key, core_messages, count_tokens_answer, explain, models_answer, parse_body, parse_call, render_answer, render_error, too_long, tools_key
-from kat.wire.normalise import NORMALISATIONS, canonical_json, drop_billing, fold_reminders, mask_dates, merge_turns, order_results
+from kat.wire.dialects import (
+    Answer, Stream, TokenLogprob, call_prefix, canonical_key, core_messages, count_tokens_answer, explain,
+    models_answer, parse_call, render_answer, render_error, too_long, tools_key)
+from kat.wire.fields import BadRequest, RequestLimits, parse_body
+from kat.wire.normalise import (NORMALISATIONS, canonical_json, drop_billing, fold_reminders, mask_dates, merge_turns,
+                                order_results)
 
 few = settings(max_examples=50, deadline=None)
 
@@ -405,9 +409,9 @@ def test_bodies_must_be_strict_json_of_a_reasonable_size():
         parse_body(b'{}' + b' ' * 99, RequestLimits(bytes=100))
     assert e.value.status == 413
     assert parse_body(json.dumps(bodies.opencode()).encode()) == bodies.opencode()
-    for limits, words in ((RequestLimits(messages=1), 'messages'), (RequestLimits(tools=1), 'tools'), (RequestLimits(depth=2), 'nested')):
+    for limits, words in ((dict(messages=1), 'messages'), (dict(tools=1), 'tools'), (dict(depth=2), 'nested')):
         with pytest.raises(BadRequest, match=words):
-            parse_call('chat', bodies.opencode(), limits=limits)
+            parse_call('chat', bodies.opencode(), limits=RequestLimits(**limits))
 
 
 # --- hostile bodies: 10,000 in all, never another exception than BadRequest
@@ -438,8 +442,9 @@ def attempt(dialect, body, headers=None):
 
 
 NASTY = [
-    None, True, False, 0, -1, 2**63, 10**400, 1.5, float('nan'), float('inf'), '', ' ', '\ud800', '\x00', '💥' * 9, 'a' * 5000, [], {}, [[]], [None], [{}], {'': ''},
-    {'type': 'text'}, [{'type': 'text', 'text': 7}], [{'type': 'tool_result'}], {'type': 'function'}, 'assistant', 'tool', 'system',
+    None, True, False, 0, -1, 2**63, 10**400, 1.5, float('nan'), float('inf'), '', ' ', '\ud800', '\x00',
+    '💥' * 9, 'a' * 5000, [], {}, [[]], [None], [{}], {'': ''}, {'type': 'text'}, [{'type': 'text', 'text': 7}],
+    [{'type': 'tool_result'}], {'type': 'function'}, 'assistant', 'tool', 'system',
     '{"a": [', '<tool_call>', b'bytes', (1,), {1: 2}, {'$ref': '#'}, [{'type': {'type': []}}],
 ]  # fmt: skip
 
@@ -487,8 +492,8 @@ def test_ten_thousand_hostile_bodies_9800_mutants(seed):
 
 
 words = st.sampled_from(
-    'model messages role content tools type text user assistant tool_calls id function name arguments input tool_use tool_result '
-    'tool_use_id system prompt max_tokens stop thinking metadata user_id properties'.split()
+    'model messages role content tools type text user assistant tool_calls id function name arguments input tool_use '
+    'tool_result tool_use_id system prompt max_tokens stop thinking metadata user_id properties'.split()
 )
 json_values = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | words | st.text(max_size=8),
@@ -697,8 +702,8 @@ def test_explain_names_each_reason():
 
 @pytest.mark.parametrize(
     'date',
-    ['2026-11-23', '2026/11/23', '11/23/2026', '23.11.2026', 'November 23, 2026', 'Monday, November 23, 2026', 'Mon Nov 23 2026', '23 Nov 2026',
-     '2026-11-23 14:03', '2026-11-23T14:03:59.123Z', 'Nov 3rd, 2026 9:15 PM UTC'],
+    ['2026-11-23', '2026/11/23', '11/23/2026', '23.11.2026', 'November 23, 2026', 'Monday, November 23, 2026',
+     'Mon Nov 23 2026', '23 Nov 2026', '2026-11-23 14:03', '2026-11-23T14:03:59.123Z', 'Nov 3rd, 2026 9:15 PM UTC'],
 )  # fmt: skip
 def test_dates_of_today(date):
     for line in (
@@ -790,8 +795,8 @@ BLOCKS = dict(
     tool_use=dict(type={'tool_use'}, id=str, name=str, input=dict, caller=dict(type={'direct'})),
 )
 MSG = dict(
-    id=str, type={'message'}, role={'assistant'}, model=str, content=[BLOCKS], usage=COUNTS, stop_sequence=optional(str),
-    stop_reason=optional({'end_turn', 'max_tokens', 'stop_sequence', 'tool_use'}),
+    id=str, type={'message'}, role={'assistant'}, model=str, content=[BLOCKS], usage=COUNTS,
+    stop_sequence=optional(str), stop_reason=optional({'end_turn', 'max_tokens', 'stop_sequence', 'tool_use'}),
 )  # fmt: skip
 EVENTS = dict(
     message_start=dict(type=str, message=MSG),
@@ -923,8 +928,9 @@ pieces = st.lists(
 
 @settings(max_examples=150, deadline=None)
 @given(
-    st.sampled_from(['chat', 'completions', 'messages']), pieces, st.integers(0, 6), st.sampled_from(['stop', 'length', 'tool_calls']),
-    st.sampled_from(['shown', 'omitted', 'off']), st.booleans(), st.booleans(),
+    st.sampled_from(['chat', 'completions', 'messages']), pieces, st.integers(0, 6),
+    st.sampled_from(['stop', 'length', 'tool_calls']), st.sampled_from(['shown', 'omitted', 'off']),
+    st.booleans(), st.booleans(),
 )  # fmt: skip
 def test_a_stream_says_what_the_answer_says(dialect, parts, sent, finish, thinking, usage, logprobs):
     c = parse_call(dialect, dict(model='kat', prompt='p') if dialect == 'completions' else msg())
@@ -940,9 +946,12 @@ def test_a_stream_says_what_the_answer_says(dialect, parts, sent, finish, thinki
                 p['text'] = ''
             text += p['text']
         seen = seen or 'calls' in p
+    reasoning = ''.join(p.get('reasoning', '') for p in parts)
+    calls = [t for p in parts for t in p.get('calls', [])]
+    lp = [TokenLogprob('☃', -0.5, [('☃', -0.5), ('x', -1.0)])]
     a = Answer(
-        'x1', text, ''.join(p.get('reasoning', '') for p in parts), [t for p in parts for t in p.get('calls', [])], finish, 10, 5, 4,
-        stop='END' if finish == 'stop' else None, logprobs=[TokenLogprob('☃', -0.5, [('☃', -0.5), ('x', -1.0)])], created=9,
+        'x1', text, reasoning, calls, finish, 10, 5, 4,
+        stop='END' if finish == 'stop' else None, logprobs=lp, created=9,
     )  # fmt: skip
     s = Stream(c, 'x1', created=9)
     out = s.start(10, 4)
@@ -1052,7 +1061,8 @@ def test_reasons_and_counts():
     assert reason(chat, tool_calls=t, finish='length')['choices'][0]['finish_reason'] == 'length'
     assert reason(chat, finish='tool_calls')['choices'][0]['finish_reason'] == 'stop'
     assert reason(comp, content='x', tool_calls=t, finish='tool_calls')['choices'][0]['finish_reason'] == 'stop'
-    assert [reason(msgs, **kw)['stop_reason'] for kw in (dict(tool_calls=t), dict(finish='length'), dict(stop='E'), {})] == [
+    ways = (dict(tool_calls=t), dict(finish='length'), dict(stop='E'), {})
+    assert [reason(msgs, **kw)['stop_reason'] for kw in ways] == [
         'tool_use', 'max_tokens', 'stop_sequence', 'end_turn']  # fmt: skip
     m = reason(msgs, prompt_tokens=100, cached_tokens=90, completion_tokens=7)
     assert m['usage'] == dict(
@@ -1062,7 +1072,8 @@ def test_reasons_and_counts():
     comp.sampling.logprobs = 1
     lp = [TokenLogprob('ab', -0.1, [('ab', -0.1), ('c', -3.0)]), TokenLogprob('c', -0.2)]
     assert render_answer(comp, Answer('1', 'abc', logprobs=lp))['choices'][0]['logprobs'] == dict(
-        tokens=['ab', 'c'], token_logprobs=[-0.1, -0.2], top_logprobs=[{'ab': -0.1}, {}], text_offset=[0, 2])  # fmt: skip
+        tokens=['ab', 'c'], token_logprobs=[-0.1, -0.2], top_logprobs=[{'ab': -0.1}, {}],
+        text_offset=[0, 2])  # fmt: skip
     assert call_prefix('messages', '1') == 'toolu_1_' and call_prefix('chat', '1') == 'call_1_'
 
 
@@ -1101,8 +1112,10 @@ def test_errors_models_and_counts():
     e = render_error('messages', 429, 'slow down')
     assert e == dict(type='error', error=dict(type='rate_limit_error', message='slow down'), request_id=None)
     kinds = {s: render_error('messages', s, '')['error']['type'] for s in (400, 401, 403, 404, 409, 413, 500, 503, 529)}
-    assert kinds == {400: 'invalid_request_error', 401: 'authentication_error', 403: 'permission_error', 404: 'not_found_error', 409: 'invalid_request_error',
-                     413: 'request_too_large', 500: 'api_error', 503: 'overloaded_error', 529: 'overloaded_error'}  # fmt: skip
+    assert kinds == {
+        400: 'invalid_request_error', 401: 'authentication_error', 403: 'permission_error', 404: 'not_found_error',
+        409: 'invalid_request_error', 413: 'request_too_large', 500: 'api_error', 503: 'overloaded_error',
+        529: 'overloaded_error'}  # fmt: skip
     assert render_error('chat', 404, 'no', param='model', code='model_not_found') == dict(
         error=dict(message='no', type='invalid_request_error', param='model', code='model_not_found'))  # fmt: skip
     assert render_error('completions', 503, 'x', type='busy')['error']['type'] == 'busy'

@@ -1,4 +1,5 @@
-"Three turns of a conversation, one of them streamed, as an SDK's user has them: argument 1 is the SDK, argument 2 the address."
+"""Three turns of a conversation, one of them streamed, as an SDK's user has them: argument 1 is the SDK, argument 2 the
+address."""
 import sys
 
 _, sdk, address = sys.argv
