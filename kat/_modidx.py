@@ -1403,6 +1403,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                    'kat.plane.manager._trajectories': ('plane/manager.html#_trajectories', 'kat/plane/manager.py'),
                                    'kat.plane.manager._trajectory': ('plane/manager.html#_trajectory', 'kat/plane/manager.py'),
                                    'kat.plane.manager._turn': ('plane/manager.html#_turn', 'kat/plane/manager.py'),
+                                   'kat.plane.manager._turn_info': ('plane/manager.html#_turn_info', 'kat/plane/manager.py'),
                                    'kat.plane.manager._walk': ('plane/manager.html#_walk', 'kat/plane/manager.py'),
                                    'kat.plane.manager._why': ('plane/manager.html#_why', 'kat/plane/manager.py'),
                                    'kat.plane.manager.plan_text': ('plane/manager.html#plan_text', 'kat/plane/manager.py'),

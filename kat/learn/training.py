@@ -181,7 +181,7 @@ def write_folder(
         for p in files:
             _flush(p)
     except BaseException as error:
-        full = isinstance(error, Exception) and _no_room(new, error)
+        full = _no_room(new, error) if isinstance(error, Exception) and not isinstance(error, UserError) else None
         shutil.rmtree(new, ignore_errors=True)
         if not full: raise
         raise UserError(f"{path}: not written ({full}): make room and run again; what was there stays") from error
@@ -332,7 +332,9 @@ def _gap(a: torch.Tensor, b: torch.Tensor, dtype: torch.dtype) -> str:  # '' whe
     fine = torch.finfo(dtype).eps
     if dtype == torch.float32 and torch.cuda.is_available() and torch.get_float32_matmul_precision() != "highest":
         fine = 2**-10  # TF32
-    most, gap = a.abs().max().item(), (a - b).abs().max().item()
+    known = a.isfinite() | b.isfinite()  # weights gone to NaN are no fault of the merge
+    if not known.any(): return ""
+    most, gap = a[known].abs().max().item(), (a - b)[known].abs().max().item()
     return "" if gap <= max(1e-10, min(1000 * fine, 0.05)) * most else f"{gap:.2g}, where the largest is {most:.2g}"
 
 def _same_logits(adapted: torch.Tensor, plain, dtype) -> None:
