@@ -174,8 +174,8 @@ def _arrow(cls):
     ints, floats, text = pa.list_(pa.int32()), pa.list_(pa.float32()), pa.string()
     segment = [('ids', ints), ('kind', text), ('turn', pa.int32()), ('trainable', pa.bool_()), ('logprobs', floats),
                ('entropy', floats), ('version', ints), ('event', text), ('extra', text)]
-    trajectory = [('schema', text), ('task', text), ('reward', pa.float64()), ('sampling', text), ('info', text), ('session', text), ('owner', text),
-                  ('segments', pa.list_(pa.struct(segment))), ('extra', text)]
+    trajectory = [('schema', text), ('task', text), ('reward', pa.float64()), ('sampling', text), ('info', text),
+                  ('session', text), ('owner', text), ('segments', pa.list_(pa.struct(segment))), ('extra', text)]
     group = [('schema', text), ('task', text), ('info', text),
              ('trajectories', pa.list_(pa.struct(trajectory))), ('extra', text)]
     return pa.schema(group if cls is Group else trajectory)
