@@ -51,7 +51,6 @@ class Row:
 def make_row(
     trajectory: Trajectory,  # with recorded log-probs on trained tokens
     advantage: float,        # of its session
-    session: tuple | None = None,  # names it, in the whole batch; None: the trajectory is a session of its own
 ) -> Row:
     "Check what training needs. ValueError names the task and what is missing."
     task, sampling, mask = trajectory.task, trajectory.sampling, trajectory.mask.copy()
@@ -66,7 +65,7 @@ def make_row(
     if sampling.get("top_p", 1.0) < 1 or sampling.get("top_k", 0) > 0:
         raise ValueError(f"task {task}: sampled with top_p or top_k: "
                          "what was cut off has no probability to learn from; sample without")
-    return Row(trajectory, mask, float(advantage), temperature, session)
+    return Row(trajectory, mask, float(advantage), temperature)
 
 # %% ../../nbs/learn/08_rl.ipynb #1a5fbf94
 def batch_metrics(
@@ -408,7 +407,7 @@ def _advantages(trainer, groups, sessions):  # -> per group: advantages of sessi
     return group_advantages([own.rewards for own in sessions], trainer.advantage, trainer.pass_rate, entropies)
 
 def _rows(number: int, group: Group, own: SessionRewards, advantages) -> list[Row]:  # of what counts
-    return [make_row(t, advantages[session], (number, int(session)))
+    return [replace(make_row(t, advantages[session]), session=(number, int(session)))
             for t, session, counts in zip(group.trajectories, own.session, own.counts) if counts]
 
 def _entropies(trajectories, own: SessionRewards) -> np.ndarray:  # float64[S], mean over a session's distinct tokens

@@ -94,7 +94,8 @@ def test_a_session_and_an_owner_are_names(name, value):
 def test_the_session_survives_and_version_1_is_read_right():
     t = Trajectory('t', [], 1.0, session='s', owner='')
     assert Trajectory.from_dict(t.to_dict()) == t and 'session' not in Trajectory('t', []).to_dict()
-    old = lambda **info: Trajectory.from_dict(Trajectory('t', [], info=info).to_dict() | dict(schema='kat.trajectory/1'))
+    first = dict(schema='kat.trajectory/1')
+    old = lambda **info: Trajectory.from_dict(Trajectory('t', [], info=info).to_dict() | first)
     assert [old(session=x).session for x in ('s', '', None, 3)] == ['s', None, None, None] and old().session is None
     now = Trajectory('t', [], info=dict(session='s'))  # what `info` says is free again
     assert Trajectory.from_dict(now.to_dict()).session is None
