@@ -247,7 +247,8 @@ def turn_rewards(
     out = []
     for i, turn in enumerate(trajectory.info.get("turns") or []):
         value = turn.get("reward") if isinstance(turn, dict) else None
-        if value is not None and (isinstance(value, (bool, str)) or not np.isfinite(value)):
+        number = isinstance(value, (int, float)) and not isinstance(value, bool) and np.isfinite(value)
+        if value is not None and not number:
             raise ValueError(f"task {trajectory.task}: info['turns'][{i}]: reward {value!r}: a finite number expected")
         out.append(np.nan if value is None else float(value))
     return np.array(out, np.float64)

@@ -190,23 +190,29 @@ def write_folder(
     new.rename(path)
 
 # %% ../../nbs/learn/01_training.ipynb #2b202985
+_READ = (".safetensors", ".bin", ".pt", ".json", ".jinja", ".model", ".py")  # endings of what loaders look for
+
 def check_files(
     path: Path,      # a folder that `write_folder` made with a `call`
 ) -> dict:           # the `call`
-    "Raise CheckpointError naming the file if anything is missing or changed."
+    "Raise CheckpointError naming the file if anything is missing, changed, or was put there afterwards."
     path = Path(path)
     remedy = f"delete {path} to go on without it"
     try:
         manifest = json.loads((path / MANIFEST).read_text())
-        call, files = dict(manifest["call"]), dict(manifest["files"])
-    except (OSError, ValueError, TypeError, KeyError) as error:
+        call, files = dict(manifest["call"]), {name: (size, crc) for name, (size, crc) in manifest["files"].items()}
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise CheckpointError(f"{path / MANIFEST}: unreadable ({type(error).__name__}: {error}): {remedy}") from error
-    for name, want in files.items():
+    for name, (bytes_written, sum_written) in files.items():
         if not (path / name).is_file(): raise CheckpointError(f"{path / name}: missing: {remedy}")
         size, crc = _checksum(path / name)
-        if [size, crc] != want:
-            how = f"{want[0]} bytes written, {size} found" if size != want[0] else "its contents have changed"
+        if (size, crc) != (bytes_written, sum_written):
+            changed = size == bytes_written
+            how = "its contents have changed" if changed else f"{bytes_written} bytes written, {size} found"
             raise CheckpointError(f"{path / name}: damaged ({how}): {remedy}")
+    here = {p.relative_to(path).as_posix() for p in path.rglob("*") if p.is_file() and p.suffix in _READ}
+    if odd := here - {*files, MANIFEST}:
+        raise CheckpointError(f"{path / min(odd)}: not its run's, but would be read (move it away): {remedy}")
     return call
 
 # %% ../../nbs/learn/01_training.ipynb #683a352c

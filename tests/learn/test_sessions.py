@@ -70,8 +70,9 @@ def test_rewards_of_turns_stay_apart():
     t = leaf(1.0, turns=[dict(id="a"), dict(id="b", reward=-0.5), dict(id="c", reward=None)])
     np.testing.assert_array_equal(turn_rewards(t), [NAN, -0.5, NAN])
     assert session_rewards([t]).rewards.tolist() == [1.0] and turn_rewards(leaf(1.0)).tolist() == []
-    with pytest.raises(ValueError, match=r"turns'\]\[0\]: reward 'x'"):
-        turn_rewards(leaf(1.0, turns=[dict(reward="x")]))
+    for bad in ("x", [1.0], True):
+        with pytest.raises(ValueError, match=r"turns'\]\[0\]: reward .*: a finite number expected"):
+            turn_rewards(leaf(1.0, turns=[dict(reward=bad)]))
 
 
 # -- the weight

@@ -287,7 +287,10 @@ def flip(path):
 @pytest.mark.parametrize("name, spoil", [
     ("model.safetensors", flip), ("model.safetensors", lambda p: os.truncate(p, 1000)), ("config.json", flip),
     ("tokenizer.json", flip), ("training.json", Path.unlink), ("checkpoint.json", Path.unlink),
-    ("checkpoint.json", lambda p: p.write_text("[]")), ("checkpoint.json", lambda p: p.write_text('{"files": {}}'))])
+    ("checkpoint.json", lambda p: p.write_text("[]")), ("checkpoint.json", lambda p: p.write_text('{"files": {}}')),
+    ("checkpoint.json", lambda p: p.write_text('{"call": {}, "files": {"config.json": 3}}')),
+    ("chat_template.jinja", lambda p: (p.parent / "checkpoint.json").write_text('{"call": {}, "files": {}}')),
+    ("adapter_config.json", lambda p: p.write_text("{}")), ("pytorch_model.bin", lambda p: p.write_bytes(b"x"))])
 def test_a_finished_stage_is_checked_before_its_weights_are_used(stage, name, spoil):
     assert load_model(stage)[0].num_parameters() and load_tokenizer(stage)
     spoil(stage / name)
