@@ -59,13 +59,16 @@ def test_a_notebook_gets_a_value_as_given_or_it_is_refused(value):
     ("cfg={'k': [{'x': float}]}", 'is of type dict'), ('cfg={"k": {"j": -Infinity}}', '-inf is no number')])
 def test_what_would_not_arrive_is_refused(tmp_path, pair, words):
     path = notebook(tmp_path/'a.ipynb', 'lr: float = 1.0\ncfg: dict = {}')
-    with pytest.raises(UserError, match=words): set_parameters(read_parameters(path), [pair], 'a')
+    with pytest.raises(UserError, match=words):
+        set_parameters(read_parameters(path), [pair], 'a')
 
 def test_nothing_is_run_with_what_would_not_arrive(tmp_path):
     path = notebook(tmp_path/'a.ipynb', 'lr: float = 1.0', 'lr')
     for odd in float('nan'), (1, 2), {1: 2}:
-        with pytest.raises(UserError, match='a: lr = '): run_notebook(path, tmp_path/'out'/'a.ipynb', dict(lr=odd))
-        with pytest.raises(UserError): check_parameters(read_parameters(path), dict(lr=odd), 'a')
+        with pytest.raises(UserError, match='a: lr = '):
+            run_notebook(path, tmp_path/'out'/'a.ipynb', dict(lr=odd))
+        with pytest.raises(UserError):
+            check_parameters(read_parameters(path), dict(lr=odd), 'a')
     assert not (tmp_path/'out').exists()
 
 @pytest.mark.parametrize('text, kind', [

@@ -34,7 +34,8 @@ def mean_logprob(model, trajectories):
 
 def main(run):
     rows = [r for r in read_log(run/'metrics.jsonl') if r['stage'] == '40_rl' and 'reward' in r]
-    if not rows: sys.exit(f'{run}: no update of 40_rl in its metrics.jsonl')
+    if not rows:
+        sys.exit(f'{run}: no update of 40_rl in its metrics.jsonl')
     assert all(r['live_groups'] > 0 for r in rows), f'rewards differ in no group: {rows}'
     (before, tokenizer), (after, _) = (load_model(run/stage/'model') for stage in ('30_rft', '40_rl'))
     moved = sum(not torch.equal(a, b) for a, b in zip(before.parameters(), after.parameters()))
