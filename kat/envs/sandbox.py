@@ -245,6 +245,10 @@ def _wait(process, seconds: int = 5):
         process.kill()
     process.wait()
 
+def _begin(fd, base, box, warm, group, err):  # -> the zygote's process
+    env = dict(ENVIRON, HOME=base, TMPDIR=base)
+    return start_boxed(_serving(fd, base, box, warm), box, [fd], env, group, stdout=err, stderr=err)
+
 # %% ../../nbs/envs/04_sandbox.ipynb #463c1e20
 class _Worker:
     "One zygote. Raises `InfraError` when it does not start."
@@ -254,7 +258,7 @@ class _Worker:
         self.group, self.proc = box and _group(), None
         with tempfile.TemporaryFile() as err:
             try:
-                self._begin(theirs.fileno(), box, warm, err)
+                self.proc = _begin(theirs.fileno(), self.base or '/tmp', box, warm, self.group, err)
             except OSError as e:
                 self.close()
                 raise _NoStart(str(e)) from e
@@ -263,11 +267,6 @@ class _Worker:
             if select.select([self.ctl], [], [], 30)[0] and self.ctl.recv(64): return
             self.close()
             raise _NoStart(_last_words(err) or f'it ended with exit code {self.proc.returncode}')
-
-    def _begin(self, fd, box, warm, err):
-        base = self.base or '/tmp'
-        env = dict(ENVIRON, HOME=base, TMPDIR=base)
-        self.proc = start_boxed(_serving(fd, base, box, warm), box, [fd], env, self.group, stdout=err, stderr=err)
 
     def limit(self, processes: int):
         "Let the kernel hold a job to its processes, beside bubblewrap, the zygote, the maker and the room's first."
