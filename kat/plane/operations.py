@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from .. import __version__
 from ..core.io import dumps
-from .access import is_name, session_and_task
+from .access import Asker, is_name, key_in, session_and_task, session_key, session_name
 from .exchange import Response, read_body
 from .live import session_view
 from .manager import Session, show
@@ -28,13 +28,12 @@ class Operations:
         self.gateway = gateway
 
     def owner(self, request) -> str:
-        "Whose request it is. BadRequest 401."
-        owner, _ = self.gateway.access.who(request.headers)
-        return owner
+        "Whose operator asks. BadRequest 401, or 403 for a key that is no operator's."
+        return self.gateway.access.operator(request.headers)
 
     async def session(self, request, owner: str) -> Session:
         "The session that a request names. BadRequest 404 where there is none."
-        name, task = session_and_task(request)
+        name, task = session_and_task(request, Asker(owner))
         return await self.gateway.sessions.find(owner, name, task, make=False)
 
     async def fields(self, request, known: str) -> dict:
@@ -49,7 +48,7 @@ class Operations:
 class SessionEndpoints(Operations):
     "What was recorded."
     def routes(self) -> list[tuple]:
-        return [('/sessions', 'sessions', self.sessions, 'GET'),
+        return [('/sessions', 'sessions', self.sessions, 'GET'), ('/sessions', 'sessions', self.make, 'POST'),
                 ('/s/{session}', 'session', self.one, 'GET'),
                 ('/s/{session}/trajectories', 'trajectories', self.trajectories, 'GET')]
 
@@ -58,6 +57,17 @@ class SessionEndpoints(Operations):
         rows = await asyncio.to_thread(self.gateway.store.sessions, owner=self.owner(request))
         hidden = ('uid', 'owner')
         await out.json(dict(sessions=[{k: v for k, v in row.items() if k not in hidden} for row in rows]))
+
+    async def make(self, request, out: Response) -> None:
+        """A session of its own for an agent: name and, if it isn't the name, task; made if it isn't there. The answer
+        has a key that serves inference in this session and nothing else."""
+        owner = self.owner(request)
+        body = await self.fields(request, 'name task')
+        name, task = session_name(_name(body, 'name', None), '', '', ''), _name(body, 'task', '')
+        session = await self.gateway.sessions.find(owner, name, task)
+        if not session.stored:
+            await self.gateway.store.update(session)
+        await out.json(dict(name=name, task=session.task, key=session_key(key_in(request.headers)[0], name)))
 
     async def one(self, request, out: Response) -> None:
         "One session: numbers, turns, and the tree as text."
@@ -74,6 +84,13 @@ class SessionEndpoints(Operations):
         await out.body(''.join(lines).encode())
 
 # %% ../../nbs/plane/11_operations.ipynb #fb5ea588
+def _name(body: dict, field: str, default: str | None) -> str:
+    "A name in a request. BadRequest for what is none."
+    name = body.get(field, default)
+    if name != default and not is_name(name) or name is None:
+        raise BadRequest(f'{field}: at most 256 printable ASCII characters without a space expected', field)
+    return name
+
 def _turn_line(turn: Turn) -> dict:
     parent = turn.parent and turn.parent.id
     return dict(id=turn.id, parent=parent, number=turn.number, finish=turn.finish, drift=turn.drift, reason=turn.reason,
@@ -109,9 +126,7 @@ class GradingEndpoints(Operations):
 # %% ../../nbs/plane/11_operations.ipynb #22f1dc71
 def _group_fields(body: dict) -> tuple[str, list[str]]:
     "Key and session names of a group. BadRequest."
-    key, names = body.get('key'), body.get('sessions')
-    if not is_name(key):
-        raise BadRequest('key: at most 256 printable ASCII characters without a space expected', 'key')
+    key, names = _name(body, 'key', None), body.get('sessions')
     if not (isinstance(names, list) and 0 < len(names) <= 1024 and all(map(is_name, names))):
         raise BadRequest('sessions: 1 to 1024 names expected', 'sessions')
     return key, names
@@ -252,7 +267,7 @@ class ServerEndpoints(Operations):
 
     async def models(self, request, out: Response) -> None:  # agents ask for it too
         "The models, or one."
-        self.owner(request)
+        self.gateway.access.who(request.headers)
         model, name = self.gateway.model, request.path_params.get('model')
         known = models_answer([model])
         if name is None: return await out.json(known)

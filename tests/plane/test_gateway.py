@@ -47,15 +47,20 @@ def world(tmp_path, text='an answer', **more):
 
 # --- who
 
-KEYS = dict(keys={'ann-secret': 'ann', 'bob-secret': 'bob'})
+KEYS = dict(keys={'ann-secret': 'ann', 'bob-secret': 'bob'},
+            operators={'ann-boss-secret': 'ann', 'bob-boss-secret': 'bob'})
+
+
+def key(who):
+    return {'x-api-key': f'{who}-secret'}
 
 
 def test_no_key_sees_the_sessions_of_another(tmp_path):
     async def go():
         async with world(tmp_path, **KEYS) as w:
-            ann, bob = ({'x-api-key': f'{k}-secret'} for k in ('ann', 'bob'))
-            for key, text in ((ann, 'of ann'), (bob, 'of bob')):
-                assert (await w.chat(text, 'same', key))['status'] == 200
+            for who in ('ann', 'bob'):
+                assert (await w.chat(f'of {who}', 'same', key(who)))['status'] == 200
+            ann, bob = key('ann-boss'), key('bob-boss')
             assert [w.session('same', o).turns[next(iter(w.session('same', o).turns))].context[0]['content']
                     for o in ('ann', 'bob')] == ['of ann', 'of bob']
             await w.chat('more', 'only-ann', ann)
@@ -101,16 +106,16 @@ def test_sessions_are_named_by_path_header_key_or_client():
 def test_a_session_named_each_way_is_one_session(tmp_path):
     async def go():
         async with world(tmp_path, **KEYS) as w:
-            key = dict(authorization='Bearer ann-secret')
-            ways = [('/s/one' + PATH['chat'], key), (PATH['chat'], key | {'x-kat-session': 'one'}),
+            ann = dict(authorization='Bearer ann-secret')
+            ways = [('/s/one' + PATH['chat'], ann), (PATH['chat'], ann | {'x-kat-session': 'one'}),
                     (PATH['chat'], dict(authorization='Bearer ann-secret@one')),
-                    (PATH['chat'], key | {'x-session-id': 'one'}),
-                    (PATH['chat'], key | {'x-claude-code-session-id': 'one'})]
+                    (PATH['chat'], ann | {'x-session-id': 'one'}),
+                    (PATH['chat'], ann | {'x-claude-code-session-id': 'one'})]
             for path, headers in ways:
                 assert (await w.ask(path, chat_body(USER), headers))['status'] == 200
             assert len(w.session('one', 'ann').turns) == len(ways) and len(w.g.manager.sessions) == 1
             for bad in ('/s/a b/v1/messages', '/s/' + 'x'*300 + '/v1/messages', '/s/é/v1/messages'):
-                assert (await w.ask(bad, messages_body(USER), key))['status'] == 400
+                assert (await w.ask(bad, messages_body(USER), ann))['status'] == 400
     run(go())
 
 
@@ -165,7 +170,7 @@ def test_a_body_that_does_not_come_and_a_client_that_leaves_while_sending(tmp_pa
     async def go():
         async with world(tmp_path, patience=.001) as w:
             scope = dict(type='http', http_version='1.1', method='POST', path=PATH['chat'], raw_path=b'', root_path='',
-                         query_string=b'', headers=[])
+                         query_string=b'', headers=[(b'content-type', b'application/json')])
             sent, left = [], [dict(type='http.request', body=b'{', more_body=True), dict(type='http.disconnect')]
             async def never():
                 await asyncio.Event().wait()
@@ -579,7 +584,7 @@ def test_grading_finishes_a_session(tmp_path):
 def test_a_group_is_given_to_trainers_once_as_it_is_and_by_its_owner_only(tmp_path):
     async def go():
         async with world(tmp_path, **KEYS) as w:
-            ann, bob = ({'x-api-key': f'{k}-secret'} for k in ('ann', 'bob'))
+            ann, bob = key('ann-boss'), key('bob-boss')
             finish = lambda who, **body: w.ask('/groups', body, who)
             for name in 'ab':
                 assert (await w.chat('x', name, ann | {'x-kat-task': 't'}))['status'] == 200
@@ -606,6 +611,7 @@ def test_a_group_is_given_to_trainers_once_as_it_is_and_by_its_owner_only(tmp_pa
                 r = await finish(ann, **bad)
                 assert r['status'] == 400 and says in error_of(r)
             assert (await w.ask('/groups', dict(key='k', sessions=['a'])))['status'] == 401
+            assert (await finish(key('ann'), key='more', sessions=['a']))['status'] == 403
     run(go())
 
 
@@ -705,7 +711,7 @@ def test_kat_serve_and_kat_sessions(tmp_path, capsys, monkeypatch):
     """The command's own coroutine with the shipped model, told to stop by a signal; then what it left, listed, shown
     and exported."""
     monkeypatch.chdir(tmp_path)
-    (tmp_path/'keys.txt').write_text('# of the lab\nann ann-secret\n')
+    (tmp_path/'keys.txt').write_text('# of the lab\nann ann-secret\nann ann-boss-secret operator\n')
     printed = []
     def out():
         printed.append(capsys.readouterr().out)
@@ -724,8 +730,8 @@ def test_kat_serve_and_kat_sessions(tmp_path, capsys, monkeypatch):
         os.kill(os.getpid(), signal.SIGTERM)
         await task
     run(go())
-    assert '/live\n' in ''.join(printed) and 'ANTHROPIC_BASE_URL=' in ''.join(printed)
-    assert 'ann-secret' not in ''.join(printed)
+    assert "/live  (asks for an operator's key)\n" in ''.join(printed) and 'ANTHROPIC_BASE_URL=' in ''.join(printed)
+    assert 'secret' not in ''.join(printed) and not Path('here.db.key').exists()
 
     def kat(*args):
         with pytest.raises(SystemExit) as e:
