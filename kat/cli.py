@@ -305,7 +305,7 @@ def _operator_file(store: str) -> Path:
 def _operator_lines(address: str, keys: Path|None, file: Path, operators: dict) -> list[str]:
     "What an operator is told. A key is only shown where nobody but the user reads: on a terminal."
     live = f'Live page:       {address}/live'
-    if not operators: return [f'Operators:       no line of {_near(keys)} is one, so nobody grades, lists or exports over HTTP']
+    if not operators: return [f'Operators:       none in {_near(keys)}, so nobody grades, lists or exports over HTTP']
     if keys: return [f"{live}  (asks for an operator's key)"]
     line = f'Operator\'s key:  in {_near(file)}, for rewards, groups, listings and the live page'
     return [line, f'{live}#key={next(iter(operators))}' if sys.stdout.isatty() else f'{live}  (asks for this key)']

@@ -206,8 +206,8 @@ def session_and_task(
     asker: Asker,    # whose
     hint: str = '',  # what the client calls it
 ) -> tuple[str, str]:
-    """The session that a request names, and its task ('' where it names none). BadRequest for what is no name, 403 for a
-    session that isn't the key's."""
+    """The session that a request names, and its task ('' where it names none). BadRequest for what is no name, and 403
+    for a session that isn't the key's."""
     headers = request.headers
     path, header = request.path_params.get('session', ''), headers.get('x-kat-session', '')
     name = session_name(path, header, asker.session, '' if asker.bound else hint)

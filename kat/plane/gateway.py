@@ -254,14 +254,15 @@ async def serve(
     g: Gateway,
     host: str, port: int,
     tell,  # called with the address
+    grace: float = 5.,  # seconds that requests under way have to finish after the first signal
 ) -> None:
-    "Serve until one of ENDING; what is under way then gets a few seconds. OSError, StoreError."
+    "Serve until a signal of `ENDING`; what isn't finished then is broken off and recorded. OSError, StoreError."
     await g.store.check(now=True)
     gc.collect()
     gc.freeze()  # libraries and model are no garbage: searching them stops all requests for a third of a second
     gc.set_threshold(20_000, 50, 100)  # sessions hold no cycles, so there is little to find, and looking cost a tenth
     with _until_signal(g.under_way.hurry) as stop:
-        async with running(g, host, port) as address:
+        async with running(g, host, port, grace) as address:
             tell(address)
             await stop.wait()
 
@@ -269,7 +270,7 @@ async def serve(
 # %% ../../nbs/plane/12_gateway.ipynb #01e08c6c
 def run_server(work):  # a coroutine that awaits `serve`
     "Run it to its end on an event loop of its own: uvloop's, where there is uvloop (everywhere but on Windows)."
-    with asyncio.Runner(loop_factory=need('uvicorn', 'serve').Config(None).get_loop_factory()) as runner:
+    with asyncio.Runner(loop_factory=need('uvicorn', 'serve').Config(None, log_config=None).get_loop_factory()) as runner:
         return runner.run(work)
 
 # %% ../../nbs/plane/12_gateway.ipynb #99e08a8a
