@@ -420,6 +420,38 @@ def test_calls_and_malformed_calls(tmp_path):
     run(go())
 
 
+@pytest.mark.parametrize('dialect', ['chat', 'messages'])
+def test_arguments_that_the_agent_changed_are_noted_counted_and_shown(tmp_path, dialect):
+    "Defaults filled in, other types, trimmed text, all gone: the call's id is the gateway's own, so it is the call."
+    edit = write_call('view', dict(path=' a.py ', line=3), 'kat')
+    ways = [lambda a: a | dict(all=False), lambda a: a | dict(line='3'), lambda a: a | dict(path='a.py'), lambda a: {}]
+    async def go():
+        async with world(tmp_path, f'look {edit}') as w:
+            path, body = f'/s/s{PATH[dialect]}', dict(chat=chat_body, messages=messages_body)[dialect]
+            history = list(USER)
+            for n, way in enumerate(ways):
+                m = heard(dialect, await w.ask(path, body(history, SCENARIO_TOOLS[0], stream=n % 2 == 1)))
+                call, = m['tool_calls']
+                call['function']['arguments'] = way(call['function']['arguments'])
+                history += [m, dict(role='tool', tool_call_id=call['id'], content='x')]
+            await w.ask(path, body(history, SCENARIO_TOOLS[0]))
+            await w.ask('/s/s/reward', dict(reward=1))
+            t, = w.store.load(w.tok, '', 's').trajectories()
+            assert (t.reward, t.n_turns, t.info['status']) == (1.0, len(ways) + 1, 'final')
+            notes = [x['notes'] for x in t.info['turns']]
+            assert notes == [[], *[['arguments changed']] * len(ways)]
+            spoken = say(w.tok, f'look {edit}') * (len(ways) + 1)
+            assert t.ids[t.mask].tolist() == spoken         # what the model wrote, and nothing that the agent did
+            metrics = (await w.ask('/metrics'))['body'].decode()
+            assert f'kat_realigned_total{{why="arguments changed"}} {len(ways)}' in metrics
+            shown = (await w.ask('/s/s'))['json']
+            assert shown['tree'].count('[arguments changed]') == len(ways)
+            assert shown['turns'][1]['notes'] == ['arguments changed']
+            view = (await w.ask('/s/s/blocks'))['json']
+            assert view['turns'][1]['notes'] == ['arguments changed']
+    run(go())
+
+
 @pytest.mark.parametrize('stream', [False, True])
 def test_stop_strings_end_the_text_and_not_the_record(tmp_path, stream):
     async def go():
@@ -707,6 +739,30 @@ def test_a_real_model_behind_it(tmp_path):
 
 # --- the command
 
+def keyless_server_writes_its_operators_key(tmp_path, out, printed):
+    "To a file for the user alone, used again by the next server; it is shown on a terminal only, which this isn't."
+    keys = []
+    async def once():
+        printed.clear()
+        task = asyncio.ensure_future(cli._serve(ROOT/'data'/'base', '127.0.0.1', 0, 'here.db', None, 512, 4))
+        while 'OPENAI_BASE_URL' not in out():
+            assert not task.done(), task
+            await asyncio.sleep(.02)
+        address = out().split('OPENAI_BASE_URL=')[1].split('/v1')[0]
+        keys.append(Path('here.db.key').read_text().strip())
+        assert "in here.db.key, for rewards" in out() and keys[-1] not in out()
+        async with httpx2.AsyncClient(base_url=address) as c:
+            assert [(await c.get('/sessions', headers={'x-api-key': k})).status_code for k in ('', 'kat', keys[-1])] == [
+                403, 403, 200]
+        os.kill(os.getpid(), signal.SIGINT)
+        await task
+    run(once())
+    run(once())
+    assert keys[0] == keys[1] and Path('here.db.key').stat().st_mode & 0o777 == 0o600
+    lines = cli._operator_lines('http://h', None, Path('here.db.key'), {'secret-word': ''})
+    assert 'secret-word' not in ''.join(lines)
+
+
 def test_kat_serve_and_kat_sessions(tmp_path, capsys, monkeypatch):
     """The command's own coroutine with the shipped model, told to stop by a signal; then what it left, listed, shown
     and exported."""
@@ -743,6 +799,7 @@ def test_kat_serve_and_kat_sessions(tmp_path, capsys, monkeypatch):
     assert code == 0 and text.startswith('Session(s: 1 turns, 1 leaves')
     assert kat('sessions', 'export', 'out.parquet', '--store', 'here.db')[:2] == (0, 'out.parquet: groups 1\n')
     assert len(next(read_records('out.parquet'))) == 1
+    keyless_server_writes_its_operators_key(tmp_path, out, printed)
     (tmp_path/'bad.txt').write_text('ann a\nbob a\n')
     for args, says in (
         (('sessions', 'show', 's', '--store', 'here.db'), "no session 's' in here.db"),
