@@ -297,6 +297,18 @@ async def _serve(model: Path, host: str, port: int, store: str, keys: Path|None,
         kept.close()
 
 
+@contextmanager
+def _stored():
+    "A StoreError or ValueError inside is about the user's store or files."
+    from kat.core.io import UserError
+    from kat.plane.store import StoreError
+    with _mendable():
+        try:
+            yield
+        except StoreError as error:
+            raise UserError(str(error)) from error
+
+# %% ../nbs/cli.ipynb #ca3793a4
 def _operator_file(store: str) -> Path:
     "Where the local operator's key is: beside the store."
     return Path('kat-operator.key' if '://' in store else f'{store}.key')
@@ -309,18 +321,6 @@ def _operator_lines(address: str, keys: Path|None, file: Path, operators: dict) 
     if keys: return [f"{live}  (asks for an operator's key)"]
     line = f'Operator\'s key:  in {_near(file)}, for rewards, groups, listings and the live page'
     return [line, f'{live}#key={next(iter(operators))}' if sys.stdout.isatty() else f'{live}  (asks for this key)']
-
-
-@contextmanager
-def _stored():
-    "A StoreError or ValueError inside is about the user's store or files."
-    from kat.core.io import UserError
-    from kat.plane.store import StoreError
-    with _mendable():
-        try:
-            yield
-        except StoreError as error:
-            raise UserError(str(error)) from error
 
 # %% ../nbs/cli.ipynb #e4280f48
 @asynccontextmanager

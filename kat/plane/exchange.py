@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['STOPPING', 'log', 'ENGINE_PATIENCE', 'Left', 'Unavailable', 'log_error', 'Response', 'Delivery', 'read_body',
-           'Endpoint', 'Lanes', 'engine_request', 'Recorder', 'UnderWay', 'Exchange']
+           'Endpoint', 'Lanes', 'engine_request', 'Insistence', 'Recorder', 'Exchanges', 'UnderWay', 'AnswerUnderWay',
+           'Exchange']
 
 # %% ../../nbs/plane/10_exchange.ipynb #b2b68f39
 import asyncio, json, logging, time, traceback
@@ -235,33 +236,18 @@ def _first_call_ends(call: ApiCall, format: str | None) -> tuple[str, ...]:
     raise BadRequest('parallel_tool_calls: this model writes its calls up to the end of its answer, '
                      'so they cannot be limited to one', 'parallel_tool_calls')
 
-# %% ../../nbs/plane/10_exchange.ipynb #1f03ff1e
-class Recorder:
-    "Makes turns durable, and part of their sessions."
-    def __init__(self, store, manager, metrics):
-        self.store, self.manager, self.metrics = store, manager, metrics
-        self.tasks = set()  # writes under way
-
-    async def record(self, writing: Writing, done: Completion) -> Said:
-        "Keep a finished or broken-off answer; what it says. StoreError."
-        said, _ = read_answer(writing, done)
-        await self.insist(self._keep(writing.plan, turn_of(writing, done, said)))
-        return said
+# %% ../../nbs/plane/10_exchange.ipynb #4ac8a251
+class Insistence:
+    "Work that is done to its end, also where whoever asked for it is cancelled."
+    def __init__(self):
+        self.tasks = set()  # under way
 
     async def insist(self, work) -> None:
-        "Await a coroutine that goes on to its end also where we are cancelled."
+        "Await a coroutine; it goes on to its end also where we are cancelled."
         task = asyncio.ensure_future(work)
         self.tasks.add(task)
         task.add_done_callback(self.tasks.discard)
         await asyncio.shield(task)
-
-    async def _keep(self, plan: Plan, turn: Turn) -> None:
-        session = plan.session
-        made = [other for other in plan.made if other.id not in session.turns]
-        await self.store.write(session, [*made, turn])
-        session.add(turn)
-        self.manager.note(session)
-        _count(self.metrics, turn)
 
     async def close(self, patience: float = 30.) -> None:
         "Wait until what was broken off is recorded; what the store hasn't taken after `patience` seconds is logged."
@@ -272,6 +258,26 @@ class Recorder:
         if self.tasks:
             log.error('%d answers not recorded: the store took no more', len(self.tasks))
 
+# %% ../../nbs/plane/10_exchange.ipynb #1f03ff1e
+class Recorder(Insistence):
+    "Makes turns durable, and part of their sessions."
+    def __init__(self, store, manager, metrics):
+        super().__init__()
+        self.store, self.manager, self.metrics = store, manager, metrics
+
+    async def record(self, writing: Writing, done: Completion) -> Said:
+        "Keep a finished or broken-off answer; what it says. StoreError."
+        said, _ = read_answer(writing, done)
+        await self.insist(self._keep(writing.plan, turn_of(writing, done, said)))
+        return said
+
+    async def _keep(self, plan: Plan, turn: Turn) -> None:
+        session = plan.session
+        made = [other for other in plan.made if other.id not in session.turns]
+        await self.store.write(session, [*made, turn])
+        session.add(turn)
+        self.manager.note(session)
+        _count(self.metrics, turn)
 
 # %% ../../nbs/plane/10_exchange.ipynb #ecf98a89
 def _count(metrics, turn: Turn) -> None:
@@ -284,9 +290,9 @@ def _count(metrics, turn: Turn) -> None:
     if malformed:
         metrics.add('malformed_calls_total', len(malformed))
 
-# %% ../../nbs/plane/10_exchange.ipynb #50237cfc
-class UnderWay:
-    "The exchanges that are being answered, and how they end with the server."
+# %% ../../nbs/plane/10_exchange.ipynb #940fa67f
+class Exchanges:
+    "Those that are being answered, and whether more may begin."
     def __init__(self):
         self.tasks = {}  # by the exchange that each runs
         self.stopping = self.breaking = False
@@ -303,6 +309,19 @@ class UnderWay:
             del self.tasks[exchange]
             self.news.set()
 
+    async def _none(self, seconds: float, enough=lambda: False) -> None:
+        "Wait until there is none, so long at most."
+        with suppress(TimeoutError):
+            async with asyncio.timeout(seconds):
+                while self.tasks and not enough():
+                    self.news.clear()
+                    await self.news.wait()
+
+# %% ../../nbs/plane/10_exchange.ipynb #50237cfc
+ENGINE_PATIENCE = 5.  # seconds that an engine has to hear that an answer is not wanted any more
+
+class UnderWay(Exchanges):
+    "The exchanges that are being answered, and how they end with the server."
     async def stop(self, grace: float, patience: float = 2.) -> None:
         "End them all: `grace` seconds to finish, then `patience` to break off by themselves, and again when cancelled."
         self.stopping = True
@@ -324,34 +343,13 @@ class UnderWay:
             exchange.writing.bell.ring()
         self.news.set()
 
-    async def _none(self, seconds: float, enough=lambda: False) -> None:
-        "Wait until there is none, so long at most."
-        with suppress(TimeoutError):
-            async with asyncio.timeout(seconds):
-                while self.tasks and not enough():
-                    self.news.clear()
-                    await self.news.wait()
-
-ENGINE_PATIENCE = 5.  # seconds that an engine has to hear that an answer is not wanted any more
-
-# %% ../../nbs/plane/10_exchange.ipynb #302dd0a7
-class Exchange:
-    "A call of an agent's (`receive` tells when it has left), answered in `out`: sampled, recorded, sent."
+# %% ../../nbs/plane/10_exchange.ipynb #48f8b5f4
+class AnswerUnderWay:
+    "To get a call of an agent's (`receive` tells when it has left) answered in `out`."
     def __init__(self, gateway, call: ApiCall, plan: Plan, receive, out: Response):
         self.gateway, self.receive = gateway, receive
         self.writing = Writing(call, plan, gateway.stop, gateway.format)
         self.delivery = Delivery(self.writing, out)
-
-    async def run(self) -> None:
-        "From the plan to the answer. Raises what went wrong."
-        with self.gateway.under_way.of(self), self.gateway.lanes.of(self.writing) as lane:
-            request = engine_request(self.writing, self.gateway.max_len, lane)
-            await self.gateway.store.check()
-            await self.delivery.open()
-            done = await self.sampled(request)
-            said = await self.gateway.recorder.record(self.writing, done)
-            if done.finish == 'abort': raise Unavailable('the engine was stopped in mid-answer; send the request again')
-            await self.delivery.close(answer_for(self.writing, done, said))
 
     async def sampled(self, request: Request) -> Completion:
         "The engine's answer; what had come of one that is broken off is recorded."
@@ -379,6 +377,20 @@ class Exchange:
         else:
             done = self.writing.so_far() if _failure(work) else work.result()
         await self.gateway.recorder.record(self.writing, done)
+
+# %% ../../nbs/plane/10_exchange.ipynb #302dd0a7
+class Exchange(AnswerUnderWay):
+    "A call of an agent's, answered: sampled, recorded, sent."
+    async def run(self) -> None:
+        "From the plan to the answer. Raises what went wrong."
+        with self.gateway.under_way.of(self), self.gateway.lanes.of(self.writing) as lane:
+            request = engine_request(self.writing, self.gateway.max_len, lane)
+            await self.gateway.store.check()
+            await self.delivery.open()
+            done = await self.sampled(request)
+            said = await self.gateway.recorder.record(self.writing, done)
+            if done.finish == 'abort': raise Unavailable('the engine was stopped in mid-answer; send the request again')
+            await self.delivery.close(answer_for(self.writing, done, said))
 
 # %% ../../nbs/plane/10_exchange.ipynb #0c460807
 def _failure(work: asyncio.Future) -> Exception | None:

@@ -2,8 +2,8 @@
 ENGINE GRACE`
 
 ENGINE is the URL of a vLLM, `hf` (the embedded engine with a random model), or a scripted one that writes TOKENS tokens
-and then waits for ever: `quick`, `hangs` while it is closed, `deaf` to whoever doesn't want its answer any more, `flood`
-(writes on and on), `breaks` after its tokens."""
+and then waits for ever: `quick`, `hangs` while it is closed, `deaf` to whoever doesn't want its answer any more,
+`flood` (writes on and on), `breaks` after its tokens."""
 import asyncio
 import sys
 import threading

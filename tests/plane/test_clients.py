@@ -147,8 +147,8 @@ def test_claude_code(tmp_path):
 
 
 def test_claude_code_keeps_every_answer_on_a_graded_path(tmp_path):
-    """Edits, shell calls, a sub-agent that edits too, and a resume. The agent completes and changes the arguments of its
-    calls before it sends them back; no answer that it kept may lose its reward by that."""
+    """Edits, shell calls, a sub-agent that edits too, and a resume. The agent completes and changes the arguments of
+    its calls before it sends them back; no answer that it kept may lose its reward by that."""
     binary, d = client(CLAUDE), work(tmp_path)
     notes = f'{d}/notes.txt'
     bash = lambda word, **more: call('Bash', command=f'cd {d} && echo {word}', description='say a word ', **more)

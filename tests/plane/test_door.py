@@ -199,10 +199,11 @@ def test_the_local_key_is_nobody_elses(tmp_path):
 
 HERE = ['localhost', 'LOCALHOST:8000', '127.0.0.1', '127.0.0.1:8000', '127.9.9.9:1', '[::1]', '[::1]:8000',
         '[0:0:0:0:0:0:0:1]:8000', '[::ffff:127.0.0.1]:8000']
-ELSEWHERE = ['evil.example', 'evil.example:8000', '127.0.0.1.evil.example', 'localhost.evil.example:8000', '0.0.0.0:8000',
-             '10.0.0.7:8000', '[::]:8000', '[fe80::1]', '169.254.1.1', '127.1', '2130706433', '0x7f000001', '', ' ',
-             'localhost:', 'localhost:x', 'localhost:80:80', 'user@localhost', 'evil.example,localhost',
-             'localhost evil.example', '127.0.0.1:999999', '[127.0.0.1', '::1', '[localhost]x', 'localhost\t', 'ｌocalhost']
+ELSEWHERE = ['evil.example', 'evil.example:8000', '127.0.0.1.evil.example', 'localhost.evil.example:8000',
+             '0.0.0.0:8000', '10.0.0.7:8000', '[::]:8000', '[fe80::1]', '169.254.1.1', '127.1', '2130706433', '0x7f000001', '',
+             ' ', 'localhost:', 'localhost:x', 'localhost:80:80', 'user@localhost', 'evil.example,localhost',
+             'localhost evil.example', '127.0.0.1:999999', '[127.0.0.1', '::1', '[localhost]x', 'localhost\t',
+             'ｌocalhost']
 
 
 @pytest.mark.parametrize('host', HERE)
@@ -251,15 +252,15 @@ def test_without_keys_no_page_of_another_site_is_served(tmp_path):
         async with world(tmp_path) as w:
             op = ('x-api-key', 'the-operator')
             assert (await send(w, 'POST', '/s/v/v1/chat/completions', [GOOD], CHAT)).status_code == 200
-            paths = [('POST', '/s/v/reward', REWARD), ('POST', '/v1/chat/completions', CHAT), ('POST', '/groups', b'{}'),
-                     ('POST', '/v1/messages', b'{}'), ('GET', '/sessions', b''), ('GET', '/s/v/trajectories', b''),
-                     ('GET', '/live', b''), ('GET', '/v1/models', b''), ('GET', '/metrics', b''), ('GET', '/nowhere', b'')]
+            looks = '/sessions /s/v/trajectories /live /v1/models /metrics /nowhere'.split()
+            paths = [('POST', '/s/v/reward', REWARD), ('POST', '/v1/chat/completions', CHAT),
+                     ('POST', '/groups', b'{}'), ('POST', '/v1/messages', b'{}'), *[('GET', path, b'') for path in looks]]
             for method, path, body in paths:
                 for host in ('evil.example:8000', '127.0.0.1.evil.example', '0.0.0.0:8000', ''):   # rebinding
                     r = await send(w, method, path, [GOOD, op], body, host)
                     assert r.status_code == 403 and 'Host' in r.text and b'private' not in r.content
-                for origin in ('http://evil.example', 'null', 'http://localhost:8000', 'http://127.0.0.1:8001',
-                               'https://127.0.0.1.evil.example:8000', 'file://', '', 'http://127.0.0.1', 'x://127.0.0.1:8000'):
+                for origin in ('http://evil.example', 'null', 'http://localhost:8000', 'http://127.0.0.1:8001', 'file://',
+                               'https://127.0.0.1.evil.example:8000', '', 'http://127.0.0.1', 'x://127.0.0.1:8000'):
                     r = await send(w, method, path, [GOOD, op, ('origin', origin)], body)
                     assert r.status_code == 403 and 'Origin' in r.text, (path, origin)
                 two = [GOOD, op, ('origin', 'http://127.0.0.1:8000'), ('origin', 'http://evil.example')]
@@ -300,7 +301,8 @@ def test_with_keys_the_name_of_the_server_is_its_own_affair(tmp_path):
         async with world(tmp_path, **KEYS) as w:
             key = ('x-api-key', 'ann-key')
             for host in ('kat.lab.example', '10.0.0.7:8000'):
-                r = await send(w, 'POST', '/v1/chat/completions', [GOOD, key, ('origin', 'http://app.example')], CHAT, host)
+                origin = ('origin', 'http://app.example')
+                r = await send(w, 'POST', '/v1/chat/completions', [GOOD, key, origin], CHAT, host)
                 assert r.status_code == 200 and not any(h.startswith('access-control') for h in r.headers)
             preflight = [('origin', 'http://app.example'), ('access-control-request-method', 'POST')]
             r = await send(w, 'OPTIONS', '/v1/chat/completions', preflight, host='kat.lab.example')
@@ -314,7 +316,7 @@ def test_sessions_of_two_owners_are_never_in_one_group(tmp_path):
     async def go():
         async with world(tmp_path, **KEYS) as w:
             for who in ('ann', 'bob'):       # unnamed sessions, and ones of a task of the same name
-                for headers in ({}, {'x-kat-session': 'x', 'x-kat-task': 't'}, {'x-kat-session': 'y', 'x-kat-task': 't'}):
+                for headers in ({}, *({'x-kat-session': name, 'x-kat-task': 't'} for name in 'xy')):
                     body = chat_body([dict(role='user', content=f'of {who}')])
                     assert (await w.ask(PATH['chat'], body, bearer(f'{who}-key') | headers))['status'] == 200
             words = lambda group: {('ann' if 'of ann' in w.tok.decode(t.ids) else 'bob') for t in group.trajectories}
@@ -342,7 +344,8 @@ def test_a_groups_key_belongs_to_one_owner(tmp_path):
             await w.chat('x', 'a', bearer('ann-key'))
             await w.ask('/s/a/reward', dict(reward=1), bearer('ann-boss'))
             r = await w.ask('/groups', dict(key='k', sessions=['a']), bearer('ann-boss'))
-            assert r['status'] == 400 and "is of owner ''; owner 'ann' needs another key" in r['json']['error']['message']
+            assert r['status'] == 400
+            assert "is of owner ''; owner 'ann' needs another key" in r['json']['error']['message']
     run(go())
     with pytest.raises(ValueError, match="is of owner ''; owner 'bob' needs"):
         Store(tmp_path/'store.db').finish('ann:k', ['a'], 'bob')

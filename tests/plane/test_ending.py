@@ -1,5 +1,5 @@
 """Whatever ends the server, and whatever its engine: what has begun is in the store, as far as it had come, before the
-process ends; and a stream that is cut says so. Each test is a real server in a process of its own, ended by real signals"""
+process ends; and a stream that is cut says so. Most tests have a server in a process of its own, and real signals"""
 import asyncio
 import json
 import signal
@@ -25,7 +25,8 @@ HERE = Path(__file__).parents[1]/'helpers'
 USER = [dict(role='user', content='hello')]
 BODIES = dict(chat=chat_body(USER, temperature=0), messages=messages_body(USER, temperature=0),
               completions=dict(model='kat', prompt='a', max_tokens=19_000, temperature=0))
-TERM, INT, HUP, QUIT, USR1 = (getattr(signal, f'SIG{x}') for x in ('TERM', 'INT', 'HUP', 'QUIT', 'USR1'))
+TERM, INT, HUP, QUIT, USR1, XCPU, RT = (
+    getattr(signal, f'SIG{x}') for x in ('TERM', 'INT', 'HUP', 'QUIT', 'USR1', 'XCPU', 'RTMIN'))
 
 
 def run(coro):
@@ -94,7 +95,8 @@ def recorded(path, streams):
 
 @pytest.mark.parametrize('engine, signals, grace', [
     ('quick', [TERM], .2), ('quick', [INT], 0), ('quick', [INT, INT], 60), ('quick', [HUP, TERM], 60),
-    ('quick', [QUIT], .1), ('quick', [USR1], .1), ('hf', [TERM, INT], 60)])
+    ('quick', [QUIT], .1), ('quick', [USR1], .1), ('quick', [RT], .1), ('quick', [XCPU, TERM], 60),
+    ('hf', [TERM, INT], 60)])
 def test_signals(tmp_path, engine, signals, grace):
     async def kill(p):
         for n, number in enumerate(signals):
@@ -268,7 +270,8 @@ def test_once_cancelled_the_stream_ends_with_an_error(tmp_path):
                         parts.append(m.get('body', b''))
                         await send(m)
                     await w.g.app(scope, receive, hear)
-                    task = asyncio.ensure_future(ask(app, f'/s/{dialect}{PATH[dialect]}', BODIES[dialect] | dict(stream=True)))
+                body = BODIES[dialect] | dict(stream=True)
+                task = asyncio.ensure_future(ask(app, f'/s/{dialect}{PATH[dialect]}', body))
                 await until(lambda: w.hold[n][1]._waiters)
                 task.cancel()
                 with pytest.raises(asyncio.CancelledError):
@@ -310,7 +313,8 @@ def test_nothing_begins_while_it_stops_and_it_can_run_again(tmp_path):
             closing = asyncio.ensure_future(w.g.close(60))
             await until(lambda: w.g.under_way.stopping)
             r = await w.chat('x', 'b')
-            assert (r['status'], r['headers']['retry-after']) == (503, '1') and STOPPING in r['json']['error']['message']
+            assert (r['status'], r['headers']['retry-after']) == (503, '1')
+            assert STOPPING in r['json']['error']['message']
             w.hold[0][1].set()      # within the time of grace
             assert b'[DONE]' in (await first)['body']
             await closing

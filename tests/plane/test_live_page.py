@@ -195,10 +195,12 @@ ATTACK = """async address => {
   const seen = [], body = JSON.stringify({model: 'kat', messages: [{role: 'user', content: 'evil'}]})
   const grade = JSON.stringify({reward: -9, finished: true})
   const tell = (name, what) => seen.push([name, what])
-  const paths = [['/v1/chat/completions', body], ['/s/victim/reward', grade], ['/groups', '{}'], ['/sessions', '{"name": "x"}']]
+  const paths = [['/v1/chat/completions', body], ['/s/victim/reward', grade], ['/groups', '{}'],
+                 ['/sessions', '{"name": "x"}']]
   for (const [path, text] of paths)
     for (const [mode, type] of [['no-cors', 'text/plain'], ['cors', 'text/plain'], ['no-cors', 'application/json'],
-                                ['cors', 'application/json'], ['no-cors', ''], ['cors', 'application/x-www-form-urlencoded']])
+                                ['cors', 'application/json'], ['no-cors', ''],
+                                ['cors', 'application/x-www-form-urlencoded']])
       for (const host of [address, address.replace('127.0.0.1', 'localhost')]) {
         const what = type ? text : new Blob([text])
         try {
@@ -207,7 +209,7 @@ ATTACK = """async address => {
           tell('POST ' + path, r.type === 'opaque' ? 'opaque' : r.status + ' ' + await r.text())
         } catch (e) { tell('POST ' + path, 'blocked') }
       }
-  for (const path of ['/sessions', '/s/victim/trajectories', '/live/state', '/live', '/v1/models', '/metrics', '/health'])
+  for (const path of ['/sessions', '/s/victim/trajectories', '/live/state', '/live', '/v1/models', '/metrics'])
     for (const mode of ['no-cors', 'cors'])
       try {
         const r = await fetch(address + path, {mode})
@@ -217,7 +219,7 @@ ATTACK = """async address => {
   navigator.sendBeacon(address + '/s/victim/reward', new Blob([grade], {type: 'text/plain'}))
   for (const path of ['/s/victim/reward', '/v1/chat/completions'])
     for (const enctype of ['text/plain', 'application/x-www-form-urlencoded', 'multipart/form-data']) {
-      const frame = document.createElement('iframe'), form = document.createElement('form'), field = document.createElement('input')
+      const [frame, form, field] = ['iframe', 'form', 'input'].map(tag => document.createElement(tag))
       frame.name = 'f' + Math.random(); document.body.append(frame)
       Object.assign(form, {method: 'POST', action: address + path, enctype, target: frame.name})
       field.name = '{"reward": -9, "x": "'; field.value = '"}'
@@ -226,8 +228,11 @@ ATTACK = """async address => {
       try { tell('form ' + path, frame.contentDocument ? frame.contentDocument.body.innerText : 'hidden') }
       catch (e) { tell('form ' + path, 'hidden') }
     }
-  await new Promise(done => { const socket = new WebSocket(address.replace('http', 'ws') + '/s/victim/v1/chat/completions')
-    socket.onopen = () => { tell('socket', 'open'); done() }; socket.onerror = () => { tell('socket', 'blocked'); done() } })
+  await new Promise(done => {
+    const socket = new WebSocket(address.replace('http', 'ws') + '/s/victim/v1/chat/completions')
+    socket.onopen = () => { tell('socket', 'open'); done() }
+    socket.onerror = () => { tell('socket', 'blocked'); done() }
+  })
   for (const tag of ['script', 'img'])
     await new Promise(done => { const e = document.createElement(tag); e.onload = e.onerror = done
       e.src = address + '/s/victim/trajectories'; document.body.append(e) })
@@ -255,8 +260,8 @@ def site(page=b'<!doctype html><title>evil</title><body>'):
 
 
 def test_a_page_of_another_site_writes_and_reads_nothing(chrome, tmp_path):
-    """All that a page can send without asking: fetch in each mode, beacons, forms, sockets, pictures. Nothing is sampled,
-    graded, made or read; and our own page on the same server works meanwhile."""
+    """All that a page can send without asking: fetch in each mode, beacons, forms, sockets, pictures. Nothing is
+    sampled, graded, made or read; and our own page on the same server works meanwhile."""
     with served(tmp_path) as (address, g), site() as evil:
         post(address, 'victim', 'private words')
         page = chrome.new_page()
@@ -270,12 +275,13 @@ def test_a_page_of_another_site_writes_and_reads_nothing(chrome, tmp_path):
             own.context.close()
         finally:
             page.context.close()
-        (s,), door = g.store.sessions(), {dict(k)['status'] for (n, k), _ in g.metrics.counts.items() if ('route', 'door') in k}
+        (s,), labels = g.store.sessions(), [dict(labels) for _, labels in g.metrics.counts]
+        door = {x['status'] for x in labels if x.get('route') == 'door'}
         assert (s['name'], s['turns'], s['reward'], s['finished']) == ('victim', 1, None, False) and door == {403}
 
 
 def test_after_dns_rebinding_nothing_is_read(chrome, tmp_path):
-    "The page's own name now leads here: it is of the same origin as what it asks for, and reads every answer. It gets none."
+    "The page's own name now leads here: it is of the same origin as what it asks for, and may read every answer."
     with served(tmp_path) as (address, g):
         post(address, 'victim', 'private words')
         rebound = address.replace('127.0.0.1', 'evil.example')

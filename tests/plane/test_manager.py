@@ -123,7 +123,8 @@ def test_the_walk_finds_what_a_search_finds(todo):
 
 # --- calls that come back under the gateway's own ids
 
-JSON = st.recursive(st.none() | st.booleans() | st.integers(-3, 3) | st.floats(-2, 2) | st.text('ab \n\u202e', max_size=3),
+PLAIN = st.none() | st.booleans() | st.integers(-3, 3) | st.floats(-2, 2) | st.text('ab \n\u202e', max_size=3)
+JSON = st.recursive(PLAIN,
                     lambda x: st.lists(x, max_size=2) | st.dictionaries(st.text('xy', max_size=2), x, max_size=2),
                     max_leaves=4)
 ARGUMENTS = st.dictionaries(st.text('pqr', min_size=1, max_size=2), JSON, max_size=3)
@@ -235,8 +236,9 @@ def test_an_id_that_two_answers_have_says_nothing():
 def test_an_edited_answer_keeps_the_recorded_arguments_of_its_calls():
     "And one that was moved to another place keeps the recorded tokens."
     s = Session(tokenizer(), 's')
-    m = reply(s.plan([user('go')]), 'look', tool_calls=[tool('call_0', 'edit', {'a': 1}), tool('call_1', 'edit', {'a': 2})])
-    back = m | dict(content='other', tool_calls=[tool('call_0', 'edit', {'a': 1, 'b': 1}), m['tool_calls'][1]])
+    two = [tool(f'call_{i}', 'edit', {'a': i}) for i in range(2)]
+    m = reply(s.plan([user('go')]), 'look', tool_calls=two)
+    back = m | dict(content='other', tool_calls=[tool('call_0', 'edit', {'a': 0, 'b': 1}), two[1]])
     p = s.plan([user('go'), back, *map(result, back['tool_calls'])])
     assert p.made[0].message == m | dict(content='other') and p.notes == [COMPLETED] and p.drift == 'forked'
     moved = back | dict(content='look')
