@@ -200,8 +200,8 @@ def test_the_local_key_is_nobody_elses(tmp_path):
 HERE = ['localhost', 'LOCALHOST:8000', '127.0.0.1', '127.0.0.1:8000', '127.9.9.9:1', '[::1]', '[::1]:8000',
         '[0:0:0:0:0:0:0:1]:8000', '[::ffff:127.0.0.1]:8000']
 ELSEWHERE = ['evil.example', 'evil.example:8000', '127.0.0.1.evil.example', 'localhost.evil.example:8000',
-             '0.0.0.0:8000', '10.0.0.7:8000', '[::]:8000', '[fe80::1]', '169.254.1.1', '127.1', '2130706433', '0x7f000001', '',
-             ' ', 'localhost:', 'localhost:x', 'localhost:80:80', 'user@localhost', 'evil.example,localhost',
+             '0.0.0.0:8000', '10.0.0.7:8000', '[::]:8000', '[fe80::1]', '169.254.1.1', '127.1', '2130706433',
+             '0x7f000001', '', ' ', 'localhost:', 'localhost:x', 'localhost:80:80', 'user@localhost', 'evil.example,localhost',
              'localhost evil.example', '127.0.0.1:999999', '[127.0.0.1', '::1', '[localhost]x', 'localhost\t',
              'ｌocalhost']
 
@@ -254,7 +254,8 @@ def test_without_keys_no_page_of_another_site_is_served(tmp_path):
             assert (await send(w, 'POST', '/s/v/v1/chat/completions', [GOOD], CHAT)).status_code == 200
             looks = '/sessions /s/v/trajectories /live /v1/models /metrics /nowhere'.split()
             paths = [('POST', '/s/v/reward', REWARD), ('POST', '/v1/chat/completions', CHAT),
-                     ('POST', '/groups', b'{}'), ('POST', '/v1/messages', b'{}'), *[('GET', path, b'') for path in looks]]
+                     ('POST', '/groups', b'{}'), ('POST', '/v1/messages', b'{}'),
+                     *[('GET', path, b'') for path in looks]]
             for method, path, body in paths:
                 for host in ('evil.example:8000', '127.0.0.1.evil.example', '0.0.0.0:8000', ''):   # rebinding
                     r = await send(w, method, path, [GOOD, op], body, host)
