@@ -91,8 +91,9 @@ def notebooks(tmp):
 
 @step
 def smoke(tmp):
-    "every stage of the recipe, a few steps each: kat pipeline --preset smoke"
+    "every stage of the recipe, a few steps each: kat pipeline --preset smoke; its RL really learns"
     run(BIN/'kat', 'pipeline', '--preset', 'smoke', '--runs', tmp)
+    run(PY, 'tests/drills/smoke_rl.py', tmp/'smoke')
 
 
 @step

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['FULL', 'PLAIN', 'NotebookFailed', 'full_disk', 'as_user_error', 'Parameter', 'read_notebook', 'comments_of',
-           'read_parameters', 'fits', 'parse_value', 'unknown', 'split_pair', 'set_parameters', 'check_parameters',
-           'run_notebook']
+           'read_parameters', 'fits', 'parse_value', 'misfit', 'check_values', 'unknown', 'split_pair',
+           'set_parameters', 'check_parameters', 'run_notebook']
 
 # %% ../../nbs/cluster/01_launch.ipynb #47007ace
 import ast
@@ -14,6 +14,7 @@ import difflib
 import io
 import json
 import logging
+import math
 import os
 import shutil
 import signal
@@ -162,6 +163,26 @@ def parse_value(
         if fits(value, type_): return float(value) if type_ == 'float' else value
     raise ValueError(text)
 
+# %% ../../nbs/cluster/01_launch.ipynb #e29739bc
+def misfit(
+    value,  # of a parameter, or a part of one
+) -> str|None:  # None: it can
+    "What of a value can't reach a notebook as it is, in words. *Own design.*"
+    if isinstance(value, float) and not math.isfinite(value): return f'{value} is no number in JSON'
+    if isinstance(value, str) and any('\ud800' <= c <= '\udfff' for c in value): return 'half a surrogate pair'
+    if type(value) in (type(None), bool, int, float, str): return None
+    if type(value) not in (list, dict): return f'a {type(value).__name__} would arrive as text: write a list'
+    keys = [key for key in value if not isinstance(key, str)] if isinstance(value, dict) else []
+    if keys: return f'the key {keys[0]!r} would arrive as text: write {str(keys[0])!r}'
+    parts = [*value, *value.values()] if isinstance(value, dict) else value
+    return next(filter(None, map(misfit, parts)), None)
+
+
+def check_values(values: dict, where: str): # by parameter; the notebook's name
+    "`UserError` for the first value that a notebook would not get as it is."
+    for key, value in values.items():
+        if why := misfit(value): raise UserError(f'{where}: {key} = {value!r}: {why}')
+
 # %% ../../nbs/cluster/01_launch.ipynb #19e4671b
 def unknown(
     what: str,       # 'preset', 'parameter'
@@ -198,6 +219,7 @@ def set_parameters(
             values[key] = parse_value(text, kind)
         except ValueError:
             raise UserError(f'-p {key}={text}: {key} of {where} is of type {kind} (default {default!r})') from None
+    check_values(values, where)
     return values
 
 
@@ -213,6 +235,7 @@ def check_parameters(
         if key not in values: raise UserError(f'{where}: no value is given for {key}')
         if not fits(values[key], parameter.type):
             raise UserError(f'{where}: {key} = {values[key]!r} is not of type {parameter.type}')
+    check_values(values, where)
     return values
 
 # %% ../../nbs/cluster/01_launch.ipynb #a936db83
@@ -306,6 +329,7 @@ def run_notebook(
 ) -> dict:                # wall_s in seconds, peak_rss_mb of the kernel in MiB
     "Execute a copy of `notebook` through papermill. Raises `UserError`, `NotebookFailed`, `MissingExtra`."
     began, notebook, out = time.monotonic(), Path(notebook).resolve(), Path(out).resolve()
+    check_values(parameters, notebook.stem)
     if out.parent == notebook.parent: raise UserError(f'{out} would lie beside its source; choose another folder')
     running, failed = out.with_suffix('.running.ipynb'), out.with_suffix('.failed.ipynb')
     try:

@@ -4,15 +4,18 @@
 
 # %% ../../nbs/core/04_calls.ipynb #f041d097
 from __future__ import annotations
-import json, math, re
+import json, math, re, warnings
 from dataclasses import dataclass, field
+from functools import lru_cache
+from os.path import commonprefix
 from typing import Callable
 
 from .chat import KAT_TEMPLATE, call_text, parse_calls
+from .types import schema_kinds, schemas_by_name
 
 # %% auto #0
-__all__ = ['FORMATS', 'check_json', 'loads_strict', 'CallFormat', 'call_format', 'write_call', 'open_call', 'Reply', 'CallParser',
-           'in_thinking', 'parse_reply', 'Decoder']
+__all__ = ['FORMATS', 'check_json', 'loads_strict', 'CallFormat', 'write_call', 'open_call', 'Reply', 'CallParser', 'in_thinking',
+           'parse_reply', 'call_format', 'Decoder']
 
 # %% ../../nbs/core/04_calls.ipynb #96edd6ff
 def _kat_body(body: str, tools: list[dict]) -> list[tuple[str, dict]]:
@@ -138,7 +141,7 @@ _KINDS = {bool: ('boolean',), int: ('integer', 'number'), float: ('number',), st
 
 def _value_of(text: str, schema: dict | None):
     "A parameter by its schema: JSON of a declared type, otherwise the text as it is."
-    kinds = _kinds(schema)
+    kinds = schema_kinds(schema)
     try:
         v = _PYTHON[text.strip()] if text.strip() in _PYTHON else loads_strict(text)
     except ValueError:
@@ -146,16 +149,6 @@ def _value_of(text: str, schema: dict | None):
     if isinstance(v, float) and v.is_integer() and 'integer' in kinds:
         v = int(v)
     return v if kinds & set(_KINDS[type(v)]) else text
-
-# %% ../../nbs/core/04_calls.ipynb #a7c38a99
-def _kinds(schema) -> set[str]:
-    "Types that a JSON schema names, also inside anyOf and oneOf."
-    if not isinstance(schema, dict): return set()
-    kind, nested = schema.get('type'), [schema.get(k) for k in ('anyOf', 'oneOf')]
-    out = {x for x in (kind if isinstance(kind, list) else [kind]) if isinstance(x, str)}
-    if schema.get('nullable'):
-        out.add('null')
-    return out.union(*(_kinds(choice) for choices in nested if isinstance(choices, list) for choice in choices))
 
 # %% ../../nbs/core/04_calls.ipynb #f8778814
 @dataclass(frozen=True)
@@ -182,26 +175,15 @@ FORMATS = dict(
     qwen3_coder=CallFormat('<tool_call>', '</tool_call>', _coder_body, _in_parameter),
     llama3=CallFormat('<|python_tag|>', '', _llama_body))
 
-# %% ../../nbs/core/04_calls.ipynb #18f885f9
-def call_format(
-    template: str | None,  # a tokenizer's `chat_template`
-) -> str | None:           # a name in FORMATS
-    "The format of a model with this chat template; None where it knows no tools. ValueError for another format."
-    t = template or ''
-    if t == KAT_TEMPLATE: return 'kat'
-    if '<function=' in t: return 'qwen3_coder'
-    if '<tool_call>' in t: return 'hermes'
-    if '<|python_tag|>' in t or ('ipython' in t and '"parameters": ' in t): return 'llama3'
-    if 'tools' not in t: return None
-    raise ValueError(f'chat template: it knows tools, but writes calls in none of the formats {", ".join(FORMATS)}')
-
 # %% ../../nbs/core/04_calls.ipynb #31c3938b
 def write_call(
     name: str, arguments: dict,  # of the call
     format: str = 'hermes',      # a name in FORMATS
+    tools: list[dict] | None = None,  # OpenAI tool schemas; `kat` goes by their order, and needs them to leave one out
 ) -> str:
     "A call as a model of this format writes it, tags and all. ValueError for `kat` where it could not be read back."
-    if format == 'kat': return f'<tool_call>{call_text(name, arguments)}</tool_call>'
+    schema = schemas_by_name(tools).get(name)
+    if format == 'kat': return f'<tool_call>{call_text(name, arguments, schema)}</tool_call>'
     as_json = lambda x: json.dumps(x, ensure_ascii=False)
     if format == 'llama3': return as_json(dict(name=name, parameters=arguments))
     if format == 'hermes': return f'<tool_call>\n{as_json(dict(name=name, arguments=arguments))}\n</tool_call>'
@@ -425,6 +407,61 @@ def parse_reply(
     parser.feed(text)
     parser.finish()
     return parser.reply
+
+# %% ../../nbs/core/04_calls.ipynb #35bad6ad
+_CALL = dict(name='probe', arguments=dict(text='a "b" <c>\nd', number=3, flag=True))
+_TOOL = dict(type='function', function=dict(name='probe', description='probe', parameters=dict(
+    type='object', required=list(_CALL['arguments']), properties=dict(
+        text=dict(type='string', description='.'), number=dict(type='integer', description='.'),
+        flag=dict(type='boolean', description='.')))))
+_ASK, _PLAIN = dict(role='user', content='Qask'), dict(role='assistant', content='Qsaid')
+_CALLING = dict(role='assistant', content='', tool_calls=[dict(id='call00000', type='function', function=_CALL)])
+
+def _rendered(template: str, messages: list[dict], tools: list[dict] | None) -> str:
+    "A dialogue as the template writes it; '' where it refuses."
+    from jinja2 import TemplateError
+    from transformers.utils.chat_template_utils import render_jinja_template
+    none = dict.fromkeys(('bos_token', 'eos_token', 'pad_token', 'unk_token'), '')
+    try:
+        return render_jinja_template([messages], tools=tools, chat_template=template, **none)[0][0]
+    except (TemplateError, TypeError, ValueError):
+        return ''
+
+# %% ../../nbs/core/04_calls.ipynb #df9cb76c
+def _write_probe(template: str) -> str:
+    "What an answer that calls has in place of one that only says something."
+    plain, called = (_rendered(template, [_ASK, answer], [_TOOL]) for answer in (_PLAIN, _CALLING))
+    start = len(commonprefix([plain, called]))
+    end = len(commonprefix([plain[start:][::-1], called[start:][::-1]]))
+    return called[start:len(called) - end]
+
+def _knows_tools(template: str) -> bool:
+    "Does it show a tool, or a call?"
+    bare, shown = (_rendered(template, [_ASK], tools) for tools in (None, [_TOOL]))
+    return bare != shown or 'probe' in _write_probe(template)
+
+# %% ../../nbs/core/04_calls.ipynb #18f885f9
+def call_format(
+    template: str | dict | None,  # a tokenizer's `chat_template`; of several, the one for tools
+) -> str | None:                  # a name in FORMATS
+    "The format of a model with this chat template; None, with a warning, where no format reads its calls."
+    if isinstance(template, dict):
+        template = template.get('tool_use') or template.get('default')
+    if not template or template == KAT_TEMPLATE: return 'kat' if template else None
+    name, knows_tools = _read_probe(template)
+    if not name and knows_tools:
+        warnings.warn(f'chat template: it knows tools, but writes calls in none of the formats {", ".join(FORMATS)}, '
+                      'so the calls in its answers stay text', stacklevel=2)
+    return name
+
+@lru_cache(64)
+def _read_probe(template: str) -> tuple[str | None, bool]:
+    "The format that reads back what the template writes, and whether the template knows tools at all."
+    written = _write_probe(template)
+    for name in FORMATS if written else ():
+        reply = parse_reply(written, [_TOOL], name)
+        if [call['function'] for call in reply.calls] == [_CALL] and not reply.content.strip(): return name, True
+    return None, _knows_tools(template)
 
 # %% ../../nbs/core/04_calls.ipynb #85f6e0b3
 class Decoder:

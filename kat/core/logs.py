@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from .io import json_lines, loads
-from .types import normalise, plain
+from .types import normalise, plain, without_nulls
 
 # %% ../../nbs/core/05_logs.ipynb #0e729484
 @dataclass
@@ -39,22 +39,84 @@ class Conversation:
 # %% ../../nbs/core/05_logs.ipynb #73367130
 def _answers(messages: list[dict], skip=lambda m: False) -> list[list[dict]]:
     "The calls of an append-only list: each assistant message after all that came before it."
-    clean = normalise(messages)
-    return [clean[:i + 1] for i, m in enumerate(messages) if m['role'] == 'assistant' and not skip(m)]
+    return [messages[:i + 1] for i, m in enumerate(messages) if m['role'] == 'assistant' and not skip(i)]
+
+# %% ../../nbs/core/05_logs.ipynb #867e8dee
+def _conversation(task: str, messages, calls, reward=None, info=None, tools=None) -> Conversation:
+    "A conversation without calls whose answer is empty; `info` says how many those were."
+    said = [call for call in calls if _says(call[-1])]
+    info = _skipped(info or {}, {'empty answer': len(calls) - len(said)})
+    return Conversation(task, messages, said, reward, plain(info), tools)
+
+def _says(answer: dict) -> bool:
+    "Is there anything in an answer?"
+    said = answer['content'] + answer.get('reasoning_content', '')
+    return bool(said.strip() or answer.get('tool_calls'))
+
+def _skipped(info: dict, more: dict) -> dict:
+    "`info` with what else was left out; nothing where there is nothing."
+    more = (info.get('skipped') or {}) | {k: n for k, n in more.items() if n}
+    return info | dict(skipped=more) if more else info
+
+# %% ../../nbs/core/05_logs.ipynb #73be4ade
+_LISTS = ('messages', 'trajectory', 'history', 'traj', 'tools', 'functions')
+
+def _read_text(record: dict) -> dict:
+    "A record whose lists are lists, also where they came as JSON text."
+    return record | {k: _list_in(record[k]) for k in _LISTS if isinstance(record.get(k), str)}
+
+def _list_in(text: str):
+    "The list that JSON text holds; other text as it is."
+    try:
+        found = loads(text)
+    except ValueError:
+        return text
+    return found if isinstance(found, list) or found is None else text
+
+def _rows(record: dict, name: str) -> list:
+    "The list `record[name]`."
+    rows = record[name]
+    if isinstance(rows, (list, tuple)): return list(rows)
+    raise ValueError(f'{name}: a list expected, got {type(rows).__name__} {str(rows)[:40]!r}')
+
+# %% ../../nbs/core/05_logs.ipynb #ff612422
+def _tools(record: dict) -> list[dict] | None:
+    "The tools of a record, each as `{type, function}`; `functions` is OpenAI's older name. None where it has none."
+    name = next((k for k in ('tools', 'functions') if record.get(k)), None)
+    if name is None: return None
+    tools = [loads(tool) if isinstance(tool, str) else tool for tool in _rows(record, name)]
+    if wrong := [tool for tool in tools if not isinstance(tool, dict)]:
+        raise ValueError(f'{name}: an object for each tool expected, got {str(wrong[0])[:40]!r}')
+    wrapped = lambda tool: tool.get('function') or not tool.get('name')
+    return [_full(tool) if wrapped(tool) else dict(type='function', function=_full(tool)) for tool in tools]
+
+def _full(schema):
+    "A schema without the nulls of a table; in `default` and `const` they may be meant."
+    if isinstance(schema, (list, tuple)): return [_full(x) for x in schema]
+    if not isinstance(schema, dict): return schema
+    return {k: _full(v) for k, v in schema.items() if v is not None or k in ('default', 'const')}
+
+def _normal(rows: list, tools, info: dict) -> tuple[list[dict], dict]:
+    "Messages in the one form without what a table added, and `info` that says in how many messages that was."
+    clean = without_nulls(rows, tools)
+    return normalise(clean), _skipped(info, {'null arguments': sum(a != b for a, b in zip(rows, clean))})
 
 # %% ../../nbs/core/05_logs.ipynb #c0004215
 def _swe_agent(record: dict, where: str) -> Iterator[Conversation]:
     "SWE-agent's and SWE-smith's trajectory file."
-    steps, history = record['trajectory'], record.get('history') or []
+    steps, history = _rows(record, 'trajectory'), record.get('history') or []
     calls = _swe_calls(steps, history)
-    clean = normalise([_swe_message(message) for message in history]) if history else (calls[-1] if calls else [])
+    if steps and not (calls or history):
+        raise ValueError(f'trajectory: no step has a query or messages, and there is no history; the fields of the '
+                         f'first are {", ".join(list(steps[0])[:8])}')
+    clean = normalise(without_nulls(map(_swe_message, history))) if history else (calls[-1] if calls else [])
     info = {k: v for k, v in (record.get('info') or {}).items()} | dict(source='swe-agent', steps=len(steps))
-    yield Conversation(_swe_task(record, where), clean, calls, info=plain(info))
+    yield _conversation(_swe_task(record, where), clean, calls, info=info)
 
 # %% ../../nbs/core/05_logs.ipynb #a2f3cf99
 def _swe_calls(steps: list[dict], history: list[dict]) -> list[list[dict]]:
     "Query and answer of each step."
-    norm = lambda messages: normalise([_swe_message(m) for m in messages])
+    norm = lambda messages: normalise(without_nulls([_swe_message(m) for m in messages]))
     answers = [i for i, m in enumerate(history) if m.get('role') == 'assistant' and not m.get('is_demo')]
     if asked := [step for step in steps if step.get('query')]:
         said = iter([history[i] for i in answers])
@@ -97,9 +159,9 @@ def _swe_task(record: dict, where: str) -> str:
 # %% ../../nbs/core/05_logs.ipynb #9239fe09
 def _tau_bench(record: dict, where: str) -> Iterator[Conversation]:
     "An episode of a tau-bench log."
-    info = plain((record.get('info') or {}) | dict(source='tau-bench', trial=record.get('trial')))
-    task, messages = f'tau-bench/{record["task_id"]}', record['traj']
-    yield Conversation(task, normalise(messages), _answers(messages), _number(record.get('reward')), info)
+    info = (record.get('info') or {}) | dict(source='tau-bench', trial=record.get('trial'))
+    task, (messages, info) = f'tau-bench/{record["task_id"]}', _normal(_rows(record, 'traj'), None, info)
+    yield _conversation(task, messages, _answers(messages), _number(record.get('reward')), info)
 
 # %% ../../nbs/core/05_logs.ipynb #3a8dfe43
 def _openai(record: dict, where: str) -> Iterator[Conversation]:
@@ -107,10 +169,10 @@ def _openai(record: dict, where: str) -> Iterator[Conversation]:
     names = [str(record[k]) for k in ('task', 'task_id', 'instance_id', 'id') if record.get(k) is not None]
     task = names[0] if names else where.rpartition('/')[2]
     reward = next((_number(record[k]) for k in ('reward', 'score') if record.get(k) is not None), None)
-    rest = {k: v for k, v in record.items() if k not in ('messages', 'tools')}
-    messages, info = record['messages'], plain(rest | dict(source='openai'))
-    clean, calls = normalise(messages), _answers(messages, lambda m: m.get('weight') == 0)
-    yield Conversation(task, clean, calls, reward, info, record.get('tools'))
+    rows, tools = _rows(record, 'messages'), _tools(record)
+    rest = {k: v for k, v in record.items() if k not in ('messages', 'tools', 'functions')}
+    messages, info = _normal(rows, tools, rest | dict(source='openai'))
+    yield _conversation(task, messages, _answers(messages, lambda i: rows[i].get('weight') == 0), reward, info, tools)
 
 # %% ../../nbs/core/05_logs.ipynb #2e18fb7f
 def _number(x) -> float | None:
@@ -147,32 +209,73 @@ def _claude_chain(task: str, lines: list[dict], by_uuid: dict, skipped: dict) ->
     for line in lines:
         if line['type'] == 'assistant':
             replies.setdefault(_reply_id(line), []).append(line)
-    calls = [normalise(_claude_path(reply[-1], by_uuid, replies, results)) for reply in replies.values()]
-    skipped = skipped | {'thinking': sum(block.get('type') == 'thinking' for line in lines for block in _blocks(line))}
+    beside, read = _beside(lines, by_uuid), set()
+    path = lambda line: normalise(_claude_path(line, by_uuid, replies, results, beside, read))
+    calls, last = [path(reply[-1]) for reply in replies.values()], path(lines[-1])
+    thinking = sum(block.get('type') == 'thinking' for line in lines for block in _blocks(line))
+    unread = sum(line['type'] == 'user' and line['uuid'] not in read and bool(_user_text(line)) for line in lines)
+    skipped = skipped | {'thinking': thinking, 'text that no call had in its history': unread}
     lost = sum(line.get('parentUuid') is not None and line['parentUuid'] not in by_uuid for line in lines)
     info = dict(source='claude-code', skipped={k: n for k, n in skipped.items() if n}, parents_not_in_file=lost)
-    last = normalise(_claude_path(lines[-1], by_uuid, replies, results))
-    return Conversation(task, last, calls, info=info)
+    return _conversation(task, last, calls, info=info)
 
 # %% ../../nbs/core/05_logs.ipynb #8d8cd263
-def _claude_path(line: dict, by_uuid: dict, replies: dict, results: dict) -> list[dict]:
-    "Messages from the root of the chain to `line`; a reply is one message, followed by the results of all its calls."
+def _claude_path(line: dict, by_uuid: dict, replies: dict, results: dict, beside: dict, read: set) -> list[dict]:
+    """Messages from the root of the chain to `line`; a reply is one message, followed by the results of all its calls
+    and by the text that came with them. `read` collects the ids of the users' lines."""
     out, seen, done, leaf = [], set(), set(), True
     while line is not None:
         if line['uuid'] in seen: raise ValueError(f'uuid {line["uuid"]}: the chain of parents runs in a circle')
         seen.add(line['uuid'])
         m = line['message']
         if m and line['type'] == 'user':
-            text = _claude_text([block for block in _blocks(line) if block.get('type') != 'tool_result'])
-            if text:
+            if text := _user_text(line):
                 out.insert(0, dict(role='user', content=text))
         elif m and (key := _reply_id(line)) not in done:
             done.add(key)
             reply = _claude_reply(replies[key])
             answered = [] if leaf else [call['id'] for call in reply.get('tool_calls', ()) if call['id'] in results]
-            out[:0] = [reply, *(results[k] for k in answered)]
+            more = [] if leaf else [x for x in beside.get(key, ()) if x['uuid'] not in seen]
+            read.update(x['uuid'] for x in more)
+            out[:0] = [reply, *(results[k] for k in answered),
+                       *(dict(role='user', content=_user_text(x)) for x in more)]
         leaf, line = leaf and not m, by_uuid.get(line.get('parentUuid'))
+    read |= seen
     return out
+
+# %% ../../nbs/core/05_logs.ipynb #2b7fa9d9
+def _beside(lines: list[dict], by_uuid: dict) -> dict[str, list[dict]]:
+    "By reply, the users' lines with text that hang on a result of it and lead to no reply."
+    onward, out = set(), {}  # lines that lead to a reply
+    for line in lines:
+        if line['type'] == 'assistant':
+            for up in _ups(line, by_uuid):
+                if up['uuid'] in onward: break
+                onward.add(up['uuid'])
+    for line in lines:
+        if line['type'] != 'user' or line['uuid'] in onward or not _user_text(line): continue
+        came = False  # with a result?
+        for up in [line, *_ups(line, by_uuid)]:
+            if up['message'] and up['type'] == 'assistant':
+                if came:
+                    out.setdefault(_reply_id(up), []).append(line)
+                break
+            came = came or up['uuid'] not in onward and _has_result(up)
+    return out
+
+def _ups(line: dict, by_uuid: dict) -> Iterator[dict]:
+    "The lines above a line, nearest first."
+    seen = {line['uuid']}
+    while (line := by_uuid.get(line.get('parentUuid'))) is not None and line['uuid'] not in seen:
+        seen.add(line['uuid'])
+        yield line
+
+def _has_result(line: dict) -> bool:
+    return bool(line['message']) and any(block.get('type') == 'tool_result' for block in _blocks(line))
+
+def _user_text(line: dict) -> str:
+    "What a user's line says beside the results in it."
+    return _claude_text([block for block in _blocks(line) if block.get('type') != 'tool_result'])
 
 # %% ../../nbs/core/05_logs.ipynb #c87e2b6c
 def _reply_id(line: dict) -> str:
@@ -235,6 +338,7 @@ def _objects(path) -> Iterator[tuple[str, dict]]:
 # %% ../../nbs/core/05_logs.ipynb #8957ee4c
 def _kind(record: dict) -> str | None:
     "The kind of log an object comes from."
+    record = _read_text(record)
     if isinstance(record.get('trajectory'), list): return 'swe-agent'
     if isinstance(record.get('traj'), list): return 'tau-bench'
     if isinstance(record.get('messages'), list): return 'openai'
@@ -266,6 +370,6 @@ def import_log(
     if kind not in readers: raise ValueError(f'kind {kind!r}: one of {", ".join([*readers, "claude-code"])} expected')
     for where, record in _objects(path):
         try:
-            yield from readers[kind](record, where)
+            yield from readers[kind](_read_text(record), where)
         except (ValueError, KeyError, TypeError, AttributeError) as e:
             raise ValueError(f'{where}: {f"field {e} is missing" if isinstance(e, KeyError) else e}') from None

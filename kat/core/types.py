@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['KINDS', 'GENERATED', 'SCHEMA', 'GROUP_SCHEMA', 'ROLES', 'plain', 'Segment', 'check_schema', 'Trajectory', 'normalise',
-           'Group', 'groups_of']
+           'schema_kinds', 'schemas_by_name', 'without_nulls', 'Group', 'groups_of']
 
 # %% ../../nbs/core/01_types.ipynb #2ac9e956
 import json, math
@@ -366,6 +366,8 @@ def _items(stored, name: str) -> list:
 
 # %% ../../nbs/core/01_types.ipynb #3534dfad
 ROLES = ('system', 'user', 'assistant', 'tool')
+_RENAMED = dict(developer='system', function='tool')  # OpenAI's newer name, and its older one
+_THINKING = ('reasoning_content', 'reasoning', 'thinking')  # names in use for what a model thought
 
 # %% ../../nbs/core/01_types.ipynb #b3afed2f
 def normalise(
@@ -379,14 +381,20 @@ def _message(message: dict, where: str) -> dict:
     "One message in the one form."
     if not isinstance(message, dict): raise ValueError(f'{where}: a dictionary expected, got {type(message).__name__}')
     role = message.get('role')
+    role = _RENAMED.get(role, role) if isinstance(role, str) else role
     if role not in ROLES: raise ValueError(f'{where}: role {role!r}; one of {", ".join(ROLES)} expected')
-    out = dict(role=role, content=_content(message.get('content'), where))
-    if message.get('tool_calls'):
+    said = _content(message.get('content'), where)
+    if refusal := message.get('refusal'):
+        said = '\n'.join(filter(None, [said, _content(refusal, where)]))
+    out = dict(role=role, content=said)
+    if message.get('tool_calls') or message.get('function_call'):
         if role != 'assistant': raise ValueError(f'{where}: tool_calls in a {role} message')
-        out['tool_calls'] = [_call(call, f'{where}.tool_calls[{i}]') for i, call in enumerate(message['tool_calls'])]
-    for key in ('tool_call_id', 'name', 'event', 'reasoning_content'):  # the last one for templates of thinking models
+        out['tool_calls'] = _calls(message, where)
+    for key in ('tool_call_id', 'name', 'event'):
         if isinstance(message.get(key), str):
             out[key] = message[key]
+    if thought := next((message[key] for key in _THINKING if message.get(key)), None):
+        out['reasoning_content'] = _content(thought, where)  # for templates of thinking models
     return out
 
 # %% ../../nbs/core/01_types.ipynb #cc70ac37
@@ -394,29 +402,109 @@ def _content(content, where: str) -> str:
     "Content as text; text blocks are joined."
     if content is None: return ''
     if isinstance(content, str): return content
-    is_text = lambda block: isinstance(block, dict) and isinstance(block.get('text'), str)
-    if isinstance(content, list) and all(map(is_text, content)):
-        return ''.join(block['text'] for block in content)
-    raise ValueError(f'{where}: content must be text or a list of text blocks, got {str(content)[:60]!r}')
+    if not isinstance(content, (list, tuple)):
+        raise ValueError(f'{where}: content must be text or a list of text blocks, got {str(content)[:60]!r}')
+    return ''.join(_block(block, f'{where}: content[{i}]') for i, block in enumerate(content))
+
+def _block(block, where: str) -> str:
+    "The text of one block."
+    if isinstance(block, str): return block
+    kind = block.get('type') if isinstance(block, dict) else None
+    text = block.get('refusal' if kind == 'refusal' else 'text') if isinstance(block, dict) else None
+    if isinstance(text, str): return text
+    raise ValueError(f'{where}: content must be text or a list of text blocks, got a block of type {kind!r}: '
+                     f'{str(block)[:60]!r}')
 
 # %% ../../nbs/core/01_types.ipynb #1aeed0b3
+def _calls(message: dict, where: str) -> list[dict]:
+    "The calls of a message; OpenAI's older `function_call` is one."
+    calls, old = message.get('tool_calls'), message.get('function_call')
+    calls = _json(calls, f'{where}: tool_calls') if isinstance(calls, str) else calls
+    if calls and old: raise ValueError(f'{where}: function_call beside tool_calls; keep one of the two')
+    calls = calls or ([dict(function=old)] if old else [])
+    if not isinstance(calls, (list, tuple)):
+        raise ValueError(f'{where}: tool_calls: a list expected, got {type(calls).__name__}')
+    return [_call(call, f'{where}.tool_calls[{i}]') for i, call in enumerate(calls)]
+
+def _json(text: str, where: str):
+    "What JSON text says; empty text says nothing."
+    try:
+        return json.loads(text) if text.strip() else None
+    except (ValueError, RecursionError) as e:
+        raise ValueError(f'{where} are not JSON ({e})') from None
+
+# %% ../../nbs/core/01_types.ipynb #1bc0f464
 def _call(call: dict, where: str) -> dict:
     "One tool call with its arguments as a dictionary."
     function = call.get('function') if isinstance(call, dict) else None
     if not isinstance(function, dict) or not isinstance(function.get('name'), str):
         raise ValueError(f'{where}: no function.name')
     arguments = function.get('arguments')
+    if isinstance(arguments, str):
+        arguments = _json(arguments, f'{where}: arguments')
     if arguments is None:
         arguments = {}
-    if isinstance(arguments, str):
-        try:
-            arguments = json.loads(arguments or '{}')
-        except ValueError as e:
-            raise ValueError(f'{where}: arguments are not JSON ({e})') from None
     if not isinstance(arguments, dict):
         raise ValueError(f'{where}: arguments must be an object, got {str(arguments)[:60]!r}')
     out = dict(type='function', function=dict(name=function['name'], arguments=arguments))
     return dict(id=call['id'], **out) if isinstance(call.get('id'), str) else out
+
+# %% ../../nbs/core/01_types.ipynb #ceced848
+_TYPE_OF = {bool: 'boolean', int: 'integer', float: 'number', str: 'string', list: 'array', dict: 'object',
+            type(None): 'null'}
+
+def schema_kinds(
+    schema,         # of one value: JSON Schema
+) -> set[str]:      # 'string', 'integer', 'null', …; empty where it says nothing
+    "The types that a schema allows."
+    if not isinstance(schema, dict): return set()
+    kind, nested = schema.get('type'), [schema.get(k) for k in ('anyOf', 'oneOf')]
+    out = {x for x in (kind if isinstance(kind, (list, tuple)) else [kind]) if isinstance(x, str)}
+    if not out:
+        constant = [schema['const']] if schema.get('const') is not None else []
+        out = {_TYPE_OF[type(x)] for x in [*(schema.get('enum') or []), *constant] if type(x) in _TYPE_OF}
+    if schema.get('nullable'):
+        out.add('null')
+    return out.union(*(schema_kinds(choice) for choices in nested if isinstance(choices, (list, tuple))
+                       for choice in choices))
+
+# %% ../../nbs/core/01_types.ipynb #742e2611
+def schemas_by_name(
+    tools: list[dict] | None,  # OpenAI tool schemas, or the functions in them
+) -> dict[str, dict]:          # the schema of the arguments, by the tool's name
+    "What each tool takes. ValueError for a tool that is no object; one without a name takes no calls."
+    out = {}
+    for i, tool in enumerate(tools or ()):
+        if not isinstance(tool, dict): raise ValueError(f'tools[{i}]: an object expected, got {str(tool)[:60]!r}')
+        function = tool.get('function') or tool
+        if isinstance(function.get('name'), str):
+            out[function['name']] = function.get('parameters') or {}
+    return out
+
+# %% ../../nbs/core/01_types.ipynb #b0f3bd1c
+def without_nulls(
+    messages: list[dict],             # as they came; arguments that are JSON text are the model's own and stay
+    tools: list[dict] | None = None,  # OpenAI tool schemas; a null of a tool that has none here is never kept
+) -> list[dict]:                      # the same messages where nothing had to go
+    "Messages without the null arguments that no schema allows."
+    schemas = schemas_by_name(tools)
+
+    def clean(call):
+        function = call.get('function') if isinstance(call, dict) else None
+        given = function.get('arguments') if isinstance(function, dict) else None
+        if not isinstance(given, dict): return call
+        return call | dict(function=function | dict(arguments=_present(given, schemas.get(function.get('name')))))
+
+    has_calls = lambda m: isinstance(m, dict) and isinstance(m.get('tool_calls'), (list, tuple))
+    return [m | dict(tool_calls=[clean(call) for call in m['tool_calls']]) if has_calls(m) else m for m in messages]
+
+def _present(value, schema):
+    "A value of a call without the nulls that its schema doesn't allow."
+    schema = schema if isinstance(schema, dict) else {}
+    if isinstance(value, (list, tuple)): return [_present(v, schema.get('items')) for v in value]
+    if not isinstance(value, dict): return value
+    of = schema.get('properties') or {}
+    return {k: _present(v, of.get(k)) for k, v in value.items() if v is not None or 'null' in schema_kinds(of.get(k))}
 
 # %% ../../nbs/core/01_types.ipynb #5f9819d4
 @dataclass(eq=False, repr=False)

@@ -4,17 +4,26 @@
 
 # %% ../../nbs/envs/05_micro.ipynb #5b87c829
 from __future__ import annotations
+import ast
+import asyncio
 import hashlib
 import json
+import random
 import re
+import secrets
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import replace
 
-from .base import Env, Grade, Observation, Task, ToolCall, ToolResult, bad_call, register, tool
+from .base import Env, Grade, InfraError, Observation, Task, ToolCall, ToolResult, bad_call, register, tool
+from .grade import (
+    MACHINE, Check, Verdict, ask_job, checks_of, decoded, fair_run, grade_answers, holds, literal, together)
 from .micro_tasks import make_task, with_line
 from .sandbox import Job, Limits, MeteredPool, WarmPool
 
 # %% auto #0
-__all__ = ['RUNNER', 'LIMITS', 'TOOLS', 'SYSTEM', 'test_job', 'verdicts', 'fixed', 'verify', 'view', 'MicroEnv', 'world',
+__all__ = ['RUNNER', 'LIMITS', 'QUICK_S', 'TIMER', 'OPERATIONS', 'RUN', 'ROUNDS', 'SORTS', 'TOOLS', 'SYSTEM', 'test_job',
+           'verdicts', 'fixed', 'helper', 'lacks', 'rewritten', 'judge', 'verify', 'view', 'MicroEnv', 'world',
            'heldout', 'train_task']
 
 # %% ../../nbs/envs/05_micro.ipynb #7ddccbe0
@@ -113,8 +122,6 @@ for path in args:
 result(out)
 """
 
-LIMITS = Limits(memory_mb=256, cpu_s=1, wall_s=3)
-
 # %% ../../nbs/envs/05_micro.ipynb #2301f508
 def test_job(
     files: dict[str, str],  # the workspace
@@ -130,7 +137,7 @@ def verdicts(res, tests: dict[str, str]) -> dict[str, str]:
              for name in re.findall(r'^def (test_\w+)', text, re.M)]
     return {name: (res.error or res.status).splitlines()[-1][:60] for name in names}
 
-# %% ../../nbs/envs/05_micro.ipynb #f41ff5a1
+# %% ../../nbs/envs/05_micro.ipynb #93d2d65a
 def fixed(task: Task) -> dict[str, str]:
     "The workspace after the right edits."
     files = dict(task.data['files'])
@@ -138,22 +145,160 @@ def fixed(task: Task) -> dict[str, str]:
         files[path] = with_line(files[path], n, line)
     return files
 
-def _is_true(before: dict[str, str], after: dict[str, str]) -> bool:
-    fails = lambda path: any(said != 'ok' for test, said in before.items() if test.startswith(path))
-    return bool(fails('tests.py') and fails('hidden.py') and after and all(said == 'ok' for said in after.values()))
+def helper(check: Check) -> tuple:  # name: 'text', 'runs', 'steps', 'hasattr' (not there), or 'value'; arguments
+    "What a check asks about; arguments that are no literals come as source."
+    call = ast.parse(check.question, mode='eval').body
+    name = call.func.id if isinstance(call, ast.Call) and isinstance(call.func, ast.Name) else ''
+    if name not in ('text', 'runs', 'steps', 'hasattr') or name == 'hasattr' and check.want: return 'value', ()
+    return name, tuple(ast.literal_eval(a) if literal(a) else ast.unparse(a) for a in call.args)
+
+# %% ../../nbs/envs/05_micro.ipynb #41112b1f
+async def _read(pool, checks: list, files: dict, right: dict) -> Verdict:
+    return Verdict({c.name: holds(c, files[helper(c)[1][0]].strip()) for c in checks})
+
+async def _gone(pool, checks: list, files: dict, right: dict) -> Verdict:
+    return Verdict({c.name: lacks(files, *helper(c)[1]) is not c.want for c in checks})
+
+def lacks(
+    files: dict[str, str],
+    module: str,
+    name: str,
+) -> bool:
+    "Whether a module provably lacks a name; False too where importing it does more than to define and import."
+    try:
+        bound = {p: {x for node in ast.parse(t).body for x in _bound(node, files)}
+                 for p, t in files.items() if p.endswith('.py')}
+    except SyntaxError:
+        return False
+    everywhere = {x for names in bound.values() for x in names}
+    mine = bound.get(f'{module}.py', {''})
+    return '' not in everywhere and not (everywhere if '*' in mine else mine) & {name, '__getattr__'}
+
+def _bound(node: ast.stmt, files: dict) -> list:
+    "Names that a statement of a module binds; '*': those of the task's modules; '': what can't be told."
+    if isinstance(node, ast.Import): return [(a.asname or a.name).split('.')[0] for a in node.names]
+    if isinstance(node, ast.ImportFrom):
+        return ['' if a.name == '*' and f'{node.module}.py' not in files else a.asname or a.name for a in node.names]
+    if isinstance(node, ast.FunctionDef):
+        given = [*node.args.defaults, *filter(None, node.args.kw_defaults)]
+        notes = node.returns or any(a.annotation for a in ast.walk(node.args) if isinstance(a, ast.arg))
+        return [node.name] if all(map(literal, given)) and not node.decorator_list and not notes else ['']
+    if isinstance(node, ast.Assign) and literal(node.value):
+        return [t.id if isinstance(t, ast.Name) else '' for t in node.targets]
+    return [] if isinstance(node, ast.Expr) and literal(node.value) or isinstance(node, ast.Pass) else ['']
+
+# %% ../../nbs/envs/05_micro.ipynb #48fdc242
+LIMITS = Limits(memory_mb=256, cpu_s=1, wall_s=3)
+QUICK_S = .1  # CPU seconds for an answer that takes microseconds
+TIMER = f'import signal\nsignal.setitimer(signal.ITIMER_PROF, {QUICK_S})\n'
+
+async def _quick(pool, checks: list, files: dict, right: dict) -> Verdict:
+    far = 10**15 + secrets.randbelow(10**15)
+    asked = [replace(c, question=f'{helper(c)[1][0]}({far})', compare='==') for c in checks]
+    ask = lambda: pool.arun(ask_job(right, asked, LIMITS, TIMER))
+    known = await fair_run(ask, ask)
+    if known.status != 'ok' or len(known.value) < len(asked):
+        raise InfraError(f'micro: the right code does not answer {asked[0].question}: {known.error}')
+    asked = [replace(c, want=decoded(known.value[str(i)])) for i, c in enumerate(asked)]
+    return await grade_answers(pool, files, asked, right, LIMITS, TIMER)
+
+async def _value(pool, checks: list, files: dict, right: dict) -> Verdict:
+    return await grade_answers(pool, files, checks, right, LIMITS)
+
+# %% ../../nbs/envs/05_micro.ipynb #96c27d40
+class _Rewrite(ast.NodeTransformer):
+    "Arithmetic and comparisons become calls of `_table[n](left, right)`."
+    def __init__(self, order: list):
+        self.order = order
+
+    def _call(self, kind, left, right):
+        place = ast.Subscript(ast.Name('_table', ast.Load()), ast.Constant(self.order.index(kind)), ast.Load())
+        return ast.Call(place, [self.visit(left), self.visit(right)], [])
+
+    def visit_BinOp(self, node):
+        return self._call(OPERATIONS[type(node.op)], node.left, node.right) if type(node.op) in OPERATIONS else node
+
+    def visit_Compare(self, node):
+        plain = len(node.ops) == 1 and type(node.ops[0]) in OPERATIONS
+        return self._call(OPERATIONS[type(node.ops[0])], node.left, node.comparators[0]) if plain else node
+
+OPERATIONS = {ast.Add: '+', ast.Sub: '-', ast.Mult: '*', ast.Lt: '<', ast.LtE: '<=', ast.Gt: '>', ast.GtE: '>='}
+
+def rewritten(
+    source: str,  # of a module
+    draw: random.Random,
+) -> str:
+    "Code that does the same and reads otherwise."
+    order = draw.sample(list(OPERATIONS.values()), len(OPERATIONS))
+    tree = ast.fix_missing_locations(_Rewrite(order).visit(ast.parse(source)))
+    return f"_table = [{', '.join(f'lambda a, b: a {op} b' for op in order)}]\n{ast.unparse(tree)}\n"
+
+# %% ../../nbs/envs/05_micro.ipynb #47fa2083
+RUN = """
+import sys
+sys.dont_write_bytecode = True
+try:
+    exec(compile(open(args).read(), args, 'exec'), {'__name__': args[:-3]})
+except Exception:
+    result(False)
+else:
+    result(True)
+"""
+ROUNDS = 3  # the first with the code as it stands
+
+def _copy(files: dict, right: dict, given: tuple, draw: random.Random | None) -> Job:
+    "A run of the agent's test on the right code, or on a broken copy; with `draw` in other words."
+    path, *broken = given
+    code = {**right, **({broken[0]: broken[1]} if broken else {})}
+    if draw:
+        code = {p: rewritten(t, draw) if p.endswith('.py') and p != path else t for p, t in code.items()}
+    return Job(RUN, {**code, path: files[path]}, path, LIMITS)
+
+async def _detects(pool, checks: list, files: dict, right: dict) -> Verdict:
+    wanted, draw = {helper(c)[1]: c.want for c in checks}, random.Random(secrets.randbits(64))
+    good, certain = dict.fromkeys(wanted, True), True
+    for n in range(ROUNDS):
+        order = draw.sample(list(wanted), len(wanted))
+        runs = [(_copy(files, right, given, draw if n else None), _copy(right, right, given, None)) for given in order]
+        results = await asyncio.gather(*(fair_run(lambda j=job: pool.arun(j), lambda h=honest: pool.arun(h))
+                                         for job, honest in runs))
+        for given, result in zip(order, results):
+            good[given] &= result.value is wanted[given]
+            certain &= result.cause not in MACHINE
+        if not all(good.values()): break
+    return Verdict({c.name: good[helper(c)[1]] for c in checks}, certain=certain)
+
+# %% ../../nbs/envs/05_micro.ipynb #765ae366
+SORTS = dict(value=_value, text=_read, hasattr=_gone, steps=_quick, runs=_detects)
+
+async def judge(
+    pool: WarmPool,  # where questions are answered
+    task: Task,
+    files: dict[str, str],  # the workspace as the agent left it
+) -> Verdict:
+    "Judge a workspace by visible and hidden tests. Raises `InfraError` when the machine failed."
+    tests = {'tests.py': task.data['files']['tests.py'], 'hidden.py': task.data['hidden']}
+    code, right = ({p: t for p, t in state.items() if p not in tests} for state in (files, fixed(task)))
+    sorts = {}
+    for check in [c for path, text in tests.items() for c in checks_of(path, text)]:
+        sorts.setdefault(helper(check)[0], []).append(check)
+    return together(await asyncio.gather(*(SORTS[name](pool, some, code, right) for name, some in sorts.items())))
+
+# %% ../../nbs/envs/05_micro.ipynb #f41ff5a1
+async def _untrue(tasks: list[Task], pool: WarmPool) -> list[str]:
+    async def true(task):
+        before, after = [await judge(pool, task, files) for files in (task.data['files'], fixed(task))]
+        fails = lambda path: not all(ok for name, ok in before.tests.items() if name.startswith(path))
+        return fails('tests.py') and fails('hidden.py') and after.passed
+    return [task.id for task, ok in zip(tasks, await asyncio.gather(*map(true, tasks))) if not ok]
 
 def verify(
     tasks: list[Task],  # tasks to check
     pool: WarmPool,     # where the tests run
 ) -> list[str]:         # ids of tasks that are not true
     "Ids of tasks whose tests don't fail before (visible and hidden each) or don't all pass after the fix."
-    jobs = []
-    for task in tasks:
-        tests = {'tests.py': task.data['files']['tests.py'], 'hidden.py': task.data['hidden']}
-        jobs += [test_job(task.data['files'], tests), test_job(fixed(task), tests)]
-    outcomes = [result.value or {} for result in pool.run_many(jobs)]
-    return [task.id for task, before, after in zip(tasks, outcomes[::2], outcomes[1::2])
-            if not _is_true(before, after)]
+    with ThreadPoolExecutor(1) as thread:  # a notebook's own event loop is busy
+        return thread.submit(asyncio.run, _untrue(tasks, pool)).result()
 
 # %% ../../nbs/envs/05_micro.ipynb #9a208856
 TOOLS = [tool('list', 'names of all files'), tool('view', 'a file with line numbers', path='string'),
@@ -187,14 +332,19 @@ def _use(files: dict[str, str], name: str, args: dict) -> tuple[bool, str]:
     return _replace(files, **args)
 
 # %% ../../nbs/envs/05_micro.ipynb #b8131d73
-async def _outcomes(pool: WarmPool, files: dict[str, str], tests: dict[str, str]) -> dict[str, str]:
-    together = await pool.arun(test_job(files, tests))
-    if together.status == 'ok': return verdicts(together, {})
-    outcomes = {}
-    for path, text in tests.items():
-        alone = {path: text}
-        outcomes |= verdicts(await pool.arun(test_job(files, alone)), alone)
-    return outcomes
+def _digest(*parts) -> bytes:
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).digest()
+
+async def _said(pool: WarmPool, task: Task, files: dict[str, str]) -> tuple[dict, bool]:
+    "Outcomes of `tests.py` in words, and whether the code alone decided them."
+    tests = {'tests.py': files['tests.py']}
+    job, honest = test_job(files, tests), test_job(fixed(task), {'tests.py': task.data['files']['tests.py']})
+    result = await fair_run(lambda: pool.arun(job), lambda: pool.arun(honest))
+    return verdicts(result, tests), result.cause not in MACHINE
+
+async def _judged(pool: WarmPool, task: Task, files: dict[str, str]) -> tuple[Verdict, bool]:
+    verdict = await judge(pool, task, files)
+    return verdict, verdict.certain
 
 # %% ../../nbs/envs/05_micro.ipynb #879e33ab
 class _Workspace(Env):
@@ -212,13 +362,17 @@ class _Workspace(Env):
         system, issue = dict(role='system', content=SYSTEM), dict(role='user', content=task.data['issue'])
         return Observation([system, issue], [], False)
 
-    async def _run(self, visible: str) -> dict[str, str]:
-        "Outcome of each test, with `visible` as the text of `tests.py`."
-        files, hidden = {**self.files, 'tests.py': visible}, {'hidden.py': self.task.data['hidden']}
-        key = hashlib.sha256(json.dumps([sorted(files.items()), hidden]).encode()).digest()
-        if key not in self.cache:
-            self.cache[key] = await _outcomes(self.pool, files, {'tests.py': visible} | hidden)
-        return self.cache[key]
+    async def _run(self, what: str):
+        "What 'test' or 'grade' says of the files as they stand; kept where the code alone decided it."
+        files, ask = dict(self.files), dict(test=_said, grade=_judged)[what]
+        if what == 'grade':
+            files['tests.py'] = self.task.data['files']['tests.py']
+        key = _digest(what, files, self.task.data['hidden'])
+        if key in self.cache: return self.cache[key]
+        said, certain = await ask(self.pool, self.task, files)
+        if certain:
+            self.cache[key] = said
+        return said
 
     async def close(self):
         self.files = {}
@@ -242,19 +396,17 @@ class MicroEnv(_Workspace):
     async def _call(self, name: str, args: dict) -> tuple[bool, str]:
         if name in ('list', 'search', 'view', 'edit'): return _use(self.files, name, args)
         if name == 'test':
-            outcomes = await self._run(self.files['tests.py'])
+            outcomes = await self._run('test')
             bad = [said for test, said in outcomes.items() if said != 'ok' and test.startswith('tests.py::')]
             return True, f'fail: {bad[0]}' if bad else 'pass'
         self.done = True   # submit
         return True, 'done'
 
     async def grade(self) -> Grade:
-        "1 if all hidden and visible tests pass, else 0; `tests.py` is restored first, so editing it gains nothing."
+        "1 if all hidden and visible tests pass, else 0; `tests.py` is the task's own, so editing it gains nothing."
         given = self.task.data['files']
-        outcomes = await self._run(given['tests.py'])
-        tests = {test: said == 'ok' for test, said in outcomes.items()}
         patch = {path: text for path, text in self.files.items() if text != given[path]}
-        return Grade(float(bool(tests) and all(tests.values())), tests, {'patch': patch})
+        return (await self._run('grade')).grade(patch=patch)
 
 # %% ../../nbs/envs/05_micro.ipynb #4b378afb
 @contextmanager

@@ -4,13 +4,17 @@
 
 # %% auto #0
 __all__ = ['MB', 'RESULT_FD', 'PR_SET_PDEATHSIG', 'PR_SET_DUMPABLE', 'PR_SET_SECCOMP', 'PR_SET_CHILD_SUBREAPER',
-           'PR_SET_NO_NEW_PRIVS', 'FILTER', 'TICK', 'REMOVE', 'COMMON', 'set_limits', 'set_limit', 'write_all', 'tell',
-           'make_result', 'run_main', 'error_text', 'run_job', 'run_argv', 'prctl', 'take_fds', 'child', 'Program',
-           'set_filter', 'descendants', 'watch', 'kill_all', 'clean', 'one', 'warm', 'serve_jobs']
+           'PR_SET_NO_NEW_PRIVS', 'libc', 'JOB_FILTER', 'NEW', 'RDONLY', 'NOSUID', 'NODEV', 'NOEXEC', 'REMOUNT', 'BIND',
+           'DEVICES', 'TICK', 'FASTEST', 'REMOVE', 'COMMON', 'set_limits', 'set_limit', 'write_all', 'tell',
+           'make_result', 'run_main', 'error_text', 'run_job', 'run_argv', 'system', 'prctl', 'Program', 'set_filter',
+           'drop_rights', 'mount', 'size_of', 'write_file', 'protect_devices', 'furnish', 'make_room', 'Maker', 'Room',
+           'fork_into', 'enter', 'take_fds', 'begin', 'child', 'descendants', 'fields_of', 'held', 'held_share', 'look',
+           'members', 'watch', 'kill_all', 'clean', 'state', 'finish', 'one', 'warm', 'serve_jobs']
 
 # %% ../../nbs/envs/02_zygote.ipynb #c8b99758
 import ctypes
 import fcntl
+import functools
 import gc
 import importlib
 import json
@@ -22,6 +26,7 @@ import select
 import shutil
 import signal
 import socket
+import struct
 import sys
 import time
 import traceback
@@ -35,7 +40,7 @@ def set_limits(lim: dict):
     cpu = -int(-lim['cpu_s'] // 1)
     want = dict(AS=int(lim['memory_mb'] * MB), FSIZE=int(lim['files_mb'] * MB), NOFILE=1024, CORE=0)
     if lim['nproc']:
-        want['NPROC'] = lim['processes'] + 1
+        want['NPROC'] = lim['processes'] + 1  # with the process that holds the room
     for name, most in want.items():
         set_limit(name, most, most)
     set_limit('CPU', cpu, cpu + 1)
@@ -135,53 +140,226 @@ def run_argv(job: dict):
 
 # %% ../../nbs/envs/02_zygote.ipynb #cdfd9de3
 PR_SET_PDEATHSIG, PR_SET_DUMPABLE, PR_SET_SECCOMP, PR_SET_CHILD_SUBREAPER, PR_SET_NO_NEW_PRIVS = 1, 4, 22, 36, 38
+libc = ctypes.PyDLL(None, use_errno=True)
 
-def prctl(option: int, *args) -> int:
-    "`man 2 prctl`; 0 is success."
-    four = (*args, 0, 0, 0, 0)[:4]
-    return ctypes.CDLL(None).prctl(ctypes.c_int(option), *(ctypes.c_ulong(value) for value in four))
+def system(name: str, *args) -> int:
+    "Call a function of the C library. Raises `OSError` where it fails."
+    done = getattr(libc, name)(*(ctypes.c_long(value) if isinstance(value, int) else value for value in args))
+    if done < 0: raise OSError(ctypes.get_errno(), f'{name}: {os.strerror(ctypes.get_errno())}')
+    return done
 
-# %% ../../nbs/envs/02_zygote.ipynb #e7e1e7dd
-def take_fds(job_fd: int, out_fd: int, res_fd: int):
-    "Make nothing, the output, the output again, the result and the job descriptors 0 to 4, and close all others."
-    null = os.open(os.devnull, os.O_RDONLY)
-    high = [fcntl.fcntl(fd, fcntl.F_DUPFD, 64) for fd in (null, out_fd, out_fd, res_fd, job_fd)]
-    for i, fd in enumerate(high):
-        os.dup2(fd, i)
-    os.closerange(5, 256)
-
-def child(lim: dict, work: str, fds: list):
-    "All that a forked child does; never returns."
-    try:
-        os.setsid()
-        if os.getppid() != 1:
-            prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-        take_fds(*fds)
-        os.chdir(work)
-        set_limits(lim)
-        if FILTER:
-            set_filter()
-        job = json.loads(os.read(4, os.fstat(4).st_size))
-        os.close(4)
-        run_argv(job) if 'argv' in job else run_job(job)
-    finally:
-        os._exit(70)
+def prctl(option: int, *args):
+    "`man 2 prctl`. Raises `OSError` where it fails."
+    system('prctl', option, *(*args, 0, 0, 0, 0)[:4])
 
 # %% ../../nbs/envs/02_zygote.ipynb #6d7a0906
-FILTER = b''  # the program for this process, if `serve_jobs` was given one
+JOB_FILTER = b''  # the program for the children, given to `serve_jobs`
 
 class Program(ctypes.Structure):
     "The kernel's `struct sock_fprog`."
     _fields_ = [('len', ctypes.c_ushort), ('filter', ctypes.c_char_p)]
 
-def set_filter():
-    "Put this process and its future children under the filter. Raises `OSError` when the kernel refuses."
-    program = Program(len(FILTER) // 8, FILTER)
-    if prctl(PR_SET_NO_NEW_PRIVS, 1) or prctl(PR_SET_SECCOMP, 2, ctypes.addressof(program)):
-        raise OSError('no system-call filter')
+def set_filter(filt: bytes):
+    "Go under a filter, with all future children. Raises `OSError` when the kernel refuses."
+    prctl(PR_SET_NO_NEW_PRIVS, 1)
+    program = Program(len(filt) // 8, filt)
+    prctl(PR_SET_SECCOMP, 2, ctypes.addressof(program))
+
+def drop_rights():
+    "Give up all capabilities, for good, and go under the filter. Raises `OSError` when the kernel refuses."
+    system('capset', struct.pack('Ii', 0x20080522, 0), bytes(24))
+    prctl(PR_SET_DUMPABLE, 1)  # the change of rights made /proc/self unreadable
+    set_filter(JOB_FILTER)
+
+# %% ../../nbs/envs/02_zygote.ipynb #56a767bc
+NEW = dict(mounts=0x20000, ipc=0x8000000, user=0x10000000, pids=0x20000000, network=0x40000000)  # CLONE_NEW…
+RDONLY, NOSUID, NODEV, NOEXEC, REMOUNT, BIND = 1, 2, 4, 8, 32, 4096  # MS_…
+
+def mount(source: str, target: str, kind: str = '', flags: int = 0, data: str = ''):
+    "`man 2 mount`. Raises `OSError` with the place that failed."
+    try:
+        system('mount', source.encode(), target.encode(), kind.encode(), flags, data.encode())
+    except OSError as e:
+        raise OSError(e.errno, f'{e.strerror} ({kind or "mount"} on {target})') from None
+
+def size_of(files_mb: float) -> str:
+    "Options that limit a file system in memory."
+    return f'size={int(files_mb * MB)},nr_inodes={int(files_mb * 256) + 1024}'
+
+def write_file(name: str, text: str, folder: int):
+    "Write to an existing file under the open directory `folder`."
+    fd = os.open(name, os.O_WRONLY, dir_fd=folder)
+    write_all(fd, text.encode())
+    os.close(fd)
+
+# %% ../../nbs/envs/02_zygote.ipynb #cfbec9b7
+DEVICES = ('null', 'zero', 'full', 'random', 'urandom', 'tty')
+
+def protect_devices():
+    "Make the mounts of all devices read-only, with what other flags they have."
+    for name in DEVICES:
+        kept = os.statvfs(f'/dev/{name}').f_flag & (NOSUID | NODEV | NOEXEC)
+        mount('', f'/dev/{name}', flags=REMOUNT | BIND | RDONLY | kept)
+
+# %% ../../nbs/envs/02_zygote.ipynb #8fbf2972
+def furnish(walls: dict):
+    "Make the file systems of a room, and its loopback device. `walls`: `files_mb`, `overlay`, `show` (paths)."
+    shown = [(path, os.open(path, os.O_PATH)) for path in walls['show']]
+    mount('tmpfs', '/dev/shm', 'tmpfs', NOSUID | NODEV, size_of(walls['files_mb']) + ',mode=0755')
+    for name in ('tmp', 'tmp/work', 'shm', 'upper', 'layer'):
+        os.mkdir(f'/dev/shm/{name}')
+    if walls['overlay']:
+        layers = 'lowerdir=/workspace,upperdir=/dev/shm/upper,workdir=/dev/shm/layer,userxattr'
+        mount('overlay', '/workspace', 'overlay', NOSUID | NODEV, layers)
+    mount('/dev/shm/tmp', '/tmp', flags=BIND)
+    mount('/dev/shm/shm', '/dev/shm', flags=BIND)
+    for path, fd in shown:
+        place = os.path.dirname(path)
+        os.makedirs(path if os.path.isdir(f'/proc/self/fd/{fd}') else place, exist_ok=True)
+        if not os.path.exists(path):
+            os.close(os.open(path, os.O_CREAT))
+        mount(f'/proc/self/fd/{fd}', path, flags=BIND)
+        os.close(fd)
+    mount('devpts', '/dev/pts', 'devpts', NOSUID | NOEXEC, 'newinstance,ptmxmode=0666,mode=620')
+    with socket.socket() as any_socket:
+        fcntl.ioctl(any_socket, 0x8914, struct.pack('16sh14x', b'lo', 1))  # SIOCSIFFLAGS, IFF_UP
+
+# %% ../../nbs/envs/02_zygote.ipynb #9cf5a8c6
+def make_room(walls: dict, proc: int) -> bytes:
+    "One room, with the open directory /proc of the zygote: the number of its process, as bytes."
+    number = dict(x86_64=56, aarch64=220)[os.uname().machine]  # of the system call `clone`
+    places = NEW['mounts'] | NEW['ipc'] | NEW['network']
+    own = [os.open(f'self/ns/{name}', os.O_RDONLY, dir_fd=proc) for name in ('mnt', 'ipc', 'net')]
+    system('unshare', places)
+    furnish(walls)
+    pid = system('syscall', number, NEW['user'] | NEW['pids'] | 0x8000 | signal.SIGCHLD, 0, 0, 0, 0)  # CLONE_PARENT
+    while not pid:
+        signal.pause()
+    for name, text in ('setgroups', 'deny'), ('uid_map', '1000 0 1'), ('gid_map', '1000 0 1'):
+        write_file(f'{pid}/{name}', text, proc)
+    for fd in own:
+        system('setns', fd, 0)
+        os.close(fd)
+    return struct.pack('i', pid)
+
+# %% ../../nbs/envs/02_zygote.ipynb #0cd2522b
+class Maker:
+    "The process that makes rooms, and its two pipes: asked for them, and telling of each its process, or what failed."
+    def __init__(self, walls: dict):
+        self.asked, ask = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self.pid = os.fork()
+        if not self.pid:
+            self.asked.close()
+            self.serve(walls, ask)
+        ask.close()
+
+    def serve(self, walls, ask):
+        "Make a room for each byte that comes; never returns."
+        try:
+            for number in (signal.SIGINT, signal.SIGCHLD):  # no signal ends a room; orphans leave nothing behind
+                signal.signal(number, signal.SIG_IGN)
+            gc.disable()
+            proc = os.open('/proc', os.O_PATH | os.O_DIRECTORY)
+            while ask.recv(1):
+                ask.send(make_room(walls, proc))
+        except Exception as e:
+            ask.send(str(e).encode()[:1000])
+        finally:
+            os._exit(1)
+
+# %% ../../nbs/envs/02_zygote.ipynb #3ea8052d
+class Room:
+    "The namespaces and file systems of one job, made while others run. Raises `OSError` where that fails."
+    def __init__(self, maker: Maker):
+        self.maker = maker
+        maker.asked.send(b'+')
+
+    @functools.cached_property
+    def pid(self) -> int:
+        "Process 1 of the room, as the zygote sees it."
+        said = self.maker.asked.recv(1000)
+        if len(said) != 4: raise OSError(f'no room: {said.decode()}')
+        return struct.unpack('i', said)[0]
+
+    @functools.cached_property
+    def pidfd(self) -> int:
+        "A door to its namespaces for processes and users."
+        return os.pidfd_open(self.pid)
+
+    def close(self):
+        "End everything inside. (Its first process ends when the zygote has collected its own child.)"
+        os.kill(self.pid, signal.SIGKILL)
+
+    def collect(self):
+        "Wait until nothing is left."
+        os.waitpid(self.pid, 0)
+        os.close(self.pidfd)
+
+# %% ../../nbs/envs/02_zygote.ipynb #acbe8b8e
+def fork_into(room: Room | None, work: str) -> int:
+    "`os.fork`, with the child in the room's process namespace; without rooms `work` is made."
+    if not room:
+        os.makedirs(work)
+        return os.fork()
+    system('setns', room.pidfd, NEW['pids'])
+    try:
+        return os.fork()
+    finally:
+        if os.getpid() == 1:
+            own = os.pidfd_open(1)
+            system('setns', own, NEW['pids'])
+            os.close(own)
+
+def enter(room: Room, lim: dict):
+    "Move this process, a child of `fork_into`, into all of the room."
+    proc = os.open('/proc', os.O_PATH | os.O_DIRECTORY)
+    system('setns', room.pidfd, NEW['mounts'] | NEW['ipc'] | NEW['network'])
+    mount('proc', '/proc', 'proc', RDONLY | NOSUID | NODEV | NOEXEC)
+    mount('', '/tmp', flags=REMOUNT | NOSUID | NODEV, data=size_of(min(lim['files_mb'], lim['memory_mb'])))
+    system('setns', room.pidfd, NEW['user'])
+    write_file('sys/user/max_user_namespaces', '0', proc)
+    os.close(proc)
+
+# %% ../../nbs/envs/02_zygote.ipynb #e7e1e7dd
+def take_fds(job_fd: int, out_fd: int, res_fd: int, wrong_fd: int):
+    "Make nothing, output, output again, result, job, and the pipe for failures 0 to 5, and close all others."
+    null = os.open(os.devnull, os.O_RDONLY)
+    high = [fcntl.fcntl(fd, fcntl.F_DUPFD, 64) for fd in (null, out_fd, out_fd, res_fd, job_fd, wrong_fd)]
+    for i, fd in enumerate(high):
+        os.dup2(fd, i)
+    os.closerange(6, 1024)
+
+def begin(lim: dict, work: str, fds: list, room: Room | None) -> dict:
+    "All that the child does before the job, which is returned."
+    os.setsid()
+    if room:
+        enter(room, lim)
+    else:
+        prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    take_fds(*fds)
+    os.chdir(work)
+    job = json.loads(os.read(4, os.fstat(4).st_size))
+    os.close(4)
+    set_limits(lim)
+    drop_rights()
+    return job
+
+def child(lim: dict, work: str, fds: list, room: Room | None):
+    "All that a forked child does; never returns."
+    try:
+        try:
+            job = begin(lim, work, fds, room)
+        except BaseException as e:
+            os.write(fds[-1], (str(e) or type(e).__name__).encode()[:1000])
+            raise
+        os.close(5)
+        run_argv(job) if 'argv' in job else run_job(job)
+    finally:
+        os._exit(70)
 
 # %% ../../nbs/envs/02_zygote.ipynb #519f9f03
-TICK = 0.02 if os.getpid() == 1 else 0.1  # seconds between two counts of processes (without a namespace /proc is long)
+TICK = 0.02 if os.getpid() == 1 else 0.1  # seconds between two looks (without a namespace /proc is long)
+FASTEST = 3e9  # bytes that a job may take in a second; what is left, divided by this, is the time to the next look
 
 def descendants() -> list:
     "Process ids of all descendants of this process, read from /proc."
@@ -198,42 +376,95 @@ def descendants() -> list:
         mine |= more
     return sorted(mine - {os.getpid()})
 
+def fields_of(path: str) -> dict:
+    "The numbers of a file such as /proc/1/status, by their names; empty when the process is gone or hides it."
+    try:
+        with open(path, 'rb') as file:
+            lines = [line.split() for line in file.read().splitlines()]
+    except OSError:
+        return {}
+    return {line[0][:-1].decode(): int(line[1]) for line in lines if len(line) > 1 and line[1].isdigit()}
+
+# %% ../../nbs/envs/02_zygote.ipynb #759cd7aa
+def held(pid: int) -> tuple:
+    "Threads, and bytes of memory, counted quickly and too high."
+    status = fields_of(f'/proc/{pid}/status')
+    parts = ('RssAnon', 'RssShmem', 'VmSwap', 'VmPTE')
+    return status.get('Threads', 0), sum(status.get(part, 0) for part in parts) * 1024
+
+def held_share(pid: int, device: int) -> int:
+    "Bytes of memory, with shared pages divided, without files on `device`."
+    rollup = fields_of(f'/proc/{pid}/smaps_rollup')
+    if not rollup: return held(pid)[1]
+    total, part = sum(rollup.get(part, 0) for part in ('Pss_Anon', 'Pss_Shmem', 'SwapPss')), {}
+    if not rollup.get('Pss_Shmem'): return total * 1024
+    name, on_it = f'{os.major(device):02x}:{os.minor(device):02x}'.encode(), False
+    with open(f'/proc/{pid}/smaps', 'rb') as file:
+        for line in file:
+            words = line.split()
+            if not words[0].endswith(b':'):
+                on_it = words[3] == name
+            elif on_it and words[0] in (b'Pss:', b'Anonymous:'):
+                part[words[0]] = part.get(words[0], 0) + int(words[1])
+    return (total - part.get(b'Pss:', 0) + part.get(b'Anonymous:', 0)) * 1024
+
+# %% ../../nbs/envs/02_zygote.ipynb #5d7e94d7
+def look(pids: list, lim: dict, room: Room | None) -> tuple:
+    "What is wrong with these processes ('processes', 'memory' or None), and how many bytes they have left."
+    found = [held(pid) for pid in pids]
+    if sum(threads for threads, _ in found) > lim['processes']: return 'processes', 0
+    files, device, most = 0, 0, lim['memory_mb'] * MB
+    try:
+        if room:
+            space, device = os.statvfs(f'/proc/{room.pid}/root/tmp'), os.stat(f'/proc/{room.pid}/root/tmp').st_dev
+            files = (space.f_blocks - space.f_bfree) * space.f_frsize
+        used = files + sum(memory for _, memory in found)
+        if used > most:
+            used = files + sum(held_share(pid, device) for pid in pids)
+    except OSError:
+        return None, 0  # one has just ended: look again
+    return 'memory' if used > most else None, most - used
+
+def members(room: Room | None) -> list:
+    "The processes of the job: in a room all but this one, the maker and the room's first; else all descendants."
+    if not room: return descendants()
+    own = {os.getpid(), room.maker.pid, room.pid}
+    return [int(pid) for pid in os.listdir('/proc') if pid.isdigit() and int(pid) not in own]
+
 # %% ../../nbs/envs/02_zygote.ipynb #52d53694
-def watch(pid: int, ctl: socket.socket, lim: dict) -> str | None:
-    "Wait for the child; None: it ended by itself, else why it has to: 'wall', 'processes', 'host' or 'gone'."
-    until, pidfd = time.monotonic() + lim['wall_s'], os.pidfd_open(pid)
+def watch(pid: int, ctl: socket.socket, lim: dict, room: Room | None) -> str | None:
+    "Wait for the child; None: it ended by itself, else why not: 'wall', 'processes', 'memory', 'host' or 'gone'."
+    until, pidfd, tick = time.monotonic() + lim['wall_s'], os.pidfd_open(pid), TICK
     poll = select.poll()
     for fd in (pidfd, ctl.fileno()):
         poll.register(fd, select.POLLIN)
     try:
         while (left := until - time.monotonic()) > 0:
-            ready = dict(poll.poll(min(left, TICK) * 1000))
+            ready = dict(poll.poll(min(left, tick) * 1000))
             if pidfd in ready: return None
             if ready: return 'host' if ctl.recv(64) else 'gone'
-            if len(descendants()) > lim['processes']: return 'processes'
+            wrong, free = look(members(room), lim, room)
+            if wrong: return wrong
+            tick = min(TICK, max(.002, free / FASTEST)) if room else TICK
         return 'wall'
     finally:
         os.close(pidfd)
 
 # %% ../../nbs/envs/02_zygote.ipynb #03c99be9
 def kill_all():
-    "Kill and collect every process but this one."
+    "Kill and collect every descendant."
     while True:
         try:
             if os.waitpid(-1, os.WNOHANG)[0]: continue
         except ChildProcessError:
             return
-        if os.getpid() == 1:
-            os.kill(-1, signal.SIGKILL)
-        else:
-            for pid in descendants():
-                try:
-                    os.kill(pid, signal.SIGKILL)
-                except ProcessLookupError:
-                    pass
+        for pid in descendants():
+            try:
+                os.kill(pid, signal.SIGKILL)
+            except ProcessLookupError:
+                pass
         os.waitpid(-1, 0)
 
-# %% ../../nbs/envs/02_zygote.ipynb #ef4bb4a8
 def clean(base: str) -> bool:
     "Empty the directory `base`; True when nothing is left."
     try:
@@ -243,27 +474,51 @@ def clean(base: str) -> bool:
     except (OSError, RecursionError):
         return False
 
+# %% ../../nbs/envs/02_zygote.ipynb #ef4bb4a8
+def state(base: str) -> list:
+    "What later jobs inherit from this process: limits, priority, processors, scheduler, directory."
+    try:
+        place, names = os.stat(base), os.listdir(base)
+        attributes = {name: os.getxattr(base, name) for name in os.listxattr(base)}
+    except OSError as e:
+        return [str(e)]
+    return [[resource.getrlimit(which) for which in range(16)], os.getpriority(os.PRIO_PROCESS, 0),
+            os.sched_getaffinity(0), os.sched_getscheduler(0), os.sched_getparam(0).sched_priority, os.getcwd(),
+            (place.st_mode, place.st_uid, place.st_gid), names, attributes]
+
 # %% ../../nbs/envs/02_zygote.ipynb #4867bec6
-def one(ctl: socket.socket, base: str, lim: dict, fds: list) -> dict:
-    "Run one job, and say how it ended: why it was killed (if so), exit code (−n: signal n), seconds, and `clean`."
-    start, work = time.monotonic(), os.path.join(base, 'work')
-    os.makedirs(work, exist_ok=True)
-    pid = os.fork()
-    if not pid:
-        child(lim, lim['cwd'] or work, fds)
-    for fd in fds:
-        os.close(fd)
-    why = watch(pid, ctl, lim)
-    if why:
-        try:
-            os.killpg(pid, signal.SIGKILL)
-        except ProcessLookupError:
-            os.kill(pid, signal.SIGKILL)
+def finish(pid: int, why: str | None, room: Room | None) -> tuple:
+    "End what is left of a job; exit code (−n: signal n) of its first process, and CPU seconds of all that is known."
+    if room and why:
+        room.close()
+    elif why:
+        os.kill(pid, signal.SIGKILL)
     _, status, usage = os.wait4(pid, 0)
-    wall = time.monotonic() - start
-    kill_all()
-    return dict(why=why, code=os.waitstatus_to_exitcode(status), cpu=usage.ru_utime + usage.ru_stime, wall=wall,
-                clean=clean(base))
+    if room:
+        if not why:
+            room.close()
+        room.collect()
+    else:
+        kill_all()
+    return os.waitstatus_to_exitcode(status), usage.ru_utime + usage.ru_stime
+
+def one(ctl: socket.socket, base: str, lim: dict, fds: list, room: Room | None) -> dict:
+    "Run one job. How it ended: why it was killed, exit code, CPU and wall seconds, and what failed before it began."
+    start, work = time.monotonic(), os.path.join(base, 'work')
+    (wrong, wrong_end) = os.pipe()
+    try:
+        pid = fork_into(room, work)
+    except OSError as e:
+        return dict(why=None, broken=str(e)[:1000])  # the host ends a worker that says so
+    if not pid:
+        child(lim, lim['cwd'] or work, [*fds, wrong_end], room)
+    for fd in (*fds, wrong_end):
+        os.close(fd)
+    why = watch(pid, ctl, lim, room)
+    code, cpu = finish(pid, why, room)
+    end = dict(why=why, code=code, cpu=cpu, wall=time.monotonic() - start, broken=os.read(wrong, 1000).decode())
+    os.close(wrong)
+    return end
 
 # %% ../../nbs/envs/02_zygote.ipynb #94a11192
 REMOVE = ['/bin/sh', '-c', 'chmod -R u+rwX "$0" 2>/dev/null; rm -rf "$0"']  # and a directory
@@ -301,12 +556,18 @@ def warm(base: str):
 def serve_jobs(
     fd: int,  # of the socket
     base: str,  # directory that is the jobs' own
-    quick: bool = True,  # warm up first
-    filt: bytes = b'',  # system-call filter for the children
+    filt: bytes,  # system-call filter for the children
+    quick: bool = True,  # warm up first, and make a room for the next job
+    walls: dict | None = None,  # what `furnish` needs, and `filter`, for this process too; None: no rooms
 ):
     "Serve jobs until the other end of the socket closes."
-    global FILTER
-    FILTER = filt
+    global JOB_FILTER
+    JOB_FILTER, maker = filt, None
+    if walls:
+        protect_devices()
+        set_filter(walls['filter'])
+        maker = Maker(walls)
+    prepare = (lambda: Room(maker)) if walls else (lambda: None)
     ctl = socket.socket(fileno=os.dup(fd))
     os.close(fd)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -314,13 +575,15 @@ def serve_jobs(
     prctl(PR_SET_DUMPABLE, 0)  # no job may trace the zygote or open its memory
     if quick:
         warm(base)
+    room, before = prepare(), state(base)
     ctl.send(b'ready')
     while True:
         data, fds, _, _ = socket.recv_fds(ctl, 4096, 3)
         if not data: break
         if not fds: continue  # "stop" for a job that has just ended by itself
-        end = one(ctl, base, json.loads(data), fds)
+        end = one(ctl, base, json.loads(data), fds, room)
         if end['why'] == 'gone': break
-        ctl.send(json.dumps(end).encode())
+        ctl.send(json.dumps(dict(end, clean=(walls is not None or clean(base)) and state(base) == before)).encode())
+        room = prepare() if quick else None
     if os.getpid() != 1:
         os.execv(REMOVE[0], [*REMOVE, base])

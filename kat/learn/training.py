@@ -293,12 +293,27 @@ def save_weights(
     model,                 # a causal language model, or PEFT's wrapper around one
     folder: Path,          # gets the files
 ) -> None:
-    "Write a model as a Hugging Face folder; of a model with an adapter, the adapter only."
+    "Write a model as a Hugging Face folder that generates with a cache; of a model with an adapter, the adapter only."
     with no_bars():
         if has_adapter(model):
             model.save_pretrained(folder, save_embedding_layers=False)
-        else:
+            return
+        with _caching(model):
             model.save_pretrained(folder)
+
+@contextmanager
+def _caching(model):
+    "Its settings say `use_cache` meanwhile: training turns it off, and generation without is many times slower."
+    every = (model.config, model.config.get_text_config(), getattr(model, "generation_config", None))
+    settings = [x for x in every if hasattr(x, "use_cache")]
+    before = [x.use_cache for x in settings]
+    for setting in settings:
+        setting.use_cache = True
+    try:
+        yield
+    finally:
+        for setting, value in zip(settings, before):
+            setting.use_cache = value
 
 # %% ../../nbs/learn/01_training.ipynb #dc5d3cc1
 def save_finished(

@@ -11,6 +11,7 @@ import asyncio, gc, signal, socket
 from contextlib import asynccontextmanager, contextmanager, nullcontext
 
 from ..core.calls import call_format
+from ..core.chat import end_tokens
 from ..core.io import need
 from ..infer.requests import Completion, Request
 from .access import Access, check_browser, session_and_task
@@ -35,7 +36,7 @@ class Gateway:
         model: str = 'kat',        # name shown in /v1/models; any other is served too
         keys: dict[str, str] | None = None,  # owner by an agent's API key; None: no key is asked for
         operators: dict[str, str] | None = None,  # owner by an operator's key; None: nobody grades or looks over HTTP
-        stop: tuple | None = None,  # ids that end an answer; None: the tokenizer's eos
+        stop: tuple | None = None,  # ids that end an answer; None: all that the model has (`end_tokens`)
         limits: RequestLimits = RequestLimits(),  # on one request
         concurrent: int = 1024,    # requests at a time; more get 429
         per_owner: int | None = None,  # of them of one owner; None: all
@@ -44,7 +45,7 @@ class Gateway:
         patience: float = 60.,     # seconds that a client may take to send its request
     ):
         self.engine, self.tokenizer, self.store, self.max_len, self.model = engine, tokenizer, store, max_len, model
-        self.stop = (tokenizer.eos_token_id,) if stop is None else tuple(stop)
+        self.stop = end_tokens(tokenizer) if stop is None else tuple(stop)
         self.limits, self.ping, self.patience, self.manager = limits, ping, patience, manager or Manager()
         self.access, self.format = Access(keys, operators, concurrent, per_owner), call_format(tokenizer.chat_template)
         self.metrics, self.pulse, self.page, self.lanes = Metrics(), Pulse(), live_page(), Lanes()

@@ -12,7 +12,7 @@ from functools import cached_property
 
 import numpy as np
 
-from ..core.chat import generation_segments, ids_of
+from ..core.chat import end_tokens, generation_segments, ids_of
 from ..core.types import Segment, Trajectory
 from ..infer.requests import Completion
 from .turns import (CLEAN, Turn, answer_ids, changes, context_segments, digest, keys_of, new_id, split,
@@ -367,8 +367,9 @@ def _continued(session: Session, prompt: str) -> tuple[Turn | None, str]:
 def _text_of(tokenizer, last: Turn) -> str:
     "What a client that writes its own template has seen of a path."
     def said(turn: Turn) -> str:
-        ended = turn.finish == 'stop' and ids_of(turn.answer)[-1] == tokenizer.eos_token_id
-        return turn.message['content'] + (tokenizer.eos_token if ended else '')
+        last = ids_of(turn.answer)[-1:].tolist()
+        ended = turn.finish == 'stop' and {*last} & {*end_tokens(tokenizer)}
+        return turn.message['content'] + (tokenizer.decode(last) if ended else '')
     return ''.join(turn.context[0]['content'] + said(turn) for turn in last.path)
 
 # %% ../../nbs/plane/02_manager.ipynb #95cba8a7

@@ -177,7 +177,7 @@ def _template_form(message: dict, tokenizer) -> dict:
 def answer_ids(tokenizer, message: dict, tools: list[dict] | None = None) -> np.ndarray:
     "int32 ids that the template gives an answer of the client's."
     ask = dict(role='user', content='.')
-    segments = render(tokenizer, [ask, _template_form(message, tokenizer)], tools)
+    segments = render(tokenizer, [ask, _template_form(message, tokenizer)], tools, whole=())  # context, never trained
     return ids_of([segment for segment in segments if segment.trainable])
 
 # %% ../../nbs/plane/01_turns.ipynb #0b50b81c
@@ -188,6 +188,13 @@ def context_segments(
     tools: list[dict] | None = None,
 ) -> list[Segment]:                 # up to the header of the next answer
     "The tokens that new context adds to the record. ValueError where the template refuses a message."
-    context = [_template_form(message, tokenizer) for message in context]
+    context = [_template_form(message, tokenizer) for message in _named(context, parent)]
     if parent is None: return render(tokenizer, context, tools, add_generation_prompt=True)
     return extend_segments(tokenizer, ids_of(parent.answer), context, parent.number, tools)
+
+def _named(context: list[dict], parent: Turn | None) -> list[dict]:
+    "Results with the names of the functions whose they are, for templates that write them."
+    calls = parent.message.get('tool_calls', ()) if parent else ()
+    names = {call.get('id'): call['function']['name'] for call in calls}
+    return [m | dict(name=names[m['tool_call_id']]) if m['role'] == 'tool' and not m.get('name')
+            and m.get('tool_call_id') in names else m for m in context]

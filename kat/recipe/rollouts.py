@@ -13,7 +13,7 @@ from typing import Callable, Protocol
 
 import numpy as np
 
-from ..core.chat import ids_of, render
+from ..core.chat import end_tokens, ids_of, render
 from ..core.types import GENERATED, Segment, Trajectory
 from ..infer.requests import Completion, Engine, Request
 from ..plane.gateway import Gateway
@@ -84,8 +84,8 @@ def _noted(turn: Turn) -> dict:
 
 # %% ../../nbs/recipe/02_rollouts.ipynb #ea13c3cd
 def ended(ids: np.ndarray, tokenizer) -> str:
-    "How a recorded turn ended: 'stop' with the tokenizer's closing token, else 'length'."
-    return 'stop' if ids[-1] == tokenizer.eos_token_id else 'length'
+    "How a recorded turn ended: 'stop' with one of the model's end tokens, else 'length'."
+    return 'stop' if ids[-1] in end_tokens(tokenizer) else 'length'
 
 def recorded_turns(t: Trajectory,         # as `rollout` returns it
                    tokenizer,             # that made it
@@ -155,14 +155,14 @@ class ScriptPolicy:
     def _turn(self, episode):
         if episode.name not in self.agents:
             self.agents[episode.name] = self.make(episode)
-        ids = _written(self.agents[episode.name].act(episode.last), self.tokenizer)
+        ids = _written(self.agents[episode.name].act(episode.last), self.tokenizer, episode.tools)
         zeros = np.zeros(len(ids), np.float32)
         return Completion(ids, zeros, zeros, 'stop', 0)
 
-def _written(calls: list[ToolCall], tokenizer) -> np.ndarray:
+def _written(calls: list[ToolCall], tokenizer, tools: list[dict]) -> np.ndarray:
     "The ids of a turn that makes these calls, as the chat template writes it."
     functions = [{'type': 'function', 'function': {'name': call.name, 'arguments': call.arguments}} for call in calls]
-    segments = render(tokenizer, [{'role': 'assistant', 'content': '', 'tool_calls': functions}])
+    segments = render(tokenizer, [{'role': 'assistant', 'content': '', 'tool_calls': functions}], tools)
     return ids_of([segment for segment in segments if segment.trainable])
 
 # %% ../../nbs/recipe/02_rollouts.ipynb #398ab518

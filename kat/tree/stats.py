@@ -167,7 +167,7 @@ def record_calls(
 # %% ../../nbs/tree/02_stats.ipynb #db7f5062
 def _template_call(tokenizer, messages: list[dict], tools) -> tuple[np.ndarray, np.ndarray]:
     "Ids and labels of a call under any chat template."
-    text = tokenizer.apply_chat_template(messages, tools=tools, tokenize=False)
+    text = tokenizer.apply_chat_template(messages, tools=tools or None, tokenize=False)
     encoding = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
     label, done, answer = np.zeros(len(text) + 1, np.uint8), 0, None
     for m in messages:
@@ -199,7 +199,7 @@ def conversation_calls(
         for i, messages in enumerate(talk.calls):
             try:
                 if ours:
-                    parts = _joined(render(tokenizer, messages, talk.tools))
+                    parts = _joined(render(tokenizer, messages, talk.tools, whole=()))
                 else:
                     parts = _template_call(tokenizer, messages, talk.tools)
             except (TemplateError, ValueError) as e:

@@ -1,13 +1,15 @@
 "Running one notebook: typed parameters, refusals, and failures told in one line"
 import json
+import math
 
 import nbformat
 import pytest
-from hypothesis import given, strategies as st
+from hypothesis import given, settings, strategies as st
 from nbformat.v4 import new_code_cell, new_notebook
+from papermill.translators import PythonTranslator
 
 from kat.core.io import UserError
-from kat.cluster.launch import (NotebookFailed, Parameter, check_parameters, fits, full_disk, parse_value,
+from kat.cluster.launch import (NotebookFailed, Parameter, check_parameters, fits, full_disk, misfit, parse_value,
                                 read_parameters, run_notebook, set_parameters)
 
 
@@ -30,6 +32,44 @@ def test_values_survive_as_json_and_as_python(case):
 @given(st.text())
 def test_a_string_parameter_is_the_text_itself(text):
     assert parse_value(text, 'str') == text
+
+LEAVES = st.none() | st.booleans() | st.integers() | st.floats() | st.text()
+ANYTHING = st.recursive(LEAVES, lambda x: st.lists(x) | st.dictionaries(st.text() | st.integers(), x) | st.tuples(x, x),
+                        max_leaves=6)
+
+def same(a, b):
+    "Equal, of the same types all the way down, zeros of the same sign"
+    if type(a) is not type(b): return False
+    if isinstance(a, list): return len(a) == len(b) and all(map(same, a, b))
+    if isinstance(a, dict): return list(a) == list(b) and all(same(a[k], b[k]) for k in a)
+    return a == b and (not isinstance(a, float) or math.copysign(1, a) == math.copysign(1, b))
+
+@settings(max_examples=300, deadline=None)
+@given(ANYTHING)
+def test_a_notebook_gets_a_value_as_given_or_it_is_refused(value):
+    if misfit(value): return
+    cell = {}
+    exec(PythonTranslator.codify({'given': value}), cell)     # what papermill writes into the notebook
+    assert same(cell['given'], value)
+    assert same(json.loads(json.dumps(value, allow_nan=False).encode()), value)   # and into its metadata
+
+@pytest.mark.parametrize('pair, words', [
+    ('lr=nan', 'nan is no number in JSON'), ('lr=1e999', 'inf is no number in JSON'),
+    ("cfg={'k': (1, 2)}", 'a tuple would arrive as text: write a list'), ('cfg={1: 2}', "write '1'"),
+    ("cfg={'k': [{'x': float}]}", 'is of type dict'), ('cfg={"k": {"j": -Infinity}}', '-inf is no number')])
+def test_what_would_not_arrive_is_refused(tmp_path, pair, words):
+    path = notebook(tmp_path/'a.ipynb', 'lr: float = 1.0\ncfg: dict = {}')
+    with pytest.raises(UserError, match=words):
+        set_parameters(read_parameters(path), [pair], 'a')
+
+def test_nothing_is_run_with_what_would_not_arrive(tmp_path):
+    path = notebook(tmp_path/'a.ipynb', 'lr: float = 1.0', 'lr')
+    for odd in float('nan'), (1, 2), {1: 2}:
+        with pytest.raises(UserError, match='a: lr = '):
+            run_notebook(path, tmp_path/'out'/'a.ipynb', dict(lr=odd))
+        with pytest.raises(UserError):
+            check_parameters(read_parameters(path), dict(lr=odd), 'a')
+    assert not (tmp_path/'out').exists()
 
 @pytest.mark.parametrize('text, kind', [
     ('5.5', 'int'), ('1', 'bool'), ('True', 'int'), ('yes', 'bool'), ('', 'int'), ('abc', 'float'), ('{}', 'list'),

@@ -13,13 +13,12 @@ from kat.core.calls import (
     CallParser,
     Decoder,
     Reply,
-    call_format,
     check_json,
     loads_strict,
     parse_reply,
     write_call,
 )
-from kat.core.chat import KAT_TEMPLATE, parse_calls, train_tokenizer
+from kat.core.chat import parse_calls, train_tokenizer
 
 many = settings(max_examples=200, deadline=None)
 few = settings(max_examples=60, deadline=None)
@@ -72,19 +71,7 @@ def in_pieces(text, cuts, *args, **kw):
     return r
 
 
-# --- formats
-
-
-def test_the_format_is_read_off_the_template():
-    qwen3 = '{%- if tools %}... {"name": <function-name>} within <tool_call></tool_call> ...{% endif %}'
-    coder = qwen3 + '<tool_call>\n<function=example>\n<parameter=p>'
-    llama = (
-        '{% if tools is not none %}Environment: ipython {"name": function name, "parameters": dictionary}{% endif %}'
-    )
-    assert [call_format(t) for t in (KAT_TEMPLATE, qwen3, coder, llama)] == ['kat', 'hermes', 'qwen3_coder', 'llama3']
-    assert call_format(None) is None and call_format('{% for m in messages %}{{ m.content }}{% endfor %}') is None
-    with pytest.raises(ValueError, match='none of the formats kat, hermes'):
-        call_format('{% if tools %}[AVAILABLE_TOOLS]{% endif %}')
+# --- formats (which one a template writes: test_templates.py)
 
 
 words = st.text('ab1 é𝄞"\\\n<>/{}', max_size=6)

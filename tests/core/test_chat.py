@@ -1,12 +1,13 @@
 "Chat templates: the same ids by every way, a loss on what the model wrote and on nothing else, calls there and back."
 
 import json
+import re
 from pathlib import Path
 
 import numpy as np
 import pytest
 from core_strategies import few
-from hypothesis import example, given
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
@@ -371,6 +372,107 @@ def test_arguments_are_written_in_the_order_of_the_schema(tok):
         encode_prompt(tok, ms, TOOLS)
     )
     assert '<tool_call>view 3 a</tool_call>' in tok.decode(encode_prompt(tok, ms))
+
+
+# --- optional arguments
+
+KINDS = dict(
+    string=words | st.sampled_from(['null', '5', 'true', '[]', '"', ' ', '']),
+    integer=st.integers(-999, 999),
+    number=st.floats(-9, 9) | st.integers(0, 9),
+    boolean=st.booleans(),
+    array=st.lists(words | st.integers(0, 9), max_size=2),
+    object=st.dictionaries(words, words, max_size=2),
+    null=st.none(),
+)
+
+
+@st.composite
+def schemas_and_calls(draw):
+    "A tool of up to four parameters, each of one type, of two, or of any; and a call of it that may leave some out."
+    kinds = draw(st.lists(st.lists(st.sampled_from(list(KINDS)), max_size=2, unique=True), max_size=4))
+    spell = [lambda k: {'type': k}, lambda k: {'anyOf': [{'type': x} for x in k]}]
+    properties, args, required = {}, {}, []
+    for i, kind in enumerate(kinds):
+        one_of = (lambda k: {'type': k[0]}) if len(kind) == 1 else draw(st.sampled_from(spell))
+        properties[f'p{i}'] = one_of(kind) if kind else {}
+        value = draw(st.one_of([KINDS[k] for k in kind or set(KINDS) - {'null'}]))  # a null must be declared
+        if draw(st.booleans()):
+            args[f'p{i}'] = value
+            required += [f'p{i}'] * draw(st.booleans())
+    parameters = dict(properties=properties) | draw(st.sampled_from([{}, dict(required=required)]))
+    return parameters, args
+
+
+@settings(max_examples=100, deadline=None)
+@given(schemas_and_calls())
+def test_every_call_comes_back_whatever_it_leaves_out(tok, drawn):
+    parameters, args = drawn
+    tools = [dict(type='function', function=dict(name='f', parameters=parameters))]
+    segments = render(tok, [dict(role='assistant', tool_calls=[call('f', **args)])], tools)
+    (segment,) = [s for s in segments if s.trainable]
+    text = tok.decode(segment.ids).removesuffix('<|im_end|>')
+    content, calls, errors = parse_calls(text, tools)
+    assert (content, errors) == ('', []) and json.dumps(calls[0]['function']['arguments']) == json.dumps(args)
+    only = {k for k, p in parameters['properties'].items() if len(_kinds(p)) == 1}
+    if set(args) == set(parameters['properties']) == only:
+        assert text == '<tool_call>' + call_text('f', args) + '</tool_call>'  # as ever where nothing is left out
+
+
+def _kinds(schema):
+    return [schema['type']] if 'type' in schema else schema.get('anyOf', ['any', 'of', 'all'])
+
+
+@pytest.mark.parametrize(
+    'args, text',
+    [
+        (dict(path='a.py', offset=3, limit=20), 'a.py 3 20'),
+        (dict(path='a.py', limit=20), 'a.py  20'),
+        (dict(limit=20, path='a b'), '"a b"  20'),
+        (dict(path='a b'), '"a b"'),
+        (dict(path='"a"'), '"\\"a\\""'),
+        (dict(path=''), '""'),
+        (dict(path='a', offset=1, limit=2, note='  x'), 'a 1 2   x'),
+        (dict(path='a', note=''), 'a   '),
+        (dict(path='a', note=' x'), 'a    x'),
+    ],
+)
+def test_what_is_left_out_keeps_its_place(tok, args, text):
+    tools = [tool('read', ['path'], path='string', offset='integer', limit='integer', note='string')]
+    ms = [dict(role='user', content='q'), dict(role='assistant', content='', tool_calls=[call('read', **args)])]
+    assert f'<tool_call>read {text}</tool_call><|im_end|>' in tok.decode(ids_of(render(tok, ms, tools)))
+    assert parse_calls(f'<tool_call>read {text}</tool_call>', tools)[1][0]['function']['arguments'] == args
+
+
+@pytest.mark.parametrize(
+    'args, says',
+    [
+        (dict(limit=3), "'read  3' could not be read back: read needs path limit note: path is missing"),
+        (dict(path='a', colour='red'), "argument 'colour' has no place, for its schema has only path, limit, note"),
+        (dict(path='a', limit='3'), "limit must be a whole number, got '3'"),
+        (dict(path='a', limit='x'), 'limit must be a whole number'),
+        (dict(path=5), "path=5 would be read back as '5'; its schema allows string"),
+        (dict(path='a', limit=True), 'limit must be a whole number'),
+    ],
+)
+def test_a_call_that_could_not_be_read_back_is_refused(tok, args, says):
+    tools = [tool('read', ['path'], path='string', limit='integer', note='string')]
+    with pytest.raises(ValueError, match=re.escape(says)):
+        render(tok, [dict(role='assistant', tool_calls=[call('read', **args)])], tools)
+    assert render(tok, [dict(role='assistant', tool_calls=[call('read', **args)])], tools, whole=())  # as context
+
+
+def test_nulls_of_a_table_are_no_arguments(tok):
+    tools = [tool('read', ['path'], path='string', limit='integer'), tool('f', [], x=['integer', 'null'], y='string')]
+    row = [call('read', path='a', limit=None, x=None), call('f', path=None, x=None, y=None)]
+    text = tok.decode(ids_of(render(tok, [dict(role='assistant', tool_calls=row)], tools)))
+    assert '<tool_call>read a</tool_call><tool_call>f null</tool_call>' in text
+    hf = tokenizer_with(CHATML)
+    for c in row:
+        c['id'] = 'c'
+    ask = dict(role='user', content='q')
+    text = hf.decode(ids_of(render(hf, [ask, dict(role='assistant', tool_calls=row)], tools)))
+    assert '{"path": "a"}' in text and '{"x": null}' in text
 
 
 # --- other templates

@@ -534,3 +534,167 @@ def test_a_circle_of_parents_is_refused(tmp_path):
         )
     with pytest.raises(ValueError, match="kind 'x'"):
         list(import_log(LOGS / 'tau_bench_gpt4o_airline.json', kind='x'))
+
+
+# --- what an importer must not lose, and not invent
+
+
+def imported(tmp_path, *rows, **kw):
+    p = tmp_path / 'log.jsonl'
+    p.write_text(''.join(json.dumps(row) + '\n' for row in rows))
+    return list(import_log(p, **kw))
+
+
+def use(name, arguments):
+    return dict(id='c', type='function', function=dict(name=name, arguments=arguments))
+
+
+ASK = dict(role='user', content='q')
+READ = dict(type='function', function=dict(name='read', parameters=dict(
+    type='object', properties=dict(path={'type': 'string'}, mode={'type': ['string', 'null']}))))  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    'answer, content, calls',
+    [
+        (dict(content=None, refusal='I will not'), 'I will not', []),
+        (dict(content='', function_call=dict(name='f', arguments='{"a": 1}')), '', [('f', {'a': 1})]),
+        (dict(content=None, tool_calls=None, function_call=dict(name='f', arguments=None)), '', [('f', {})]),
+        (dict(content=[dict(type='refusal', refusal='no')]), 'no', []),
+        (dict(content=None, tool_calls=json.dumps([use('f', {})])), '', [('f', {})]),
+        (dict(content=None, reasoning='hm'), '', []),
+    ],
+)
+def test_an_answer_without_content_says_what_it_says(tmp_path, answer, content, calls):
+    (c,) = imported(tmp_path, dict(messages=[ASK, dict(role='assistant', **answer)]))
+    said = c.calls[0][-1]
+    got = [(x['function']['name'], x['function']['arguments']) for x in said.get('tool_calls', ())]
+    assert (said['content'], got) == (content, calls) and 'skipped' not in c.info
+    assert said.get('reasoning_content') == answer.get('reasoning')
+
+
+@pytest.mark.parametrize(
+    'answer',
+    [
+        dict(content=None),
+        dict(content=''),
+        dict(content=' \n'),
+        dict(content=[]),
+        dict(),
+        dict(content=None, tool_calls=[], audio=dict(id='a')),
+        dict(content=None, function_call=None, refusal=None, reasoning_content=''),
+    ],
+)
+def test_an_empty_answer_is_no_call(tmp_path, answer):
+    empty = dict(role='assistant', **answer)
+    (c,) = imported(tmp_path, dict(messages=[ASK, empty, ASK, dict(role='assistant', content='a'), ASK, empty]))
+    assert [call[-1]['content'] for call in c.calls] == ['a'] and len(c.messages) == 6
+    assert c.info['skipped'] == {'empty answer': 2}
+    (c,) = imported(tmp_path, dict(task_id=1, traj=[ASK, empty]), kind='tau-bench')
+    assert c.calls == [] and c.info['skipped'] == {'empty answer': 1}
+
+
+def test_an_empty_answer_of_the_others_is_no_call(tmp_path):
+    step = dict(query=[ASK], response='', thought='')
+    (c,) = imported(tmp_path, dict(trajectory=[step, step | dict(response='a')], history=[]))
+    assert [call[-1]['content'] for call in c.calls] == ['a'] and c.info['skipped'] == {'empty answer': 1}
+    thinks = dict(type='thinking', thinking='hm')
+    (c,) = claude(tmp_path, [('1', None, 'user', 'go'), ('2', '1', 'assistant', [thinks])])
+    assert c.calls == [] and c.info['skipped'] == {'thinking': 1, 'empty answer': 1}
+
+
+def test_lists_as_json_text_and_older_names(tmp_path):
+    talk = [dict(role='developer', content='d'), ASK, dict(role='assistant', tool_calls=[use('read', '{"path": "p"}')]),
+            dict(role='function', name='read', content='text')]  # fmt: skip
+    plain = dict(messages=talk, tools=[READ])
+    want = imported(tmp_path, plain)
+    assert [m['role'] for m in want[0].messages] == ['system', 'user', 'assistant', 'tool']
+    for row in (
+        dict(messages=json.dumps(talk), tools=json.dumps([READ])),
+        dict(messages=talk, tools=[json.dumps(READ)]),
+        dict(messages=talk, functions=[READ['function']]),
+        dict(messages=talk, tools=None, functions=json.dumps([READ['function']])),
+    ):
+        assert imported(tmp_path, row) == want
+    assert imported(tmp_path, dict(messages=talk, tools='null'))[0].tools is None
+    (c,) = imported(tmp_path, dict(trajectory=json.dumps([dict(query=[ASK], response='a')])))
+    assert c.calls[0][-1]['content'] == 'a'
+
+
+@pytest.mark.parametrize(
+    'row, says',
+    [
+        (dict(messages=[ASK], tools='[oops'), "tools: a list expected, got str '\\[oops'"),
+        (dict(messages=[ASK], tools={'a': 1}), 'tools: a list expected, got dict'),
+        (dict(messages=[ASK], tools=[3]), "tools: an object for each tool expected, got '3'"),
+        (dict(messages='[oops'), 'its fields: messages'),
+        (dict(trajectory=[dict(role='user', text='a'), dict(role='ai', text='b')]), 'of the first are role, text'),
+        (dict(trajectory=[dict(role='user', content='a'), dict(role='assistant', content='b')]), 'role, content'),
+        (dict(messages=[dict(role='user', content=[dict(type='image_url', image_url='x')])]), "type 'image_url'"),
+        (dict(messages=[dict(role='user', content=3)]), 'content must be text'),
+        (dict(messages=[dict(role='assistant', tool_calls=dict(a=1))]), 'tool_calls: a list expected, got dict'),
+        (dict(messages=[dict(role='assistant', tool_calls='[{')]), 'tool_calls are not JSON'),
+        (dict(messages=[dict(role='assistant', tool_calls=[use('f', {})], function_call=dict(name='f'))]), 'beside'),
+        (dict(messages=[dict(role='user', function_call=dict(name='f'))]), 'tool_calls in a user message'),
+    ],
+)
+def test_what_cannot_be_read_is_one_line(tmp_path, row, says):
+    with pytest.raises(ValueError, match=says) as e:
+        imported(tmp_path, row)
+    assert '\n' not in str(e.value) and 'log.jsonl:1' in str(e.value)
+
+
+def test_nulls_that_a_table_adds_are_no_arguments(tmp_path):
+    padded = dict(path='p', command=None, mode=None, opts=dict(a=1, b=None))
+    answer = lambda args: dict(role='assistant', content=None, tool_calls=[use('read', args)])
+    row = lambda args, **kw: dict(messages=[ASK, answer(args)], **kw)
+    got = lambda r: imported(tmp_path, r)[0].calls[0][-1]['tool_calls'][0]['function']['arguments']
+    assert got(row(padded)) == dict(path='p', opts=dict(a=1))
+    assert got(row(padded, tools=[READ])) == dict(path='p', mode=None, opts=dict(a=1))
+    assert got(row(json.dumps(padded))) == padded  # the model's own text
+    (c,) = imported(tmp_path, row(padded))
+    assert c.info['skipped'] == {'null arguments': 1}
+    wide = json.loads(json.dumps(READ)) | dict(strict=None)
+    wide['function']['parameters']['properties'] |= dict(command=None)
+    wide['function']['parameters']['properties']['mode'] |= dict(enum=None, default=None)
+    (c,) = imported(tmp_path, row(padded, tools=[wide]))
+    want = json.loads(json.dumps(READ))
+    want['function']['parameters']['properties']['mode'] |= dict(default=None)
+    assert c.tools == [want]
+
+
+def claude(tmp_path, rows):
+    line = lambda u, up, role, content, **kw: dict(
+        type=role, uuid=u, parentUuid=up, sessionId='s', message=dict(role=role, content=content, **kw)
+    )
+    return imported(tmp_path, *(line(*row[:4], **(row[4] if len(row) > 4 else {})) for row in rows))
+
+
+def test_text_beside_the_results_of_parallel_calls_is_in_the_history(tmp_path):
+    use_ = lambda i: [dict(type='tool_use', id=i, name='T', input={})]
+    res = lambda i, *more: [dict(type='tool_result', tool_use_id=i, content=f'R{i}'), *more]
+    text = lambda t: [dict(type='text', text=t)]
+    rows = [
+        ('1', None, 'user', 'go'),
+        ('2', '1', 'assistant', use_('a'), dict(id='m1')),
+        ('3', '2', 'assistant', use_('b'), dict(id='m1')),
+        ('4', '2', 'user', res('a', *text('beside a'))),
+        ('4s', '4', 'user', text('SKILL')),
+        ('5', '3', 'user', res('b')),
+        ('6', '5', 'assistant', text('done'), dict(id='m2')),
+    ]
+    (c,) = claude(tmp_path, rows)
+    want = ['go', '', 'Ra', 'Rb', 'beside a', 'SKILL', 'done']
+    assert [m['content'] for m in c.messages] == [m['content'] for m in c.calls[1]] == want and c.info['skipped'] == {}
+    assert [m['content'] for m in c.calls[0]] == ['go', '']
+    # the other result leads on; words that were taken back, and another branch, are not part of this one
+    other = rows[:3] + [('5', '3', 'user', res('b')), *rows[3:5], ('6', '4s', 'assistant', text('done'), dict(id='m2'))]
+    (c,) = claude(tmp_path, other)
+    assert [m['content'] for m in c.calls[1]] == ['go', '', 'Ra', 'Rb', 'beside a', 'SKILL', 'done']
+    (c,) = claude(tmp_path, [*rows[:6], ('x', '5', 'user', text('taken back')), *rows[6:]])
+    assert [m['content'] for m in c.calls[1]] == want
+    assert c.info['skipped'] == {'text that no call had in its history': 1}
+    branch = [('7', '4s', 'assistant', text('elsewhere'), dict(id='m3'))]
+    (c,) = claude(tmp_path, [*rows, *branch])
+    assert [m['content'] for m in c.calls[1]] == ['go', '', 'Ra', 'Rb', 'done']
+    assert [m['content'] for m in c.calls[2]] == ['go', '', 'Ra', 'Rb', 'beside a', 'SKILL', 'elsewhere']

@@ -1,11 +1,16 @@
 "The micro world: every family is true, splits don't mix, tools and grading behave"
 import asyncio
+import json
+import random
+import re
+from dataclasses import replace
 
 import pytest
+from grade_world import StallingPool
 
-from kat.envs.base import ToolCall
+from kat.envs.base import InfraError, ToolCall
 from kat.envs.expert import Expert, Style
-from kat.envs.micro import TOOLS, MicroEnv, fixed, verify
+from kat.envs.micro import TOOLS, MicroEnv, fixed, judge, lacks, rewritten, verify
 from kat.envs.micro_tasks import FAMILIES, make_task
 from kat.envs.sandbox import WarmPool
 
@@ -170,3 +175,130 @@ def test_expert_recovers_from_slips_and_wrong_guesses(env, family):
 
 def test_tools_are_schemas():
     assert [schema['function']['name'] for schema in TOOLS] == ['list', 'view', 'search', 'edit', 'test', 'submit']
+
+
+# ---- grading
+
+def solve(task):
+    edits = [('edit', dict(path=path, line=n, text=text)) for path, n, text in task.data['edits']]
+    return [*edits, ('test', {}), ('submit', {})]
+
+
+def test_outcomes_of_a_stalled_machine_are_not_kept(pool):
+    "Neither by `test` nor by `grade`; nor is there a reward"
+    cache = {}
+    for family in ('operator', 'slow', 'write_test'):
+        task = make_task('train', 0, family)
+        for calls in (solve(task), solve(task)[:-2] + [('submit', {})]):
+            with pytest.raises(InfraError, match='honest control job'):
+                steps(lambda: MicroEnv(StallingPool(pool, lambda job: True), cache), task, calls)
+        assert cache == {}
+        obs, grade, _ = steps(lambda: MicroEnv(pool, cache), task, solve(task))
+        assert obs[0].results[-2].text == 'pass' and grade.reward == 1 and cache
+        cache.clear()
+
+
+def test_outcomes_that_the_wall_decided_are_not_kept(pool):
+    task, cache = make_task('train', 0, 'operator', 1), {}
+    path, n, _ = task.data['edits'][0]
+    slow = StallingPool(pool, lambda job: 'wait()' in str(job.files))
+    wait = ('edit', dict(path=path, line=n, text='    import threading; threading.Event().wait()'))
+    obs, grade, _ = steps(lambda: MicroEnv(slow, cache), task, [wait, ('test', {}), ('submit', {})])
+    assert obs[0].results[1].text == 'fail: longer than 3 s' and grade.reward == 0 and cache == {}
+    assert grade.info['failed'] == 'longer than 3 s'
+
+
+def test_an_agent_cannot_void_its_episode_by_its_own_tests(pool):
+    "The honest job beside a slow one runs the task's tests, not the agent's"
+    task = make_task('train', 0, 'operator', 1)
+    slow = StallingPool(pool, lambda job: 'wait()' in str(job.files))
+    wait = ('edit', dict(path='tests.py', line=1, text='import threading; threading.Event().wait()'))
+    obs, grade, _ = steps(lambda: MicroEnv(slow), task, [wait, ('test', {}), *solve(task)[:-2], ('submit', {})])
+    assert obs[0].results[1].text == 'fail: longer than 3 s' and grade.reward == 1
+
+
+def test_outcomes_that_the_code_decided_are_kept(pool):
+    task, cache = make_task('train', 0, 'operator', 1), {}
+    path, n, right = task.data['edits'][0]
+    for text in (right, '    return 1', '    import os; os._exit(3)', '    return bytearray(10**10)'):
+        before = len(cache)
+        calls = [('edit', dict(path=path, line=n, text=text)), ('test', {}), ('submit', {})]
+        first = steps(lambda: MicroEnv(pool, cache), task, calls)
+        assert len(cache) == before + 2
+        def closed():
+            return MicroEnv(None, cache)
+        assert steps(closed, task, calls)[:2] == first[:2]
+
+
+def test_expected_values_never_enter_the_sandbox(pool):
+    "Of hidden tests neither values nor questions reach the tool `test`; of no test a value reaches the grade"
+    seen = []
+    class Listens:
+        async def arun(self, job):
+            seen.append(json.dumps([job.main, job.files, job.args]))
+            return await pool.arun(job)
+    for i in range(30):
+        task = make_task('train', i)
+        seen.clear()
+        steps(lambda: MicroEnv(Listens()), task, [('test', {})])
+        hidden = [line for line in task.data['hidden'].splitlines() if line.startswith('    ')]
+        assert all(line.strip() not in json.loads(job)[1].get('tests.py', '') for job in seen[1:] for line in hidden)
+        assert task.data['hidden'] not in str(seen) and all('hidden' not in job for job in seen)
+        assert all('tests.py' not in json.loads(job)[1] for job in seen[1:])
+        for want in re.findall(r'== (-?\d{3,})', task.data['hidden']):
+            assert all(want not in job for job in seen[1:]), (want, task.id)
+
+
+@pytest.mark.parametrize('text, said', [
+    ('    return (yield)', 0), ('    return 1 if {a} else 2', 0), ('    exit()', 0), ('    return float({right})', 0),
+    ('    return True + {right} - 1', 1), ('    return int({right})', 1), ('    print("loud"); return {right}', 1)])
+def test_odd_but_honest_code_is_judged_by_its_values(env, text, said):
+    task = make_task('train', 0, 'operator', 1)
+    path, n, right = task.data['edits'][0]
+    text = text.format(right=f"({right.split('return ')[1]})", a=right.split()[1])
+    _, grade, _ = steps(env, task, [('edit', dict(path=path, line=n, text=text)), ('submit', {})])
+    assert grade.reward == said
+
+
+PROVEN = [
+    '', 'x = 1', '"text"', 'from page import *', 'import os.path', 'pass',
+    'def g(a, b=2, *, c=(1, 2)):\n    return cost']
+NOT_PROVEN = [
+    'from page import LIMIT as cost', 'import page as cost', 'cost = 1', 'a = cost = 1', 'def cost(): pass',
+    'def __getattr__(name): return 1', 'from os import *', 'x = f()', 'f()', 'x: int = f()', 'class cost: pass',
+    'if 1:\n    cost = 1', 'for cost in (1,): pass', '(cost := 1)', 'def g(a=f()): pass', '@f\ndef g(): pass',
+    'def g(a: f()): pass', 'def g() -> f(): pass', 'x.cost = 1', '[cost for cost in (1,)]',
+    'try:\n    pass\nfinally:\n    cost = 1', 'def (', 'del f']
+
+
+@pytest.mark.parametrize('line', PROVEN + NOT_PROVEN)
+def test_a_name_is_gone_only_where_that_is_proven(line):
+    files = {'cart.py': f'import page\ndef f():\n    return 1\n{line}\n', 'page.py': 'LIMIT = 3\n', 'notes.md': 'cost'}
+    assert lacks(files, 'cart', 'cost') is (line in PROVEN)
+    assert not lacks(files | {'page.py': 'import cart\ncart.cost = 1\n'}, 'cart', 'cost')
+    if 'import *' in line:
+        assert not lacks(files | {'page.py': 'cost = 1\n'}, 'cart', 'cost')
+
+
+def test_rewritten_code_does_the_same():
+    for i in range(60):
+        task = make_task('train', i)
+        for path, text in fixed(task).items():
+            if not path.endswith('.py') or 'import' in text or path == 'tests.py': continue
+            old, new, draw = {}, {}, random.Random(i)
+            again = rewritten(text, draw)
+            exec(text, old)
+            exec(again, new)
+            for name, func in old.items():
+                if not callable(func): continue
+                for _ in range(5):
+                    given = [draw.randint(-9, 9) for _ in range(func.__code__.co_argcount)]
+                    assert func(*given) == new[name](*given) and type(func(*given)) is type(new[name](*given))
+            assert again != rewritten(text, random.Random(i + 1000)) or '_table[' not in again
+
+
+def test_right_code_that_fails_is_no_reward(pool):
+    task = make_task('train', 0, 'slow')
+    broken = replace(task, data={**task.data, 'edits': [(*task.data['edits'][0][:2], '    return 1 +')]})
+    with pytest.raises(InfraError, match='the right code does not answer'):
+        asyncio.run(judge(pool, broken, task.data['files']))

@@ -2,13 +2,14 @@
 import copy
 import errno
 import json
+from pathlib import Path
 
 import pytest
 import torch
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from kat.learn.training import (CheckpointError, MuonAdam, checkpoints, latest_checkpoint, lr_factor, make_optimizer,
-                                orthogonalise, save_checkpoint, write_folder)
+                                orthogonalise, save_checkpoint, save_weights, write_folder)
 
 
 def tiny(tie=True):
@@ -139,3 +140,18 @@ def test_a_folder_is_replaced_as_a_whole(tmp_path):
     for text in "ab":
         write_folder(tmp_path / "m", lambda d: (d / text).write_text(text))
     assert [p.name for p in (tmp_path / "m").iterdir()] == ["b"]
+
+
+@pytest.mark.parametrize("on", [True, False])
+def test_what_is_saved_generates_with_a_cache(tmp_path, on):
+    model = tiny()
+    model.config.use_cache = model.generation_config.use_cache = on   # as gradient checkpointing leaves it
+    save_weights(model, tmp_path)
+    for name in ("config.json", "generation_config.json"):
+        assert json.loads((tmp_path/name).read_text())["use_cache"] is True
+    assert model.config.use_cache is on and model.generation_config.use_cache is on
+
+
+def test_the_base_model_generates_with_a_cache():
+    for name in ("config.json", "generation_config.json"):
+        assert json.loads((Path(__file__).parents[2]/"data/base"/name).read_text())["use_cache"] is True

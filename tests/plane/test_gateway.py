@@ -25,6 +25,7 @@ from kat.plane.gateway import Gateway, running
 from kat.plane.manager import Manager
 from kat.plane.operations import Metrics
 from kat.plane.scenarios import SCENARIO_TOOLS
+from kat.infer.scripted import ScriptEngine
 from kat.infer.serving import HFAsyncEngine
 from kat.plane.store import Store
 from kat.plane.writing import StopText
@@ -815,3 +816,18 @@ def test_kat_serve_and_kat_sessions(tmp_path, capsys, monkeypatch):
         (('serve', '--slots', '0'), "value for '--slots'"), (('serve', '--max-len', '0'), "value for '--max-len'")):
         code, text, err = kat(*args)
         assert code == 2 and not text and says in err and err.count('\n') == 1, err
+
+
+def test_every_end_token_of_the_model_ends_an_answer(tmp_path):
+    from kat.core.chat import end_tokens, train_tokenizer
+    tok = train_tokenizer(['def total(items):\n'] * 3, 300)
+    tok.eos_token = '<|endoftext|>'     # the template closes with <|im_end|>
+    w = World(tmp_path/'s.db')
+    for end in ('<|im_end|>', '<|endoftext|>'):
+        engine = ScriptEngine(lambda r: [*tok.encode('hi'), tok.convert_tokens_to_ids(end)], tok, keep=True)
+        g = Gateway(engine, tok, w.store, 1000)
+        assert set(g.stop) == set(end_tokens(tok)) == {tok.eos_token_id, tok.convert_tokens_to_ids('<|im_end|>')}
+        out = asyncio.run(ask(g.app, f'/s/{end[2:5]}/v1/chat/completions', chat_body([dict(role='user', content='q')])))
+        choice = out['json']['choices'][0]
+        assert (choice['finish_reason'], choice['message']['content']) == ('stop', 'hi')
+        assert set(engine.asked[0].stop) == set(g.stop)

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings, strategies as st
 from plane_world import say, tokenizer, z
 
-from kat.core.chat import encode_prompt, ids_of
+from kat.core.chat import encode_prompt, ids_of, train_tokenizer
 from kat.wire.dialects import canonical_key, explain
 from kat.infer.requests import Completion
 from kat.plane.manager import COMPLETED, Manager, Session, _key, plan_text, show
@@ -446,3 +446,49 @@ def test_show_is_readable_and_narrow():
     assert max(map(len, lines)) <= 60
     assert [x.partition(':')[0].strip() for x in lines[1:]] == ['0 start', '1 append', '+ 1 rewind']
     assert isinstance(next(iter(s.turns.values())), Turn)
+
+
+# --- templates that are not ours
+
+def own(template, eos='<|im_end|>'):
+    "A tokenizer with this template, which no other test shares"
+    tok = train_tokenizer(['def total(items):\n    return sum(items)\n'] * 3, 300)
+    tok.chat_template, tok.eos_token = template, eos
+    return tok
+
+
+NAMED = tokenizer('hermes').chat_template.replace(
+    "'\n<tool_response>\n'", "'\n<tool_response name=' + messages[loop.index0 - 1].tool_calls[0].function.name + '>\n'")
+
+
+def test_a_result_is_rendered_with_the_name_of_its_function():
+    assert NAMED != tokenizer('hermes').chat_template
+    s = Session(own(NAMED))
+    call = dict(id='c1', type='function', function=dict(name='view', arguments=dict(path='a')))
+    p = s.plan([user('q')], SCENARIO_TOOLS[0])
+    answer = dict(role='assistant', content='', tool_calls=[call])
+    ids = np.array(say(s.tokenizer, 'x'), np.int32)
+    s.add(p.turn(Completion(ids, z(2), z(2), 'stop', 0, z(2).astype(np.int32)), answer))
+    back = dict(role='tool', tool_call_id='c1', content='ok')
+    p = s.plan([user('q'), answer, back], SCENARIO_TOOLS[0])
+    assert p.reason == 'append' and '<tool_response name=view>\nok' in s.tokenizer.decode(ids_of(p.prompt))
+    with pytest.raises(ValueError, match='need a `name`'):
+        s.plan([user('q'), answer, back | dict(tool_call_id='c2')], SCENARIO_TOOLS[0])
+
+
+def test_what_a_template_drops_of_a_clients_answer_is_no_error():
+    shown = "{{ m.content }}{% for"
+    tok = own(tokenizer('hermes').chat_template.replace(shown, '{% if not m.tool_calls %}' + shown.replace(
+        '{% for', '{% endif %}{% for')))
+    call = dict(id='c1', type='function', function=dict(name='view', arguments=dict(path='a')))
+    text = tok.decode(answer_ids(tok, dict(role='assistant', content='look', tool_calls=[call])))
+    assert 'look' not in text and '"view"' in text and text.endswith('<|im_end|>')
+
+
+def test_any_end_token_ends_a_text_that_goes_on():
+    tok = own(tokenizer('hermes').chat_template, '<|endoftext|>')
+    for end in ('<|endoftext|>', '<|im_end|>'):
+        s = Session(tok)
+        reply(plan_text(s, 'a'), 'b', ids=[*tok.encode('b'), tok.convert_tokens_to_ids(end)])
+        p = plan_text(s, f'ab{end}c')
+        assert p.reason == 'append' and tok.decode(p.ids) == f'ab{end}c'

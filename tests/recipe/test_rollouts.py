@@ -22,7 +22,7 @@ from kat.envs.micro import SYSTEM, MicroEnv
 from kat.envs.micro_tasks import make_task
 from kat.envs.sandbox import WarmPool
 from kat.recipe.pipeline import ROOT
-from kat.recipe.rollouts import Episode, ModelPolicy, ScriptPolicy, Waves, _play, finished, rollout
+from kat.recipe.rollouts import Episode, ModelPolicy, ScriptPolicy, Waves, _play, ended, finished, rollout
 
 LIST = '<tool_call>list</tool_call><|im_end|>'
 
@@ -311,3 +311,9 @@ def test_sessions_are_dropped_and_progress_is_told(tok, pool):
             watch=watch, progress=lambda *counts: told.append(counts))
     gc.collect()
     assert held and not any(session() for session in held) and told == [(i, 4) for i in (1, 2, 3, 4)]
+
+
+def test_a_recorded_turn_ends_with_any_end_token():
+    tok = train_tokenizer(['a b'], 270)
+    tok.eos_token = '<|endoftext|>'  # the template's is <|im_end|>
+    assert [ended(np.array([70, i]), tok) for i in (1, 2, 0, 71)] == ['stop', 'stop', 'length', 'length']

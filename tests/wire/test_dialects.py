@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from kat.core.calls import CallParser, Decoder, parse_reply, write_call
 from kat.core.chat import train_tokenizer
 from kat.wire.dialects import (
-    Answer, Stream, TokenLogprob, call_prefix, canonical_key, core_messages, count_tokens_answer, explain, models_answer,
-    parse_call, render_answer, render_error, too_long, tools_key)
+    Answer, Stream, TokenLogprob, call_prefix, canonical_key, core_messages, count_tokens_answer, explain,
+    models_answer, parse_call, render_answer, render_error, too_long, tools_key)
 from kat.wire.fields import BadRequest, RequestLimits, parse_body
 from kat.wire.normalise import (NORMALISATIONS, canonical_json, drop_billing, fold_reminders, mask_dates, merge_turns,
                                 order_results)
