@@ -202,8 +202,8 @@ HERE = ['localhost', 'LOCALHOST:8000', '127.0.0.1', '127.0.0.1:8000', '127.9.9.9
 ELSEWHERE = ['evil.example', 'evil.example:8000', '127.0.0.1.evil.example', 'localhost.evil.example:8000',
              '0.0.0.0:8000', '10.0.0.7:8000', '[::]:8000', '[fe80::1]', '169.254.1.1', '127.1', '2130706433',
              '0x7f000001', '', ' ', 'localhost:', 'localhost:x', 'localhost:80:80', 'user@localhost',
-             'evil.example,localhost', 'localhost evil.example', '127.0.0.1:999999', '[127.0.0.1', '::1', '[localhost]x', 'localhost\t',
-             'ｌocalhost']
+             'evil.example,localhost', 'localhost evil.example', '127.0.0.1:999999', '[127.0.0.1', '::1',
+             '[localhost]x', 'localhost\t', 'ｌocalhost']
 
 
 @pytest.mark.parametrize('host', HERE)
@@ -243,6 +243,8 @@ async def send(w, method, path, headers, body=b'', host='127.0.0.1:8000'):
 
 
 GOOD = ('content-type', 'application/json')
+FOREIGN = ['http://evil.example', 'null', 'http://localhost:8000', 'http://127.0.0.1:8001', 'file://', '',
+           'https://127.0.0.1.evil.example:8000', 'http://127.0.0.1', 'x://127.0.0.1:8000']
 CHAT = b'{"model": "kat", "messages": [{"role": "user", "content": "x"}]}'
 REWARD = b'{"reward": -9, "finished": true}'
 
@@ -260,8 +262,7 @@ def test_without_keys_no_page_of_another_site_is_served(tmp_path):
                 for host in ('evil.example:8000', '127.0.0.1.evil.example', '0.0.0.0:8000', ''):   # rebinding
                     r = await send(w, method, path, [GOOD, op], body, host)
                     assert r.status_code == 403 and 'Host' in r.text and b'private' not in r.content
-                for origin in ('http://evil.example', 'null', 'http://localhost:8000', 'http://127.0.0.1:8001',
-                               'file://', 'https://127.0.0.1.evil.example:8000', '', 'http://127.0.0.1', 'x://127.0.0.1:8000'):
+                for origin in FOREIGN:
                     r = await send(w, method, path, [GOOD, op, ('origin', origin)], body)
                     assert r.status_code == 403 and 'Origin' in r.text, (path, origin)
                 two = [GOOD, op, ('origin', 'http://127.0.0.1:8000'), ('origin', 'http://evil.example')]
