@@ -222,7 +222,8 @@ StorePath = Annotated[str, typer.Option('--store', metavar='FILE',
 Served = Annotated[Path, typer.Option(help='Folder of a Hugging Face model with a chat template.',
                                       show_default='the shipped base model')]
 Keys = Annotated[Path, typer.Option(metavar='FILE', show_default='none is asked for',
-                                    help='API keys, a line OWNER KEY each; owners see their own sessions only.')]
+                                    help='API keys, a line OWNER KEY or OWNER KEY operator each; owners see their own '
+                                         'sessions only, and only operators grade, list and export.')]
 Computes = Annotated[Literal['hf', 'vllm'], typer.Option(help='hf computes in this process, vllm in a vLLM server '
                                                          'started for it.')]
 VllmAddress = Annotated[str, typer.Option(metavar='URL', help='With --engine vllm: a server that runs already, with '
@@ -277,19 +278,20 @@ def _check_serve(model: Path|None, host: str, keys: Path|None, slots: int|None, 
 # %% ../nbs/cli.ipynb #373f8880
 async def _serve(model: Path, host: str, port: int, store: str, keys: Path|None, max_len: int|None, slots: int,
                  engine: str = 'hf', vllm_url: str|None = None):
-    from kat.plane.access import read_keys
+    from kat.plane.access import local_key, read_keys
     from kat.plane.gateway import Gateway, how_to_connect, serve
     from kat.plane.store import Store
-    known = read_keys(keys) if keys else None
+    agents, operators = read_keys(keys) if keys else (None, {local_key(_operator_file(store)): ''})
     kept = Store(store)
     try:
         opened = _hf(model, max_len, slots) if engine == 'hf' else _vllm(model, max_len, slots, vllm_url)
         async with opened as (computes, tokenizer, most):
-            gateway = Gateway(computes, tokenizer, kept, most, model=model.resolve().name, keys=known)
+            gateway = Gateway(computes, tokenizer, kept, most, model=model.resolve().name, keys=agents,
+                              operators=operators)
             def tell(address):
                 print(f'{_near(model)}, {most} tokens of context, at {address}; sessions in {store}',
                       how_to_connect(address, 'KEY' if keys else 'kat'),
-                      f'Live page:       {address}/live', sep='\n', flush=True)
+                      *_operator_lines(address, keys, _operator_file(store), operators), sep='\n', flush=True)
             await serve(gateway, host, port, tell)
     finally:
         kept.close()
@@ -305,6 +307,20 @@ def _stored():
             yield
         except StoreError as error:
             raise UserError(str(error)) from error
+
+# %% ../nbs/cli.ipynb #ca3793a4
+def _operator_file(store: str) -> Path:
+    "Where the local operator's key is: beside the store."
+    return Path('kat-operator.key' if '://' in store else f'{store}.key')
+
+
+def _operator_lines(address: str, keys: Path|None, file: Path, operators: dict) -> list[str]:
+    "What an operator is told. A key is only shown where nobody but the user reads: on a terminal."
+    live = f'Live page:       {address}/live'
+    if not operators: return [f'Operators:       none in {_near(keys)}, so nobody grades, lists or exports over HTTP']
+    if keys: return [f"{live}  (asks for an operator's key)"]
+    line = f'Operator\'s key:  in {_near(file)}, for rewards, groups, listings and the live page'
+    return [line, f'{live}#key={next(iter(operators))}' if sys.stdout.isatty() else f'{live}  (asks for this key)']
 
 # %% ../nbs/cli.ipynb #e4280f48
 @asynccontextmanager

@@ -295,7 +295,7 @@ class GroupLog(Records):
     ) -> bool:                # False: `key` is there already
         """Append a group to those that trainers read, as its sessions are now: later grades or turns don't change it.
         StoreError; ValueError names the session that is missing, not finished, of another task or in a group
-        already."""
+        already, and the owner who has the key."""
         with self.writing() as conn:
             return self._finish(conn, key, list(sessions), owner)
 
@@ -303,7 +303,11 @@ class GroupLog(Records):
         sa, (groups, members, _) = need('sqlalchemy', 'serve'), self.group_tables
         if conn.dialect.name == 'postgresql':
             conn.exec_driver_sql('LOCK TABLE finished_groups IN SHARE ROW EXCLUSIVE MODE')
-        if conn.execute(sa.select(groups.c.cursor).where(groups.c.key == key)).first(): return False
+        there = conn.execute(sa.select(groups.c.owner).where(groups.c.key == key)).first()
+        if there:
+            if there.owner != owner:
+                raise ValueError(f'group {key!r} is of owner {there.owner!r}; owner {owner!r} needs another key')
+            return False
         task, rows = _group_rows(self, conn, key, names, owner)
         cursor = (conn.scalar(sa.select(sa.func.max(groups.c.cursor))) or 0) + 1
         line = dict(cursor=cursor, key=key, task=task, owner=owner, created=time.time())

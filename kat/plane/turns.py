@@ -7,11 +7,12 @@ __all__ = ['DRIFTS', 'TURN_REASONS', 'CLEAN', 'new_id', 'Node', 'Turn', 'split',
            'answer_ids', 'context_segments']
 
 # %% ../../nbs/plane/01_turns.ipynb #860864fd
-import json, os, random, re
+import json, os, re
 from collections import Counter
 from dataclasses import dataclass, field
 from functools import lru_cache
 from hashlib import blake2b
+from itertools import count
 
 import numpy as np
 
@@ -40,12 +41,19 @@ TURN_REASONS = dict(
 CLEAN = ('start', 'append', 'agent', 'imported')  # reasons that leave the record as it is
 
 # %% ../../nbs/plane/01_turns.ipynb #605dfc3e
-_RANDOM = random.Random()
-os.register_at_fork(after_in_child=_RANDOM.seed)
+class _Ids:
+    "A secret, and how many ids were made with it."
+    def __init__(self):
+        self.renew()
+    def renew(self) -> None:
+        self.secret, self.numbers = os.urandom(32), count()
+
+_IDS = _Ids()
+os.register_at_fork(after_in_child=_IDS.renew)
 
 def new_id() -> str:
-    "32 hexadecimal digits, not used before."
-    return f'{_RANDOM.getrandbits(128):032x}'
+    "32 hexadecimal digits, not used before and not to be guessed."
+    return blake2b(b'%d' % next(_IDS.numbers), key=_IDS.secret, digest_size=16).hexdigest()
 
 # %% ../../nbs/plane/01_turns.ipynb #28c25e3b
 class Node:

@@ -146,7 +146,7 @@ def _message_answer(call, answer: Answer) -> dict:
         shown = answer.reasoning if call.thinking == 'shown' else ''
         content.append(dict(type='thinking', thinking=shown, signature=signature(answer.reasoning)))
     if answer.content:
-        content.append(dict(type='text', text=answer.content, citations=None))
+        content.append(dict(type='text', text=answer.content))
     content += [_tool_use(tool_call, tool_call['function']['arguments']) for tool_call in answer.tool_calls]
     usage = _message_usage(answer.prompt_tokens, answer.cached_tokens, answer.completion_tokens)
     return _message(call, answer.id, content, _stop_reason(answer), answer.stop, usage)
@@ -325,7 +325,7 @@ class _MessageForm(_Blocks):
             self.again, text = False, text.removeprefix('\n')
         if not text: return []
         self.written = True
-        return self.block(type='text', text='', citations=None) + self.grow('text_delta', text=text)
+        return self.block(type='text', text='') + self.grow('text_delta', text=text)
 
     def reasoning(self, text) -> list[bytes]:
         if self.call.thinking == 'off': return []

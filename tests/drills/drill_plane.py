@@ -24,7 +24,7 @@ from pathlib import Path
 
 import httpx2
 import uvicorn
-from plane_world import tokenizer
+from plane_world import OPERATOR, tokenizer
 from starlette.applications import Starlette
 from starlette.responses import JSONResponse, StreamingResponse
 from starlette.routing import Route
@@ -79,7 +79,8 @@ def gateway(port, engine_port, path):
                 break
             except EngineError:
                 await asyncio.sleep(.02)
-        await serve(Gateway(e, tokenizer(), Store(path), 100_000), '127.0.0.1', port, lambda address: None)
+        g = Gateway(e, tokenizer(), Store(path), 100_000, operators={OPERATOR: ''})
+        await serve(g, '127.0.0.1', port, lambda address: None)
     run_server(run())
 
 
@@ -162,7 +163,7 @@ async def complete(client, session, messages, stream):
 async def said(client, path, **body):
     "True; None where it was not answered."
     try:
-        r = await client.post(path, json=body)
+        r = await client.post(path, json=body, headers={'x-api-key': OPERATOR})
     except httpx2.TransportError:
         return None
     assert r.status_code == 200, (r.status_code, r.text)

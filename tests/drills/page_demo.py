@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
-from plane_world import tokenizer
+from plane_world import OPERATOR, tokenizer
 
 from kat.infer.requests import Completion
 from kat.plane.gateway import Gateway, running
@@ -35,7 +35,7 @@ def served(folder, sessions=(), **more):
     tok, loop, said, stop = tokenizer(), asyncio.new_event_loop(), {}, asyncio.Event()
     store = Store(folder/'store.db')
     g = Gateway(ScriptEngine(lambda r: [*tok.encode('done', add_special_tokens=False), tok.eos_token_id]), tok, store,
-                100_000, **more)
+                100_000, **dict(operators={OPERATOR: ''}) | more)
     up = threading.Event()
     async def run():
         for s in sessions:
@@ -57,13 +57,13 @@ def served(folder, sessions=(), **more):
 
 
 @contextmanager
-def browser():
-    "Headless Chromium."
+def browser(*more):
+    "Headless Chromium; `more`: further switches."
     from playwright.sync_api import sync_playwright
     args = ['--disable-gpu', '--disable-background-networking', '--disable-component-update', '--disable-sync',
             '--no-first-run']
     with sync_playwright() as p:
-        b = p.chromium.launch(executable_path=chromium(), args=args + ['--no-sandbox'] * (os.geteuid() == 0))
+        b = p.chromium.launch(executable_path=chromium(), args=[*args, *more] + ['--no-sandbox'] * (os.geteuid() == 0))
         try:
             yield b
         finally:
@@ -143,6 +143,7 @@ def main(out):
           browser() as b):
         page = b.new_page(viewport=dict(width=1280, height=960))
         busy(g)
+        page.goto(address + f'/live#key={OPERATOR}')
         page.goto(address + '/live#night-run')
         page.wait_for_selector('#rows tr')
         page.screenshot(path=out)

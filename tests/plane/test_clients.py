@@ -18,8 +18,9 @@ from plane_world import say
 
 from kat.compute.logprob import tree_logprobs
 from kat.core.chat import ids_of
-from kat.plane.turns import CLEAN
 from kat.infer.serving import HFAsyncEngine
+from kat.plane.manager import COMPLETED, show
+from kat.plane.turns import CLEAN
 
 pytestmark = pytest.mark.skipif('KAT_CLIENTS' not in os.environ, reason='real agents: run them with `make clients`')
 HERE = Path(__file__).parents[1] / "helpers"
@@ -142,6 +143,46 @@ def test_claude_code(tmp_path):
             assert not any('x-anthropic-' in l.tok.decode(r.ids) for r in l.engine.asked)
             check(l, 'Claude Code', says(tmp_path, binary),
                   'tool, parallel tools, sub-agent, hidden thinking, resume, /compact')
+    run(go())
+
+
+def test_claude_code_keeps_every_answer_on_a_graded_path(tmp_path):
+    """Edits, shell calls, a sub-agent that edits too, and a resume. The agent completes and changes the arguments of
+    its calls before it sends them back; no answer that it kept may lose its reward by that."""
+    binary, d = client(CLAUDE), work(tmp_path)
+    notes = f'{d}/notes.txt'
+    bash = lambda word, **more: call('Bash', command=f'cd {d} && echo {word}', description='say a word ', **more)
+    read = call('Read', file_path=notes)
+    edit = lambda old, new, **more: call('Edit', file_path=notes, old_string=old, new_string=new, **more)
+    rules = {
+        'STEP-ONE': 'I look.\n' + read + '\n' + bash('READ-DONE'),
+        'READ-DONE': edit('NOTE-TEXT', 'SECOND  ') + '\n' + bash('EDITED-ONE', timeout='60000'),
+        'EDITED-ONE': '<think>\nhm\n</think>\n\n' + bash('RESULT-TWO'),
+        'RESULT-TWO': call('Agent', description='a small task', prompt='SUB-TASK', subagent_type='general-purpose',
+                           run_in_background=False),
+        'SUB-TASK': read + '\n' + bash('SUB-READ'),
+        'SUB-READ': edit('SECOND', 'THIRD') + '\n' + bash('SUB-EDITED'), 'SUB-EDITED': 'SUB-DONE',
+        'SUB-DONE': read + '\n' + bash('READ-AGAIN'),
+        'READ-AGAIN': edit('THIRD', 'FOURTH', replace_all=False) + '\n' + bash('WRITTEN'), 'WRITTEN': 'ALL-DONE',
+        'STEP-TWO': edit('FOURTH', 'FIFTH', replace_all='true') + '\n' + bash('EDITED-LAST'),
+        'EDITED-LAST': 'STEP-TWO is done'}
+    async def go():
+        async with lab(tmp_path, rules) as l:
+            assert await claude(l, d, 'STEP-ONE', '--session-id', SESSION) == 'ALL-DONE'
+            assert await claude(l, d, 'STEP-TWO', '--resume', SESSION) == 'STEP-TWO is done'
+            assert 'FIFTH' in (d/'notes.txt').read_text()
+            s, = l.sessions()
+            s.reward = 1.0
+            graded = {t['id'] for path in s.trajectories() if path.reward == 1 for t in path.info['turns']}
+            turns = turns_of(l)
+            assert len(turns) == len(rules) and {t.id for t in turns} == graded and len(s.leaves) == 2
+            got = shape(s)
+            assert [x.rstrip('~') for x in got.pop('')] == ['start', *['append'] * 8]
+            assert [[x.rstrip('~') for x in own] for own in got.values()] == [['start', 'append', 'append']]
+            completed = [t for t in turns if COMPLETED in t.notes]
+            assert len(completed) >= 6 and COMPLETED in show(s, 300)
+            check(l, 'Claude Code', says(tmp_path, binary),
+                  f'edits, shell calls, sub-agent, resume; {len(completed)} turns with arguments changed')
     run(go())
 
 

@@ -48,15 +48,20 @@ def world(tmp_path, text='an answer', **more):
 
 # --- who
 
-KEYS = dict(keys={'ann-secret': 'ann', 'bob-secret': 'bob'})
+KEYS = dict(keys={'ann-secret': 'ann', 'bob-secret': 'bob'},
+            operators={'ann-boss-secret': 'ann', 'bob-boss-secret': 'bob'})
+
+
+def key(who):
+    return {'x-api-key': f'{who}-secret'}
 
 
 def test_no_key_sees_the_sessions_of_another(tmp_path):
     async def go():
         async with world(tmp_path, **KEYS) as w:
-            ann, bob = ({'x-api-key': f'{k}-secret'} for k in ('ann', 'bob'))
-            for key, text in ((ann, 'of ann'), (bob, 'of bob')):
-                assert (await w.chat(text, 'same', key))['status'] == 200
+            for who in ('ann', 'bob'):
+                assert (await w.chat(f'of {who}', 'same', key(who)))['status'] == 200
+            ann, bob = key('ann-boss'), key('bob-boss')
             assert [w.session('same', o).turns[next(iter(w.session('same', o).turns))].context[0]['content']
                     for o in ('ann', 'bob')] == ['of ann', 'of bob']
             await w.chat('more', 'only-ann', ann)
@@ -102,16 +107,16 @@ def test_sessions_are_named_by_path_header_key_or_client():
 def test_a_session_named_each_way_is_one_session(tmp_path):
     async def go():
         async with world(tmp_path, **KEYS) as w:
-            key = dict(authorization='Bearer ann-secret')
-            ways = [('/s/one' + PATH['chat'], key), (PATH['chat'], key | {'x-kat-session': 'one'}),
+            ann = dict(authorization='Bearer ann-secret')
+            ways = [('/s/one' + PATH['chat'], ann), (PATH['chat'], ann | {'x-kat-session': 'one'}),
                     (PATH['chat'], dict(authorization='Bearer ann-secret@one')),
-                    (PATH['chat'], key | {'x-session-id': 'one'}),
-                    (PATH['chat'], key | {'x-claude-code-session-id': 'one'})]
+                    (PATH['chat'], ann | {'x-session-id': 'one'}),
+                    (PATH['chat'], ann | {'x-claude-code-session-id': 'one'})]
             for path, headers in ways:
                 assert (await w.ask(path, chat_body(USER), headers))['status'] == 200
             assert len(w.session('one', 'ann').turns) == len(ways) and len(w.g.manager.sessions) == 1
             for bad in ('/s/a b/v1/messages', '/s/' + 'x'*300 + '/v1/messages', '/s/é/v1/messages'):
-                assert (await w.ask(bad, messages_body(USER), key))['status'] == 400
+                assert (await w.ask(bad, messages_body(USER), ann))['status'] == 400
     run(go())
 
 
@@ -166,7 +171,7 @@ def test_a_body_that_does_not_come_and_a_client_that_leaves_while_sending(tmp_pa
     async def go():
         async with world(tmp_path, patience=.001) as w:
             scope = dict(type='http', http_version='1.1', method='POST', path=PATH['chat'], raw_path=b'', root_path='',
-                         query_string=b'', headers=[])
+                         query_string=b'', headers=[(b'content-type', b'application/json')])
             sent, left = [], [dict(type='http.request', body=b'{', more_body=True), dict(type='http.disconnect')]
             async def never():
                 await asyncio.Event().wait()
@@ -416,6 +421,38 @@ def test_calls_and_malformed_calls(tmp_path):
     run(go())
 
 
+@pytest.mark.parametrize('dialect', ['chat', 'messages'])
+def test_arguments_that_the_agent_changed_are_noted_counted_and_shown(tmp_path, dialect):
+    "Defaults filled in, other types, trimmed text, all gone: the call's id is the gateway's own, so it is the call."
+    edit = write_call('view', dict(path=' a.py ', line=3), 'kat')
+    ways = [lambda a: a | dict(all=False), lambda a: a | dict(line='3'), lambda a: a | dict(path='a.py'), lambda a: {}]
+    async def go():
+        async with world(tmp_path, f'look {edit}') as w:
+            path, body = f'/s/s{PATH[dialect]}', dict(chat=chat_body, messages=messages_body)[dialect]
+            history = list(USER)
+            for n, way in enumerate(ways):
+                m = heard(dialect, await w.ask(path, body(history, SCENARIO_TOOLS[0], stream=n % 2 == 1)))
+                call, = m['tool_calls']
+                call['function']['arguments'] = way(call['function']['arguments'])
+                history += [m, dict(role='tool', tool_call_id=call['id'], content='x')]
+            await w.ask(path, body(history, SCENARIO_TOOLS[0]))
+            await w.ask('/s/s/reward', dict(reward=1))
+            t, = w.store.load(w.tok, '', 's').trajectories()
+            assert (t.reward, t.n_turns, t.info['status']) == (1.0, len(ways) + 1, 'final')
+            notes = [x['notes'] for x in t.info['turns']]
+            assert notes == [[], *[['arguments changed']] * len(ways)]
+            spoken = say(w.tok, f'look {edit}') * (len(ways) + 1)
+            assert t.ids[t.mask].tolist() == spoken         # what the model wrote, and nothing that the agent did
+            metrics = (await w.ask('/metrics'))['body'].decode()
+            assert f'kat_realigned_total{{why="arguments changed"}} {len(ways)}' in metrics
+            shown = (await w.ask('/s/s'))['json']
+            assert shown['tree'].count('[arguments changed]') == len(ways)
+            assert shown['turns'][1]['notes'] == ['arguments changed']
+            view = (await w.ask('/s/s/blocks'))['json']
+            assert view['turns'][1]['notes'] == ['arguments changed']
+    run(go())
+
+
 @pytest.mark.parametrize('stream', [False, True])
 def test_stop_strings_end_the_text_and_not_the_record(tmp_path, stream):
     async def go():
@@ -581,7 +618,7 @@ def test_grading_finishes_a_session(tmp_path):
 def test_a_group_is_given_to_trainers_once_as_it_is_and_by_its_owner_only(tmp_path):
     async def go():
         async with world(tmp_path, **KEYS) as w:
-            ann, bob = ({'x-api-key': f'{k}-secret'} for k in ('ann', 'bob'))
+            ann, bob = key('ann-boss'), key('bob-boss')
             finish = lambda who, **body: w.ask('/groups', body, who)
             for name in 'ab':
                 assert (await w.chat('x', name, ann | {'x-kat-task': 't'}))['status'] == 200
@@ -608,6 +645,7 @@ def test_a_group_is_given_to_trainers_once_as_it_is_and_by_its_owner_only(tmp_pa
                 r = await finish(ann, **bad)
                 assert r['status'] == 400 and says in error_of(r)
             assert (await w.ask('/groups', dict(key='k', sessions=['a'])))['status'] == 401
+            assert (await finish(key('ann'), key='more', sessions=['a']))['status'] == 403
     run(go())
 
 
@@ -703,11 +741,35 @@ def test_a_real_model_behind_it(tmp_path):
 
 # --- the command
 
+def keyless_server_writes_its_operators_key(tmp_path, out, printed):
+    "To a file for the user alone, used again by the next server; it is shown on a terminal only, which this isn't."
+    keys = []
+    async def once():
+        printed.clear()
+        task = asyncio.ensure_future(cli._serve(ROOT/'data'/'base', '127.0.0.1', 0, 'here.db', None, 512, 4))
+        while 'OPENAI_BASE_URL' not in out():
+            assert not task.done(), task
+            await asyncio.sleep(.02)
+        address = out().split('OPENAI_BASE_URL=')[1].split('/v1')[0]
+        keys.append(Path('here.db.key').read_text().strip())
+        assert "in here.db.key, for rewards" in out() and keys[-1] not in out()
+        async with httpx2.AsyncClient(base_url=address) as c:
+            codes = [(await c.get('/sessions', headers={'x-api-key': k})).status_code for k in ('', 'kat', keys[-1])]
+            assert codes == [403, 403, 200]
+        os.kill(os.getpid(), signal.SIGINT)
+        await task
+    run(once())
+    run(once())
+    assert keys[0] == keys[1] and Path('here.db.key').stat().st_mode & 0o777 == 0o600
+    lines = cli._operator_lines('http://h', None, Path('here.db.key'), {'secret-word': ''})
+    assert 'secret-word' not in ''.join(lines)
+
+
 def test_kat_serve_and_kat_sessions(tmp_path, capsys, monkeypatch):
     """The command's own coroutine with the shipped model, told to stop by a signal; then what it left, listed, shown
     and exported."""
     monkeypatch.chdir(tmp_path)
-    (tmp_path/'keys.txt').write_text('# of the lab\nann ann-secret\n')
+    (tmp_path/'keys.txt').write_text('# of the lab\nann ann-secret\nann ann-boss-secret operator\n')
     printed = []
     def out():
         printed.append(capsys.readouterr().out)
@@ -726,8 +788,8 @@ def test_kat_serve_and_kat_sessions(tmp_path, capsys, monkeypatch):
         os.kill(os.getpid(), signal.SIGTERM)
         await task
     run(go())
-    assert '/live\n' in ''.join(printed) and 'ANTHROPIC_BASE_URL=' in ''.join(printed)
-    assert 'ann-secret' not in ''.join(printed)
+    assert "/live  (asks for an operator's key)\n" in ''.join(printed) and 'ANTHROPIC_BASE_URL=' in ''.join(printed)
+    assert 'secret' not in ''.join(printed) and not Path('here.db.key').exists()
 
     def kat(*args):
         with pytest.raises(SystemExit) as e:
@@ -739,6 +801,7 @@ def test_kat_serve_and_kat_sessions(tmp_path, capsys, monkeypatch):
     assert code == 0 and text.startswith('Session(s: 1 turns, 1 leaves')
     assert kat('sessions', 'export', 'out.parquet', '--store', 'here.db')[:2] == (0, 'out.parquet: groups 1\n')
     assert len(next(read_records('out.parquet'))) == 1
+    keyless_server_writes_its_operators_key(tmp_path, out, printed)
     (tmp_path/'bad.txt').write_text('ann a\nbob a\n')
     for args, says in (
         (('sessions', 'show', 's', '--store', 'here.db'), "no session 's' in here.db"),

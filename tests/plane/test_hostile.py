@@ -86,7 +86,8 @@ class Gate:
             self.tok,
             next((f'of-{o}' for o in KEYS.values() if f'of-{o}' in self.tok.decode(r.ids)), 'well')), self.tok)
         self.store = Store(path)
-        self.g = Gateway(self.engine, self.tok, self.store, 4000, keys=KEYS, limits=RequestLimits(bytes=50_000))
+        self.g = Gateway(self.engine, self.tok, self.store, 4000, keys={}, operators=KEYS,
+                         limits=RequestLimits(bytes=50_000))
 
     async def __aenter__(self):
         return self

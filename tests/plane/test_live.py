@@ -14,7 +14,7 @@ from kat.plane.turns import Turn
 from kat.tree.trie import TokenTree
 
 pytest.importorskip('starlette')
-KEYS = dict(keys={'ann-secret': 'ann', 'bob-secret': 'bob'})
+KEYS = dict(operators={'ann-secret': 'ann', 'bob-secret': 'bob'}, keys={})
 ANN, BOB = ({'authorization': f'Bearer {k}-secret'} for k in ('ann', 'bob'))
 
 

@@ -1,7 +1,10 @@
 """Session trees: the walk against a search through everything, recorded ids never encoded again, rewards where they
 belong"""
 import gc
+import os
+import re
 import weakref
+from copy import deepcopy
 
 import numpy as np
 import pytest
@@ -11,9 +14,11 @@ from plane_world import say, tokenizer, z
 from kat.core.chat import encode_prompt, ids_of, train_tokenizer
 from kat.wire.dialects import canonical_key, explain
 from kat.infer.requests import Completion
-from kat.plane.manager import Manager, Session, _key, plan_text, show
+from kat.plane.manager import COMPLETED, Manager, Session, _key, plan_text, show
 from kat.plane.scenarios import SCENARIOS, SCENARIO_TOOLS, play_scenario
-from kat.plane.turns import Turn, answer_ids, changes, split, tool_mark
+from kat.plane.schema import row_turn, turn_row
+from kat.plane.turns import Turn, answer_ids, changes, new_id, split, tool_mark
+from kat.wire.normalise import canonical_json
 
 
 def user(text):
@@ -114,6 +119,145 @@ def test_the_walk_finds_what_a_search_finds(todo):
     assert s.busy == 0 and sum(s.agents.values()) == len(s.turns)
     for leaf, t in zip(s.leaves, s.trajectories()):
         assert np.array_equal(leaf.ids, t.ids)
+
+
+# --- calls that come back under the gateway's own ids
+
+PLAIN = st.none() | st.booleans() | st.integers(-3, 3) | st.floats(-2, 2) | st.text('ab \n\u202e', max_size=3)
+JSON = st.recursive(PLAIN,
+                    lambda x: st.lists(x, max_size=2) | st.dictionaries(st.text('xy', max_size=2), x, max_size=2),
+                    max_leaves=4)
+ARGUMENTS = st.dictionaries(st.text('pqr', min_size=1, max_size=2), JSON, max_size=3)
+WAYS = ('as it was', 'arguments', 'name', 'id', 'text', 'less', 'more', 'order', 'blank')
+
+
+def tool(uid, name, arguments):
+    return dict(id=uid, type='function', function=dict(name=name, arguments=arguments))
+
+
+def result(call):
+    return dict(role='tool', tool_call_id=call['id'], content='done')
+
+
+@st.composite
+def returned(draw):
+    "For each answer of a conversation: its calls as the model wrote them, and what the client does to it for good."
+    names = st.sampled_from(['edit', 'bash'])
+    return [([(draw(names), draw(ARGUMENTS)) for _ in range(draw(st.integers(1, 3)))], draw(st.sampled_from(WAYS)),
+             draw(ARGUMENTS), draw(st.integers(0, 2))) for _ in range(draw(st.integers(1, 4)))]
+
+
+@settings(max_examples=150, deadline=None)
+@given(returned())
+def test_whatever_becomes_of_arguments_the_call_is_the_recorded_one(answers):
+    """Under the same id and name the recorded tokens stay and the change is noted; what else differs forks, and nothing
+    that the client wrote is trained."""
+    s, chat, kept, noted = Session(tokenizer(), 's'), [user('go')], True, False
+    for i, (calls, way, other, which) in enumerate(answers):
+        plan = s.plan(chat)
+        assert plan.reason in ('start', 'append') if kept else plan.reason != 'append'
+        assert plan.drift == ('forked' if not kept else 'realigned' if noted else 'clean')
+        assert plan.notes == ([COMPLETED] if noted else [])
+        made = [tool(f'call_{i}_{j}', *c) for j, c in enumerate(calls)]
+        recorded = reply(plan, 'look', tool_calls=made)
+        back, where = deepcopy(recorded), which % len(made)
+        call = back['tool_calls'][where]
+        same = True
+        if way == 'arguments':
+            noted |= canonical_json(call['function']['arguments']) != canonical_json(other)
+            call['function']['arguments'] = other
+        elif way == 'name':
+            call['function']['name'], same = 'write', False
+        elif way == 'id':       # renamed: content decides, and here it says another thing
+            call['id'], call['function']['arguments'], same = f'own_{i}', {'new': i}, False
+        elif way == 'text':
+            back['content'], same = 'look there', False
+        elif way == 'less' and len(made) > 1:
+            del back['tool_calls'][where]
+            same = False
+        elif way == 'more':
+            back['tool_calls'].append(tool(f'own_{i}', 'bash', {}))
+            same = False
+        elif way == 'order':
+            back['tool_calls'].reverse()
+            same = len(made) == 1 or [c[0] for c in calls] == [c[0] for c in calls[::-1]] and (
+                canonical_json([c[1] for c in calls]) == canonical_json([c[1] for c in calls[::-1]]))
+        chat = [*chat, back, *map(result, back['tool_calls'])]
+        if not same: break
+    plan = s.plan(chat)
+    assert plan.drift == ('forked' if not same else plan.drift) and (plan.reason == 'append') == same
+    assert (COMPLETED in plan.notes) == noted
+    reply(plan, 'end')
+    for turn in s.turns.values():
+        assert turn.finish != 'client' or not any(x.trainable for x in turn.answer)
+    path = s.leaves[-1].path if same else []
+    assert [t.finish for t in path] == ['stop'] * len(path) and (not same or len(path) == len(answers) + 1)
+    again = Session(tokenizer(), 's')       # as it comes back from the store
+    for turn in s.turns.values():
+        again.restore(row_turn(turn_row(s, turn), again.turns))
+    assert [(p.drift, p.reason, p.notes, p.ids.tolist()) for p in (s.plan([*chat, said('end'), user('x')]),)] == [
+        (p.drift, p.reason, p.notes, p.ids.tolist()) for p in (again.plan([*chat, said('end'), user('x')]),)]
+
+
+def test_ids_tell_equal_answers_apart():
+    "Two tries that say the same: the one whose ids came back was kept, and gets the reward."
+    s = Session(tokenizer(), 's', reward=1.0)
+    kept, other = (reply(s.plan([user('go')]), '', tool_calls=[tool(f'call_{i}', 'edit', {'a': 1})]) for i in 'xy')
+    more = deepcopy(kept)
+    more['tool_calls'][0]['function']['arguments']['b'] = 2
+    for i, back in enumerate((kept, more)):
+        p = s.plan([user('go'), back, result(back['tool_calls'][0])])
+        assert p.parent is list(s.turns.values())[0] and p.drift == ('realigned' if i else 'clean')
+    reply(p, 'done')
+    assert [(t.info['status'], t.reward) for t in s.trajectories()] == [('superseded', None), ('final', 1.0)]
+    assert other != kept
+
+
+def test_the_id_comes_before_what_the_call_looks_like():
+    "Completed, the first answer looks like the second."
+    s = Session(tokenizer(), 's')
+    first = reply(s.plan([user('go')]), '', tool_calls=[tool('call_x', 'edit', {'a': 1})])
+    reply(s.plan([user('go')]), '', tool_calls=[tool('call_y', 'edit', {'a': 1, 'all': False})])
+    back = first | dict(tool_calls=[tool('call_x', 'edit', {'a': 1, 'all': False})])
+    p = s.plan([user('go'), back, result(back['tool_calls'][0])])
+    assert p.parent is list(s.turns.values())[0] and (p.drift, p.notes) == ('realigned', [COMPLETED])
+
+
+def test_an_id_that_two_answers_have_says_nothing():
+    s = Session(tokenizer(), 's')
+    for text, argument in (('a', 1), ('b', 2)):
+        reply(s.plan([user(text)]), '', tool_calls=[tool('call_0', 'edit', {'a': argument})])
+    back = said('', tool_calls=[tool('call_0', 'edit', {'a': 3})])
+    assert s.plan([user('a'), back, result(back['tool_calls'][0])]).reason == 'edited_answer'
+    back = said('', tool_calls=[tool('call_0', 'edit', {'a': 1})])
+    assert s.plan([user('a'), back, result(back['tool_calls'][0])]).drift == 'clean'
+
+
+def test_an_edited_answer_keeps_the_recorded_arguments_of_its_calls():
+    "And one that was moved to another place keeps the recorded tokens."
+    s = Session(tokenizer(), 's')
+    two = [tool(f'call_{i}', 'edit', {'a': i}) for i in range(2)]
+    m = reply(s.plan([user('go')]), 'look', tool_calls=two)
+    back = m | dict(content='other', tool_calls=[tool('call_0', 'edit', {'a': 0, 'b': 1}), two[1]])
+    p = s.plan([user('go'), back, *map(result, back['tool_calls'])])
+    assert p.made[0].message == m | dict(content='other') and p.notes == [COMPLETED] and p.drift == 'forked'
+    moved = back | dict(content='look')
+    p = s.plan([user('elsewhere'), moved, *map(result, back['tool_calls'])])
+    first = list(s.turns.values())[0]
+    assert p.made[0].copied == first.id and np.array_equal(ids_of(p.made[0].answer), ids_of(first.answer))
+
+
+def test_ids_are_not_to_be_guessed_and_never_the_same():
+    "Also after a fork; the bits of many tell nothing of the next (a Mersenne Twister would be known after 156)."
+    ids = [new_id() for _ in range(2000)]
+    assert len(set(ids)) == 2000 and all(re.fullmatch('[0-9a-f]{32}', x) for x in ids)
+    r, w = os.pipe()
+    if not (child := os.fork()):
+        os.write(w, new_id().encode())
+        os._exit(0)
+    os.waitpid(child, 0)
+    assert os.read(r, 32).decode() not in {*ids, new_id(), new_id()}
+    os.close(r), os.close(w)
 
 
 def test_a_request_in_flight_holds_its_place_and_gives_it_back():

@@ -790,7 +790,7 @@ TEXT = dict(
 )  # fmt: skip
 COUNTS = dict(input_tokens=int, output_tokens=int, cache_creation_input_tokens=int, cache_read_input_tokens=int)
 BLOCKS = dict(
-    text=dict(type={'text'}, text=str, citations=optional([dict])),
+    text=dict(type={'text'}, text=str),  # no citations: null, which the AI SDK refuses
     thinking=dict(type={'thinking'}, thinking=str, signature=str),
     tool_use=dict(type={'tool_use'}, id=str, name=str, input=dict, caller=dict(type={'direct'})),
 )
@@ -912,7 +912,7 @@ def text_in_one(m):
     "A message with its text in one block before its calls, as a whole answer has it."
     texts, others = [b for b in m['content'] if b['type'] == 'text'], [b for b in m['content'] if b['type'] != 'text']
     at = next((i for i, b in enumerate(others) if b['type'] == 'tool_use'), len(others))
-    one = [dict(type='text', text='\n'.join(b['text'] for b in texts), citations=None)] if texts else []
+    one = [dict(type='text', text='\n'.join(b['text'] for b in texts))] if texts else []
     return m | dict(content=others[:at] + one + others[at:])
 
 
