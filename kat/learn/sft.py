@@ -20,7 +20,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallba
 
 from ..compute.logprob import length_buckets, pad_rows, rows_tree, tree_logprobs
 from ..core.io import need
-from .training import (check_adapter, data_checksum, latest_checkpoint, load_finished, lr_factor, make_optimizer,
+from .training import (
+    check_adapter, data_checksum, latest_checkpoint, load_finished, lr_factor, make_optimizer,
                                 no_bars, save_checkpoint, save_finished, weights_checksum)
 
 # %% ../../nbs/learn/06_sft.ipynb #e2562214
