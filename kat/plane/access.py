@@ -50,6 +50,7 @@ class KnownKeys:
     def __init__(self, keys: dict[str, str] | None, operators: dict[str, str] | None):
         self.owners = None if keys is None else {_hash(key): owner for key, owner in keys.items()}
         self.operators = {_hash(key): owner for key, owner in (operators or {}).items()}
+        if {*(self.owners or ())} & {*self.operators}: raise ValueError('keys: one is an agent\'s and an operator\'s')
 
     def who(self, headers) -> Asker:
         "Whose request is it? BadRequest 401 for a wrong or missing key."
