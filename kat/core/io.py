@@ -175,7 +175,7 @@ def _arrow(cls):
     segment = [('ids', ints), ('kind', text), ('turn', pa.int32()), ('trainable', pa.bool_()), ('logprobs', floats),
                ('entropy', floats), ('version', ints), ('event', text), ('extra', text)]
     trajectory = [('schema', text), ('task', text), ('reward', pa.float64()), ('sampling', text), ('info', text),
-                  ('segments', pa.list_(pa.struct(segment))), ('extra', text)]
+                  ('session', text), ('owner', text), ('segments', pa.list_(pa.struct(segment))), ('extra', text)]
     group = [('schema', text), ('task', text), ('info', text),
              ('trajectories', pa.list_(pa.struct(trajectory))), ('extra', text)]
     return pa.schema(group if cls is Group else trajectory)

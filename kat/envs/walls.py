@@ -187,6 +187,14 @@ def _group_root() -> Path | None:
                 return Path(place, os.path.relpath(path, top))
     return None
 
+def _kill_all(pids: list[str]):
+    for pid in pids:
+        try:
+            os.kill(int(pid), signal.SIGKILL)
+        except ProcessLookupError:
+            pass
+
+# %% ../../nbs/envs/02_walls.ipynb #d8aa0b94
 class PidsGroup:
     "A control group that limits processes and threads. Raises `OSError` where none can be made."
     def __init__(self):
@@ -218,11 +226,7 @@ class PidsGroup:
                 return self.path.rmdir()
             except OSError:
                 if time.monotonic() > until: raise
-            for pid in (self.path / 'cgroup.procs').read_text().split():
-                try:
-                    os.kill(int(pid), signal.SIGKILL)
-                except ProcessLookupError:
-                    pass
+            _kill_all((self.path / 'cgroup.procs').read_text().split())
             time.sleep(.002)
 
 # %% ../../nbs/envs/02_walls.ipynb #08f8308b

@@ -24,6 +24,7 @@ import torch
 from ..compute.logprob import tree_logprobs
 from ..core.io import read_records, write_records
 from ..core.types import GENERATED, Trajectory
+from .advantage import group_advantages
 from ..tree.trie import TokenTree
 
 # %% ../../nbs/learn/07_rft.ipynb #95221d2e
@@ -298,15 +299,12 @@ def load_ground_truths(
 def rft_advantages(
     rewards,             # of the rollouts, in [0, 1]; nan: masked, advantage 0
     n_gt: int,           # ground truths in the group, each with reward 1
-    std: bool = True,    # divide by the group's standard deviation, as GRPO does (False: Dr. GRPO)
-    eps: float = 1e-6,   # groups whose deviation is not above `eps` get advantage 0
-) -> np.ndarray:         # float64[len(rewards) + n_gt]: the rollouts', then the ground truths'
-    "Group-relative advantages (GRPO, arXiv 2402.03300) with the ground truths inside the group. *own design*"
+    std: bool = True,    # `grpo`: divided by the group's `deviation` (False: `dr_grpo`)
+) -> np.ndarray:         # float32[len(rewards) + n_gt]: the rollouts', then the ground truths'
+    """Group-relative advantages (GRPO, arXiv:2402.03300) with the ground truths inside the group, as `RLTrainer` takes
+    them; all 0 where every reward is the same. *own design*"""
     group = np.concatenate([np.asarray(rewards, float), np.ones(n_gt)])
-    live = ~np.isnan(group)
-    if not live.any() or group[live].std() <= eps: return np.zeros(len(group))
-    centred = np.where(live, group - group[live].mean(), 0.)
-    return centred / group[live].std() if std else centred
+    return group_advantages([group], "grpo" if std else "dr_grpo")[0][0]
 
 # %% ../../nbs/learn/07_rft.ipynb #d633f99f
 def with_logprobs(

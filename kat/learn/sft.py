@@ -20,7 +20,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallba
 
 from ..compute.logprob import length_buckets, pad_rows, rows_tree, tree_logprobs
 from ..core.io import need
-from .training import (data_checksum, latest_checkpoint, load_finished, lr_factor, make_optimizer,
+from .training import (
+    check_adapter, data_checksum, latest_checkpoint, load_finished, lr_factor, make_optimizer,
                                 no_bars, save_checkpoint, save_finished, weights_checksum)
 
 # %% ../../nbs/learn/06_sft.ipynb #e2562214
@@ -221,6 +222,7 @@ def train_sft(
                      warmup=warmup, decay=decay, weight_decay=weight_decay, max_grad_norm=max_grad_norm,
                      dtype=str(dtype), seed=seed)
     if (out / "model").exists(): return load_finished(model, out / "model", call)
+    check_adapter(model)
     run = _plan_run(call, sequences, dtype, progress)
     config = _config(out / "checkpoints", call, save_every)
     optimizer = make_optimizer(model, lr, muon_lr, weight_decay=weight_decay)

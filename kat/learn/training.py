@@ -4,15 +4,18 @@
 
 # %% auto #0
 __all__ = ['MANIFEST', 'orthogonalise', 'MuonAdam', 'make_optimizer', 'lr_factor', 'CheckpointError', 'write_folder',
-           'check_folder', 'checkpoints', 'save_checkpoint', 'latest_checkpoint', 'rng_state', 'set_rng_state',
-           'data_checksum', 'weights_checksum', 'no_bars', 'has_adapter', 'merged', 'adapter_settings', 'save_weights',
-           'save_finished', 'load_weights', 'load_finished', 'load_tokenizer', 'load_model']
+           'check_files', 'check_folder', 'checkpoints', 'save_checkpoint', 'latest_checkpoint', 'rng_state',
+           'set_rng_state', 'data_checksum', 'weights_checksum', 'no_bars', 'has_adapter', 'check_adapter', 'merged',
+           'adapter_settings', 'save_weights', 'save_finished', 'load_weights', 'load_finished', 'load_tokenizer',
+           'load_model']
 
 # %% ../../nbs/learn/01_training.ipynb #8c3d7e14
 import copy
+import errno
 import json
 import os
 import shutil
+import warnings
 import zlib
 from collections.abc import Callable
 from contextlib import contextmanager
@@ -138,6 +141,24 @@ def _flush(path: Path) -> None:  # to disk
     with path.open("rb") as file:
         os.fsync(file.fileno())
 
+# %% ../../nbs/learn/01_training.ipynb #32bb9b71
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+def _no_room(folder: Path, error: BaseException | None) -> str | None:  # why a write failed, if it was for want of room
+    largest = max((p.stat().st_size for p in folder.rglob("*") if p.is_file()), default=0)
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in _FULL: return os.strerror(error.errno)
+        error = error.__cause__ or error.__context__
+    try:
+        with open(folder / ".room", "wb") as file:
+            file.write(bytes(1 << 20))
+            file.seek(largest + (1 << 20))
+            file.write(b"x")
+    except OSError as error:
+        return os.strerror(error.errno) if error.errno in _FULL else None
+    finally:
+        (folder / ".room").unlink(missing_ok=True)
+
 # %% ../../nbs/learn/01_training.ipynb #587a5750
 def write_folder(
     path: Path,                        # the folder to make or replace
@@ -146,8 +167,7 @@ def write_folder(
 ) -> None:
     """Make a folder all at once: written beside, flushed to disk, renamed.
 
-    On failure the old one stays, and nothing else.
-    """
+    On failure the old one stays, and nothing else. UserError where there is no room for it."""
     path, new = Path(path), Path(path).with_name(f".{Path(path).name}.new")
     shutil.rmtree(new, ignore_errors=True)
     new.mkdir(parents=True)
@@ -160,31 +180,48 @@ def write_folder(
             files.append(new / MANIFEST)
         for p in files:
             _flush(p)
-    except BaseException:
+    except BaseException as error:
+        full = _no_room(new, error) if isinstance(error, Exception) and not isinstance(error, UserError) else None
         shutil.rmtree(new, ignore_errors=True)
-        raise
+        if not full: raise
+        raise UserError(f"{path}: not written ({full}): make room and run again; what was there stays") from error
     if path.exists():
         shutil.rmtree(path)
     new.rename(path)
 
 # %% ../../nbs/learn/01_training.ipynb #2b202985
+_READ = (".safetensors", ".bin", ".pt", ".json", ".jinja", ".model", ".py")  # endings of what loaders look for
+
+def check_files(
+    path: Path,      # a folder that `write_folder` made with a `call`
+) -> dict:           # the `call`
+    "Raise CheckpointError naming the file if anything is missing, changed, or was put there afterwards."
+    path = Path(path)
+    remedy = f"delete {path} to go on without it"
+    try:
+        manifest = json.loads((path / MANIFEST).read_text())
+        call, files = dict(manifest["call"]), {name: (size, crc) for name, (size, crc) in manifest["files"].items()}
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        raise CheckpointError(f"{path / MANIFEST}: unreadable ({type(error).__name__}: {error}): {remedy}") from error
+    for name, (bytes_written, sum_written) in files.items():
+        if not (path / name).is_file(): raise CheckpointError(f"{path / name}: missing: {remedy}")
+        size, crc = _checksum(path / name)
+        if (size, crc) != (bytes_written, sum_written):
+            changed = size == bytes_written
+            how = "its contents have changed" if changed else f"{bytes_written} bytes written, {size} found"
+            raise CheckpointError(f"{path / name}: damaged ({how}): {remedy}")
+    here = {p.relative_to(path).as_posix() for p in path.rglob("*") if p.is_file() and p.suffix in _READ}
+    if odd := here - {*files, MANIFEST}:
+        raise CheckpointError(f"{path / min(odd)}: not its run's, but would be read (move it away): {remedy}")
+    return call
+
+# %% ../../nbs/learn/01_training.ipynb #683a352c
 def check_folder(
     path: Path,      # a folder that `write_folder` made with a `call`
     call: dict,      # description of the present run
 ) -> None:
     "Raise CheckpointError naming the file if anything is missing or changed, or the setting that differs."
-    remedy = f"delete {path} to go on without it"
-    try:
-        manifest = json.loads((path / MANIFEST).read_text())
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path / MANIFEST}: unreadable ({error}): {remedy}") from error
-    for name, want in manifest["files"].items():
-        if not (path / name).exists(): raise CheckpointError(f"{path / name}: missing: {remedy}")
-        size, crc = _checksum(path / name)
-        if [size, crc] != want:
-            how = f"{want[0]} bytes written, {size} found" if size != want[0] else "its contents have changed"
-            raise CheckpointError(f"{path / name}: damaged ({how}): {remedy}")
-    was = manifest["call"]
+    was = check_files(path)
     odd = [f"{k}: {was.get(k)} there, {call.get(k)} here" for k in {**was, **call} if was.get(k) != call.get(k)]
     if odd: raise CheckpointError(f"{path}: made by another run ({'; '.join(odd)}): use another folder, or delete it")
 
@@ -270,12 +307,81 @@ def has_adapter(
                          "since it must merge into the model")
     return True
 
+# %% ../../nbs/learn/01_training.ipynb #1d122bae
+def _logits(model) -> torch.Tensor:  # float64[2, 8, V] of a probe batch, in evaluation mode
+    device, size = model.get_input_embeddings().weight.device, model.config.get_text_config().vocab_size
+    ids, modes = torch.arange(16) * 7919 % size, [(module, module.training) for module in model.modules()]
+    try:
+        with torch.no_grad():
+            out = model.eval()(input_ids=ids.view(2, 8).to(device), use_cache=False).logits
+    finally:
+        for module, training in modes:
+            module.training = training
+    return out.double().cpu()
+
+def _without(model) -> torch.Tensor:  # the same of the model with its adapter switched off
+    with model.disable_adapter():
+        return _logits(model)
+
+@contextmanager
+def _one_model(what: str):  # PEFT's own failures as one line
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # PEFT's, of what is refused here
+            yield
+    except Exception as error:
+        why = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:160]}"
+        raise ValueError(f"{what} failed ({why}): use another kind of adapter, or other target_modules") from error
+
+# %% ../../nbs/learn/01_training.ipynb #2139bd98
+def _gap(a: torch.Tensor, b: torch.Tensor, dtype: torch.dtype) -> str:  # '' where they differ by rounding only
+    fine = torch.finfo(dtype).eps
+    if dtype == torch.float32 and torch.cuda.is_available() and torch.get_float32_matmul_precision() != "highest":
+        fine = 2**-10  # TF32
+    known = a.isfinite() | b.isfinite()  # weights gone to NaN are no fault of the merge
+    if not known.any(): return ""
+    most, gap = a[known].abs().max().item(), (a - b)[known].abs().max().item()
+    return "" if gap <= max(1e-10, min(1000 * fine, 0.05)) * most else f"{gap:.2g}, where the largest is {most:.2g}"
+
+def _same_logits(adapted: torch.Tensor, plain, dtype) -> None:
+    if gap := _gap(adapted, _logits(plain), dtype):
+        raise ValueError(f"the adapter can't be merged exactly: logits of the merged model differ by {gap}: take tied "
+                         "or shared weights (embed_tokens, lm_head) out of the adapter")
+
+# %% ../../nbs/learn/01_training.ipynb #2d0e269f
+def check_adapter(
+    model,                    # with or without an adapter
+    switched_off: bool = False,  # must the model without its adapter stay as it is, for a KL to it?
+) -> None:
+    "ValueError if the adapter, once trained, couldn't be merged exactly. Tried on a float32 copy; *own design*."
+    if not has_adapter(model): return
+    with _one_model("copying the adapter"), torch.no_grad():
+        trial, draw = copy.deepcopy(model).float(), torch.Generator().manual_seed(0)
+        without = [_without(trial)]
+        for p in (p for p in trial.parameters() if p.requires_grad):
+            p += 0.05 * torch.randn(p.shape, generator=draw).to(p)
+        adapted, without = _logits(trial), [*without, _without(trial)]
+        tied = trial.config.get_text_config().tie_word_embeddings
+        plain = trial.merge_and_unload()
+    _same_logits(adapted, plain, torch.float32)
+    if tied != plain.config.get_text_config().tie_word_embeddings:
+        raise ValueError("the adapter unties embed_tokens and lm_head, so engines made from this model couldn't take "
+                         "the merged one: leave them out of modules_to_save")
+    if switched_off and (gap := _gap(*without, torch.float32)):
+        raise ValueError(f"the model without its adapter is the KL's reference, but training would change it (logits "
+                         f"differ by {gap}): set bias='none', or give a reference")
+
 # %% ../../nbs/learn/01_training.ipynb #e968a4b2
 def merged(
     model,                # a causal language model, or PEFT's wrapper around one
 ) -> PreTrainedModel:     # the model itself where it has no adapter, else a copy
-    "An ordinary model with the adapter merged in; the one that is trained stays as it is."
-    return copy.deepcopy(model).merge_and_unload() if has_adapter(model) else model
+    """An ordinary model with the adapter merged in; the one that is trained stays as it is. ValueError if that would be
+    another model than the adapted one."""
+    if not has_adapter(model): return model
+    with _one_model("merging the adapter"):
+        plain = copy.deepcopy(model).merge_and_unload()
+    _same_logits(_logits(model), plain, model.dtype)
+    return plain
 
 # %% ../../nbs/learn/01_training.ipynb #537d2d4b
 def adapter_settings(
@@ -364,9 +470,14 @@ def _checkpoint(path):
     path = Path(path)
     if not (path / 'config.json').exists(): raise UserError(f'{path}: no checkpoint here (config.json is missing)')
     try:
+        if (path / MANIFEST).exists() or (path / 'training.json').exists():  # kat's own: `save_finished`
+            check_files(path)
         yield
     except UserError:
         raise
+    except CheckpointError as error:
+        why = str(error).removesuffix(f': delete {path} to go on without it')
+        raise UserError(f'{why}; delete the folder and run its stage again') from error
     except Exception as error:
         why = f'{type(error).__name__}: {str(error).splitlines()[0][:120]}'
         raise UserError(f'{path}: damaged checkpoint ({why}); delete the folder and run its stage again') from error
@@ -386,4 +497,4 @@ def load_model(
     "A causal model (float32) and its tokenizer from a folder. UserError names a folder that is missing or damaged."
     with _checkpoint(path):
         model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, local_files_only=True)
-        return model, load_tokenizer(path)
+        return model, AutoTokenizer.from_pretrained(path, local_files_only=True)

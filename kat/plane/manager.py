@@ -484,15 +484,17 @@ def _trajectories(session: Session) -> list[Trajectory]:
 
 def _trajectory(session: Session, leaf: Turn, status: str) -> Trajectory:
     path = leaf.path
-    own = [turn.reward for turn in path if turn.reward is not None]
-    reward = own[-1] if own else session.reward if status == 'final' else None
+    reward = session.reward if status == 'final' else None
     drawn = [turn.sampling for turn in path if turn.finish != 'client']
     last = drawn[-1] if drawn else {}
     sampling = {key: value for key, value in last.items() if all(other.get(key) == value for other in drawn)}
-    turns = [dict(id=turn.id, finish=turn.finish, drift=turn.drift, reason=turn.reason, notes=turn.notes,
-                  sampling=turn.sampling) for turn in path]
-    info = session.info | dict(session=session.name, status=status, agent=leaf.agent, turns=turns)
-    return Trajectory(session.task, leaf.segments, reward, sampling, info)
+    info = session.info | dict(session=session.name, status=status, agent=leaf.agent, turns=list(map(_turn_info, path)))
+    return Trajectory(session.task, leaf.segments, reward, sampling, info, session=session.uid, owner=session.owner)
+
+def _turn_info(turn: Turn) -> dict:
+    graded = {} if turn.reward is None else dict(reward=turn.reward)
+    return dict(id=turn.id, finish=turn.finish, drift=turn.drift, reason=turn.reason, notes=turn.notes,
+                sampling=turn.sampling) | graded
 
 # %% ../../nbs/plane/02_manager.ipynb #b74fe709
 def show(

@@ -268,11 +268,11 @@ def _sized(row) -> dict:
 
 # %% ../../nbs/plane/05_store.ipynb #85a92f1c
 def _task_groups(records: Records, where: dict) -> Iterator[Group]:
-    "One group per owner and task, in the order in which tasks began; tasks without a trajectory are left out."
+    "One group per task and owner, in the order in which they began; those without a trajectory are left out."
     tasks = {}
     for row in records.sessions(**where):
-        tasks.setdefault((row['owner'], row['task']), []).append(row['uid'])
-    for (_, task), uids in tasks.items():
+        tasks.setdefault((row['task'], row['owner']), []).append(row['uid'])
+    for (task, _), uids in tasks.items():
         trajectories = [path for uid in uids for path in records._load(None, uid=uid).trajectories()]
         if trajectories:
             yield Group(task, trajectories)

@@ -100,7 +100,7 @@ class Turn(Node):
     ended: int = 0               # tick when it was recorded
     copied: str | None = None    # client turn: the turn whose answer's ids it repeats
     sampling: dict = field(default_factory=dict)  # temperature, truncation
-    reward: float | None = None  # of the trajectories that go through this turn, where it was given one of its own
+    reward: float | None = None  # its own, where it was given one; it says nothing about the session's
     info: dict = field(default_factory=dict)      # free, JSON values
 
     def __post_init__(self):

@@ -139,7 +139,7 @@ GOOD = dumps(example().to_dict())
         ('', 'empty line'),
         ('[1]', 'an object expected, got list'),
         (GOOD.replace('0.25', 'NaN'), 'NaN is not JSON'),
-        (GOOD.replace('trajectory/1', 'trajectory/3'), 'upgrade kat'),
+        (GOOD.replace('trajectory/2', 'trajectory/3'), 'upgrade kat'),
         (GOOD.replace('"user"', '"usr"'), r"segments\[0\]: segment kind: 'usr'"),
         (GOOD.replace('-0.1', 'null'), r'segments\[1\]: segment logprobs: nan at index 0 is missing'),
         (GOOD.replace('"ids": [5, 6]', '"ids": [5]'), r'segments\[1\]: segment logprobs: 1 values expected'),
@@ -181,7 +181,7 @@ def test_a_wrong_row_of_parquet_names_the_row(tmp_path):
     write_parquet(tmp_path / 'a.parquet', [example(), example()])
     t = pq.read_table(tmp_path / 'a.parquet').to_pydict()
     for col, bad, says in (
-        ('schema', 'kat.trajectory/2', 'upgrade kat'),
+        ('schema', 'kat.trajectory/3', 'upgrade kat'),
         ('info', '{', 'Expecting'),
         ('task', None, "field 'task'"),
     ):
@@ -189,6 +189,24 @@ def test_a_wrong_row_of_parquet_names_the_row(tmp_path):
         pq.write_table(pa.table(rows), tmp_path / 'b.parquet')
         with pytest.raises(ValueError, match=rf'b\.parquet: row 1: .*{says}'):
             list(read_parquet(tmp_path / 'b.parquet'))
+
+
+@pytest.mark.parametrize('form', FORMATS)
+def test_sessions_and_owners_are_stored_and_files_without_them_are_read(tmp_path, form):
+    one = [Trajectory('t', [], 1.0, session=s, owner='ann', info=dict(session=s)) for s in ('a', 'a', 'b')]
+    write_records(tmp_path / f'a.{form}', [Group('t', one)])
+    got = next(read_records(tmp_path / f'a.{form}'))
+    assert got == Group('t', one) and got.sessions.tolist() == [0, 0, 1]
+
+
+def test_a_parquet_file_of_version_1(tmp_path):
+    "As it was written then: no such columns."
+    ts = [Trajectory('t', [], 1.0, info=dict(session=s)) for s in ('a', 'a', 'b')]
+    write_parquet(tmp_path / 'a.parquet', ts)
+    t = pq.read_table(tmp_path / 'a.parquet').drop_columns(['session', 'owner'])
+    t = t.set_column(t.schema.get_field_index('schema'), 'schema', pa.array(['kat.trajectory/1'] * 3))
+    pq.write_table(t, tmp_path / 'b.parquet')
+    assert [x.session for x in read_parquet(tmp_path / 'b.parquet')] == ['a', 'a', 'b']
 
 
 def test_wrong_use_is_refused(tmp_path):

@@ -74,6 +74,33 @@ def test_a_group_holds_one_task():
     assert [x.task for x in g] == ['b', 'a'] and np.isnan(g[0].rewards).tolist() == [False, True]
 
 
+def test_a_group_has_one_owner_and_counts_its_sessions():
+    of = lambda session, owner=None: Trajectory('t', [], session=session, owner=owner)
+    with pytest.raises(ValueError, match=r"trajectories\[1\] is of owner 'bob', trajectories\[0\] of 'ann'"):
+        Group('t', [of('a', 'ann'), of('a', 'bob')])
+    g = Group('t', [of('b'), of(None), of('a'), of('b'), of(None)])
+    assert g.sessions.tolist() == [0, 1, 2, 0, 3] and g.sessions.dtype == np.int64 and 'of 4 sessions' in repr(g)
+    assert Group('t', []).sessions.tolist() == []
+    gathered = groups_of([of('a', 'ann'), of('a', 'bob'), of('b', 'ann')])
+    assert [[(t.session, t.owner) for t in g] for g in gathered] == [[('a', 'ann'), ('b', 'ann')], [('a', 'bob')]]
+
+
+@pytest.mark.parametrize('name, value', [('session', 1), ('session', ''), ('owner', 0), ('owner', ['a'])])
+def test_a_session_and_an_owner_are_names(name, value):
+    with pytest.raises(ValueError, match=f'trajectory {name}: '):
+        Trajectory('t', [], **{name: value})
+
+
+def test_the_session_survives_and_version_1_is_read_right():
+    t = Trajectory('t', [], 1.0, session='s', owner='')
+    assert Trajectory.from_dict(t.to_dict()) == t and 'session' not in Trajectory('t', []).to_dict()
+    first = dict(schema='kat.trajectory/1')
+    old = lambda **info: Trajectory.from_dict(Trajectory('t', [], info=info).to_dict() | first)
+    assert [old(session=x).session for x in ('s', '', None, 3)] == ['s', None, None, None] and old().session is None
+    now = Trajectory('t', [], info=dict(session='s'))  # what `info` says is free again
+    assert Trajectory.from_dict(now.to_dict()).session is None
+
+
 def test_ids_may_come_as_lists_arrays_or_tensors():
     want = Segment([3, 4], 'user')
     for ids in ((3, 4), np.array([3, 4]), np.array([3, 4], np.uint8), torch.tensor([3, 4])):
@@ -168,8 +195,8 @@ def test_unknown_fields_are_kept_at_every_level():
     'd, says',
     [
         ({'task': 't', 'segments': []}, "field 'schema' is missing"),
-        ({'schema': 'kat.trajectory/2', 'task': 't', 'segments': []}, 'reads version 1; upgrade kat'),
-        ({'schema': 'kat.group/1', 'task': 't', 'segments': []}, "schema 'kat.group/1': 'kat.trajectory/1' expected"),
+        ({'schema': 'kat.trajectory/3', 'task': 't', 'segments': []}, 'reads version 2; upgrade kat'),
+        ({'schema': 'kat.group/1', 'task': 't', 'segments': []}, "schema 'kat.group/1': 'kat.trajectory/2' expected"),
         ({'schema': 'kat.trajectory/1', 'segments': []}, "trajectory: field 'task' is missing"),
         ({'schema': 'kat.trajectory/1', 'task': 't'}, "field 'segments': a list expected"),
         (

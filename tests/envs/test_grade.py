@@ -17,9 +17,9 @@ from hypothesis import strategies as st
 
 from kat.envs.base import InfraError
 from kat.envs.grade import (
-    PASSED, Check, Suite, Verdict, ask_job, checks_of, decides, decoded, encoded, grade_answers, grade_tests, hides,
-    holds, judge_answers, judge_tests, known_modules, merge_trees, plant, prepare_tree, read_reports, read_tree,
-    fair_run, together, write_tree)
+    PASSED, Check, Suite, Verdict, all_of, ask_job, checks_of, decides, decoded, encoded, fair_run, grade_answers,
+    grade_tests, hides, holds, judge_answers, judge_tests, known_modules, merge_trees, plant, prepare_tree,
+    read_reports, read_tree, together, write_tree)
 from kat.envs.sandbox import CAUSES, Bubblewrap, JobResult, Limits, WarmPool, features
 
 bwrap = pytest.mark.skipif(not features().works, reason=f'bubblewrap does not work here: {features().reason}')
@@ -61,6 +61,19 @@ def blamed(cause, again, honest):
     assert len(controls) == (cause in machine)
 
 
+def test_an_error_waits_for_what_runs_beside_it():
+    done = []
+    async def fails():
+        raise InfraError('first')
+    async def slow():
+        for _ in range(5):
+            await asyncio.sleep(0)
+        done.append(1)
+    with pytest.raises(InfraError, match='first'):
+        asyncio.run(all_of([fails(), slow()]))
+    assert done
+
+
 WALL = Limits(memory_mb=256, cpu_s=1, wall_s=3)
 
 
@@ -74,7 +87,7 @@ def grade_one(pool, code, limits=WALL, right='def f(x): return x + 1'):
     ('def f(x):\n    while True: pass', 'cpu'),
     ('def f(x): return "x" * 10**9', None),
     ('def f(x): print("x" * 10**6)', 'output'),
-    ('import os\ndef f(x):\n    while True: os.fork()', 'processes'),
+    ('import os\ndef f(x):\n    while True: os.fork()', None),   # the next fork is refused: an error of its own
     ('import os\ndef f(x): os.kill(os.getpid(), 9)', 'killed'),
     ('import os\ndef f(x): os.abort()', 'signal'),
 ])

@@ -1,5 +1,6 @@
 "The site's bridge and the check for outside requests"
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -77,3 +78,15 @@ def test_links_to_follow_are_no_requests(tmp_path):
     assert build.outside(tmp_path) == []
     (tmp_path/'a.css').write_text('@font-face { src: url(https://x.org/f.woff2) }')
     assert build.outside(tmp_path) == ['a.css: https://x.org/f.woff2']
+
+
+def test_what_could_lie_names_tests_that_exist():
+    "Each row of the page names its guards"
+    cells = json.loads((ROOT/'nbs/what_could_lie.ipynb').read_text())['cells']
+    rows = [x for c in cells for x in ''.join(c['source']).split('\n') if x.startswith('| ') and 'guarded by' not in x]
+    assert len(rows) > 20
+    for row in rows:
+        guards = re.findall(r'`([\w/]+\.py)(?:::(\w+))?`', row.rsplit('|', 2)[1])
+        assert guards, row
+        for path, name in guards:
+            assert f'def {name or "main"}(' in (ROOT/'tests'/path).read_text(), (path, name)

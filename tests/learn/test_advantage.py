@@ -23,7 +23,7 @@ def test_masks_by_reason_and_their_counters():
                 episode(1.0, masked=None), episode(0.0, masked="overlong")]
     rewards, counts = masked_rewards(episodes)
     np.testing.assert_array_equal(rewards, [1, NAN, NAN, NAN, NAN, NAN, 1, NAN])
-    assert counts == {"truncated": 2, "timeout": 1, "infrastructure": 1, "overlong": 1, "ungraded": 1}
+    assert counts == {"truncated": 2, "timeout": 1, "infrastructure": 1, "overlong": 1, "ungraded": 1, "untrained": 0}
 
 
 def test_the_caller_chooses_what_is_masked():
@@ -31,7 +31,7 @@ def test_the_caller_chooses_what_is_masked():
                 episode(None, masked="truncated"), episode(1.0)]
     rewards, counts = masked_rewards(episodes, ["infrastructure"])
     np.testing.assert_array_equal(rewards, [0.25, NAN, NAN, 1.0])
-    assert counts == {"infrastructure": 1, "ungraded": 1}
+    assert counts == {"infrastructure": 1, "ungraded": 1, "untrained": 0}
     assert masked_rewards(episodes[:1], ())[0].tolist() == [0.25]
 
 

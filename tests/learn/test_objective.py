@@ -8,7 +8,7 @@ from hypothesis import given, settings, strategies as st
 
 from kat.learn.advantage import dr_grpo, group_advantages, grpo, is_live, rloo
 from kat.learn.losses import (LIMIT, cispo, importance_weights, k3, mismatch, policy_gradient, ppo_clip, token_weights,
-                             unit_clip)
+                             unit_clip, unit_mask)
 from kat.learn.objective import LOSSES, Objective, merge_metrics
 
 NAN = float("nan")
@@ -115,6 +115,44 @@ def test_cispo_by_hand():
     assert gradient(loss.sum(), new) == pytest.approx([-2, 1, -3], rel=1e-6)   # never lost
 
 
+def test_cispo_with_a_lower_limit_by_hand():
+    old = torch.full((3,), -1.0, dtype=torch.float64)
+    new = (old + torch.tensor([2.0, 0.25, 8.0]).log()).requires_grad_()
+    loss, cut = cispo(new, old, torch.tensor([1.0, -2.0, 1.0]), high=2.0, low=0.4)   # weights 2, 0.6, 3
+    assert loss.tolist() == pytest.approx([-2 * (-1 + LOG2), 1.2 * (-1 - 2 * LOG2), -3 * (-1 + 3 * LOG2)], rel=1e-6)
+    assert cut.tolist() == [False, True, True] and gradient(loss.sum(), new) == pytest.approx([-2, 1.2, -3], rel=1e-6)
+    none, plain = cispo(new, old, torch.ones(3), high=2.0, low=1.0), cispo(new, old, torch.ones(3), high=2.0)
+    assert torch.equal(none[0], plain[0]) and torch.equal(none[1], plain[1])
+
+
+@pytest.mark.parametrize("ratio, advantage, loss, slope, clipped", [
+    (9.0, -1.0, 3.0, 0, True),       # c A
+    (2.0, -1.0, 2.0, 2.0, False),    # below c: as without it
+    (0.5, -1.0, 0.8, 0, True),       # the lower limit
+    (9.0, 1.0, -1.28, 0, True),      # a positive advantage has the upper one
+    (9.0, 0.0, 0.0, 0, False)])
+def test_dual_clip_by_hand(ratio, advantage, loss, slope, clipped):
+    old = torch.tensor([-3.0], dtype=torch.float64)
+    new, A = (old + math.log(ratio)).requires_grad_(), torch.tensor([advantage], dtype=torch.float64)
+    one, unit = torch.zeros(1, dtype=torch.int64), dict(low=0.2, high=0.28, dual=3.0)
+    for value, cut in (ppo_clip(new, old, A, dual=3.0), unit_clip(new, old, A, one, **unit)):
+        assert value.item() == pytest.approx(loss) and cut.item() is clipped
+        assert gradient(value.sum(), new) == pytest.approx([slope])
+
+
+def test_masks_of_units_by_hand():
+    old, zero = np.log([2, 0.5, 1.2, 1.2, 4]), np.zeros(5)
+    unit = np.array([0, 0, 1, 1, 2])       # means 1, 1.2, 4; products 1, 1.44, 4
+    assert unit_mask(old, zero, (0.9, 1.3), unit).tolist() == [True, True, True, True, False]
+    assert unit_mask(old, zero, (0.9, 1.3), unit, mean=False).tolist() == [True, True, False, False, False]
+    assert unit_mask(old, zero, (0.9, 4.1), np.arange(5)).tolist() == [True, False, True, True, True]
+    assert unit_mask(zero[:0], zero[:0], (0.9, 1.1), unit[:0]).tolist() == []
+    longer = np.full(1000, np.log(1.02))   # a product drifts with the length, a mean doesn't
+    one = np.zeros(1000, int)
+    assert unit_mask(longer, longer * 0, (0.9, 1.1), one).all()
+    assert not unit_mask(longer, longer * 0, (0.9, 1.1), one, mean=False).any()
+
+
 def test_gspo_by_hand():
     # sequence 0: ratios 4, 1: mean ratio 2; sequence 1: ratios 1/2, 1/8, 1/4: 1/4
     old = torch.full((5,), -3.0, dtype=torch.float64)
@@ -198,6 +236,20 @@ TURNS = [[0, 0, 1], [0, 0]]
     (dict(loss="ppo", mis=(0.6, 2.5)), (-2 * 1.28 - 0.5) / 3),
     (dict(loss="ppo", tis=1.5, correct="sequence"), (-1.5 * 1.28 - 1.5 * 0.5 + 0.5 * 4) / 3),   # products 2 and 1/2
     (dict(loss="gspo", tis=1.5), (-1.5 + 0.5 * 4) / 2),
+    (dict(loss="ppo", dual_clip=1.5), (-1.28 - 0.5 + 2 * 1.5) / 3),
+    (dict(loss="gspo", dual_clip=1.5), (-1 + 2 * 1.5) / 2),
+    (dict(loss="turn_gspo", dual_clip=1.5), -1.28 / 4 - 0.5 / 4 + 3 / 2),
+    (dict(loss="cispo", clip_high=0.5, clip_low=0.2),
+     (-1.5 * (LOG2 - 1) - 0.8 * (-LOG2 - 1) + 2 * 1.5 * (LOG2 - 2)) / 3),
+    (dict(loss="ppo", mask=(0.6, 1.5)), (-1.28 - 0.5) / 3),                                   # means √2 and 1/2
+    (dict(loss="ppo", mask=(0.6, 1.5), mask_ratio="product"), 0),                             # products 2 and 1/2
+    (dict(loss="ppo", mask=(0.6, 1.5), mask_unit="turn"), -0.5 / 3),                          # 2, 1 and 1/2
+    (dict(loss="ppo", mask=(0.6, 1.5), mask_unit="token"), -0.5 / 3),
+    (dict(loss="ppo", mask=(0.6, 1.5), tis=1.5), (-1.5 * 1.28 - 0.5) / 3),                    # token TIS, sequence mask
+    (dict(loss="ppo", mask=(0.4, 1.3), tis=1.5), 0.5 * 4 / 3),
+    (dict(loss="ppo", mask=(0.4, 1.3), mis=(0.4, 2.5)), 0.5 * 4 / 3),
+    (dict(loss="ppo", mask=(0.6, 1.5), kl=0.3), (-1.28 - 0.5) / 3 + 0.1 * (0.5 - 1 + LOG2 + 4 - 1 - 2 * LOG2)),
+    (dict(loss="gspo", mask=(0.6, 1.5), tis=3.0, correct="sequence"), -2 / 2),
     (dict(loss="ppo", kl=0.3), (-1.28 - 0.5 + 4) / 3 + 0.1 * (0.5 - 1 + LOG2 + 4 - 1 - 2 * LOG2 + 0.5 - 1 + LOG2)),
     (dict(loss="ppo", entropy=0.3), (-1.28 - 0.5 + 4) / 3 - 0.1 * (0.5 + 0.25 + 1)),
     (dict(loss="ppo", semantics="node"), (-1.28 / 2 - 0.5 + 4 / 2) / 3),                       # shared by 2, 1, 2
@@ -222,6 +274,8 @@ def test_metrics_by_hand():
     new = [torch.tensor([-1 + LOG2, -1 - LOG2]), torch.tensor([-2 + LOG2])]      # clipped: the first only
     # see k3: the logarithms cancel
     assert loss.measure(new) == pytest.approx({"tokens": 3, "clipped": 1 / 3, "kl": (-0.5 + 3 - 0.5) / 3})
+    both = Objective(tis=1.5, mask=(0.6, 1.5)).prepare_flat(MASKS, ADVANTAGES, old=OLD, engine=ENGINE).metrics
+    assert (both["tis_capped"], both["mask_dropped"]) == (pytest.approx(1 / 3), pytest.approx(1 / 3))
     assert Objective("pg").prepare_flat(MASKS, ADVANTAGES).measure(new) == {"tokens": 3}
     a, b = dict(tokens=3, clipped=0.5, mismatch_max=2.0), dict(tokens=1, clipped=0.1, mismatch_max=3.0)
     assert merge_metrics([a, b]) == pytest.approx(dict(tokens=4, clipped=0.4, mismatch_max=3.0))
@@ -231,7 +285,6 @@ def test_metrics_by_hand():
 @pytest.mark.parametrize("o, message", [
     (dict(loss="dpo"), "loss 'dpo': one of pg, ppo"),
     (dict(loss="pg", clip_high=0.2), "clip_high=0.2: loss 'pg' has no such limit"),
-    (dict(loss="cispo", clip_low=0.2), "clip_low=0.2: loss 'cispo'"),
     (dict(clip_low=1.5), "clip_low=1.5"),
     (dict(clip_high=0), "clip_high=0"),
     (dict(clip_high=math.nan), "clip_high=nan"),
@@ -247,6 +300,22 @@ def test_metrics_by_hand():
     (dict(correct="token"), "without tis or mis"),
     (dict(tis=2.0, correct="group"), "correct 'group': one of token, turn, sequence"),
     (dict(loss="gspo", tis=2.0, correct="turn"), "sequence moves as one"),
+    (dict(loss="pg", dual_clip=3.0), "dual_clip=3.0: loss 'pg' has no clip"),
+    (dict(loss="cispo", dual_clip=3.0), "dual_clip=3.0: loss 'cispo' has no clip"),
+    (dict(dual_clip=1.0), "dual_clip=1.0: a number above 1"),
+    (dict(dual_clip=math.nan), "dual_clip=nan"),
+    (dict(dual_clip=True), "dual_clip=True"),
+    (dict(mask=(1.01, 1.1)), "mask="),
+    (dict(mask=1.1), "mask=1.1: a limit below and one above 1"),
+    (dict(mask=(0.9, math.nan)), "mask="),
+    (dict(mask_unit="turn"), "mask_unit='turn' without mask: it would be ignored"),
+    (dict(mask_ratio="mean"), "mask_ratio='mean' without mask"),
+    (dict(mask=(0.9, 1.1), mask_unit="word"), "mask_unit 'word': one of token, turn, sequence"),
+    (dict(mask=(0.9, 1.1), mask_ratio="median"), "mask_ratio 'median': one of mean, product"),
+    (dict(mask=(0.9, 1.1), mask_unit="token", mask_ratio="mean"), "a token has one ratio"),
+    (dict(loss="gspo", mask=(0.9, 1.1), mask_unit="turn"), "sequence moves as one, parts of it can't be left out"),
+    (dict(mask=(0.9, 1.1), correct="token"), "without tis or mis"),
+    (dict(spread="even"), "spread 'even': one of tokens, leaves"),
     (dict(semantics="tree"), "semantics 'tree': one of branch, node"),
     (dict(loss="turn_gspo", semantics="node"), "semantics='node' with loss 'turn_gspo'")])
 def test_options_that_do_not_combine_are_refused(o, message):
@@ -257,6 +326,8 @@ def test_options_that_do_not_combine_are_refused(o, message):
 @pytest.mark.parametrize("o, change, message", [
     ({}, dict(old=None), "old log-probs are missing: loss 'ppo'"),
     (dict(tis=2.0), {}, "engine log-probs are missing"),
+    (dict(mask=(0.9, 1.1)), {}, "engine log-probs are missing"),
+    (dict(mask=(0.9, 1.1), mask_unit="turn"), dict(turns=None), "turns are missing"),
     (dict(loss="pg"), dict(old=None, engine=ENGINE), "engine log-probs are compared with old ones"),
     (dict(kl=0.1), {}, "reference log-probs are missing"),
     ({}, dict(reference=OLD), "kl is 0"),

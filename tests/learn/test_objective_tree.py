@@ -10,7 +10,7 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from kat.compute.engine import Edges, TreeEngine
 from kat.compute.logprob import flat_logprobs, pad_rows
-from kat.learn.objective import LOSSES, Objective, merge_metrics
+from kat.learn.objective import CLIPPED, LOSSES, Objective, merge_metrics
 from kat.tree.trie import TokenTree
 
 some = settings(max_examples=120, deadline=None)
@@ -29,9 +29,16 @@ def objectives(draw, **fixed):
     fix = draw(st.sampled_from([{}, {"tis": 1.2}, {"mis": (0.8, 1.3)}]))
     coarse = draw(st.sampled_from([None, "turn", "sequence"])) if token else None
     kl, entropy = draw(st.sampled_from([0, 0.3])), draw(st.sampled_from([0, 0.2]))
+    units = ["token", "turn", "sequence"]
+    if draw(st.booleans()):
+        fix = fix | {"mask": (0.9, 1.15), "mask_unit": draw(st.sampled_from(units[units.index(LOSSES[loss].unit):]))}
+        if fix["mask_unit"] != "token":
+            fix["mask_ratio"] = draw(st.sampled_from([None, "mean", "product"]))
+    dual = draw(st.sampled_from([None, 1.2])) if loss in CLIPPED else None
     semantics = fixed.get("semantics") or (draw(st.sampled_from(["branch", "node"])) if token else "branch")
     return Objective(loss, normalise=how, length=7 if how == "constant" else None, kl=kl, entropy=entropy, **fix,
-                     correct=coarse if fix else None, clip_low=0.1 if loss not in ("pg", "cispo") else None,
+                     correct=coarse if "tis" in fix or "mis" in fix else None, dual_clip=dual,
+                     clip_low=draw(st.sampled_from([0.1, 1.0])) if loss != "pg" else None,
                      clip_high=0.15 if loss != "pg" else None, semantics=semantics)
 
 
@@ -233,7 +240,8 @@ def test_bad_calls_are_named():
     Objective("cispo", clip_high=0.1, semantics="node"),
     Objective("pg", normalise="turn"),
     Objective("gspo", clip_low=0.1, clip_high=0.1, entropy=0.05),
-    Objective("turn_gspo", mis=(0.5, 2.0), kl=0.1)], ids=lambda o: o.loss)
+    Objective("turn_gspo", mis=(0.5, 2.0), kl=0.1, dual_clip=1.5),
+    Objective("cispo", clip_low=0.1, tis=1.5, mask=(0.9, 1.2))], ids=lambda o: o.loss)
 def test_a_model_gets_the_same_gradient_from_both(o):
     torch.manual_seed(0)
     model = Qwen3ForCausalLM(Qwen3Config(

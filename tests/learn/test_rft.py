@@ -224,7 +224,7 @@ def test_an_episode_survives_storage():
 @given(st.lists(st.floats(0, 1) | st.just(float('nan')), max_size=8), st.integers(1, 4), st.booleans())
 def test_advantages(rewards, n_gt, std):
     a = rft_advantages(rewards, n_gt, std)
-    assert len(a) == len(rewards) + n_gt and np.isfinite(a).all() and abs(a.sum()) < 1e-6
+    assert len(a) == len(rewards) + n_gt and np.isfinite(a).all() and abs(a.sum()) < 1e-5
     assert (a[:len(rewards)][np.isnan(rewards)] == 0).all() if rewards else True
     assert (a[len(rewards):] >= 0).all()                           # nothing in the group is better than a ground truth
 
@@ -232,7 +232,7 @@ def test_advantages(rewards, n_gt, std):
 def test_advantages_by_hand():
     assert rft_advantages([0., .5], 2, std=False) == pytest.approx([-.625, -.125, .375, .375])
     x = np.array([0, .5, 1, 1])
-    assert rft_advantages([0., .5], 2) == pytest.approx((x - x.mean()) / x.std())
+    assert rft_advantages([0., .5], 2) == pytest.approx((x - x.mean()) / x.std(ddof=1), rel=1e-5)
     assert not rft_advantages([1., 1.], 1).any()
 
 

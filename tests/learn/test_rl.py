@@ -7,7 +7,8 @@ from transformers import AutoModelForCausalLM
 
 from kat.core.types import Group, Segment, Trajectory
 from kat.learn.objective import Objective
-from kat.learn.rl import accumulate, graded_rewards, make_row
+from kat.learn.advantage import session_rewards
+from kat.learn.rl import accumulate, make_row
 from kat.learn.training import CheckpointError
 
 
@@ -101,8 +102,8 @@ def test_fill_replaces_groups_that_teach_nothing(tmp_path):
 def test_metrics_of_an_on_policy_step(tmp_path):
     model = tiny()
     m = trainer(model, tmp_path).step(groups(model, 0))
-    counts = ("step", "version", "groups", "live_groups", "trajectories", "masked")
-    assert [m[k] for k in counts] == [1, 1, 3, 3, 12, 0]
+    counts = ("step", "version", "groups", "live_groups", "sessions", "trajectories", "masked")
+    assert [m[k] for k in counts] == [1, 1, 3, 3, 12, 12, 0]
     assert m["reward"] == m["solved"] == 0.5
     assert m["mismatch_max"] < 1e-5 and m["mismatch_k3"] < 1e-9 and m["tis_capped"] == 0
     assert 2.0 < m["entropy"] < np.log(12) + 1e-6 and m["grad_norm"] > 0
@@ -131,7 +132,7 @@ def test_masked_trajectories_do_not_count(tmp_path):
     one = trainer(a, tmp_path / "a").step([Group("t", plain)])
     two = trainer(b, tmp_path / "b").step([Group("t", [extra[0], *plain, extra[1]])])
     assert same(a, b) and (two["masked"], two["reward"]) == (2, one["reward"])
-    assert np.isnan(graded_rewards(Group("t", extra))).all()
+    assert np.isnan(session_rewards(extra).rewards).all()
 
 
 def test_groups_that_teach_nothing_are_dropped(tmp_path):

@@ -373,6 +373,8 @@ def test_the_reference_of_an_adapter_is_the_model_without_it(tmp_path):
     (dict(budget=1.5), "budget 1.5"),
     (dict(budget=0.5, objective=Objective("gspo")), "needs whole paths"),
     (dict(budget=0.5, objective=Objective(tis=2.0, correct="turn")), "needs every token of a turn"),
+    (dict(budget=0.5, objective=Objective(mask=(0.9, 1.1))), "mask=.* needs every token of a sequence"),
+    (dict(budget=0.5, objective=Objective(mask=(0.9, 1.1), mask_unit="turn")), "needs every token of a turn"),
     (dict(objective=Objective(kl=0.1)), "kl=0.1 needs a reference"),
     (dict(reference=tiny()), "kl is 0: it would be ignored"),
     (dict(warmup=-1), "warmup -1"),
@@ -392,6 +394,13 @@ def test_adapters_that_do_not_fit_are_refused(tmp_path):
         trainer(lora(lora_dropout=0.1), tmp_path)
     with pytest.raises(ValueError, match="PROMPT_TUNING"):
         trainer(get_peft_model(tiny(), PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)), tmp_path)
+    embedded = get_peft_model(tiny(), LoraConfig(r=2, target_modules=["q_proj", "embed_tokens"]))  # tied to the head
+    with pytest.raises(ValueError, match="the adapter can't be merged exactly: logits of the merged model differ by"):
+        trainer(embedded, tmp_path)
+    saved = get_peft_model(tiny(), LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["lm_head"]))
+    with pytest.raises(ValueError, match="the adapter unties embed_tokens and lm_head"):
+        trainer(saved, tmp_path)
+    assert not list(tmp_path.iterdir())
     two = lora()
     two.add_adapter("second", LoraConfig(r=2, target_modules=["q_proj"]))
     with pytest.raises(ValueError, match="exactly one"):

@@ -598,7 +598,8 @@ def test_grading_finishes_a_session(tmp_path):
             assert r['status'] == 409 and 'finished; start another' in error_of(r)
             lines = (await w.ask('/s/s/trajectories'))['body'].decode().splitlines()
             got = [Trajectory.from_dict(json.loads(x)) for x in lines]
-            assert [t.reward for t in got] == [.25, 1.0] and got[0].info['tests'] == '2 of 2'
+            assert [t.reward for t in got] == [1.0, 1.0] and got[0].info['tests'] == '2 of 2'
+            assert [t.info['turns'][0].get('reward') for t in got] == [.25, None] and got[0].session == got[1].session
             assert got == w.store.load(w.tok, '', 's').trajectories()
             for bad, says in ((dict(reward='1'), 'reward'), (dict(reward=True), 'reward'), (dict(turn='none'), 'turn'),
                               (dict(finished=1), 'finished'), (dict(info=[]), 'info'),

@@ -371,8 +371,11 @@ def test_a_reward_goes_to_what_led_to_it():
     reply(s.plan([user('help')], None, 'sub'), 'sub answer')     # a sub-agent's work counts
     reply(s.plan([user('help'), said('sub answer'), user('x')], None, 'sub'), 'part', 'abort')
     assert rewards(s) == [('superseded', None), ('final', 1.0), ('aborted', None)]
-    list(s.turns.values())[1].reward = 0.25                      # a reward of its own
-    assert rewards(s)[0] == ('superseded', 0.25)
+    list(s.turns.values())[0].reward = 0.25                      # a reward of its own stays with its turn
+    assert rewards(s) == [('superseded', None), ('final', 1.0), ('aborted', None)]
+    of_turns = [[turn.get('reward') for turn in t.info['turns']] for t in s.trajectories()]
+    assert of_turns == [[.25, None]] * 2 + [[None] * 2]
+    assert {(t.session, t.owner) for t in s.trajectories()} == {(s.uid, '')}
     assert {t.task for t in s.trajectories()} == {'t'}
 
 

@@ -147,6 +147,11 @@ def test_export(url, tmp_path, form):
         assert export(store, tmp_path/f'out.{form}') == 2
         assert list(read_records(tmp_path/f'out.{form}')) == groups_of(want)
         assert export(store, tmp_path/f'done.{form}', finished=True) == 1
+        other = Session(tokenizer(), 's0', 'ann', task='a', reward=0.)   # the same names, another owner
+        asyncio.run(store.write(other, [other.add(turn(other))]))
+        assert export(store, tmp_path/f'out.{form}') == 3
+        got = [(g.task, [t.owner for t in g]) for g in read_records(tmp_path/f'out.{form}')]
+        assert got == [('a', ['', '']), ('b', ['']), ('a', ['ann'])]
 
 
 def test_the_most_recent_sessions(url):
