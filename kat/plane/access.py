@@ -50,6 +50,7 @@ class KnownKeys:
     def __init__(self, keys: dict[str, str] | None, operators: dict[str, str] | None):
         self.owners = None if keys is None else {_hash(key): owner for key, owner in keys.items()}
         self.operators = {_hash(key): owner for key, owner in (operators or {}).items()}
+        if {*(self.owners or ())} & {*self.operators}: raise ValueError('keys: one is an agent\'s and an operator\'s')
 
     def who(self, headers) -> Asker:
         "Whose request is it? BadRequest 401 for a wrong or missing key."
@@ -65,9 +66,8 @@ class KnownKeys:
     def _bound(self, secret: str, session: str) -> str | None:
         "Whose session key this is; None: no session key."
         given = secret.encode('utf-8', 'surrogateescape')
-        found = [owner for operator, owner in self.operators.items()
-                 if hmac.compare_digest(f'kat-{_mac(operator, session)}'.encode(), given)]
-        return found[0] if found else None
+        known = lambda operator: hmac.compare_digest(f'kat-{_mac(operator, session)}'.encode(), given)
+        return next((owner for operator, owner in self.operators.items() if known(operator)), None)
 
     def operator(self, headers) -> str:
         "The owner whose operator asks. BadRequest 401 for a wrong or missing key, 403 for one that is no operator's."

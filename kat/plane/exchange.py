@@ -46,9 +46,9 @@ def log_error(error: BaseException) -> None:
 
 # %% ../../nbs/plane/10_exchange.ipynb #0aea942c
 class Response:
-    "One HTTP response; `status` is None until it begins, `stream` is there once it is one."
+    "One HTTP response; `status` is None until it begins, `stream` is there once it is one, until it has `ended`."
     def __init__(self, send, dialect: str):
-        self.send, self.dialect, self.stream, self.status = send, dialect, None, None
+        self.send, self.dialect, self.stream, self.status, self.ended = send, dialect, None, None, False
 
     async def start(self, status: int, kind: str, headers: dict = {}) -> None:
         self.status = status
@@ -57,6 +57,7 @@ class Response:
         await self.send(dict(type='http.response.start', status=status, headers=raw))
 
     async def body(self, data: bytes, more: bool = False) -> None:
+        self.ended = not more
         await self.send(dict(type='http.response.body', body=data, more_body=more))
 
     async def json(self, x, status: int = 200, headers: dict = {}) -> None:
@@ -65,7 +66,8 @@ class Response:
         await self.body(data)
 
     async def error(self, error: Exception, status: int, message: str) -> None:
-        "Say what went wrong."
+        "Say what went wrong, while it can be said."
+        if self.ended: return
         if self.stream is not None: return await self.body(b''.join(self.stream.error(message, status)))
         if self.status is not None: return
         more = dict(param=error.param, code=error.code) if isinstance(error, BadRequest) else {}

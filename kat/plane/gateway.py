@@ -223,7 +223,8 @@ async def running(
         server.should_exit = True
         await g.close(grace)
         await asyncio.wait([task], timeout=2)  # agents take their last words
-        server.force_exit = True
+        for connection in list(server.server_state.connections):
+            connection.transport.abort()  # of those who don't
         await task
         sock.close()
 

@@ -142,7 +142,8 @@ def _asked(session: Session, messages: list[dict], tools, agent: str) -> Asked:
 def _run(session: Session, context: list[dict], sent: dict) -> AskedRun:
     answer = _restored(session, sent)
     turn, key = _source_of(session, sent), _key(session, answer)
-    return AskedRun(context, sent, answer, _keys(session, context), key, turn if turn and turn.keys[1] == key else None)
+    mine = turn if turn and turn.keys[1] == key else None
+    return AskedRun(context, sent, answer, _keys(session, context), key, mine)
 
 # %% ../../nbs/plane/02_manager.ipynb #dc042e79
 def _slot(root: bool, q: Asked, keys: tuple) -> tuple:
@@ -266,7 +267,11 @@ def _source(session: Session, parent: Turn | None, q: Asked, run: AskedRun) -> t
     return None, None
 
 # %% ../../nbs/plane/02_manager.ipynb #2aabe88a
-def _client_turn(session: Session, parent: Turn | None, q: Asked, run: AskedRun, tools, reason: str, tick: int) -> Turn:
+def _client_turn(
+    session: Session, parent: Turn | None,
+    q: Asked, run: AskedRun, tools,
+    reason: str, tick: int,
+) -> Turn:
     "A turn for the answer of `run`, which isn't recorded at this place."
     tokenizer, mark = session.tokenizer, '' if parent else q.mark
     old, n = _source(session, parent, q, run)

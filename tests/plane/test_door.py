@@ -361,3 +361,5 @@ def test_who_asks():
         with pytest.raises(BadRequest) as e:
             access.operator(bearer(key))
         assert e.value.status == 401
+    with pytest.raises(ValueError, match="an agent's and an operator's"):
+        Access({'a': 'ann'}, {'a': 'ann'})

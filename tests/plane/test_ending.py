@@ -280,6 +280,31 @@ def test_once_cancelled_the_stream_ends_with_an_error(tmp_path):
     run(go())
 
 
+@pytest.mark.parametrize('stream', [False, True])
+def test_cancelled_behind_its_last_byte_it_says_nothing_more(tmp_path, stream):
+    "The client takes its time with the end of an answer, and the server is given up."
+    async def go():
+        async with World(tmp_path/'store.db') as w:
+            w.engine.answer = lambda r: say(w.tok, 'one two three')
+            ended, sent = asyncio.Event(), []
+            async def app(scope, receive, send):
+                async def slow(m):
+                    assert not ended.is_set()
+                    sent.append(m)
+                    if m['type'] == 'http.response.body' and not m['more_body']:
+                        ended.set()
+                        await asyncio.Event().wait()
+                await w.g.app(scope, receive, slow)
+            task = asyncio.ensure_future(ask(app, f'/s/s{PATH["chat"]}', BODIES['chat'] | dict(stream=stream)))
+            await ended.wait()
+            task.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await task
+            turn, = w.store.load(w.tok, '', 's').turns.values()
+            assert turn.finish == 'stop' and b'error' not in b''.join(m.get('body', b'') for m in sent)
+    run(go())
+
+
 def test_an_answer_that_was_complete_is_kept_whole(tmp_path):
     "The agent goes in the moment in which the engine is done."
     async def go():
