@@ -354,6 +354,12 @@ def _maker(model) -> Callable:
     if size > _COPIED or causal.device.type == "meta" or _sharded(causal):
         raise ValueError(f"{type(causal).__name__}: can't be probed: no small copy from its configuration ({why}), and "
                          f"{size / 2 ** 20:.0f} MB are too many to copy, or not whole: probe a small one of its kind")
+    try:
+        with torch.no_grad():
+            _plain_logps((made := _cloned(model)).plain, made.sequences[0])
+    except Exception as e:
+        said = f"{type(e).__name__}: {e}".split("\n")[0]
+        raise ValueError(f"{type(causal).__name__}: can't be probed: its own plain forward fails: {said}") from e
     return lambda lengths: _cloned(model)
 
 def _sharded(model) -> bool:
@@ -417,7 +423,7 @@ def _source(kind: type) -> str:  # a digest of the class's source
 def _key(model, *more) -> tuple:
     import transformers
     causal = causal_model(model)
-    sources = frozenset((kind.__qualname__, _source(kind)) for kind in {type(x) for x in model.modules()}
+    sources = frozenset((kind.__qualname__, _source(kind)) for kind in {_class(x) for x in model.modules()}
                         if not kind.__module__.startswith("torch."))
     adapters = str(sorted((getattr(model, "peft_config", None) or {}).items()))
     config = repr(sorted(_fields(causal.config).items()))

@@ -6,7 +6,7 @@ from hypothesis import given, settings, strategies as st
 from torch.nn.functional import scaled_dot_product_attention as sdpa
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
-from kat.compute import logprob
+from kat.compute import score as scoring
 from kat.compute.attention import FLAT_ATTENTION, causal_attention, kat_attention, masked_attention, register_attention
 from kat.compute.logprob import flat_logprobs, length_buckets, pad_rows
 
@@ -129,8 +129,8 @@ def test_slices_of_the_vocabulary_change_nothing(monkeypatch):
     mask = torch.ones_like(ids, dtype=torch.bool)
     results = []
     for size, rows in ((2**24, 512), (2**24, 7), (50 * 7, 512)):  # in one piece; in pieces, kept or computed again
-        monkeypatch.setattr(logprob, "SLICE", size)
-        monkeypatch.setattr(logprob, "HEAD_ROWS", rows)
+        monkeypatch.setattr(scoring, "SLICE", size)
+        monkeypatch.setattr(scoring, "HEAD_ROWS", rows)
         logps, _ = flat_logprobs(model, ids, mask)
         results.append((logps, *torch.autograd.grad(logps.sum(), list(model.parameters()))))
     for other in results[1:]:
