@@ -339,16 +339,16 @@ def _concatenate(parts: list[Edges], weight, dtype) -> Edges:
 
 # %% ../../nbs/compute/10_engine.ipynb #e0d40003
 def _pullback(engine, tree, score) -> tuple[Edges, Callable]:
-    wanted, parts, walk = _checked(engine, tree, score), [], None
-    walk = _Walk(engine, tree, None, wanted)
-    first, router = walk.before(parts.append, wanted), walk.router
+    wanted, parts = _checked(engine, tree, score), []
+    first = _Walk(engine, tree, None, wanted).before(parts.append, wanted)
     first.router = None
     _run(first)
     edges = _concatenate(parts, next(engine.causal.parameters()), engine.dtype)
 
     def back(*grads) -> torch.Tensor:  # -> the routers' loss, else 0
         _refuse_frozen(engine)
-        walk.loss, walk.total = _linear(edges, grads, len(tree)), 0.0
+        walk = _Walk(engine, tree, _linear(edges, grads, len(tree)), wanted)
+        walk.draws = first.draws
         return _run(walk)
 
     return edges, back

@@ -27,7 +27,6 @@ from ..tree.trie import TokenTree
 _SHAPE = ([0, 1, 2, 3, 4, 5, 6, 7], [0, 1, 2, 3, 4, 5, 8, 9, 10], [0, 1, 2, 11, 12, 13, 14, 2, 1, 0, 3],
           [0, 1, 2, 11, 12, 4], [0, 1, 2, 3], [6, 2, 2, 8, 1, 5])
 _PACK = 3      # tokens a pack
-_SEVERAL = 64  # more tokens than any of these has
 
 def _sequences(config) -> list[np.ndarray]:
     "Of ids that the model knows, without the one that stands for padding."
@@ -149,6 +148,9 @@ def _parts(module, path="") -> set:
     found = {(re.sub(r"\d+", "#", path), _class(module).__qualname__, tuple(switches))}
     return found.union(*(_parts(child, f"{path}.{name}") for name, child in module.named_children()))
 
+def _inner(model) -> set:  # its parts without itself, to which trainers add what they like
+    return {part for part in _parts(model) if part[0]}
+
 def _layers(model) -> list:  # for each layer, what it is made of
     depth = model.config.get_text_config().num_hidden_layers
     lists = [x for x in model.modules() if isinstance(x, torch.nn.ModuleList) and len(x) == depth]
@@ -209,7 +211,7 @@ def _built(model, config) -> _Subject:
     causal = causal_model(model)
     made = _class(causal)._from_config(config, attn_implementation="eager", dtype=torch.float32)
     made = made.to(_device(causal)).eval()
-    if _parts(made) != _parts(causal) or not set(_layers(made)) >= set(_layers(causal)):
+    if _inner(made) != _inner(causal) or not set(_layers(made)) >= set(_layers(causal)):
         raise ValueError("the copy has other parts than the model")
     plain = made
     for name, adapter in (getattr(model, "peft_config", None) or {}).items():
@@ -252,7 +254,7 @@ def _register_measure() -> None:
 
 # %% ../../nbs/compute/07_probe.ipynb #9b0be015
 @torch.no_grad()
-def _spread_weights(subject: _Subject) -> None:
+def _spread_weights(subject: _Subject) -> _Subject:  # the same
     "Draw and scale the weights, in place."
     draw = torch.Generator().manual_seed(0)
     for p in subject.plain.parameters():
@@ -265,10 +267,11 @@ def _spread_weights(subject: _Subject) -> None:
     try:
         _scale_attention(model, row)
     except (ValueError, RuntimeError, TypeError, AttributeError):
-        return  # attention of a shape that can't be measured: the comparison will show it
+        return subject  # attention of a shape that can't be measured: the comparison will show it
     head = model.get_output_embeddings()
     logits = head(model.base_model(row, use_cache=False).last_hidden_state)
     head.weight.mul_(_LOGITS / logits.std().clamp(min=1e-3))
+    return subject
 
 def _scale_attention(model, row) -> None:
     _register_measure()
@@ -285,8 +288,7 @@ def _scale_attention(model, row) -> None:
         model.set_attn_implementation(before)
 
 # %% ../../nbs/compute/07_probe.ipynb #9b0be017
-_LENGTH = re.compile(r"(window|chunk)(_size|_length|_len)?$|local_attention|original_max_position_embeddings|floor_scale")
-_CROSSED = 4
+_CROSSED = 4  # tokens; less than the sequences above have
 
 def _tables(text) -> list[dict]:  # the configuration's fields, and those of settings inside settings
     found = [vars(text)]
@@ -294,32 +296,56 @@ def _tables(text) -> list[dict]:  # the configuration's fields, and those of set
         found += [value for value in table.values() if isinstance(value, dict)]
     return found
 
-def _lengths(text) -> dict:  # setting -> least value
+def _numbers(text) -> dict:  # setting -> least value
     out: dict = {}
     for table in _tables(text):
         for name, value in table.items():
-            if _LENGTH.search(str(name)) and isinstance(value, int) and not isinstance(value, bool) and value > 0:
+            if type(value) is int and value > _CROSSED and not str(name).endswith("token_id"):
                 out[name] = min(value, out.get(name, value))
     return out
 
-def _with_lengths(config, lengths: dict):
+def _with_numbers(config, names):
+    "The configuration with these settings at `_CROSSED`."
     config = copy.deepcopy(config)
     for table in _tables(config.get_text_config()):
-        for name in table.keys() & lengths.keys():
-            if table[name]:
-                table[name] = lengths[name]
+        for name in table.keys() & set(names):
+            if type(table[name]) is int:
+                table[name] = _CROSSED
     return config
 
+def _shapes(kind, config) -> tuple:  # of the weights and parts of a model of this configuration
+    with torch.device("meta"):
+        made = kind._from_config(config, attn_implementation="eager")
+    return {name: p.shape for name, p in made.named_parameters()}, _inner(made)
+
 # %% ../../nbs/compute/07_probe.ipynb #9b0be018
-def _longest(exact: Callable, lengths: dict) -> dict | str:
-    """`exact`: given values of the settings, None or what differs. -> setting -> longest exact sequence, or what differs
+_ANY = Exception  # whatever a model's own code raises for a configuration that it doesn't expect
+
+def _lengths(kind, config) -> dict:  # setting -> value, of those that may be lengths
+    before, out = _shapes(kind, config), {}
+    for name, value in _numbers(config.get_text_config()).items():
+        try:
+            if _shapes(kind, _with_numbers(config, [name])) == before:
+                out[name] = value
+        except _ANY:
+            continue
+    return out
+
+def _longest(differs: Callable, lengths: dict) -> dict | str:
+    """`differs`: given settings to cross, what differs, or None. -> setting -> longest exact sequence, or what differs
     at any length."""
-    if (crossed := exact(dict.fromkeys(lengths, _CROSSED))) is None: return {}
-    if not lengths: return crossed
-    apart = {name: max(value, _SEVERAL) for name, value in lengths.items()}
-    if (differs := exact(apart)) is not None: return differs
-    guilty = [name for name in lengths if exact(apart | {name: _CROSSED}) is not None]
-    return {name: lengths[name] for name in guilty or lengths}
+    if what := differs([]): return what
+    try:
+        if not lengths or differs(list(lengths)) is None: return {}
+    except _ANY:
+        pass  # not all at once then
+    return {name: value for name, value in lengths.items() if _crossed(differs, name)}
+
+def _crossed(differs, name) -> str | None:
+    try:
+        return differs([name])
+    except _ANY:
+        return None  # the model itself doesn't run with that: no length
 
 def _growing(model) -> dict:  # rotary frequencies that grow with the input beyond what they were made for
     return {"its rotary embedding's original_max_seq_len": module.original_max_seq_len for module in model.modules()
@@ -338,35 +364,46 @@ def _differs_low(subject: _Subject, backend: str, dtype: torch.dtype) -> str | N
 # %% ../../nbs/compute/07_probe.ipynb #9b0be01c
 _COPIED = 2 ** 29  # bytes of a model that may be copied as it is, where none can be made from its configuration
 
-def _maker(model) -> Callable:
-    "A function from lengths to a subject; small if that can be made and is like the model, else a copy of itself."
+_LENGTH = re.compile(r"(window|chunk)(_size)?$|local_attention|original_max_position_embeddings")
+
+def _maker(model) -> tuple[Callable, dict]:
+    """A function from settings to cross to a subject, and which settings can be: of a small model if one can be made
+    and is like this one, else a copy of itself, without such settings."""
     causal, why = causal_model(model), None
     narrow = sum(p.numel() for p in causal.parameters()) > 2 ** 18
     for layers in _choices(causal):
         try:
             config = _small(causal.config, layers, narrow)
-            with torch.no_grad():
-                _plain_logps((made := _built(model, config)).plain, made.sequences[0])
-            return lambda lengths: _built(model, _with_lengths(config, lengths))
-        except Exception as e:  # whatever a model's own code raises for a configuration that it doesn't expect
+            _runs(_built(model, config))
+            return lambda names: _built(model, _with_numbers(config, names)), _true(causal, config)
+        except _ANY as e:
             why = f"{type(e).__name__}: {e}".split("\n")[0]
     size = sum(p.numel() * p.element_size() for p in causal.parameters())
     if size > _COPIED or causal.device.type == "meta" or _sharded(causal):
         raise ValueError(f"{type(causal).__name__}: can't be probed: no small copy from its configuration ({why}), and "
                          f"{size / 2 ** 20:.0f} MB are too many to copy, or not whole: probe a small one of its kind")
     try:
-        with torch.no_grad():
-            _plain_logps((made := _cloned(model)).plain, made.sequences[0])
-    except Exception as e:
+        _runs(_cloned(model))
+    except _ANY as e:
         said = f"{type(e).__name__}: {e}".split("\n")[0]
         raise ValueError(f"{type(causal).__name__}: can't be probed: its own plain forward fails: {said}") from e
-    return lambda lengths: _cloned(model)
+    return lambda names: _cloned(model), {}
+
+def _true(causal, config) -> dict:  # setting -> its value in the model itself
+    values = _numbers(causal.config.get_text_config())
+    return {name: values.get(name, value) for name, value in _lengths(_class(causal), config).items()}
+
+# %% ../../nbs/compute/07_probe.ipynb #9b0be023
+def _runs(subject: _Subject) -> None:  # raises what the model's own forward does
+    with torch.no_grad():
+        _plain_logps(subject.plain, subject.sequences[0])
 
 def _sharded(model) -> bool:
     return any(hasattr(p, "device_mesh") for p in model.parameters())
 
 def _cloned(model) -> _Subject:
     plain = copy.deepcopy(model).float().eval()
+    causal_model(plain).__dict__.pop("forward", None)  # a trainer's wrapper would call the original
     causal_model(plain).set_attn_implementation("eager")
     for p in plain.parameters():
         p.requires_grad_(True)
@@ -376,23 +413,17 @@ def _cloned(model) -> _Subject:
 def _judge(model, backend: str, dtype: torch.dtype, judge: Callable) -> dict | str:
     "What `judge` says of subjects made for the model: setting -> longest exact sequence, or why it is refused."
     causal = causal_model(model)
-    make = _maker(model)
+    make, lengths = _maker(model)
     if backend == "auto" and _device(causal).type != "cpu":
         backend = "reference"  # what 'auto' takes there for a few tokens: no kernel need be compiled for the probe
-    def differs(lengths):
-        subject = make(lengths)
-        _spread_weights(subject)
-        return judge(subject, backend)
-    lengths = _lengths(causal.config.get_text_config())
-    small = make({}).small
-    longest = _longest(differs, lengths if small else {})
-    if isinstance(longest, str): return longest
-    if not small:  # its lengths are what they are: beyond those that the tree didn't reach nothing is known
-        longest = {name: value for name, value in lengths.items() if value > len(_SHAPE[2])}
-    if dtype.itemsize < 4 and judge is _differs:
-        subject = make({name: max(value, _SEVERAL) for name, value in lengths.items()})
-        _spread_weights(subject)
-        if what := _differs_low(subject, backend, dtype): return what
+    def differs(names):
+        return judge(_spread_weights(make(names)), backend)
+    longest = _longest(differs, lengths if judge is _differs else {})
+    if isinstance(longest, str) or judge is not _differs: return longest
+    if dtype.itemsize < 4 and (what := _differs_low(_spread_weights(make([])), backend, dtype)): return what
+    if not make([]).small:  # its lengths are what they are: of those that the tree didn't reach nothing is known
+        longest = {name: value for name, value in _numbers(causal.config.get_text_config()).items()
+                   if _LENGTH.search(name) and value > max(map(len, _SHAPE))}
     return longest | _growing(causal)
 
 @contextmanager
@@ -423,11 +454,11 @@ def _source(kind: type) -> str:  # a digest of the class's source
 def _key(model, *more) -> tuple:
     import transformers
     causal = causal_model(model)
-    sources = frozenset((kind.__qualname__, _source(kind)) for kind in {_class(x) for x in model.modules()}
-                        if not kind.__module__.startswith("torch."))
+    parts = tuple((name, type(x)) for name, x in model.named_modules())
+    sources = frozenset(_source(_class(x)) for x in {type(x): x for x in model.modules()}.values())
     adapters = str(sorted((getattr(model, "peft_config", None) or {}).items()))
     config = repr(sorted(_fields(causal.config).items()))
-    return sources, config, adapters, _device(causal), torch.__version__, transformers.__version__, *more
+    return parts, sources, config, adapters, _device(causal), torch.__version__, transformers.__version__, *more
 
 def _fields(config) -> dict:  # of a configuration and those inside it; not which attention is switched on
     return {name: _fields(value) if hasattr(value, "get_text_config") else value

@@ -4,7 +4,7 @@ import pytest
 import torch
 from hypothesis import given, settings, strategies as st
 from torch.nn.functional import scaled_dot_product_attention as sdpa
-from transformers import Qwen3Config, Qwen3ForCausalLM
+from transformers import Gemma2Config, Gemma2ForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 from kat.compute import score as scoring
 from kat.compute.attention import FLAT_ATTENTION, causal_attention, kat_attention, masked_attention, register_attention
@@ -165,6 +165,7 @@ def test_what_cannot_be_scored_is_refused():
     ids = torch.zeros(1, 4, dtype=torch.long)
     with pytest.raises(ValueError, match="temperature"):
         flat_logprobs(model, ids, ids == 0, 0.0)
-    model.config.final_logit_softcapping = 30.0
-    with pytest.raises(ValueError, match="final_logit_softcapping"):
-        flat_logprobs(model, ids, ids == 0)
+    capped = Gemma2ForCausalLM(Gemma2Config(vocab_size=50, hidden_size=32, intermediate_size=48, num_hidden_layers=1,
+                                            num_attention_heads=4, num_key_value_heads=2, head_dim=8))
+    with pytest.raises(ValueError, match="its logits aren't a linear map of its final states"):
+        flat_logprobs(capped, ids, ids == 0)

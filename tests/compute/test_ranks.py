@@ -1,4 +1,5 @@
 "Several processes on a CPU (gloo) against one, sharded (FSDP2) and whole: gradients, clipping, ten updates in three precisions."
+import copy
 import os
 import subprocess
 import sys
@@ -83,7 +84,7 @@ def losses(k):
 
 
 def trained(model, dtype, rank, world):
-    "The weights after ten updates by AdamW, the last norms of the gradient; world 0: one process, no collectives."
+    "The weights after ten updates by AdamW, clipped; world 0: one process, no collectives."
     optimizer = torch.optim.AdamW(model.parameters(), lr=LR)
     for k in range(10):
         optimizer.zero_grad()
@@ -98,7 +99,7 @@ def trained(model, dtype, rank, world):
         assert norm > 0.5  # clipping acts
         optimizer.step()
     whole = (p.full_tensor() if hasattr(p, "full_tensor") else p for p in model.parameters())
-    return torch.cat([p.detach().double().flatten() for p in whole]), float(norm)
+    return torch.cat([p.detach().double().flatten() for p in whole])
 
 
 def ten_updates(rank, world, store):
@@ -108,18 +109,21 @@ def ten_updates(rank, world, store):
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world)
     mesh = dist.device_mesh.init_device_mesh("cpu", (world,))
-    truth, _ = trained(make("qwen3", torch.float32, noise=0.1), None, 0, 0)
+    start = make("qwen3", torch.float32, noise=0.1)
+    truth = trained(copy.deepcopy(start), None, 0, 0) if rank == 0 else None
     for weights, compute in ((torch.float32, None), (torch.bfloat16, None), (torch.float32, torch.bfloat16)):
-        alone, _ = trained(make("qwen3", torch.float32, noise=0.1).to(weights), compute, 0, 0)
+        low = torch.bfloat16 in (weights, compute)
+        alone = trained(copy.deepcopy(start).to(weights), compute, 0, 0) if rank == 0 and low else truth
         for shard in (True, False):
-            model = make("qwen3", torch.float32, noise=0.1).to(weights)
+            model = copy.deepcopy(start).to(weights)
             if shard:
                 shard_layers(model, mesh, compute)
-            have, _ = trained(model, None if shard else compute, rank, world)
-            off, own = ((x - truth).norm() / truth.norm() for x in (have, alone))
-            low = torch.bfloat16 in (weights, compute)
-            assert off <= (1.1 * own if low else 1e-6), (weights, compute, shard, float(off), float(own))
+            have = trained(model, None if shard else compute, rank, world)
+            if rank: continue
+            off, own = (float((x - truth).norm() / truth.norm()) for x in (have, alone))
+            assert off <= (1.1 * own if low else 1e-6), (weights, compute, shard, off, own)
             print("equal", weights, compute, shard, f"{off:.2e} {own:.2e}", flush=True)
+    dist.barrier()
     dist.destroy_process_group()
 
 
@@ -146,5 +150,5 @@ def test_two_ranks_give_the_gradients_of_one(tmp_path):
 @pytest.mark.parametrize("world", [2, 4])
 def test_ten_updates_are_those_of_one_process(world, tmp_path):
     "FSDP2 and whole, clipped: float32 to 1e-6 of the weights, bf16 no worse than one process in bf16."
-    for text in ranks(tmp_path, f"ten_updates(int(sys.argv[1]), {world}, sys.argv[2])", world):
-        assert text.count("equal") == 6, text[-3000:]
+    first, *others = ranks(tmp_path, f"ten_updates(int(sys.argv[1]), {world}, sys.argv[2])", world)
+    assert first.count("equal") == 6, first[-3000:] + "".join(others)[-3000:]
