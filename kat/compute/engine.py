@@ -93,9 +93,26 @@ class _Checked:  # settings that can't work are refused at once
         if self.router_coef:
             find_routers(self.causal)
 
+# %% ../../nbs/compute/10_engine.ipynb #e0d40004
+class _Scoring(_Checked):
+    def pullback(self,
+        tree: TokenTree,
+        score: np.ndarray | None = None,  # bool[N], edges wanted; None: all
+    ) -> tuple[Edges, Callable]:          # the scored edges, without graph; what accumulates gradients
+        """Forward now, backward later: the second result takes the gradients at log-probs, entropies and squares (each
+        a tensor aligned with the edges, or None), runs the tree again and accumulates the parameters' gradients."""
+        return _pullback(self, tree, score)
+
+    def logprobs(self,
+        tree: TokenTree,
+        score: np.ndarray | None = None,   # bool[N], edges wanted; None: all
+    ) -> Edges:                            # without gradient
+        "Forward only: the scored edges of the whole tree."
+        return _logprobs(self, tree, score)
+
 # %% ../../nbs/compute/10_engine.ipynb #2da5831f
 @dataclass(eq=False)
-class TreeEngine(_Checked):
+class TreeEngine(_Scoring):
     """Forward and backward through prefix trees: gradients are those of the sequences one by one, each token is
     computed once. ValueError names a model, sequence or setting that doesn't fit (`check_exact`).
 
@@ -119,21 +136,6 @@ class TreeEngine(_Checked):
         """Accumulate the gradients of the loss over a tree. ValueError for a loss that isn't a scalar or doesn't depend
         on the edges, or a tree that doesn't fit; FloatingPointError for log-probs or a loss that aren't finite."""
         return _forward_backward(self, tree, loss, score, whole_paths)
-
-    def pullback(self,
-        tree: TokenTree,
-        score: np.ndarray | None = None,  # bool[N], edges wanted; None: all
-    ) -> tuple[Edges, Callable]:          # the scored edges, without graph; what accumulates gradients
-        """Forward now, backward later: the second result takes the gradients at log-probs, entropies and squares (each
-        a tensor aligned with the edges, or None), runs the tree again and accumulates the parameters' gradients."""
-        return _pullback(self, tree, score)
-
-    def logprobs(self,
-        tree: TokenTree,
-        score: np.ndarray | None = None,   # bool[N], edges wanted; None: all
-    ) -> Edges:                            # without gradient
-        "Forward only: the scored edges of the whole tree."
-        return _logprobs(self, tree, score)
 
 # %% ../../nbs/compute/10_engine.ipynb #16926f53
 def _forward_backward(engine, tree, loss, score, whole_paths) -> torch.Tensor:

@@ -217,7 +217,7 @@ def check_training(
     "Raise ValueError for what makes a pack's forward in training mode differ from itself or from its sequences'."
     if not model.training: return
     if getattr(model.get_input_embeddings(), "neftune_noise_alpha", None):
-        raise ValueError("NEFTune's noise (neftune_noise_alpha) depends on the length of the input, which packs change: "
+        raise ValueError("NEFTune's noise (neftune_noise_alpha) depends on the input's length, which packs change: "
                          "leave it unset, or train on plain sequences")
     for module in model.modules():
         how = getattr(getattr(module, "_gradient_checkpointing_func", None), "keywords", {})

@@ -85,7 +85,7 @@ class TreeLogprobs:
 
 # %% ../../nbs/compute/08_logprob.ipynb #89dc530d
 def tree_logprobs(
-    model,                        # a Hugging Face causal language model (or PEFT's), of a kind that passes `check_exact`
+    model,                        # a Hugging Face causal language model, or PEFT's, that passes `check_exact`
     tree: TokenTree,
     temperature: float = 1.0,     # log-probs of softmax(logits / temperature)
     backend: str = "auto",        # of `tree_attention`
@@ -96,7 +96,8 @@ def tree_logprobs(
     """Log-prob, entropy and sum of squares of every token given its path, each token computed once.
 
     Differentiable where grad is on; then all packs' graphs are kept, so for large trees use `TreeEngine`. ValueError
-    names a model, sequence or setting that doesn't fit. Source: Tree Training (arXiv:2511.00413); partition *own design*."""
+    names a model, sequence or setting that doesn't fit. Source: Tree Training (arXiv:2511.00413); partition *own
+    design*."""
     check_temperature(temperature)
     check_max_tokens(max_tokens)
     longest, model = check_exact(model, backend, dtype), causal_model(model)

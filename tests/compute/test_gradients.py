@@ -133,7 +133,8 @@ def test_pullback_is_the_backward_of_forward_backward(size):
         assert worst(want, gradients(model)) < 1e-9
 
 
-@pytest.mark.parametrize("how", [dict(use_reentrant=True), dict(use_reentrant=False, preserve_rng_state=False)], ids=str)
+@pytest.mark.parametrize("how", [dict(use_reentrant=True), dict(use_reentrant=False, preserve_rng_state=False)],
+                         ids=str)
 def test_checkpointing_that_would_lose_gradients_or_masks_is_refused(how):
     model = make("llama").train()
     model.activation_checkpointing_enable(how)

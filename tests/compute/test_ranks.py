@@ -1,4 +1,4 @@
-"Several processes on a CPU (gloo) against one, sharded (FSDP2) and whole: gradients, clipping, ten updates in three precisions."
+"Several processes on a CPU (gloo) against one, sharded (FSDP2) and whole: gradients and updates."
 import copy
 import os
 import subprocess
