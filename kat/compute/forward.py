@@ -24,6 +24,7 @@ def causal_model(
     model,  # a Hugging Face causal language model, or PEFT's wrapper around one
 ) -> torch.nn.Module:  # transformers' PreTrainedModel
     "The model that holds backbone and head."
+    model = getattr(model, "_orig_mod", model)  # torch.compile's wrapper; trees go to what is inside anyway
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 def check_model(
@@ -53,6 +54,9 @@ def check_adapters(
         if config.is_prompt_learning or getattr(config, "is_adaption_prompt", False):
             raise ValueError(f"adapter {name!r} of type {kind}: its virtual tokens stand before the sequence, where "
                              "trees have none: use an adapter inside the layers, such as LoRA")
+        if getattr(config, "alora_invocation_tokens", None):
+            raise ValueError(f"adapter {name!r}: alora_invocation_tokens switch it on within a sequence, which trees "
+                             "don't see: use plain LoRA")
 
 # %% ../../nbs/compute/05_forward.ipynb #3b21f905
 class PackCall:

@@ -133,15 +133,16 @@ def _head_gap(subject) -> float:  # nats; 0 within tolerance
     return 0.0 if gap <= _NATS else gap
 
 # %% ../../nbs/compute/07_probe.ipynb #9b0be00f
+_WRAPS = "base_layer", "original_module", "_checkpoint_wrapped_module", "_orig_mod"  # adapters, checkpoints, compilers
 _OFF = {"training", "gradient_checkpointing"}  # switches that say nothing of what a part computes
 
 def _class(module) -> type:  # FSDP2 swaps a module's class for one of its own that inherits from it
     return next(c for c in type(module).__mro__ if "FSDPModule" not in {base.__name__ for base in c.__mro__})
 
 def _parts(module, path="") -> set:
-    "Name, class and switches of everything in a module, without sizes; an adapter counts as what it adapts."
-    inner = getattr(module, "base_layer", getattr(module, "original_module", None))
-    if isinstance(inner, torch.nn.Module): return _parts(inner, path)
+    "Name, class and switches of everything in a module, without sizes; a wrapper counts as what it wraps."
+    inner = next((x for name in _WRAPS if isinstance(x := getattr(module, name, None), torch.nn.Module)), None)
+    if inner is not None: return _parts(inner, path)
     switches = [(name, value if isinstance(value, (bool, str)) else type(value).__name__)
                 for name, value in sorted(vars(module).items())
                 if isinstance(value, (bool, str, int, float, type(None))) and name[0] != "_" and name not in _OFF]
@@ -215,24 +216,30 @@ def _built(model, config) -> _Subject:
         raise ValueError("the copy has other parts than the model")
     plain = made
     for name, adapter in (getattr(model, "peft_config", None) or {}).items():
-        plain = _adapted(plain, name, adapter)
+        plain = _adapted(plain, name, adapter, model)
     for p in plain.parameters():
         p.requires_grad_(True)
     return _Subject(plain.eval(), causal_model(plain), True)
 
-def _adapted(model, name, adapter):
-    from peft import get_peft_model
-    adapter = copy.deepcopy(adapter)
-    adapter.inference_mode = False
-    for switch in ("init_lora_weights", "init_weights"):
-        if hasattr(adapter, switch):
-            setattr(adapter, switch, True)
-    if not hasattr(model, "peft_config"): return get_peft_model(model, adapter, name)
-    model.add_adapter(name, adapter)
-    return model
-
 def _device(model) -> torch.device:
     return torch.device("cpu") if model.device.type == "meta" else model.device
+
+# %% ../../nbs/compute/07_probe.ipynb #9b0be024
+def _adapted(small, name, adapter, model):
+    "The small model with an adapter on parts of the same names as in the model, on every layer."
+    from peft import get_peft_model
+    adapter = copy.deepcopy(adapter)
+    on = {path.rsplit(".", 1)[-1] for path, part in model.named_modules() if hasattr(part, "base_layer")}
+    settings = dict(inference_mode=False, init_lora_weights=True, init_weights=True, layers_to_transform=None,
+                    layers_pattern=None, exclude_modules=None, rank_pattern={}, alpha_pattern={})
+    if on and not any(part.isdigit() for part in on):
+        settings["target_modules"] = on
+    for setting, value in settings.items():
+        if getattr(adapter, setting, None) is not None:
+            setattr(adapter, setting, value)
+    if not hasattr(small, "peft_config"): return get_peft_model(small, adapter, name)
+    small.add_adapter(name, adapter)
+    return small
 
 # %% ../../nbs/compute/07_probe.ipynb #9b0be014
 _SCORES, _LOGITS = 6.0, 5.0  # aims: spread of attention's scores and of logits

@@ -286,3 +286,30 @@ def test_adapters_inside_layers_pass_and_prompts_are_refused():
         for call in (lambda: TreeEngine(model), lambda: tree_logprobs(model, TREE)):
             with pytest.raises(ValueError, match="adapter 'default' of type .*: its virtual tokens"):
                 call()
+
+
+def test_adapters_that_act_on_sequences_or_on_the_head_are_refused():
+    from peft import LoraConfig, PolyConfig, get_peft_model
+    some = dict(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM")
+    for config, said in ((LoraConfig(**some, alora_invocation_tokens=[20, 21]), "alora_invocation_tokens"),
+                         (PolyConfig(**some, n_tasks=2, n_skills=2, n_splits=2), "task_ids"),
+                         (LoraConfig(**some | dict(target_modules=["lm_head"])), "merge it"),
+                         (LoraConfig(**some, modules_to_save=["lm_head"]), "merge it")):
+        with pytest.raises(ValueError, match=said):
+            TreeEngine(get_peft_model(make("llama", torch.float32), config))
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_wrapped_layers_count_as_what_they_wrap(reentrant):
+    from torch.distributed.algorithms._checkpoint import checkpoint_wrapper as wrappers
+    model = make("llama", torch.float32).train()
+    how = wrappers.CheckpointImpl.REENTRANT if reentrant else wrappers.CheckpointImpl.NO_REENTRANT
+    wrappers.apply_activation_checkpointing(
+        model, checkpoint_wrapper_fn=lambda x: wrappers.checkpoint_wrapper(x, checkpoint_impl=how),
+        check_fn=lambda x: x in model.model.layers)
+    engine = TreeEngine(model, 3)  # the small copy stands for it
+    if reentrant:
+        with pytest.raises(ValueError, match="reentrant checkpointing"):
+            engine.forward_backward(TREE, lambda e: e.logprob.sum())
+    else:
+        engine.forward_backward(TREE, lambda e: e.logprob.sum())

@@ -152,7 +152,7 @@ OUTSIDE = {
     "auxiliary loss": lambda: (moe(), {}, {}),  # on by default
     "label_smoothing_factor": lambda: (model_of(), dict(label_smoothing_factor=0.1), {}),
     "neftune_noise_alpha": lambda: (model_of(), dict(neftune_noise_alpha=5.0), {}),
-    "compute_loss_func": lambda: (model_of(), {}, dict(compute_loss_func=lambda out, *labels, **more: out.logits.sum())),
+    "compute_loss_func": lambda: (model_of(), {}, dict(compute_loss_func=lambda out, *labels, **more: out.loss)),
 }
 
 
