@@ -237,6 +237,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                    'kat.compute.probe.check_head': ('compute/probe.html#check_head', 'kat/compute/probe.py')},
             'kat.compute.ranks': { 'kat.compute.ranks._communicate': ('compute/ranks.html#_communicate', 'kat/compute/ranks.py'),
                                    'kat.compute.ranks._empty_pack': ('compute/ranks.html#_empty_pack', 'kat/compute/ranks.py'),
+                                   'kat.compute.ranks._own_trees': ('compute/ranks.html#_own_trees', 'kat/compute/ranks.py'),
                                    'kat.compute.ranks._sharded': ('compute/ranks.html#_sharded', 'kat/compute/ranks.py'),
                                    'kat.compute.ranks._squares': ('compute/ranks.html#_squares', 'kat/compute/ranks.py'),
                                    'kat.compute.ranks._sum_whole': ('compute/ranks.html#_sum_whole', 'kat/compute/ranks.py'),

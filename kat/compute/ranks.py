@@ -50,7 +50,7 @@ def rank_gradients(
     """Forward and backward of this rank's trees, given as for `forward_backward`, then sum over ranks: afterwards every
     parameter holds the gradient of the whole batch (of its own piece, where sharded). Every rank must call it.
     ValueError for a compute dtype of its own with sharded layers, and for gradients that are there already, since they
-    would be summed over ranks again. *Own design.*"""
+    would be summed over ranks again; RuntimeError where another rank's trees failed. *Own design.*"""
     model, sharded = engine.causal, _sharded(engine.causal)
     if sharded and engine.dtype not in (None, model.dtype):
         raise ValueError(f"dtype {engine.dtype} with sharded layers: pieces can't be cast; "
@@ -58,13 +58,26 @@ def rank_gradients(
     if any(p.grad is not None for p in model.parameters()):
         raise ValueError("gradients are there already: call zero_grad() first, and give all trees of a step at once")
     _communicate(sharded, False)
-    total = sum((engine.forward_backward(*item).double() for item in work), torch.zeros((), dtype=torch.float64))
+    total, failure = _own_trees(engine, work)
     _communicate(sharded, True)
     _empty_pack(model)
     _sum_whole(model, group)
-    total = total.to(model.device)
-    dist.all_reduce(total, group=group)
-    return total
+    both = torch.tensor([total, float(failure is not None)], dtype=torch.float64, device=model.device)
+    dist.all_reduce(both, group=group)
+    if failure is not None: raise failure
+    if both[1]:
+        raise RuntimeError(f"trees failed on {int(both[1])} other rank(s), which say why: this step has no gradient")
+    return both[0]
+
+# %% ../../nbs/compute/12_ranks.ipynb #9d200004
+def _own_trees(engine, work) -> tuple[float, Exception | None]:  # their loss, what went wrong
+    total = 0.0
+    try:
+        for item in work:
+            total += float(engine.forward_backward(*item))
+    except Exception as e:
+        return 0.0, e
+    return total, None
 
 # %% ../../nbs/compute/12_ranks.ipynb #9b18880e
 def _communicate(sharded, on):
