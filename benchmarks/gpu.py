@@ -22,7 +22,7 @@ from transformers.utils import is_flash_attn_2_available
 
 from kat.compute.engine import TreeEngine
 from kat.compute.forward import pack_layout
-from kat.compute.logprob import score_tokens
+from kat.compute.score import score_tokens
 from kat.compute.tree_attention import tree_attention
 from kat.tree.partition import partition
 from kat.tree.stats import flat_profile, model_shape, tree_profile

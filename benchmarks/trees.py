@@ -45,11 +45,12 @@ from transformers import AttentionInterface, AttentionMaskInterface, AutoTokeniz
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from kat.recipe.rollouts import ScriptPolicy, rollout
-from kat.compute import attention, logprob, tree_attention
+from kat.compute import attention, score, tree_attention
 from kat.compute.attention import use_kat_attention
 from kat.compute.engine import TreeEngine
 from kat.compute.forward import cast_weights
-from kat.compute.logprob import flat_logprobs, length_buckets, pad_rows, score_tokens
+from kat.compute.logprob import flat_logprobs, length_buckets, pad_rows
+from kat.compute.score import score_tokens
 from kat.envs.expert import Expert
 from kat.recipe.pipeline import ROOT
 from kat.learn.training import load_model
@@ -351,7 +352,7 @@ def parts(model, dtype, seqs, repeat):
             setattr(cls, f, staticmethod(timed))
     watch(tree_attention._Segments, "attention")
     watch(attention._Causal, "attention")
-    watch(logprob._Score, "head")
+    watch(score._Score, "head")
     runs = {"rows of 4,096 tokens a call": run_rows,
             **{f"tree, packs of {size:,}": partial(run_tree, size=size) for size in (1024, 2048, CALL)},
             "tree, one pack": partial(run_tree, size=None)}

@@ -29,19 +29,13 @@ def to_rows(
 class _TreeScores(torch.autograd.Function):
     @staticmethod
     def forward(ctx, anchor, engine, tree, score):  # -> log-probs and entropies [N]
-        edges = engine.logprobs(tree, score)
-        ctx.walk = engine, tree, score
+        edges, ctx.back = engine.pullback(tree, score)
+        ctx.index = edges.index
         return tuple(x.new_zeros(len(tree)).index_copy(0, edges.index, x) for x in (edges.logprob, edges.entropy))
 
     @staticmethod
-    def backward(ctx, grad_logprob, grad_entropy):
-        engine, tree, score = ctx.walk
-
-        def loss(edges):
-            by_logprob = (grad_logprob[edges.index] * edges.logprob).sum()
-            return by_logprob + (grad_entropy[edges.index] * edges.entropy).sum()
-
-        engine.forward_backward(tree, loss, score)
+    def backward(ctx, *grads):
+        ctx.back(*(grad[ctx.index] for grad in grads))
         return None, None, None, None
 
 # %% ../../nbs/learn/09_trl_plugin.ipynb #f46f3e72
@@ -66,7 +60,16 @@ def tree_scores(
 # %% ../../nbs/learn/09_trl_plugin.ipynb #b119eecf
 def _refuse(**features) -> None:
     on = [name for name, wanted in features.items() if wanted]
-    if on: raise ValueError(f"trees don't know {', '.join(on)}: use TRL's own trainer")
+    if on: raise ValueError(f"trees don't know {', '.join(on)}: use TRL's own trainer, or leave it off")
+
+def _refuse_settings(trainer) -> None:
+    "What TRL would do outside the log-probs, or to gradients that don't go through its wrapper of the model."
+    several = trainer.accelerator.num_processes > 1 or trainer.accelerator.distributed_type != "NO"
+    _refuse(**{"several processes (gradients wouldn't be synchronised; kat.compute.ranks does that)": several,
+               "the auxiliary loss of MoE models (set router_aux_loss_coef=0.0)": trainer.aux_loss_enabled,
+               "label_smoothing_factor": trainer.args.label_smoothing_factor,
+               "neftune_noise_alpha": trainer.args.neftune_noise_alpha,
+               "compute_loss_func": trainer.compute_loss_func is not None})
 
 def _grpo_scores(trainer, model, input_ids, attention_mask, logits_to_keep, with_entropy):  # each [B, n]
     tree, at = rows_tree(input_ids, attention_mask)
@@ -87,15 +90,13 @@ def _grpo():
     from trl.trainer.utils import split_tensor_dict
 
     class TreeGRPOTrainer(trl.GRPOTrainer):
-        """TRL's GRPOTrainer whose log-probs are computed on prefix trees. ValueError for images, MoE's auxiliary loss
-        and several processes with `tree_max_tokens`. Source: Tree Training (arXiv:2511.00413); TRL for the rest."""
+        """TRL's GRPOTrainer whose log-probs are computed on prefix trees. ValueError for images, several processes, and
+        settings that act outside the log-probs. Source: Tree Training (arXiv:2511.00413); TRL for the rest."""
 
         def __init__(self, *args, tree_max_tokens: int | None = None, **kwargs):
             super().__init__(*args, **kwargs)
             self.tree_max_tokens = tree_max_tokens
-            many = tree_max_tokens is not None and self.accelerator.num_processes > 1
-            _refuse(**{"the auxiliary loss of MoE models (router_aux_loss_coef)": self.aux_loss_enabled,
-                       "tree_max_tokens with several processes": many})
+            _refuse_settings(self)
 
         def _get_per_token_logps_and_entropies(self, model, input_ids, attention_mask, logits_to_keep, batch_size=None,
                                                compute_entropy=False, compute_aux_loss=False, **images):
@@ -114,7 +115,10 @@ def _grpo():
     return TreeGRPOTrainer
 
 # %% ../../nbs/learn/09_trl_plugin.ipynb #22354a67
+_SFT_INPUTS = {"input_ids", "attention_mask", "labels"}
+
 def _sft_loss(trainer, model, inputs, num_items_in_batch):
+    _refuse(**{name: name not in _SFT_INPUTS and value is not None for name, value in inputs.items()})
     tree, at = rows_tree(inputs["input_ids"], inputs["attention_mask"])
     labels = inputs["labels"].cpu().numpy() != -100
     labels[:, 0] = False  # nothing predicts a row's first token
@@ -124,7 +128,8 @@ def _sft_loss(trainer, model, inputs, num_items_in_batch):
     with trainer.accelerator.autocast():
         plain, score = trainer.accelerator.unwrap_model(model), (weight > 0).cpu().numpy()
         logps, _ = tree_scores(plain, tree, score, 1.0, trainer.tree_max_tokens)
-    return -(weight * logps).sum() / (len(wanted) if num_items_in_batch is None else num_items_in_batch)
+    tokens = len(wanted) if num_items_in_batch is None else num_items_in_batch
+    return -(weight * logps).sum() / torch.as_tensor(tokens).clamp(min=1)  # without labels 0, as TRL has it
 
 # %% ../../nbs/learn/09_trl_plugin.ipynb #8d356112
 @cache
@@ -134,7 +139,8 @@ def _sft():
     class TreeSFTTrainer(trl.SFTTrainer):
         """TRL's SFTTrainer whose loss is computed on the prefix tree of each batch.
 
-        ValueError for packed rows, images and other losses than 'nll'.
+        ValueError for packed rows, images, several processes, other losses than 'nll' and what TRL adds to it (label
+        smoothing, MoE's auxiliary loss).
         """
 
         def __init__(self, *args, tree_max_tokens: int | None = None, **kwargs):
@@ -142,8 +148,8 @@ def _sft():
             self.tree_max_tokens = tree_max_tokens
             kind = self.args.loss_type
             _refuse(**{"packing": self.args.packing, "padding_free": self.args.padding_free,
-                       "several processes": self.accelerator.num_processes > 1,
                        f"loss_type {kind!r}": kind not in (None, "nll", "chunked_nll")})
+            _refuse_settings(self)
 
         def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
             if return_outputs:

@@ -4,9 +4,9 @@ import pytest
 import torch
 from hypothesis import given, settings, strategies as st
 from torch.nn.functional import scaled_dot_product_attention as sdpa
-from transformers import Qwen3Config, Qwen3ForCausalLM
+from transformers import Gemma2Config, Gemma2ForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
-from kat.compute import logprob
+from kat.compute import score as scoring
 from kat.compute.attention import FLAT_ATTENTION, causal_attention, kat_attention, masked_attention, register_attention
 from kat.compute.logprob import flat_logprobs, length_buckets, pad_rows
 
@@ -129,8 +129,8 @@ def test_slices_of_the_vocabulary_change_nothing(monkeypatch):
     mask = torch.ones_like(ids, dtype=torch.bool)
     results = []
     for size, rows in ((2**24, 512), (2**24, 7), (50 * 7, 512)):  # in one piece; in pieces, kept or computed again
-        monkeypatch.setattr(logprob, "SLICE", size)
-        monkeypatch.setattr(logprob, "HEAD_ROWS", rows)
+        monkeypatch.setattr(scoring, "SLICE", size)
+        monkeypatch.setattr(scoring, "HEAD_ROWS", rows)
         logps, _ = flat_logprobs(model, ids, mask)
         results.append((logps, *torch.autograd.grad(logps.sum(), list(model.parameters()))))
     for other in results[1:]:
@@ -165,6 +165,7 @@ def test_what_cannot_be_scored_is_refused():
     ids = torch.zeros(1, 4, dtype=torch.long)
     with pytest.raises(ValueError, match="temperature"):
         flat_logprobs(model, ids, ids == 0, 0.0)
-    model.config.final_logit_softcapping = 30.0
-    with pytest.raises(ValueError, match="final_logit_softcapping"):
-        flat_logprobs(model, ids, ids == 0)
+    capped = Gemma2ForCausalLM(Gemma2Config(vocab_size=50, hidden_size=32, intermediate_size=48, num_hidden_layers=1,
+                                            num_attention_heads=4, num_key_value_heads=2, head_dim=8))
+    with pytest.raises(ValueError, match="its logits aren't a linear map of its final states"):
+        flat_logprobs(capped, ids, ids == 0)
