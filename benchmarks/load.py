@@ -530,10 +530,8 @@ def bars(ax, columns, title):
 
 
 def draw(result):
-    import matplotlib.pyplot as plt
-    import seaborn as sns
-    from kat.core.figures import save_figure
-    sns.set_theme(style='whitegrid')
+    from kat.core.figures import save_figure, use_style
+    plt, _ = use_style()
     fig, axes = plt.subplots(1, 2 + ('memory' in result), figsize=(8 + 4 * ('memory' in result), 3.6))
     bars(axes[0], {p: {n: r['rate'] for n, r in result[p].items() if n != 'direct'}
                    for p in ('saturation', 'streams') if p in result}, f'requests/s, {result["sessions"]} sessions')

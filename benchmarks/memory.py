@@ -82,10 +82,8 @@ def comb(depth: int, seed: int = 0, vocab: int = 500) -> TokenTree:
 
 
 def figure(rows, path, folder):
-    import matplotlib.pyplot as plt
-    import seaborn as sns
-    from kat.core.figures import save_figure
-    sns.set_theme(style="whitegrid")
+    from kat.core.figures import save_figure, use_style
+    plt, _ = use_style()
     fig, ax = plt.subplots(figsize=(6, 3.4))
     x = [r[0] for r in rows]
     ax.axhspan(0.9 * rows[0][2], 1.1 * rows[0][2], color="0.9", label="±10 % of the first")

@@ -9,10 +9,8 @@ import sys
 from collections import defaultdict
 from pathlib import Path
 
-import matplotlib.pyplot as plt
-import seaborn as sns
 
-from kat.core.figures import save_figure
+from kat.core.figures import save_figure, use_style
 from kat.core.io import read_parquet
 from kat.recipe.pipeline import ROOT
 from kat.study.evaluate import load_eval
@@ -40,7 +38,7 @@ def rows(run, stages):
 
 
 def draw(records):
-    sns.set_theme(style="whitegrid")
+    plt, _ = use_style()
     fig, axes = plt.subplots(1, 2, figsize=(8, 3.4), sharey=True)
     for ax, mode in zip(axes, ("sampled", "greedy")):
         for i, (run, stages) in enumerate(records.items()):

@@ -410,10 +410,8 @@ def report(rows):
 
 
 def figures(rows, folder, command):
-    import matplotlib.pyplot as plt
-    import seaborn as sns
-    from kat.core.figures import save_figure
-    sns.set_theme(style="whitegrid")
+    from kat.core.figures import save_figure, use_style
+    plt, sns = use_style()
     color = dict(zip(NAMES, sns.color_palette("colorblind", len(NAMES)))) | dict(tree="black")
     at, names = np.arange(len(rows))[::-1], [r["case"] for r in rows]
     fig, (left, right) = plt.subplots(1, 2, figsize=(10.5, 4.4), gridspec_kw=dict(width_ratios=(1, 1.1)))

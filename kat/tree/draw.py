@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from ..core.io import need
+from ..core.figures import use_style
 from .stats import LABELS, ModelCall, merge_calls
 from .trie import TokenTree
 
@@ -126,8 +126,10 @@ def draw_tree(
     title: str = "",                  # first line of the title; sizes are added
 ):                                    # a matplotlib figure
     "Draw a tree: height is tokens, width is sequences, depth downwards. MissingExtra without matplotlib."
-    fig = need("matplotlib.figure", "notebooks").Figure(figsize=(9, 6), dpi=110, layout="constrained")
+    plt, _ = use_style()
+    fig = plt.Figure(figsize=(9, 6))
     ax, depth = fig.subplots(), int(tree.position.max()) + 1
+    ax.grid(False)
     pixel = tree.n_sequences / ax.bbox.width, depth / ax.bbox.height
     left, width = node_columns(tree)
     drawn, pools = pooled_blocks(tree, left, width, 2 * pixel[0])
@@ -139,7 +141,7 @@ def draw_tree(
     ax.xaxis.get_major_locator().set_params(integer=True)
     sizes = (f"{tree.n_flat:,} tokens in sequences, {len(tree):,} in a tree of {tree.n_nodes:,} nodes: "
              f"POR {1 - len(tree) / tree.n_flat:.2f}")
-    ax.set_title(f"{title}\n{sizes}" if title else sizes, loc="left", fontsize=10)
+    ax.set_title(f"{title}\n{sizes}" if title else sizes, loc="left")
     _legend(fig, blocks, label, int(pools[:, 4].sum()))
     return fig
 
