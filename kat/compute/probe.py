@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from .forward import attends_to_trees, cast_weights, causal_model, check_model, run_packs
+from .forward import attends_to_trees, causal_model, check_model, run_packs
 from .score import pack_edges, score_edges
 from .tree_attention import BACKENDS
 from ..tree.trie import TokenTree
@@ -56,11 +56,11 @@ class _Subject:
         sum((w[1:].to(x) * x).sum() for w, x in zip(self.weights, logps)).backward()
         return torch.cat(logps).detach(), self.gradient()
 
-    def tree(self, size, backend, rows=None, dtype=None) -> tuple[torch.Tensor, dict]:  # the same on a tree
+    def tree(self, size, backend, rows=None) -> tuple[torch.Tensor, dict]:  # the same on a tree
         rows = range(len(self.sequences)) if rows is None else rows
         tree = TokenTree.from_sequences([self.sequences[k] for k in rows])
         at = [torch.from_numpy(tree.path(i)[1:]) for i in range(len(rows))]
-        logps = _tree_logps(self.causal, tree, size, backend, dtype)
+        logps = _tree_logps(self.causal, tree, size, backend)
         sum((self.weights[k][1:].to(logps) * logps[i]).sum() for k, i in zip(rows, at)).backward()
         return torch.cat([logps[i] for i in at]).detach(), self.gradient()
 
@@ -71,10 +71,10 @@ def _plain_logps(model, row) -> torch.Tensor:  # [len(row)-1]
     logps = torch.log_softmax(logits.to(torch.promote_types(logits.dtype, torch.float32)), -1)
     return logps.gather(-1, ids[0, 1:, None])[:, 0]
 
-def _tree_logps(model, tree, size, backend, dtype) -> torch.Tensor:  # [N], 0 at roots
+def _tree_logps(model, tree, size, backend) -> torch.Tensor:  # [N], 0 at roots
     every, where, out = np.ones(len(tree), bool), [], []
     with attends_to_trees(model):
-        for pack, hidden in run_packs(model, tree, size, backend, cast_weights(model, dtype)):
+        for pack, hidden in run_packs(model, tree, size, backend):
             where.append(pack_edges(tree, pack, every))
             out.append(score_edges(model, tree, pack.start, hidden, where[-1], 1.0)[0])
     index = torch.as_tensor(np.concatenate(where), device=hidden.device)
