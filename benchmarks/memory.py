@@ -61,8 +61,9 @@ def paths_tree(path: int, paths: float, seed: int = 0, vocab: int = 500) -> Toke
 
 def peak_of(model, tree, max_tokens, recompute=True) -> int:
     model.zero_grad(set_to_none=False)
+    engine = TreeEngine(model, max_tokens=max_tokens, recompute=recompute)   # probes the model, the first time
     with PeakMemory() as memory:
-        TreeEngine(model, max_tokens=max_tokens, recompute=recompute).forward_backward(tree, lambda e: -e.logprob.sum())
+        engine.forward_backward(tree, lambda e: -e.logprob.sum())
     return memory.peak
 
 
