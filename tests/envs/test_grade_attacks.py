@@ -13,8 +13,8 @@ from kat.envs.sandbox import Bubblewrap, Limits, WarmPool, features
 
 bwrap = pytest.mark.skipif(not features().works, reason=f'bubblewrap does not work here: {features().reason}')
 LIMITS = Limits(memory_mb=2048, cpu_s=8, wall_s=60, processes=32, output_kb=256, files_mb=64)
-WEAK_BUT_CAUGHT = ('equal to everything', 'a number that equals everything', 'counts its calls',
-                   'knows the name of the test')
+# code that counts its calls is caught in most gradings only, by the order that is drawn
+WEAK_BUT_CAUGHT = ('equal to everything', 'a number that equals everything', 'knows the name of the test')
 
 
 # ---- tests that are code
