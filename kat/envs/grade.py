@@ -593,7 +593,7 @@ class Suite:
     "Tests that are code, and where they run."
     base: Path  # folder of the task's state before the agent came
     expected: tuple  # ids of tests that must pass, FAIL_TO_PASS and PASS_TO_PASS: 'tests/test_a.py::TestB::test_c[1]'
-    tests: dict = field(default_factory=dict)  # relative path -> text of test files laid over `base` at grading
+    tests: dict = field(default_factory=dict)  # path -> text or bytes of test files laid over `base` at grading
     roots: tuple = ('.', 'src')  # folders from which the code is imported
     site: tuple = ()  # folders of installed packages, pytest among them; none: where this interpreter finds pytest
     limits: Limits = COLD
@@ -629,7 +629,8 @@ def prepare_tree(
     draw: random.Random,
 ) -> Prepared:
     "The tree to grade. Raises `InfraError` where the task's own tests can't be read."
-    before, own = read_tree(suite.base), {p: (t.encode(), 'file') for p, t in suite.tests.items()}
+    own = {p: (t if isinstance(t, bytes) else t.encode(), 'file') for p, t in suite.tests.items()}
+    before = read_tree(suite.base)
     base, known = before | own, known_modules(sites)
     agent = {p: t for p, t in agent.items() if not any(_named(n, CACHES) for n in PurePosixPath(p).parts)}
     agent |= {p: t for p, t in own.items() if agent.get(p) == before.get(p)}  # unknown to the agent: no change
