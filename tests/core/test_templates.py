@@ -477,8 +477,11 @@ def test_a_format_is_what_the_template_writes():
     llama = "{{ {'name': c.function.name, 'parameters': c.function.arguments} | tojson }}"
     kat = "{{ '<tool_call>' + c.function.name }}{% for v in c.function.arguments.values() %}{{ ' ' + v | tojson }}" \
           "{% endfor %}{{ '</tool_call>' }}"  # fmt: skip
-    for call, name in [(HERMES, 'hermes'), (coder, 'qwen3_coder'), (llama, 'llama3'), (kat, 'kat')]:
+    listed = "{{ '[TOOL_CALLS][' + c.function | tojson + ']' }}"
+    for call, name in [(HERMES, 'hermes'), (coder, 'qwen3_coder'), (llama, 'llama3'), (kat, 'kat'), (GLM, 'glm'),
+                       (listed, 'mistral')]:
         assert call_format(template(call=call)) == name == call_format(template(call=call, marks=True))
+    assert (call_format(OPEN), call_format(HARMONY)) == ('glm', 'harmony')
     assert call_format(dict(default=PLAIN, tool_use=template(call=coder))) == 'qwen3_coder'
     assert call_format(KAT_TEMPLATE) == 'kat' and call_format(None) is None and call_format('') is None
     with warnings.catch_warnings():
@@ -489,19 +492,16 @@ def test_a_format_is_what_the_template_writes():
 @pytest.mark.parametrize(
     'text',
     [
-        template(call=GLM),
-        OPEN,
-        HARMONY,
         template(call="{{ '<tool_call>' + c.function.arguments | tojson + '</tool_call>' }}"),
         template(call="{{ '<tool_call>' + c | string + '</tool_call>' }}"),
         template(call=HERMES.replace('c.function.name', "c.function.name | upper")),
-        template(call="{{ '[TOOL_CALLS][' + c.function | tojson + ']' }}"),
+        template(call="{{ '[CALLS][' + c.function | tojson + ']' }}"),
         '{% if tools %}<tool_call>{name}\n<arg_key>k</arg_key>\n</tool_call>{% endif %}',
         '{% if tools %}[AVAILABLE_TOOLS]{% endif %}{# <function= <|python_tag|> #}',
     ],
 )
 def test_a_template_that_is_not_understood_has_no_format_and_a_line_says_so(text):
-    with pytest.warns(UserWarning, match='none of the formats kat, hermes, qwen3_coder, llama3'):
+    with pytest.warns(UserWarning, match='none of the formats kat, hermes, qwen3_coder, glm'):
         assert call_format(text) is None
 
 
@@ -510,11 +510,11 @@ def test_formats_of_real_templates():
     want = dict(
         hermes='qwen2_5 qwen3 qwen3_training qwen3_instruct_2507 qwen3_vl',
         qwen3_coder='qwen3_5_think qwen3_5_nothink qwen3_6 qwen3_8 nemotron_3_nano nemotron_3_ultra',
-        llama3='llama3_1 llama3_2',
+        llama3='llama3_1 llama3_2', glm='glm4moe', harmony='gptoss', deepseek_v3='deepseekv3', lfm2='lfm2_v2',
     )
     for name, templates in want.items():
         assert {t: call_format(TRL[t]) for t in templates.split()} == dict.fromkeys(templates.split(), name)
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')
-        none = 'glm4moe gptoss deepseekv3 gemma4 phi3 cohere2 lfm2_v2 muse_glimmer'.split()
+        none = 'gemma4 phi3 cohere2 muse_glimmer'.split()
         assert {t: call_format(TRL[t]) for t in none} == dict.fromkeys(none)
