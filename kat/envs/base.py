@@ -85,6 +85,7 @@ class InfraError(RuntimeError):
 def tool(
     name: str,  # what the agent writes
     description: str,  # one line
+    /,
     **parameters,  # name='string' | 'integer' | 'number' | 'boolean', in order; a trailing '?' makes it optional
 ) -> dict:
     "OpenAI's schema of one tool. Raises `ValueError` for an unknown parameter type."
@@ -226,8 +227,9 @@ def _imported(module: str):
     "A module. UserError where it can't be imported."
     try:
         return importlib.import_module(module)
-    except (ImportError, ValueError) as error:
-        raise UserError(f'environment {module}: {one_line(error)}; install it, or put it on PYTHONPATH') from error
+    except Exception as error:   # a module of the user's may raise anything
+        raise UserError(f'environment {module}: {type(error).__name__}: {one_line(error)}; '
+                        'is it installed, or on PYTHONPATH?') from error
 
 def known_worlds() -> list[str]:
     "Names of all worlds that are registered or come with kat; modules that can't be imported here are left out."
@@ -385,7 +387,8 @@ async def episodes(
 ) -> list[Outcome]:                    # in the order of `tasks`
     "Play many episodes. An error that is no `InfraError` ends them all and is raised. *Own design.*"
     if at_once < 1 or retries < 0 or not deadline_s > 0:
-        raise ValueError(f'episodes: at_once={at_once} from 1, retries={retries} from 0, deadline_s={deadline_s} above 0')
+        raise ValueError(f'episodes: at_once={at_once} (from 1), retries={retries} (from 0), '
+                         f'deadline_s={deadline_s} (above 0)')
     out, todo = [None] * len(tasks), iter(enumerate(tasks))
     async def lane():
         for i, task in todo:
