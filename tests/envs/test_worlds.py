@@ -23,7 +23,8 @@ from kat.envs.base import InfraError, Mixture, Task, World, episodes, find_world
     (':1', 'is no weight of an environment'), ('toy-keys:1,micro', 'a weight, or none'),
     ('toy-keys:1,toy-keys:2', 'toy-keys is there twice'), ('toy_world:Keys,toy-keys', 'toy-keys is there twice'),
     ('no_such_module:Keys', 'no_such_module.*PYTHONPATH'), ('toy_world:Follow', "no registered world 'Follow'"),
-    ('toy_world:Gone', "no registered world 'Gone'"), ('..:Keys', 'PYTHONPATH'), ('kat.envs.base:World', 'no registered'),
+    ('toy_world:Gone', "no registered world 'Gone'"), ('..:Keys', 'PYTHONPATH'),
+    ('kat.envs.base:World', 'no registered'),
 ])
 def test_what_is_no_world_is_refused_in_one_line(said, words):
     with pytest.raises(UserError, match=words) as caught:

@@ -19,7 +19,8 @@ class KeyEnv(Env):
 
     def one(self, call):
         if wrong := bad_call(call, self.tools): return ToolResult(call.id, wrong, False, 'error')
-        if call.name == 'get': return ToolResult(call.id, self.task.data['store'].get(call.arguments['name'], 'nothing'))
+        store = self.task.data['store']
+        if call.name == 'get': return ToolResult(call.id, store.get(call.arguments['name'], 'nothing'))
         self.given = call.arguments['value']
         return ToolResult(call.id, 'noted')
 

@@ -6,7 +6,6 @@ import re
 from collections import Counter
 from dataclasses import replace
 
-import numpy as np
 import pytest
 import torch
 from toy_world import KeyEnv, Keys
