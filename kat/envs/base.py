@@ -208,8 +208,9 @@ def find_world(
     name: str,  # a registered name, one of kat's own, or 'package.module:Class'
 ) -> World:
     "The world of that name. UserError where there is none."
-    module, colon, cls = name.partition(':')
-    if colon or name not in WORLDS and (name.isidentifier() and name in _own()):
+    module, _, cls = name.partition(':')
+    colon = cls.isidentifier()
+    if colon or name not in WORLDS and name in _own():
         found = _imported(module if colon else f'kat.envs.{name}')
         if colon and getattr(found, cls, None) not in WORLDS.values():
             raise UserError(f'envs={name}: {module} has no registered world {cls!r}; decorate the class with @register')
@@ -308,7 +309,7 @@ def _weighed(part: str, said: str) -> tuple[str, float | None]:
     "Name and weight of a part; None: no weight is given."
     if not part: raise UserError(f'envs={said}: an environment is missing; for example micro, or micro:0.6,swe:0.4')
     name, colon, weight = part.rpartition(':')
-    known = name in WORLDS or name in _own()
+    known, weight = name.strip() in (*WORLDS, *_own()), weight.strip()
     if not colon or not known and re.fullmatch(r'[A-Za-z_]\w*', weight): return part, None   # a class, no weight
     try:
         value = float(weight)
@@ -316,7 +317,7 @@ def _weighed(part: str, said: str) -> tuple[str, float | None]:
         value = math.nan
     if not (name and 0 < value < math.inf):
         raise UserError(f'envs={said}: {weight!r} is no weight of {name or "an environment"}; a number above 0')
-    return name, value
+    return name.strip(), value
 
 # %% ../../nbs/envs/01_base.ipynb #e3d5dd6b
 @dataclass(frozen=True)

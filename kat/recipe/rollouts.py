@@ -26,7 +26,7 @@ from ..study.evaluate import rates_by
 
 # %% auto #0
 __all__ = ['SLOT_TOKENS', 'Episode', 'ended', 'recorded_turns', 'heed', 'Policy', 'ModelPolicy', 'ScriptPolicy', 'NoStore',
-           'room', 'asked_for', 'Waves', 'segments_of', 'finished', 'check_replay', 'rollout', 'LocalResponse', 'Local',
+           'asked_for', 'room', 'Waves', 'segments_of', 'finished', 'check_replay', 'rollout', 'LocalResponse', 'Local',
            'asyncio_run', 'context_of', 'slots_for', 'teacher', 'teachable', 'expert_data', 'turn_facts',
            'domain_facts']
 
@@ -184,14 +184,15 @@ class NoStore:
         pass
 
 # %% ../../nbs/recipe/02_rollouts.ipynb #80049a91
-def room(max_tokens: int) -> int:
-    "Tokens of context to keep free for one more answer."
-    return max(64, max_tokens + 16)
-
 def asked_for(policy: Policy, env: Env) -> dict:
     "What an agent asks for: the policy's sampling, with the environment's cap on an answer where the policy has none."
     unset = 'max_tokens' in policy.sampling and policy.sampling['max_tokens'] is None
     return policy.sampling | (dict(max_tokens=env.max_tokens) if unset else {})
+
+def room(policy: Policy | None, env: Env) -> int:
+    "Tokens of context to keep free for one more answer: the policy's, or the longest that the environment allows."
+    longest = env.max_tokens if policy is None else asked_for(policy, env).get('max_tokens', env.max_tokens)
+    return max(64, longest + 16)
 
 # %% ../../nbs/recipe/02_rollouts.ipynb #5829c881
 class Waves(Gateway):
@@ -210,7 +211,7 @@ class Waves(Gateway):
     async def sample(self, w: Writing, request: Request) -> Completion:
         "Wait for the others. ValueError for an episode that is over."
         episode = self.episodes[w.plan.session.name]
-        if episode.turns and len(request.ids) > (episode.max_len or self.max_len) - room(episode.env.max_tokens):
+        if episode.turns and len(request.ids) > (episode.max_len or self.max_len) - room(self.policy, episode.env):
             episode.finish = episode.finish or 'length'
         if episode.finish: raise ValueError(f'the episode is over: {episode.finish}')
         episode.request, self.wave[episode.name] = request, (mine := asyncio.get_running_loop().create_future())
@@ -445,9 +446,9 @@ def context_of(
         raise UserError(f'envs={world.name}: max_len={need}, but the model has {positions} positions; '
                         f'set max_len to at most {positions}')
     for name, part in world.domains.items():
-        if caps[name] <= room(part.env.max_tokens):
-            raise UserError(f'max_len={caps[name]} leaves no room for an answer of {name} '
-                            f'({room(part.env.max_tokens)} tokens); set a larger max_len')
+        if caps[name] <= (free := room(None, part.env)):
+            raise UserError(f'max_len={caps[name]} leaves no room for an answer of {name} ({free} tokens); '
+                            'set a larger max_len')
     return need
 
 def slots_for(episodes: int, context: int) -> int:
