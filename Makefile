@@ -36,7 +36,7 @@ docs: install ## build the site and say where it is
 
 bench: install ## time the parts that the stages spend their minutes in, and trees against their rivals (about an hour), and trees against sequences (about an hour; tables and figures of trees in data/runs/bench)
 	@test -d .venv/bench || $(PIP) --no-deps --target .venv/bench prefix_grouper==0.0.1.post1  # a rival of the trees, for this only
-	@for b in imports parts engine attention prune; do echo "== $$b"; $(PY) benchmarks/$$b.py || exit 1; done
+	@for b in imports parts episodes engine attention prune; do echo "== $$b"; $(PY) benchmarks/$$b.py || exit 1; done
 	@for b in memory trees; do echo "== $$b"; PYTHONPATH=.venv/bench $(PY) benchmarks/$$b.py --out data/runs/bench || exit 1; done
 
 load: litellm ## the gateway under load, LiteLLM's proxy beside it (half an hour; the machine should be idle)

@@ -168,6 +168,18 @@ def _stages(run_dir: Path, stages: list, done: dict) -> str:
     rows.append(['<b>all</b>', '', f'<b>{_time(sum(mark["wall_s"] for mark in done.values()))}</b>', ''])
     return _table(['notebook', 'state', '>wall time', '>peak memory'], rows)
 
+# %% ../../nbs/recipe/05_report.ipynb #b3a2d7d1
+def _domains(evals: list[dict]) -> str:
+    "Rates by domain, '' where no evaluation tells domains apart."
+    names = list(dict.fromkeys(name for record in evals for name in record.get('domains', ())))
+    if not names: return ''
+    rows = []
+    for record in evals:
+        known = record.get('domains', {})
+        cells = [f'{_rate(known[name])} of {known[name]["n"]}' if name in known else '–' for name in names]
+        rows.append([f'<b>{escape(record["stage"])}</b>', *cells])
+    return '<h2>By domain, T = 1</h2>' + _table(['after', *map(escape, names)], rows)
+
 # %% ../../nbs/recipe/05_report.ipynb #4ad0028a
 def _figures(run_dir: Path) -> str:
     "Every picture with its caption, inside the page."
@@ -275,7 +287,7 @@ def _parts(run_dir: Path, config: dict, done: dict, evals: list[dict], figures: 
         key = '<span class="key sampled"></span>T = 1<span class="key greedy"></span>greedy'
         parts += ['<h2>What each stage bought</h2>', chart(evals),
                   f'<p class="note">Share of held-out tasks solved{key}</p>', _results(evals, stages, done),
-                  f'<p class="note">{WORDS}</p>']
+                  f'<p class="note">{WORDS}</p>', _domains(evals)]
     if figures:
         parts += ['<h2>Figures</h2>', figures]
     parts += ['<h2>Stages</h2>', _stages(run_dir, stages, done), '<h2>Settings</h2>', _settings(config),
