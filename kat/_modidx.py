@@ -215,6 +215,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                    'kat.compute.probe._layers': ('compute/probe.html#_layers', 'kat/compute/probe.py'),
                                    'kat.compute.probe._lengths': ('compute/probe.html#_lengths', 'kat/compute/probe.py'),
                                    'kat.compute.probe._longest': ('compute/probe.html#_longest', 'kat/compute/probe.py'),
+                                   'kat.compute.probe._loud': ('compute/probe.html#_loud', 'kat/compute/probe.py'),
                                    'kat.compute.probe._maker': ('compute/probe.html#_maker', 'kat/compute/probe.py'),
                                    'kat.compute.probe._measure': ('compute/probe.html#_measure', 'kat/compute/probe.py'),
                                    'kat.compute.probe._narrow': ('compute/probe.html#_narrow', 'kat/compute/probe.py'),
