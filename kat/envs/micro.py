@@ -132,11 +132,14 @@ def test_job(
     return Job(RUNNER, {**files, **tests}, sorted(tests), LIMITS)
 
 def verdicts(res, tests: dict[str, str]) -> dict[str, str]:
-    "Outcome per test of a finished job; a job that died (time, memory) fails every test, with that as the reason."
-    if res.status == 'ok' and isinstance(res.value, dict): return res.value
+    "Outcome per test of a finished job; one that died (time, memory), or told something else, fails every test."
     names = [f'{path}::{name}' for path, text in sorted(tests.items())
              for name in re.findall(r'^def (test_\w+)', text, re.M)]
-    return {name: (res.error or res.status).splitlines()[-1][:60] for name in names}
+    told = res.value if res.status == 'ok' else None
+    if isinstance(told, dict) and {*names} <= {*told} and all(isinstance(said, str) for said in told.values()):
+        return told
+    said = res.error or ('the tests told nothing' if res.status == 'ok' else res.status)
+    return dict.fromkeys(names, said.splitlines()[-1][:60])
 
 # %% ../../nbs/envs/07_micro.ipynb #93d2d65a
 def fixed(task: Task) -> dict[str, str]:

@@ -333,6 +333,52 @@ def test_real_templates_keep_or_refuse(name, message, says):
         assert ids[-1] in end_tokens(tok)
 
 
+EACH = "{% for k, v in c.function.arguments.items() IF %}{{ ' ' + k + '=' }}{{ V }}{% endfor %}"
+FULL_CALL = dict(path='a.py', limit=3, flag=False, zero=0, empty='', none=None, share=1.5, more=dict(x=[1, {'y': 7}]))
+
+
+@pytest.mark.parametrize(
+    'write, what',
+    [
+        (EACH.replace('IF', 'if v is string').replace('V', 'v'), "argument 'limit'"),
+        (EACH.replace('IF', 'if v').replace('V', 'v | tojson'), "argument 'flag'"),
+        (EACH.replace('IF', 'if v is not none').replace('V', 'v | tojson'), "argument 'none'"),
+        (EACH.replace('IF', "if v != ''").replace('V', 'v | tojson'), "argument 'empty'"),
+        (EACH.replace('IF', 'if v is not mapping').replace('V', 'v | tojson'), "argument 'more'"),
+        (EACH.replace('IF', '').replace('V', '(v | int) if v is number else v | tojson'), "argument 'share'"),
+        (EACH.replace('IF', '').replace('V', "v | tojson | replace('7', '')"), "argument 'limit'"),
+        (EACH.replace('IF', '').replace('V', 'v | tojson'), None),
+        ("{{ ' ' + c.function.arguments | tojson }}", None),
+        ("{{ ' ' + c.function.arguments | tojson | tojson }}", None),
+        ("{{ ' ' + (c.function.arguments | string) }}", None),
+        ("{{ c.function.arguments.values() | list | tojson }}", None),  # by place
+    ],
+)
+def test_arguments_that_are_no_text_are_in_the_mask_too(write, what):
+    tok = tokenizer_for(template(answer=ANSWER.replace('CALL', '{{ c.function.name }}' + write)))
+    messages = [user(), said(**FULL_CALL)]
+    if what is None:
+        assert trained(tok, messages)
+        return
+    with pytest.raises(ValueError, match=f'drops {what} of '):
+        trained(tok, messages)
+
+
+CHANGES = ["replace('é', 'e')", "replace('+', '')", "replace('\n', ' ')", "lower", "truncate(9)"]
+
+
+@pytest.mark.parametrize('change', CHANGES)
+def test_a_template_that_changes_a_text_is_not_trained_on_nor_extended_with(change):
+    text = 'é = A + 1\nreturn é'
+    tok = tokenizer_for(template(answer=ANSWER.replace('m.content', f'm.content | {change}')))
+    with pytest.raises(ValueError, match='drops the text'):
+        trained(tok, [user(), said(text)])
+    odd = tokenizer_for(template(tool=f"{{{{ '<|im_start|>tool\n' + (m.content | {change}) + '<|im_end|>\n' }}}}"))
+    with pytest.raises(ValueError, match='is not whole|leaves out'):
+        extend(odd, [odd.convert_tokens_to_ids('<|im_end|>')], [result(text)])
+    assert trained(tokenizer_for(PLAIN), [user(), said(text)])
+
+
 # --- no tools
 
 
