@@ -490,7 +490,9 @@ def altered(
         return at, another_script(*args[at], word, draw)
     if kind in ('truth', 'untruth'): return 0, f'!({first})'
     if kind == 'match' and len(args) > 1: return 1, f'/^{word}$/'
-    if kind in ('throws', 'calm', 'error'): return 0, MUST_FAIL[kind].replace('#', word)
+    if kind == 'throws': return 0, f'function () {{ try {{ ({first})(); }} catch ({word}) {{}} }}'
+    if kind == 'calm': return 0, f"function () {{ ({first})(); throw new Error('{word}'); }}"
+    if kind == 'error': return 0, f"new Error('{word}')"
     if kind == 'rejects': return 0, 'async function () {}'
     if kind == 'resolves': return 0, f"async function () {{ throw new Error('{word}'); }}"
     return None
