@@ -510,7 +510,7 @@ def run_tests(
     key, start = secrets.token_bytes(32), f'.{secrets.token_hex(8)}'
     roots = [str(PurePosixPath('/workspace', r)) for r in suite.roots]
     call = f'main({64 + secrets.randbelow(800)}, {sites!r}, {roots!r}, {[*ARGUMENTS, *done.files]!r})'
-    argv = [os.path.realpath(sys.executable), '-I', '-S', '-B', '-Xutf8', '-c', START.format(start)]
+    argv = [box.python, '-I', '-S', '-B', '-Xutf8', '-c', START.format(start)]
     env = dict(PYTHONPATH=os.pathsep.join(roots + sites))  # for programs that tests start; the runner ignores it
     limits = replace(suite.limits, output_kb=suite.limits.output_kb + CHANNEL_KB)
     with tempfile.TemporaryDirectory(prefix='kat-') as work:
