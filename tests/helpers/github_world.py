@@ -7,10 +7,13 @@ import base64
 import contextlib
 import json
 import random
+import sys
 import threading
 from collections import Counter
 from datetime import datetime, timezone
 from email.utils import formatdate
+from functools import partial
+from types import SimpleNamespace
 
 import uvicorn
 from starlette.applications import Starlette
@@ -51,9 +54,18 @@ DIFF = '''diff --git a/knots/core.py b/knots/core.py
 diff --git a/tests/test_core.py b/tests/test_core.py
 --- a/tests/test_core.py
 +++ b/tests/test_core.py
-@@ -0,0 +1,2 @@
+@@ -1 +1,2 @@
+-def test_0():
 +def test_{n}():
 +    assert tie(1) == {n} + 1
+'''
+MORE = r'''diff --git a/docs/more.md b/docs/more.md
+--- a/docs/more.md
++++ b/docs/more.md
+@@ -1 +1 @@
+-A
+\ No newline at end of file
++B
 '''
 
 
@@ -128,11 +140,15 @@ class World:
 
     def rest_files(self, name, number):
         names = ['knots/core.py', 'tests/test_core.py', 'docs/more.md'][:self.repos[name]['pulls'][number]['files']]
-        return [dict(filename=path, additions=1, deletions=1, status='modified') for path in names]
+        return [dict(filename=path, additions=1 + (i == 1), deletions=1, status='modified')
+                for i, path in enumerate(names)]
+
+    def diff(self, name, number):
+        return DIFF.format(n=number) + (MORE if self.repos[name]['pulls'][number]['files'] == 3 else '')
 
     def graph_pull(self, name, number):
         x = self.repos[name]['pulls'][number]
-        files = [dict(path=y['filename'], additions=1, deletions=1, changeType='MODIFIED')
+        files = [dict(path=y['filename'], additions=y['additions'], deletions=1, changeType='MODIFIED')
                  for y in self.rest_files(name, number)]
         state = 'MERGED' if x['merged_at'] else x['state'].upper()
         return dict(number=number, title=x['title'], body=x['body'], state=state, mergedAt=x['merged_at'],
@@ -232,7 +248,7 @@ class Server:
             self.closed_until = now + fault[1]
             return self._fault(name, 403, headers | {'retry-after': str(fault[1])}, '{"message": "secondary limit"}')
         if name in ('secondary', '429'):
-            self.closed_until, self.backoff = now + self.backoff, self.backoff * 2
+            self.closed_until, self.backoff = now + self.backoff, min(self.backoff * 2, 3600)
             text = '{"message": "You have exceeded a secondary rate limit."}'
             return self._fault(name, 403 if name == 'secondary' else 429, headers, text)
         if name == '502': return self._fault(name, 502, {}, '<html>502 Bad Gateway</html>')
@@ -273,7 +289,7 @@ class Server:
                          commits=[dict(commit=dict(author=dict(date='2024-01-01T00:00:00Z')))])
         elif rest[0] == 'pulls' and int(rest[1]) in repo['pulls']:
             found = (self.world.rest_files if rest[2:] else self.world.rest_pull)(name, int(rest[1]))
-            if 'diff' in request.headers['accept']: return 200, DIFF.format(n=rest[1])
+            if 'diff' in request.headers['accept']: return 200, self.world.diff(name, int(rest[1]))
         elif rest[0] == 'issues' and int(rest[1]) in repo['issues']:
             found = self.world.rest_issue(name, int(rest[1]))
             if rest[2:]:
@@ -312,7 +328,7 @@ class Cut(Response):
 def serving(server):
     "The server on a port of this machine, in a thread."
     app = Starlette(routes=[Route('/{path:path}', server.answer, methods=['GET', 'POST'])])
-    runs = uvicorn.Server(uvicorn.Config(app, port=0, log_config=None, date_header=False, server_header=False,
+    runs = uvicorn.Server(uvicorn.Config(app, port=0, log_config=None, log_level='critical', date_header=False,
                                          lifespan='off', timeout_graceful_shutdown=1))
     thread = threading.Thread(target=runs.run, daemon=True)
     thread.start()
@@ -326,7 +342,7 @@ def serving(server):
         thread.join()
 
 
-def run_collect(server, path, names=('ann/knots',), tokens=('t1',), lines=None, **options):
+def run_collect(server, path, names=('ann/knots',), tokens=('t1',), lines=None, wanted=None, **options):
     "Collect once; what failed."
     async def whole():
         harvest = Harvest(path)
@@ -335,10 +351,20 @@ def run_collect(server, path, names=('ann/knots',), tokens=('t1',), lines=None, 
                 tell = lines.append if lines is not None else None
                 hubs = [await stack.enter_async_context(hub) for hub in server.clients(tokens, tell=tell, **options)]
                 server.counts = [hub.counts for hub in hubs]
-                return await collect(hubs, harvest, list(names))
+                return await collect(hubs, harvest, list(names), *([wanted] if wanted else []))
         finally:
             harvest.close()
     return asyncio.run(whole())
+
+
+PRELOAD = ['kat.envs.github', 'httpx2', 'uvicorn', 'starlette.applications', 'starlette.routing']
+
+
+def collect_in_child(url, path, names):
+    "The same collection in a process of its own; exit code 1 when something failed."
+    server = SimpleNamespace(url=url, clock=Jumping())
+    server.clients = partial(Server.clients, server)
+    sys.exit(bool(run_collect(server, path, names)))
 
 
 def rows(path, kinds=('repo', 'pull', 'files', 'issue', 'comments', 'base', 'diff')):
