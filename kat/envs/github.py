@@ -81,7 +81,7 @@ def _labels(obj: dict) -> list:
     names = found.get('nodes') or [] if isinstance(found, dict) else found
     return sorted(x['name'] if isinstance(x, dict) else x for x in names)
 
-# %% ../../nbs/envs/13_github.ipynb #b1a16ca7
+# %% ../../nbs/envs/13_github.ipynb #9dcb7e7e
 QUERY = '''query($owner: String!, $name: String!, $first: Int!, $after: String) {
   repository(owner: $owner, name: $name) {
     nameWithOwner
@@ -98,7 +98,7 @@ QUERY = '''query($owner: String!, $name: String!, $first: Int!, $after: String) 
         files(first: 100) { nodes { path additions deletions changeType } }
         closingIssuesReferences(first: 10) {
           nodes {
-            number title body state createdAt updatedAt
+            number title body state createdAt updatedAt lastEditedAt
             repository { nameWithOwner }
             author { login }
             labels(first: 20) { nodes { name } }
@@ -110,7 +110,7 @@ QUERY = '''query($owner: String!, $name: String!, $first: Int!, $after: String) 
   }
 }'''
 
-# %% ../../nbs/envs/13_github.ipynb #1c31974c
+# %% ../../nbs/envs/13_github.ipynb #5b79ec18
 def _graph_pull(node: dict, repo: str) -> Iterator[Record]:
     "The records of one pull request of a GraphQL answer."
     number, at = str(node['number']), node['updatedAt']
@@ -139,13 +139,13 @@ def _graph_issue(node: dict) -> Iterator[Record]:
     yield Record(repo, 'issue', number, at, dict(
         number=node['number'], title=node['title'], body=node.get('body') or '', state=node['state'].lower(),
         created_at=node['createdAt'], author=_login(node.get('author')), labels=_labels(node), is_pull=False,
-        comments=comments['totalCount']))
+        comments=comments['totalCount'], edited_at=node.get('lastEditedAt')))
     if len(comments['nodes']) == comments['totalCount']:
         yield Record(repo, 'comments', number, at, dict(comments=[
             dict(author=_login(x.get('author')), body=x.get('body') or '', created_at=x['createdAt'],
                  edited_at=x.get('lastEditedAt')) for x in comments['nodes']]))
 
-# %% ../../nbs/envs/13_github.ipynb #e04238de
+# %% ../../nbs/envs/13_github.ipynb #9ccb8348
 def _repo_in(url: str) -> str:
     "'owner/name' out of an address of the API or of a page. ValueError where there is none."
     api, page = r'/repos/([\w.-]+/[\w.-]+)', r'^https?://[^/]+/([\w.-]+/[\w.-]+)'
@@ -171,7 +171,7 @@ def _rest_issue(obj: dict, repo: str) -> Iterator[Record]:
     yield Record(repo, 'issue', str(obj['number']), obj['updated_at'], dict(
         number=obj['number'], title=obj['title'], body=obj.get('body') or '', state=obj['state'],
         created_at=obj['created_at'], author=_login(obj.get('user')), labels=_labels(obj),
-        is_pull='pull_request' in obj, comments=obj.get('comments')))
+        is_pull='pull_request' in obj, comments=obj.get('comments'), edited_at=None))
 
 
 def _rest_repo(obj: dict) -> Iterator[Record]:
@@ -326,7 +326,7 @@ class Harvest:
     def close(self):
         self.db.close()
 
-# %% ../../nbs/envs/13_github.ipynb #5bbf222c
+# %% ../../nbs/envs/13_github.ipynb #4800ae9f
 @dataclass(frozen=True)
 class Place:
     "Where a listing goes on."
@@ -337,10 +337,10 @@ class Place:
 
 
 def checksum(
-    records,  # of `Record`
+    value,  # JSON types
 ) -> str:
-    "A name for what a page said."
-    return hashlib.sha256(json.dumps(records).encode()).hexdigest()[:16]
+    "A short name for what a page, or anything else, says."
+    return hashlib.sha256(json.dumps(value).encode()).hexdigest()[:16]
 
 # %% ../../nbs/envs/13_github.ipynb #b38f3256
 def take(
@@ -818,7 +818,7 @@ def _share(harvest: Harvest, repo: str, upto: str|None, now: float) -> float:
     born = _seconds(about.data['created_at'])
     return min(max((_seconds(upto) - born) / max(now - born, 1), 0.), 1.)
 
-# %% ../../nbs/envs/13_github.ipynb #6c376c04
+# %% ../../nbs/envs/13_github.ipynb #b506355a
 @dataclass
 class Case:
     "One pull request and all that belongs to it; None: not known (yet)."
@@ -833,7 +833,8 @@ class Case:
     files: list|None = None
     diff: str|None = None
     base: dict|None = None      # merge base, and when the first commit was made
-    gaps: dict = field(default_factory=dict)    # (kind, id) -> why it can't be had
+    gaps: dict = field(default_factory=dict)    # (kind, link or '') -> why it can't be had
+    merged: int = 0             # merged pull requests of the repository; whoever sifts says it
 
 
 def case_of(harvest: Harvest, repo: str, number: int) -> Case|None:
@@ -862,10 +863,17 @@ def _add_pieces(harvest: Harvest, case: Case) -> None:
     now = {kind: x.data for kind, x in found.items() if x and x.data['head'] == case.pull['head']}
     case.files, case.diff = now.get('files', {}).get('files'), now.get('diff', {}).get('text')
     case.base = now.get('base')
+    if case.files is None and case.diff is not None:
+        case.files = _files_of(case.diff)  # saved pages
     for kind in ('pull', 'files', 'diff', 'base'):
         version, why = gap_of(harvest, key[0], kind, key[1])
         if version == case.version:
             case.gaps[kind, ''] = why
+def _files_of(diff: str) -> list|None:
+    try:
+        return [dict(path=x['path'], added=x['added'], removed=x['removed']) for x in diff_files(diff)]
+    except ValueError:
+        return None
 
 # %% ../../nbs/envs/13_github.ipynb #d162fb1e
 def next_need(
