@@ -9,12 +9,12 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-from github_world import PRELOAD, Jumping, Server, World, collect_in_child, rows, run_collect, serving, stamp
+from github_world import PRELOAD, Jumping, Server, World, check_pulls, collect_in_child, rows, run_collect, serving, stamp
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kat.core.io import UserError
-from kat.envs.github import (Faulty, GitHub, Harvest, PageSize, Place, Record, TRIES, case_of, find, judge,
+from kat.envs.github import (Faulty, GitHub, Harvest, PageSize, Place, Record, TRIES, case_of, find, meaning_of,
                              linked_issues, patiently, place_of, read_pages, seconds_to_wait,
                              sorted_links, take, visible)
 
@@ -65,16 +65,16 @@ def test_a_body_of_backticks_takes_no_time():
     st.sampled_from(['0', '1', '60', '-5', 'nan', '', 'soon', '99999999999999', 'Mon, 01 Jan 2024 00:00:09 GMT'])),
     st.sampled_from(['', 'API rate limit exceeded', '<html>']), st.integers(0, 50))
 def test_every_answer_means_something(status, headers, text, strikes):
-    meaning = judge(status, headers, text)
+    meaning = meaning_of(status, headers, text)
     assert meaning in ('ok', 'same', 'limit', 'again', 'token', 'gone')
-    if 200 <= status < 300: assert meaning == 'ok'
-    if status >= 500: assert meaning in ('again', 'limit')
-    if status in (404, 410, 422, 451): assert meaning == 'gone'
-    if status == 429: assert meaning == 'limit'
+    sure = {429: 'limit', 404: 'gone', 410: 'gone', 422: 'gone', 451: 'gone', 401: 'token', 304: 'same'}
+    assert meaning == sure.get(status, meaning) and (meaning == 'ok') == (200 <= status < 300)
+    assert meaning in ('again', 'limit') or status < 500
     seconds = seconds_to_wait(headers, 1e9, strikes)
     assert seconds >= 0
-    if headers.get('retry-after') in ('0', '1', '60'): assert seconds == float(headers['retry-after'])
-    elif not headers: assert seconds == min(60 * 2**min(strikes, 6), 3600)
+    if headers.get('retry-after') in ('0', '1', '60'):
+        assert seconds == float(headers['retry-after'])
+    assert headers or seconds == min(60 * 2**min(strikes, 6), 3600)
 
 
 def test_waits_go_by_the_servers_clock():
@@ -161,22 +161,11 @@ def test_a_file_that_is_no_store_is_refused(tmp_path):
 
 # a server that misbehaves
 
-def check(world, path, names=(REPO,)):
-    "Every pull request of the world in its last version, and nothing twice."
-    found = rows(path)
-    assert len({row[:3] for row in found}) == len(found)
-    for name in names:
-        pulls = {id: (version, json.loads(data)['title']) for repo, kind, id, version, data in found
-                 if kind == 'pull' and repo == name}
-        assert pulls == world.versions(name)
-    return found
-
-
 def clean(world, tmp_path, names=(REPO,), tokens=('t1',)):
     "What is collected, and what is asked, when nothing goes wrong."
     with serving(Server(world, largest=100)) as server:
         assert run_collect(server, tmp_path/'clean.db', names, tokens) == {}
-    return check(world, tmp_path/'clean.db', names), server
+    return check_pulls(world, tmp_path/'clean.db', names), server
 
 
 def faulty(seed, kinds, rate=.25):
@@ -195,7 +184,7 @@ def test_every_fault_at_once(tmp_path, seed):
     with serving(Server(world, script=faulty(seed, KINDS), largest=20)) as server:
         lines = []
         assert run_collect(server, tmp_path/'c.db', lines=lines) == {}
-    assert check(world, tmp_path/'c.db') == want
+    assert check_pulls(world, tmp_path/'c.db') == want
     assert server.early == 0                                                    # nobody came back too early
     assert len(set(server.faults)) >= 6, server.faults
     listing = lambda log: sum(what.startswith('graphql') and out in (200, 304) for what, out in log)
@@ -211,7 +200,7 @@ def test_no_page_above_what_the_server_bears_and_then_larger_ones_again(tmp_path
         server.largest = 6 if number < 8 else 100
     with serving(Server(world, script=script)) as server:
         assert run_collect(server, tmp_path/'c.db', wanted=lambda case: False) == {}
-    check(world, tmp_path/'c.db')
+    check_pulls(world, tmp_path/'c.db')
     sizes = [json.loads(what.partition(' ')[2])['first'] for what, out in server.log if what.startswith('graphql')]
     assert sizes[:4] == [50, 25, 12, 6] and max(sizes[8:]) > 6
 
@@ -228,7 +217,7 @@ def test_pages_that_shift_while_pull_requests_arrive(tmp_path, offsets):
             world.add(REPO)
     with serving(Server(world, largest=10, offsets=offsets, before=before)) as server:
         assert run_collect(server, tmp_path/'c.db') == {}
-    check(world, tmp_path/'c.db')
+    check_pulls(world, tmp_path/'c.db')
 
 
 def test_the_next_run_asks_for_what_is_new(tmp_path):
@@ -241,7 +230,7 @@ def test_the_next_run_asks_for_what_is_new(tmp_path):
         world.touch(REPO)
         new, before = world.add(REPO), len(server.log)
         run_collect(server, tmp_path/'c.db')
-        check(world, tmp_path/'c.db')
+        check_pulls(world, tmp_path/'c.db')
         assert len(server.log) - before <= 6 and any(f'/pulls/{new}' in what or 'graphql' in what
                                                      for what, _ in server.log[before:])
 
@@ -258,7 +247,7 @@ def test_without_a_token_rest_alone_does_it(tmp_path, tied):
         lines = []
         few = (lambda case: case.number < 30 and bool(case.links)) if tied else None
         assert run_collect(server, tmp_path/'c.db', tokens=(None,), lines=lines, wanted=few) == {}
-    check(world, tmp_path/'c.db')
+    check_pulls(world, tmp_path/'c.db')
     assert server.faults['budget'] == 0                                         # headers tell before a 403 does
     assert 'graphql' not in str(server.log)
     assert tied or any('budget of core is spent' in line for line in lines)
@@ -270,7 +259,7 @@ def test_graphql_spent_goes_on_with_rest(tmp_path):
     with serving(Server(world, budgets=dict(graphql=1))) as server:
         lines = []
         assert run_collect(server, tmp_path/'c.db', lines=lines) == {}
-    found = check(world, tmp_path/'c.db')
+    found = check_pulls(world, tmp_path/'c.db')
     assert any('listed by REST' in line for line in lines) and not any('waiting' in line for line in lines)
     pieces = lambda rows: {row[:3] for row in rows if row[1] in ('diff', 'base')}
     assert pieces(found) == pieces(want)
@@ -289,7 +278,7 @@ def test_a_token_revoked_in_the_middle(tmp_path):
     with serving(Server(world, largest=100, before=before)) as server:
         lines = []
         assert run_collect(server, tmp_path/'c.db', names, ('t1', 't2'), lines) == {}
-        assert sorted(check(world, tmp_path/'c.db', names)) == sorted(want)
+        assert sorted(check_pulls(world, tmp_path/'c.db', names)) == sorted(want)
         assert any('token 1 is refused' in line and '401' in line for line in lines)
         assert not any('t1' in line.split() for line in lines)
     with serving(Server(world, largest=100, before=before)) as server:
@@ -297,7 +286,7 @@ def test_a_token_revoked_in_the_middle(tmp_path):
             run_collect(server, tmp_path/'d.db', names)
         assert len(server.log) == 21                                            # and it didn't try again
         assert run_collect(server, tmp_path/'d.db', names, ('t3',)) == {}
-        assert sorted(check(world, tmp_path/'d.db', names)) == sorted(want)
+        assert sorted(check_pulls(world, tmp_path/'d.db', names)) == sorted(want)
         again = Counter(what for what, out in server.log if out == 200)
         assert all(n == 1 for what, n in again.items() if '/pulls/' in what or '/compare/' in what)
 
@@ -360,7 +349,7 @@ def test_renamed_repositories_keep_one_name(tmp_path):
     with serving(Server(world)) as server:
         for name in ('ann/strings', REPO, 'ann/strings'):
             assert run_collect(server, tmp_path/'c.db', (name,)) == {}
-    assert {row[0] for row in check(world, tmp_path/'c.db')} == {REPO}
+    assert {row[0] for row in check_pulls(world, tmp_path/'c.db')} == {REPO}
 
 
 def test_a_link_to_another_server_gets_no_token():
@@ -389,7 +378,8 @@ def test_killed_anywhere_the_same_command_goes_on(tmp_path, seed):
         if child and kills[0] < 8 and rng.random() < .12:
             kills[0] += 1
             child.kill()
-            if rng.random() < .5: child.join()                                  # before the answer, or about with it
+            if rng.random() < .5:
+                child.join()                                                    # before the answer, or about with it
     rates = faulty(seed, [('limit', 1), ('502',), ('cut',), ('drop',), ('html',)], .1)
     server = Server(world, script=rates, largest=100, before=before)
     ends = []
@@ -400,7 +390,7 @@ def test_killed_anywhere_the_same_command_goes_on(tmp_path, seed):
             child.join(60)
             ends.append(child.exitcode)
             assert ends[-1] in (0, -signal.SIGKILL), ends
-    assert check(world, tmp_path/'c.db') == want
+    assert check_pulls(world, tmp_path/'c.db') == want
     assert kills[0] >= 3 and ends.count(-signal.SIGKILL) == kills[0]
     extra = len(ends) * 2                                       # each start asks for the repository and the listing
     assert len(server.log) <= len(calm.log) + sum(server.faults.values()) + kills[0] + extra

@@ -297,7 +297,8 @@ class Server:
                 found = [x | dict(user=dict(login='bob')) for x in talk[(page-1)*40:page*40]]   # so there are links
                 if page * 40 < len(talk):
                     headers['link'] = f'<{request.url.replace_query_params(page=page+1)}>; rel="next"'
-        else: return 404, dict(message='Not Found')
+        else:
+            return 404, dict(message='Not Found')
         etag = f'W/"{hash(json.dumps(found)) & 0xffffffff:x}"'
         headers['etag'] = etag
         return (304, '') if request.headers.get('if-none-match') == etag else (200, found)
@@ -375,3 +376,14 @@ def rows(path, kinds=('repo', 'pull', 'files', 'issue', 'comments', 'base', 'dif
                 for kind in kinds for x in find_all(harvest, kind)]
     finally:
         harvest.close()
+
+
+def check_pulls(world, path, names=('ann/knots',)):
+    "Every pull request of the world in its last version, and nothing twice; all rows."
+    found = rows(path)
+    assert len({row[:3] for row in found}) == len(found)
+    for name in names:
+        pulls = {id: (version, json.loads(data)['title']) for repo, kind, id, version, data in found
+                 if kind == 'pull' and repo == name}
+        assert pulls == world.versions(name)
+    return found
