@@ -9,7 +9,8 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-from github_world import PRELOAD, Jumping, Server, World, check_pulls, collect_in_child, rows, run_collect, serving, stamp
+from github_world import (PRELOAD, Jumping, Server, World, check_pulls, collect_in_child, rows, run_collect, serving,
+                          stamp)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
