@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['ROUNDS', 'CONFTEST', 'ALONE', 'COMMENTS', 'Conditions', 'under', 'Room', 'Outcomes', 'is_test_file', 'outcome',
-           'run_state', 'Sorted', 'sort_tests', 'depends_on', 'Validation', 'states_of', 'validate', 'explain_unstable',
-           'with_comments', 'gate_states', 'check_gates']
+           'run_state', 'Sorted', 'sort_tests', 'depends_on', 'Validation', 'three_states', 'validate',
+           'explain_unstable', 'with_comments', 'gate_states', 'check_gates']
 
 # %% ../../nbs/envs/15_validate.ipynb #f87f4020
 import asyncio
@@ -193,7 +193,7 @@ class Validation:
         sizes = {reason: len(names) for reason, names in self.tests.others.items()}
         return dict(fail_to_pass=len(self.tests.fail_to_pass), pass_to_pass=len(self.tests.pass_to_pass), **sizes)
 
-def states_of(
+def three_states(
     base: dict,  # tree
     tests: dict,  # tree of the new tests
     gold: dict,  # tree of the fix
@@ -202,11 +202,11 @@ def states_of(
     new = {'tests': {**base, **tests}, 'gold': {**gold, **tests}}
     files = sorted(p for p in new['gold'] if is_test_file(p))
     both = [p for p in files if p in new['tests']]
-    return {'base': (base, sorted(p for p in base if is_test_file(p))), 'tests': (new['tests'], both),
-            'gold': (new['gold'], both)}
+    return {'gold': (new['gold'], both), 'tests': (new['tests'], both),
+            'base': (base, sorted(p for p in base if is_test_file(p)))}
 
 def validate(
-    states: dict,  # see `states_of`
+    states: dict,  # see `three_states`
     room: Room,
     rounds: tuple = ROUNDS,
     runs: dict | None = None,  # state -> `Outcomes` of rounds that were run before
@@ -215,7 +215,7 @@ def validate(
     "Run three states under all conditions. Raises `ValueError` where one of them can't be run as a whole."
     runs = {name: list((runs or {}).get(name, [])) for name in states}
     for number, how in enumerate(rounds):
-        for name in ('gold', 'tests', 'base'):
+        for name in states:
             if len(runs[name]) > number: continue
             tell(f'{name} {number + 1}/{len(rounds)}')
             runs[name].append(run_state(*states[name], how, room))
@@ -252,11 +252,11 @@ def with_comments(
 def gate_states(
     folder: Path,  # of a task
 ) -> dict:  # gate -> (tree, whether it must be resolved)
-    "The four patches of the gates."
+    "The four patches of the gates; the fix three times, as each grading draws other canaries."
     base, gold = base_tree(folder), gold_tree(folder)
     tests = read_tree(Path(folder) / 'tests')
     return dict(gold=(gold, True), empty=(base, False), tests=({**base, **tests}, False),
-                comment=(with_comments(base, gold), False))
+                comment=(with_comments(base, gold), False), again=(gold, True), thrice=(gold, True))
 
 def check_gates(
     folder: Path,  # of a task
