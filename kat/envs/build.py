@@ -105,7 +105,7 @@ class Parts:
     def size(self) -> int:  # lines that the fix adds and takes away
         return sum(line[:1] in '+-' and line[:3] not in ('+++', '---') for line in self.patch.split('\n') if line)
 
-def split_pair(pair: Pair, most: int = 1500) -> Parts:
+def split_pair(pair: Pair, most: int = 1000) -> Parts:
     "Separate the fix from its tests. Raises `Dropped` where there is no fix, no test, or too much of it."
     packages = packages_of(pair.old) + packages_of(pair.new)
     part = lambda path: part_of(path, packages, pair.language) if inside(path) else 'artefact'
@@ -281,12 +281,12 @@ class Yard:
     load: object  # function: source of a candidate -> `Pair`
     install: object  # function: `Pair` and folder of the set -> dict(site: name of a folder below `sites/`, pins)
     describe: object  # function: `Pair`, `Parts`, failing tests and `Room` -> (statement, report of leaks)
-    lines: int = 1500  # of code that a fix may change
-    seconds: float = 60  # that one run of the tests may take
+    lines: int = 1000  # of code that a fix may change
+    seconds: float = 30  # of CPU time that one run of the tests may take
     rounds: tuple = ROUNDS
 
 def _room(yard, site: str, roots: tuple) -> Room:
-    limits = Limits(memory_mb=4096, cpu_s=yard.seconds, wall_s=2 * yard.seconds, processes=64, output_kb=1024, files_mb=256)
+    limits = Limits(memory_mb=4096, cpu_s=yard.seconds, wall_s=20 * yard.seconds, processes=64, output_kb=1024, files_mb=256)
     return Room(yard.box, yard.folder / 'sites' / site if site else None, tuple(roots), limits)
 
 def _load(work, yard):
