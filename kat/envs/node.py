@@ -325,7 +325,7 @@ FOLLOW_TAPE = r"""
 function followTape() {
   const tape = modules.createRequire(file)('tape'), state = { __proto__: null }, ended = { __proto__: null };
   tape.createStream({ objectMode: true }).on('data', (row) => {
-    if (row.id === 0 || row.test === 0) return;
+    if ((row.type === 'test' ? row.id : row.test) === 0) return;
     if (row.type === 'test') {
       state[row.id] = row.skip ? 'skipped' : row.todo ? 'todo' : 'passed';
       tell('start', row.id, row.parent === undefined ? -1 : row.parent, row.name);
