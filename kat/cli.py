@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['app', 'Pairs', 'Debug', 'Version', 'tree', 'Log', 'Tokenizer', 'StorePath', 'Served', 'Keys', 'Computes',
-           'VllmAddress', 'sessions', 'Owner', 'TaskOption', 'tasks', 'Folder', 'FilterPairs', 'pipeline', 'run',
-           'report', 'stats', 'draw', 'serve_', 'list_', 'show_', 'export_', 'collect_', 'funnel_', 'main']
+           'VllmAddress', 'sessions', 'Owner', 'TaskOption', 'tasks', 'Folder', 'FilterPairs', 'TaskSet', 'Hands',
+           'TASK_SET', 'pipeline', 'run', 'report', 'stats', 'draw', 'serve_', 'list_', 'show_', 'export_', 'collect_',
+           'funnel_', 'build_', 'fetch_', 'main']
 
 # %% ../nbs/cli.ipynb #bf1db84f
 import os
@@ -509,6 +510,73 @@ def funnel_(
     from kat.envs.candidates import funnel_into, read_filters
     with _mendable():
         print(funnel_into(folder, read_filters(p), start, draw))
+
+# %% ../nbs/cli.ipynb #f9d463eb
+TaskSet = Annotated[Path, typer.Option('-o', '--out', metavar='FOLDER', help='The task set: a folder for each task.')]
+Hands = Annotated[int, typer.Option('-w', '--workers', min=1, help='Candidates or tasks under work at a time.')]
+TASK_SET = Path('data/tasks/releases')  # ignored by git
+
+def _said(text: str):
+    print(text, file=sys.stderr, flush=True)
+
+@tasks.command('build')
+def build_(
+    source: Annotated[Path, typer.Argument(metavar='SOURCE', help='A list of packages (.toml), a local clone (folder), or '
+                                           "records in SWE-bench's fields (.jsonl, with --clone).")],
+    out: TaskSet = TASK_SET,
+    clone: Annotated[Path, typer.Option(metavar='FOLDER', help='The clone that records are built from.')] = None,
+    commits: Annotated[int, typer.Option(min=1, help='Commits of a clone that are looked at, the newest first.')] = 200,
+    need: Annotated[list[str], typer.Option(help='A package that the tests need. May be given several times.')] = [],
+    start: Annotated[str, typer.Option('--from', metavar='STAGE', help='Do this stage and later ones again.',
+                                       show_default='only what is open')] = None,
+    draw: Annotated[Path, typer.Option(metavar='OUT.png', help='Also draw the funnel: .png, .svg or .pdf.')] = None,
+    rows: Annotated[Path, typer.Option(metavar='OUT.jsonl', help='Also write what makes the tasks again.')] = None,
+    workers: Hands = 2,
+    debug: Debug = False,
+):
+    """Build tasks: the fix told from its tests, validated in the sandbox, described, gated. The same command goes on.
+
+    Examples:
+
+    `kat tasks build data/tasks/packages.toml --rows data/tasks/releases.jsonl --draw funnel.png`
+
+    `kat tasks build ~/src/mylib --out data/tasks/mylib --commits 500 --need pyyaml`
+    """
+    from kat.envs.sources import build_into
+    with _mendable():
+        for line in build_into(source, out, start, draw, rows, workers, _said, clone=clone, most=commits, needs=tuple(need)):
+            print(line)
+
+# %% ../nbs/cli.ipynb #d4127c49
+@tasks.command('fetch')
+def fetch_(
+    rows: Annotated[Path, typer.Argument(metavar='FILE', help='What `kat tasks build --rows` wrote.')] =
+    Path('data/tasks/releases.jsonl'),
+    out: TaskSet = TASK_SET,
+    only: Annotated[list[str], typer.Option(metavar='ID', help='Only this task. May be given several times.')] = [],
+    workers: Hands = 2,
+    debug: Debug = False,
+):
+    """Make the tasks of a file from the package indexes, every hash checked. The same command goes on.
+
+    Examples:
+
+    `kat tasks fetch`
+
+    `kat tasks fetch --only toolz-1.2.0 --out /tmp/tasks`
+    """
+    from kat.core.io import UserError
+    from kat.envs.releases import fetch_tasks, read_rows
+    with _mendable():
+        found = read_rows(rows)
+    if unknown := set(only) - {row['id'] for row in found}:
+        raise UserError(f'{rows}: no task {", ".join(sorted(unknown))}')
+    wanted = [row for row in found if not only or row['id'] in only]
+    failed = fetch_tasks(wanted, out, workers, _said)
+    print(f'{_near(out)}: {len(wanted) - len(failed)} of {len(wanted)} tasks made')
+    for name, why in failed.items():
+        print(f'{name}: {why}')
+    if failed: raise typer.Exit(1)
 
 # %% ../nbs/cli.ipynb #c7c50529
 def main(

@@ -24,8 +24,8 @@ from .base import InfraError
 from .grade import decides
 from .sandbox import Limits
 from .tasks import SoftwareTask, inside, patched, tree_patch, write_task
-from .validate import (ROUNDS, Outcomes, Room, check_gates, explain_unstable, is_test_file, three_states,
-                               validate)
+from .validate import (ROUNDS, Outcomes, Room, check_gates, explain_unstable, is_test_file, test_files,
+                               three_states, validate)
 
 # %% ../../nbs/envs/15_build.ipynb #8241881d
 @dataclass(frozen=True)
@@ -177,6 +177,7 @@ class Stages:
         self.path = path
         with self._open() as db:
             db.execute('create table if not exists candidates (id text primary key, place integer, source text)')
+            db.execute('create table if not exists plans (text text)')
             db.execute('create table if not exists steps (id text, stage text, reason text, seconds real, data text, '
                        'primary key (id, stage))')
 
@@ -192,6 +193,14 @@ class Stages:
                 if known.get(name, text) != text:
                     db.execute('delete from steps where id = ?', [name])
                 db.execute('insert or replace into candidates values (?, ?, ?)', [name, place, text])
+
+    def plan(self, text: str | None = None) -> str:
+        "What the candidates were made from; with a text, keep that."
+        with self._open() as db:
+            if text is not None:
+                db.execute('delete from plans')
+                db.execute('insert into plans values (?)', [text])
+            return (db.execute('select text from plans').fetchone() or [''])[0]
 
     def sources(self) -> dict:  # id -> source, in order
         with self._open() as db:
@@ -278,19 +287,22 @@ class Yard:
     "Where tasks are built, and with what."
     folder: Path  # of the task set
     box: object  # a `Bubblewrap`
-    load: object  # function: source of a candidate -> `Pair`
+    load: object  # function: source and id of a candidate -> `Pair`
     install: object  # function: `Pair` and folder of the set -> dict(site: name of a folder below `sites/`, pins)
     describe: object  # function: `Pair`, `Parts`, failing tests and `Room` -> (statement, report of leaks)
     lines: int = 1000  # of code that a fix may change
     seconds: float = 30  # of CPU time that one run of the tests may take
     rounds: tuple = ROUNDS
 
-def _room(yard, site: str, roots: tuple) -> Room:
-    limits = Limits(memory_mb=4096, cpu_s=yard.seconds, wall_s=20 * yard.seconds, processes=64, output_kb=1024, files_mb=256)
-    return Room(yard.box, yard.folder / 'sites' / site if site else None, tuple(roots), limits)
+def _room(work, yard) -> Room:
+    "Where the tests of a candidate run."
+    site = work.data['install']['site']
+    limits = Limits(memory_mb=8192, cpu_s=yard.seconds, wall_s=20 * yard.seconds, processes=64, output_kb=1024,
+                    files_mb=256)
+    return Room(yard.box, yard.folder / 'sites' / site, tuple(work.parts.roots), limits, work.pair.language)
 
 def _load(work, yard):
-    work.pair = yard.load(work.source)
+    work.pair = yard.load(work.source, work.name)
     return dict(files=len(work.pair.new))
 
 def _split(work, yard):
@@ -309,19 +321,20 @@ def prepared_base(
     "The trees of a task."
     name, version = pair.repo.split('/')[-1], pair.versions[0] if pair.versions else ''
     base = with_metadata(parts.base, parts.roots, name, version) if pair.language == 'python' else parts.base
-    if not plain: return base, parts.tests
+    if not plain: return base, parts.tests  # settings of pytest
     return plain_settings(base), {p: t for p, t in parts.tests.items() if p != 'pytest.ini'}
 
-def _prepared(work, plain: bool) -> dict:
+def _prepared(work, plain: bool, box) -> dict:
     "The three states, ready to run."
     work.base, work.tests = prepared_base(work.pair, work.parts, plain)
-    return three_states(work.base, work.tests, patched(work.base, work.parts.patch))
+    gold = patched(work.base, work.parts.patch)
+    return three_states(work.base, work.tests, gold, lambda tree: test_files(tree, work.pair.language, box))
 
 def _once(work, yard):
-    for plain in (False, True):
-        states = _prepared(work, plain)
+    for plain in (False, True)[:2 if work.pair.language == 'python' else 1]:
+        states = _prepared(work, plain, yard.box)
         if not states['gold'][1]: raise Dropped('no test file that both states have')
-        room = _room(yard, work.data['install']['site'], work.parts.roots)
+        room = _room(work, yard)
         try:
             found = validate({s: states[s] for s in ('gold', 'tests')}, room, yard.rounds[:1])
             if found.runs['gold'][0].tests: break
@@ -344,7 +357,7 @@ def _enough(found):
     raise Dropped('no test passes before and after' if found.tests.fail_to_pass else 'no test fails before the fix')
 
 def _repeat(work, yard):
-    states, room = _prepared(work, work.data['once']['plain']), _room(yard, work.data['install']['site'], work.parts.roots)
+    states, room = _prepared(work, work.data['once']['plain'], yard.box), _room(work, yard)
     first = {s: [Outcomes(**{**r, 'missing': tuple(r['missing'])}) for r in runs]
              for s, runs in work.data['once']['runs'].items()}
     try:
@@ -356,8 +369,8 @@ def _repeat(work, yard):
 
 # %% ../../nbs/envs/15_build.ipynb #9fe9f4f3
 def _tell(work, yard):
-    _prepared(work, work.data['once']['plain'])
-    room = _room(yard, work.data['install']['site'], work.parts.roots)
+    _prepared(work, work.data['once']['plain'], yard.box)
+    room = _room(work, yard)
     statement, leaks = yard.describe(work.pair, work.parts, work.base, work.tests,
                                      work.data['repeat']['fail_to_pass'], room)
     return dict(statement=statement, leaks=leaks)
@@ -371,7 +384,7 @@ def task_of(work) -> SoftwareTask:
                         data['install']['site'], {}, {**pair.origin, 'pins': data['install']['pins'], 'plain_settings': data['once']['plain']}, info)
 
 def _gates(work, yard):
-    _prepared(work, work.data['once']['plain'])
+    _prepared(work, work.data['once']['plain'], yard.box)
     hidden = yard.folder / '.unchecked'
     hidden.mkdir(exist_ok=True)
     if not (hidden / 'sites').is_symlink():
@@ -445,9 +458,9 @@ def build_tasks(
                 try:
                     reason = run.result()
                     tasks += not reason
-                except InfraError as error:
-                    reason = f'machine: {error}'
-                    failed.append((runs[run], str(error)))
+                except Exception as error:  # of the machine, or a mistake here: never the candidate's end
+                    reason = f'not finished: {type(error).__name__}: {error}'
+                    failed.append((runs[run], reason))
                 left = (time.monotonic() - begun) / number * (len(open_) - number)
                 tell(f'[{number}/{len(open_)}, {tasks} tasks, {time_left(left)} left] {runs[run]}: {reason or "a task"}')
         except BaseException:

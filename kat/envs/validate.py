@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['ROUNDS', 'CONFTEST', 'ALONE', 'COMMENTS', 'Conditions', 'under', 'Room', 'Outcomes', 'is_test_file', 'outcome',
-           'run_state', 'Sorted', 'sort_tests', 'depends_on', 'Validation', 'three_states', 'validate',
+           'run_state', 'test_files', 'Sorted', 'sort_tests', 'depends_on', 'Validation', 'three_states', 'validate',
            'explain_unstable', 'with_comments', 'gate_states', 'check_gates']
 
 # %% ../../nbs/envs/15_validate.ipynb #f87f4020
@@ -92,7 +92,9 @@ class Room:
     box: object  # a `Bubblewrap`
     site: Path | None = None  # folder of installed packages; None: where this interpreter finds pytest
     roots: tuple = ('.', 'src')
-    limits: Limits = Limits(memory_mb=4096, cpu_s=120, wall_s=240, processes=64, output_kb=1024, files_mb=256)
+    limits: Limits = Limits(memory_mb=4096, cpu_s=120, wall_s=600, processes=64, output_kb=1024,
+                            files_mb=256)
+    language: str = 'python'
 
 @dataclass(frozen=True)
 class Outcomes:
@@ -119,7 +121,8 @@ def run_state(
     how: Conditions,
     room: Room,
 ) -> Outcomes:
-    "Run test files once. Raises `InfraError` when the runner did not start."
+    "Run test files once. Raises `InfraError` when the runner did not start, or a clock ended it."
+    if room.language == 'javascript': return _run_scripts(tree, files, how, room)
     names = {f'{path}::': f'{path}::' for path in files}
     suite = Suite(Path('.'), tuple(names) or ('none::',), {}, room.roots, (room.site,) if room.site else (), room.limits)
     ran = run_tests(Prepared(under(tree, how), names, []), suite, package_folders(suite), room.box)
@@ -134,7 +137,28 @@ def run_state(
     if not ended: return Outcomes({}, failed=f'the run ended early, with exit code {ran.code}')
     return Outcomes(tests, tuple(sorted(set(files) - {n.split('::')[0] for n in tests})))
 
-# %% ../../nbs/envs/15_validate.ipynb #2c476a7d
+# %% ../../nbs/envs/15_validate.ipynb #4a37596f
+def _run_scripts(tree: dict, files: list, how: Conditions, room: Room) -> Outcomes:
+    "Run test files in JavaScript once."
+    from kat.envs.node import collect_tests
+    try:
+        said = asyncio.run(collect_tests(tree, tuple(files), room.site, room.limits, room.box, how.order))
+    except ValueError as error:
+        return Outcomes({}, failed=str(error))
+    words = dict(passed='passed', failed='failed', begun='failed')
+    tests = {name: words.get(state, 'other') for name, state in said.items()}
+    return Outcomes(tests, tuple(sorted(set(files) - {n.split('::')[0] for n in tests})))
+
+def test_files(tree: dict, language: str, box) -> list:
+    "The test files of a tree, sorted."
+    if language == 'python': return sorted(p for p in tree if is_test_file(p))
+    from kat.envs.node import detect
+    try:
+        return list(detect(tree, box).files)
+    except ValueError:
+        return []
+
+# %% ../../nbs/envs/15_validate.ipynb #f32981e7
 @dataclass(frozen=True)
 class Sorted:
     "The tests of a task, and those that can't be part of it."
@@ -162,7 +186,7 @@ def _group(old: set, new: set, lost: bool) -> str:
     if old == {'absent'}: return 'not there before the fix'
     return dict(failed='fail_to_pass', passed='pass_to_pass', other='skipped before the fix')[old.pop()]
 
-# %% ../../nbs/envs/15_validate.ipynb #39d48458
+# %% ../../nbs/envs/15_validate.ipynb #99723568
 ALONE = dict(chance=(Conditions(), Conditions()), order=(Conditions(1), Conditions(2), Conditions(3)),
              clock=(Conditions(0, 'KAT-14'), Conditions(0, 'KAT+12', 400)))
 
@@ -184,7 +208,7 @@ def depends_on(
                         found.setdefault(name, cause)
     return {name: found.get(name, 'several') for name in names}
 
-# %% ../../nbs/envs/15_validate.ipynb #19cb0cd7
+# %% ../../nbs/envs/15_validate.ipynb #922f50dd
 @dataclass
 class Validation:
     "What three runs of three states showed."
@@ -199,13 +223,12 @@ def three_states(
     base: dict,  # tree
     tests: dict,  # tree of the new tests
     gold: dict,  # tree of the fix
+    files_of=lambda tree: test_files(tree, 'python', None),  # function: test files of a tree
 ) -> dict:  # name -> (tree, test files that run in it)
     "The three states that are validated."
-    new = {'tests': {**base, **tests}, 'gold': {**gold, **tests}}
-    files = sorted(p for p in new['gold'] if is_test_file(p))
-    both = [p for p in files if p in new['tests']]
-    return {'gold': (new['gold'], both), 'tests': (new['tests'], both),
-            'base': (base, sorted(p for p in base if is_test_file(p)))}
+    new = {'gold': {**gold, **tests}, 'tests': {**base, **tests}}
+    both = [p for p in files_of(new['gold']) if p in new['tests']]
+    return {'gold': (new['gold'], both), 'tests': (new['tests'], both), 'base': (base, files_of(base))}
 
 def validate(
     states: dict,  # see `three_states`
@@ -239,7 +262,7 @@ def explain_unstable(
         found.tests.others.setdefault(f'unstable: {cause}', []).append(name)
     return found
 
-# %% ../../nbs/envs/15_validate.ipynb #c7042f16
+# %% ../../nbs/envs/15_validate.ipynb #1e734e63
 COMMENTS = {'.py': b'\n# Reviewed.\n', '.js': b'\n// Reviewed.\n', '.mjs': b'\n// Reviewed.\n', '.cjs': b'\n// Reviewed.\n'}
 
 def with_comments(
