@@ -31,7 +31,7 @@ from pathlib import Path, PurePosixPath
 
 from ..core.io import atomic
 from .base import InfraError
-from .build import Dropped, Pair, prepared_base, split_pair, time_left
+from .build import Dropped, Pair, prepared_base, split_pair, time_left, write_recipe
 from .grade import read_tree, write_tree
 from .tasks import SoftwareTask, gold_tree, inside, patched, read_task, write_task
 
@@ -559,7 +559,9 @@ def make_task(
                                                          'plain_settings')})
     task = SoftwareTask(row['id'], row['package'], row['statement'], ungrouped(row['fail_to_pass']),
                         ungrouped(row['pass_to_pass']), row['language'], tuple(parts.roots), site, {}, origin, row['info'])
-    return write_task(task, folder, base, tests, parts.patch)
+    write_task(task, folder, base, tests, parts.patch)
+    write_recipe(where)
+    return where
 
 def fetch_tasks(
     rows: list,  # see `read_rows`

@@ -17,6 +17,7 @@ import os
 import re
 import sys
 import tempfile
+from collections import Counter
 from pathlib import Path, PurePosixPath
 
 from .grade import Suite, package_folders, write_tree
@@ -230,10 +231,16 @@ def behaviour(
             silent.append(name)
     return list(said), silent
 
+def _first(kinds: Counter, kind: str, most: int = 2) -> bool:
+    "Whether this is among the first of its kind."
+    kinds[kind] += 1
+    return kinds[kind] <= most
+
 def failure(name: str, error: str) -> str:
     "A sentence about a test that fails, by its name and its error."
     words = re.sub(r'[_\W]+', ' ', re.sub(r'^test_?', '', name.split('[')[0].split('::')[-1])).strip()
-    first = ' '.join(error.split('\nUse -v')[0].split())[:240]
+    said = [line for line in error.split('\n') if not re.match(r'\s*(Use -v|Omitting|Full diff)', line)]
+    first = ' '.join(' '.join(said).split())[:240]
     return f'A check of "{words or "the module"}" fails: `{first}`.'
 
 HEAD = '''The library `{repo}`{version} does not do what it should. Found by running it:
@@ -302,7 +309,8 @@ def describe(
     seen = [observe({**state, **tests}, names[:200], code, room) for state in (base, gold)]
     said, silent = behaviour((seen[0][0], seen[1][0]), seen[0][1], names)
     fresh = new_names(signatures(base), signatures(gold), words_of({**gold, **tests}, names))
-    rest = [failure(n, seen[0][1].get(n, 'it fails')) for n in silent]
+    kinds = Counter()
+    rest = [failure(n, seen[0][1].get(n, 'it fails')) for n in silent if _first(kinds, n.split('[')[0])]
     statement = write_statement(pair.repo, version, [*fresh, *said, *dict.fromkeys(rest)])
     return statement, leaks_of(statement, parts.patch, names)
 
