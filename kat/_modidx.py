@@ -940,6 +940,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                'kat.envs.node._more': ('envs/node.html#_more', 'kat/envs/node.py'),
                                'kat.envs.node._number': ('envs/node.html#_number', 'kat/envs/node.py'),
                                'kat.envs.node._package': ('envs/node.html#_package', 'kat/envs/node.py'),
+                               'kat.envs.node._read_now': ('envs/node.html#_read_now', 'kat/envs/node.py'),
                                'kat.envs.node._word': ('envs/node.html#_word', 'kat/envs/node.py'),
                                'kat.envs.node.altered': ('envs/node.html#altered', 'kat/envs/node.py'),
                                'kat.envs.node.another_script': ('envs/node.html#another_script', 'kat/envs/node.py'),

@@ -17,6 +17,7 @@ from pathlib import Path, PurePosixPath
 
 from .base import InfraError, Task
 from .grade import Suite, Verdict, grade_tests, read_tree, write_tree
+from .node import NodeSuite, grade_node
 from .sandbox import COLD, Limits
 
 # %% ../../nbs/envs/09_tasks.ipynb #c3091e96
@@ -234,11 +235,12 @@ def site_folder(
 
 # %% ../../nbs/envs/09_tasks.ipynb #db021280
 def suite_of(
-    folder: Path,  # of a task in Python
-) -> Suite:
-    "What the grader of tests in Python needs."
+    folder: Path,  # of a task
+) -> Suite | NodeSuite:
+    "What the grader of a task's tests needs."
     task, site = read_task(folder), site_folder(folder)
     tests = {path: content for path, (content, _) in read_tree(Path(folder) / 'tests').items()}
+    if task.language == 'javascript': return NodeSuite(Path(folder) / 'base', task.expected, tests, site, task.allowed)
     return Suite(Path(folder) / 'base', task.expected, tests, task.roots, (site,) if site else (), task.allowed)
 
 async def grade_state(
@@ -247,9 +249,9 @@ async def grade_state(
     box,  # a `Bubblewrap`
 ) -> Verdict:
     "Grade what an agent left. Raises `InfraError` when the machine or the task failed."
-    task = read_task(folder)
-    if task.language != 'python': raise ValueError(f'task {task.id}: no grader for {task.language}')
-    return await grade_tests(suite_of(folder), agent, gold_tree(folder), box)
+    suite = suite_of(folder)
+    grade = grade_node if isinstance(suite, NodeSuite) else grade_tests
+    return await grade(suite, agent, gold_tree(folder), box)
 
 def plain_task(
     folder: Path,  # of a task
