@@ -405,13 +405,20 @@ def resolve_node(
     needs: dict,  # package -> range, '' for any
     fixed: dict,  # package -> version, wherever it is needed
 ) -> list:  # of [folder below the site, version, integrity], sorted
-    "All packages that ranges lead to. Raises `InfraError` or `Dropped`."
+    "All packages that ranges lead to; a range that no release fits is left out. Raises `InfraError` or `Dropped`."
     with tempfile.TemporaryDirectory(prefix='kat-') as home:
         wanted = {name: spread or '*' for name, spread in needs.items()}
-        about = dict(name='site', version='0.0.0', dependencies=wanted, overrides=fixed)
-        (Path(home) / 'package.json').write_text(json.dumps(about))
-        _npm_says('install', '--package-lock-only', '--ignore-scripts', '--no-audit', '--no-fund', '--legacy-peer-deps',
-                  folder=home)
+        for _ in range(8):
+            about = dict(name='site', version='0.0.0', dependencies=wanted, overrides=fixed)
+            (Path(home) / 'package.json').write_text(json.dumps(about))
+            try:
+                _npm_says('install', '--package-lock-only', '--ignore-scripts', '--no-audit', '--no-fund',
+                          '--legacy-peer-deps', folder=home)
+                break
+            except Dropped as reason:
+                named = re.search(r'No matching version found for (@?[^@\s]+)@', str(reason))
+                if not named or wanted.get(named[1], '*') == '*': raise
+                wanted[named[1]] = '*'
         lock = Path(home) / 'package-lock.json'
         known = json.loads(lock.read_text()).get('packages', {}) if lock.exists() else {}
     return sorted([path, one['version'], one['integrity']] for path, one in known.items() if path and 'integrity' in one)
