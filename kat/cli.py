@@ -521,8 +521,8 @@ def _said(text: str):
 
 @tasks.command('build')
 def build_(
-    source: Annotated[Path, typer.Argument(metavar='SOURCE', help='A list of packages (.toml), a local clone (folder), or '
-                                           "records in SWE-bench's fields (.jsonl, with --clone).")],
+    source: Annotated[Path, typer.Argument(metavar='SOURCE', help='A list of packages (.toml), a clone (its folder), '
+                                           "or records in SWE-bench's fields (.jsonl, with --clone).")],
     out: TaskSet = TASK_SET,
     clone: Annotated[Path, typer.Option(metavar='FOLDER', help='The clone that records are built from.')] = None,
     commits: Annotated[int, typer.Option(min=1, help='Commits of a clone that are looked at, the newest first.')] = 200,
@@ -544,7 +544,8 @@ def build_(
     """
     from kat.envs.sources import build_into
     with _mendable():
-        for line in build_into(source, out, start, draw, rows, workers, _said, clone=clone, most=commits, needs=tuple(need)):
+        for line in build_into(source, out, start, draw, rows, workers, _said, clone=clone, most=commits,
+                               needs=tuple(need)):
             print(line)
 
 # %% ../nbs/cli.ipynb #d4127c49

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from ..core.io import atomic
 from .build import Dropped, Pair, Stages, Yard, build_tasks, draw_stages, funnel_text, part_of
-from .releases import RUNNER, candidate_sources, install_needs, load_release, prefetch, read_plan, release_row
+from .releases import PYTEST, candidate_sources, install_needs, load_release, prefetch, read_plan, release_row
 from .sandbox import Bubblewrap
 from .statement import describe
 from .tasks import inside, patched, read_tasks
@@ -24,8 +24,8 @@ from .tasks import inside, patched, read_tasks
 # %% ../../nbs/envs/16_sources.ipynb #d0af45cc
 def _clone(clone: Path, *arguments, given: bytes = b'') -> bytes:
     "Ask git about a clone, without the user's settings. Raises `Dropped` with what it says."
-    env = dict(PATH=os.environ.get('PATH', os.defpath), HOME=os.devnull, GIT_CONFIG_NOSYSTEM='1', GIT_CONFIG_GLOBAL=os.devnull,
-               GIT_OPTIONAL_LOCKS='0', GIT_NO_LAZY_FETCH='1', LC_ALL='C')
+    env = dict(PATH=os.environ.get('PATH', os.defpath), HOME=os.devnull, GIT_CONFIG_NOSYSTEM='1', LC_ALL='C',
+               GIT_CONFIG_GLOBAL=os.devnull, GIT_OPTIONAL_LOCKS='0', GIT_NO_LAZY_FETCH='1')
     ran = subprocess.run(['git', '-c', 'safe.directory=*', '--no-replace-objects', *arguments], cwd=clone, input=given,
                          capture_output=True, env=env, timeout=600)
     if ran.returncode: raise Dropped(f'git {arguments[0]}: {ran.stderr.decode(errors="replace").strip()[-200:]}')
@@ -58,8 +58,9 @@ def commit_sources(
     "Commits that touch code and tests. Raises `ValueError` where the folder is no clone."
     clone = Path(clone).resolve()
     try:
-        text = _clone(clone, 'log', '--first-parent', '-m', '--name-only', '-z', f'-n{most}', '--format=%x01%H %P%x02%ct').decode(
-            errors='surrogateescape')
+        shape = ['--first-parent', '-m', '--name-only', '-z', '--format=%x01%H %P%x02']
+        log = _clone(clone, 'log', f'-n{most}', *shape)
+        text = log.decode(errors='surrogateescape')
     except (Dropped, OSError) as error:
         raise ValueError(f'{clone}: not a clone that git can read: {error}') from None
     found, name = [], repo or clone.name.removesuffix('.git')
@@ -71,9 +72,11 @@ def commit_sources(
         parts = {part_of(p, (), language) for p in paths if inside(p)}
         if parents and {'code', 'test'} <= parts:
             found.append((f'{name.replace("/", "__")}-{sha[:12]}', dict(
-                kind='commit', clone=str(clone), repo=name, base=parents[0], commit=sha, language=language, needs=list(needs))))
+                kind='commit', clone=str(clone), repo=name, base=parents[0], commit=sha, language=language,
+                needs=list(needs))))
     return found
 
+# %% ../../nbs/envs/16_sources.ipynb #14e32fbf
 def record_sources(
     path: Path,  # .jsonl in SWE-bench's fields
     clone: Path,
@@ -91,18 +94,18 @@ def record_sources(
                 raise ValueError(f'{path}:{number}: field {name!r} must be a text, as in SWE-bench')
         code = re.findall(r'^\+\+\+ b/(.*)$', row['patch'], re.M)
         language = 'javascript' if any(p.endswith(('.js', '.mjs', '.cjs')) for p in code) else 'python'
-        found.append((row['instance_id'], dict(kind='record', clone=str(Path(clone).resolve()), repo=row['repo'],
-                                               base=row['base_commit'], patch=row['patch'], test_patch=row['test_patch'],
-                                               statement=row['problem_statement'], language=language, needs=list(needs))))
+        found.append((row['instance_id'], dict(
+            kind='record', clone=str(Path(clone).resolve()), repo=row['repo'], base=row['base_commit'],
+            patch=row['patch'], test_patch=row['test_patch'], statement=row['problem_statement'], language=language, needs=list(needs))))
     return found
 
-# %% ../../nbs/envs/16_sources.ipynb #e6a19a12
+# %% ../../nbs/envs/16_sources.ipynb #df4dc13a
 def project_needs(tree: dict) -> list:
     "Requirements that a project's pyproject.toml names, without extras."
     from packaging.requirements import InvalidRequirement, Requirement
     try:
-        named = tomllib.loads(tree.get('pyproject.toml', (b'', ''))[0].decode()).get('project', {}).get('dependencies', [])
-        needs = [Requirement(line) for line in named]
+        settings = tomllib.loads(tree.get('pyproject.toml', (b'', ''))[0].decode())
+        needs = [Requirement(line) for line in settings.get('project', {}).get('dependencies', [])]
     except (tomllib.TOMLDecodeError, UnicodeDecodeError, InvalidRequirement, AttributeError, TypeError):
         return []
     return [f'{one.name}{one.specifier}' for one in needs if not one.url and (not one.marker or one.marker.evaluate())]
@@ -118,11 +121,11 @@ def load_commit(source: dict, name: str) -> Pair:
             new = patched(patched(old, source['patch']), source['test_patch'])
         except ValueError as error:
             raise Dropped(f'its patch does not apply: {error}') from None
-    needs = [RUNNER, *project_needs(new), *source['needs']] if source['language'] == 'python' else source['needs']
+    needs = [PYTEST, *project_needs(new), *source['needs']] if source['language'] == 'python' else source['needs']
     origin = {k: source[k] for k in ('kind', 'repo', 'base', 'commit') if k in source}
     return Pair(name, source['repo'], old, new, source['language'], (), tuple(needs), statement, origin)
 
-# %% ../../nbs/envs/16_sources.ipynb #e2edf2c2
+# %% ../../nbs/envs/16_sources.ipynb #743b045d
 def find_candidates(
     source: Path,
     clone: Path | None = None,  # for records
@@ -142,6 +145,7 @@ def find_candidates(
     if source.is_dir(): return commit_sources(source, most, needs)
     raise ValueError(f'{source}: expected a plan (.toml), records (.jsonl) or the folder of a clone')
 
+# %% ../../nbs/envs/16_sources.ipynb #6164beb1
 def build_into(
     source: Path,  # a plan, a clone, or records
     out: Path,  # folder of the task set
@@ -172,7 +176,7 @@ def build_into(
     if rows:
         yield write_rows(out, rows)
 
-# %% ../../nbs/envs/16_sources.ipynb #f9fafb33
+# %% ../../nbs/envs/16_sources.ipynb #2ef21e3b
 def _remembered(stages: Stages, source: Path, tell, options: dict) -> list:
     "The candidates of this source: those of the last run, where it was the same plan."
     text = json.dumps([str(source), source.read_text(encoding='utf-8') if source.is_file() else '', str(options)])

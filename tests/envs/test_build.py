@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kat.envs.base import InfraError
-from kat.envs.build import (STAGES, Dropped, Pair, Stages, Yard, build_tasks, dockerfile, funnel_text, part_of, short_reason,
-                            split_pair, without_version)
+from kat.envs.build import (BUILD_STAGES, Dropped, Pair, Stages, Yard, build_tasks, dockerfile, funnel_text, part_of, short_reason,
+                            take_apart, without_version)
 from kat.envs.releases import install_needs
 from kat.envs.sandbox import Bubblewrap, features
 from kat.envs.sources import build_into, commit_sources, commit_tree, find_candidates, load_commit, record_sources
@@ -149,7 +149,7 @@ def test_an_unexpected_error_is_told_and_not_the_end_of_a_candidate(clone, tmp_p
 def test_restart_forgets_a_stage_and_those_after_it(tmp_path):
     stages = Stages(tmp_path/'funnel.db')
     stages.add([('a', {'x': 1}), ('b', {})])
-    for stage in STAGES[:4]:
+    for stage in BUILD_STAGES[:4]:
         stages.note('a', stage, 1, {'of': stage})
     stages.note('b', 'load', 1, reason='gone')
     stages.restart('install', ['a'])
@@ -172,7 +172,7 @@ def test_fix_and_tests_are_told_apart():
     new = {**old, **tree(pkg__a_py='x = 2\n', tests__test_a_py='import pkg', setup_py='2')} | {
         'CHANGES.md': (b'1.1: x is 2', 'file'), 'pkg/data.txt': (b'2', 'file'), 'tests/data.bin': (b'\0', 'file'),
         'docs/conf.py': (b'2', 'file')}
-    parts = split_pair(Pair('a-1', 'a', old, new))
+    parts = take_apart(Pair('a-1', 'a', old, new))
     assert sorted(parts.tests) == ['tests/data.bin', 'tests/test_a.py']
     assert patched(parts.base, parts.patch) == parts.gold and parts.gold['pkg/a.py'][0] == b'x = 2\n'
     assert parts.gold['CHANGES.md'][0] == b'1.0' and parts.gold['docs/conf.py'][0] == b'1' == parts.gold['setup.py'][0]
@@ -187,7 +187,7 @@ def test_fix_and_tests_are_told_apart():
     (dict(a_py='v = "1.0"\n', test_a_py='1'), dict(a_py='v = "1.1"\n', test_a_py='2'), 'no code differs')])
 def test_a_pair_that_is_no_task_says_why(old, new, reason):
     with pytest.raises(Dropped, match=reason):
-        split_pair(Pair('a-1.1', 'a', tree(**old), tree(**new), versions=('1.0', '1.1')))
+        take_apart(Pair('a-1.1', 'a', tree(**old), tree(**new), versions=('1.0', '1.1')))
 
 
 @settings(max_examples=60, deadline=None)
@@ -247,7 +247,7 @@ def test_a_clone_is_read_as_it_is(clone):
 def test_records_are_built_from_a_clone(clone, tmp_path):
     (name, source), = commit_sources(clone)[-1:]
     pair = load_commit(source, name)
-    parts = split_pair(pair)
+    parts = take_apart(pair)
     tests = patched({}, '')
     from kat.envs.tasks import tree_patch
     row = dict(instance_id='me__calc-1', repo='me/calc', base_commit=source['base'], patch=parts.patch,
@@ -256,7 +256,7 @@ def test_records_are_built_from_a_clone(clone, tmp_path):
     path.write_text(json.dumps(row) + '\n')
     (name, made), = record_sources(path, clone)
     again = load_commit(made, name)
-    assert again.statement == 'add subtracts' and split_pair(again).patch == parts.patch and not tests
+    assert again.statement == 'add subtracts' and take_apart(again).patch == parts.patch and not tests
     path.write_text(json.dumps({**row, 'patch': None}) + '\n')
     with pytest.raises(ValueError, match=r"rows.jsonl:1: field 'patch' must be a text"):
         record_sources(path, clone)

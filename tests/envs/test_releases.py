@@ -161,9 +161,9 @@ def row_of(index, **changes):
     "A row for the toy, made without running anything"
     files = {side: dict(version=v, file=f'toy-{v}.tar.gz', sha256=hashlib.sha256(index.files[f'toy-{v}.tar.gz']).hexdigest())
              for side, v in (('old', '1.0'), ('new', '1.1'))}
-    from kat.envs.build import prepared_base, split_pair
+    from kat.envs.build import prepared_base, take_apart
     pair = Pair('toy-1.1', 'toy', *(archive_tree(index.files[files[s]['file']], 'a') for s in files), versions=('1.0', '1.1'))
-    parts = split_pair(pair)
+    parts = take_apart(pair)
     base, tests = prepared_base(pair, parts, False)
     hashes = dict(base=tree_hash(base), tests=tree_hash(tests), gold=tree_hash(parts.gold))
     return dict(schema='kat.release/1', id='toy-1.1', language='python', package='toy', **files, pins=[], plain_settings=False,
