@@ -303,6 +303,7 @@ def plant(
     source: str,  # of a test file
     wanted: set,  # names of the tests that are expected to pass
     draw: random.Random,
+    taken: tuple = (),  # names of functions that must stay: classes elsewhere may inherit them
 ) -> tuple:  # the new source, names of canaries, {old name: new name} of tests that moved
     "A test file with canaries: none, where no test is fit."
     fit = candidates(source, wanted)
@@ -310,7 +311,9 @@ def plant(
     best = [c for c in fit if (bool(c.asserts), bool(c.node.decorator_list)) ==
             (bool(fit[0].asserts), bool(fit[0].node.decorator_list))]
     added = draw.choice(best)
-    alone = [c for c in best if c.plain and len(re.findall(rf'\b{c.node.name}\b', source)) == 1]
+    inherited = [n.split('::')[-1] for n in wanted] + list(taken)
+    alone = [c for c in best if c.plain and inherited.count(c.node.name) == 1 and
+             len(re.findall(rf'\b{c.node.name}\b', source)) == 1]
     edits, names, moved = [], [], {}
     def put(one, name):
         line = draw.choice([_first_line(one.node), one.node.end_lineno + 1])
@@ -320,8 +323,9 @@ def plant(
     if alone:
         one = draw.choice(alone)
         put(one, one.node.name)
-        moved[one.name] = one.name[:-len(one.node.name)] + new_name(one.node.name, source, draw)
-        edits.append((*_name_span(one.node, source), moved[one.name].split('::')[-1]))
+        free = new_name(one.node.name, f'{source}{names}', draw)
+        moved[one.name] = one.name[:-len(one.node.name)] + free
+        edits.append((*_name_span(one.node, source), free))
     return exchange(source, edits), names, moved
 
 # %% ../../nbs/envs/09_grade.ipynb #70d7e8cd
@@ -482,7 +486,8 @@ def _plant_in(done: Prepared, path: str, draw):
     try:
         source = importlib.util.decode_source(content)
         coding = tokenize.detect_encoding(io.BytesIO(content).readline)[0]
-        new, canaries, moved = plant(source, set(names.values()), draw)
+        others = {n.split('[')[0].split('::')[-1] for n in done.expected if n.split('::')[0] != path}
+        new, canaries, moved = plant(source, set(names.values()), draw, tuple(others))
     except (SyntaxError, ValueError) as e:
         raise InfraError(f'grade: {path} of the task is no Python that can be read: {e}') from e
     done.tree[path] = new.encode(coding), 'file'
