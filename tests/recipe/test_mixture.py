@@ -107,7 +107,7 @@ def faulty(where, limit):
     def make_env(task):
         made[task.id] += 1
         env, mine = KeyEnv(), made[task.id]
-        work = getattr(env, where)
+        work = getattr(env, where)   # where it closes, every try has its grade already, and is void still
         async def fail(*given):
             if mine <= limit: raise InfraError('gone')
             return await work(*given)
@@ -116,7 +116,7 @@ def faulty(where, limit):
     return make_env
 
 
-@pytest.mark.parametrize('where', ['reset', 'step', 'grade'])
+@pytest.mark.parametrize('where', ['reset', 'step', 'grade', 'close'])
 def test_an_episode_lost_to_the_infrastructure_is_played_again_token_by_token(base, where):
     lm, tok = base
     world, engine = Keys(), HFEngine(lm, max_len=400, slots=4, dtype=torch.bfloat16)
@@ -161,6 +161,8 @@ def test_caps_are_checked_against_the_model(base):
         with pytest.raises(UserError, match=words) as caught:
             context_of(make_world('micro'), lm, *caps)
         assert '\n' not in str(caught.value)
+    with pytest.raises(UserError, match='max_turns=0'):
+        rollout(None, None, [], None, max_turns=0)
     assert slots_for(256, 1024) == 256 and slots_for(256, 32768) == 32 and slots_for(8, 2**30) == 1 == slots_for(0, 9)
 
 
