@@ -322,9 +322,10 @@ def rollout(policy: Policy,                   # who acts
         raise ValueError('rollout: a replayed beginning is not watched; leave out `watch` or `begin`')
     if begin is not None and len(begin) != len(tasks):
         raise ValueError(f'rollout: {len(begin)} beginnings for {len(tasks)} tasks')
+    if retries < 0: raise ValueError(f'rollout: retries={retries}, from 0')
     check_caps(max_turns, max_len)
     mind, out, todo = partial(_mind, watch, tokenizer, train_corrections), {}, range(len(tasks))
-    for again in range(max(0, retries) + 1):
+    for again in range(retries + 1):
         if not todo: break
         episodes = [_episode(tasks[i], make_env(tasks[i]), (seed, i), again, tokenizer, mind, max_len) for i in todo]
         for i, episode in zip(todo, episodes):
