@@ -158,7 +158,8 @@ def answered(
     obs: Observation,  # what its `step` returned
 ) -> Observation:
     "An observation that fits its calls. TypeError, naming the environment, for one that doesn't."
-    def wrong(what): return TypeError(f'{type(env).__name__}.step: {what}')
+    def wrong(what):
+        return TypeError(f'{type(env).__name__}.step: {what}')
     if not isinstance(obs, Observation): raise wrong(f'an Observation expected, got {obs!r:.60}')
     for result in obs.results:
         if not (isinstance(result, ToolResult) and isinstance(result.text, str)):
@@ -240,15 +241,6 @@ def find_world(
                         'or give package.module:Class')
     return _made(WORLDS[name], name)
 
-def _made(cls: type, name: str) -> World:
-    "A world, which is made without arguments. UserError where that fails."
-    try:
-        return cls()
-    except UserError:
-        raise
-    except Exception as error:
-        raise UserError(f'environment {name} cannot be made: {type(error).__name__}: {one_line(error)}') from error
-
 def _own() -> list[str]:
     "Modules beside this one."
     return [module.name for module in pkgutil.iter_modules(importlib.import_module('kat.envs').__path__)]
@@ -270,6 +262,15 @@ def known_worlds() -> list[str]:
         except ImportError:
             continue
     return sorted(WORLDS)
+
+def _made(cls: type, name: str) -> World:
+    "A world, which is made without arguments. UserError where that fails."
+    try:
+        return cls()
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(f'environment {name} cannot be made: {type(error).__name__}: {one_line(error)}') from error
 
 # %% ../../nbs/envs/01_base.ipynb #f5d7af42
 class Mixture(World):

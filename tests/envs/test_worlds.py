@@ -7,7 +7,7 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from toy_world import Follow, KeyEnv, Keys
 
@@ -51,6 +51,7 @@ class Named(World):
         return [self.train_task('held', i) for i in range(min(n, 30))]
 
 
+@settings(max_examples=50, deadline=None)
 @given(st.lists(st.floats(.01, 1), min_size=2, max_size=4), st.integers(0, 10**6), st.integers(0, 2 * 10**6))
 def test_every_stretch_of_tasks_is_close_to_the_weights(weights, seed, start):
     parts = [(Named(f'w{i}'), weight) for i, weight in enumerate(weights)]
