@@ -21,9 +21,9 @@ from typing import Awaitable, Callable
 from ..core.io import UserError, one_line
 
 # %% auto #0
-__all__ = ['WORLDS', 'Task', 'ToolCall', 'ToolResult', 'Observation', 'Grade', 'InfraError', 'tool', 'bad_call', 'Env', 'World',
-           'register', 'find_world', 'known_worlds', 'Mixture', 'make_world', 'Outcome', 'within', 'episodes',
-           'scripted']
+__all__ = ['WORLDS', 'Task', 'ToolCall', 'ToolResult', 'Observation', 'Grade', 'InfraError', 'tool', 'bad_call', 'Env',
+           'answered', 'World', 'register', 'find_world', 'known_worlds', 'Mixture', 'make_world', 'Outcome', 'within',
+           'judged', 'episodes', 'act', 'scripted']
 
 # %% ../../nbs/envs/01_base.ipynb #98f286c5
 @dataclass(frozen=True)
@@ -151,6 +151,25 @@ class Env:
     async def __aexit__(self, *exc):
         await self.close()
 
+# %% ../../nbs/envs/01_base.ipynb #d7682309
+def answered(
+    env: Env,
+    calls: list[ToolCall],
+    obs: Observation,  # what its `step` returned
+) -> Observation:
+    "An observation that fits its calls. TypeError, naming the environment, for one that doesn't."
+    def wrong(what):
+        return TypeError(f'{type(env).__name__}.step: {what}')
+    if not isinstance(obs, Observation): raise wrong(f'an Observation expected, got {obs!r:.60}')
+    for result in obs.results:
+        if not (isinstance(result, ToolResult) and isinstance(result.text, str)):
+            raise wrong(f'a ToolResult with a text expected, got {result!r:.80}')
+    ids = [call.id for call in calls]
+    given = [result.id for result in obs.results]
+    if given != ids[:len(given)] or len(given) < len(ids) and not obs.done:
+        raise wrong(f'one result for each call expected, in order; called {ids}, results for {given}')
+    return obs
+
 # %% ../../nbs/envs/01_base.ipynb #3d2a2f0c
 class World:
     "What an environment brings to training and evaluation; override `train_task` and `heldout`. *Own design.*"
@@ -199,6 +218,8 @@ def register(
             old.__module__ == cls.__module__ or '__main__' in (old.__module__, cls.__module__))
         if not same:
             raise ValueError(f'environment {name!r} is already {old.__module__}.{old.__qualname__}; take another name')
+        if (other := cls.__dict__.get('name') or name) != name:
+            raise ValueError(f'{cls.__qualname__} is environment {other!r} already; derive a class for {name!r}')
         WORLDS[name], cls.name = cls, name
         return cls
     return put
@@ -214,11 +235,11 @@ def find_world(
         found = _imported(module if colon else f'kat.envs.{name}')
         if colon and getattr(found, cls, None) not in WORLDS.values():
             raise UserError(f'envs={name}: {module} has no registered world {cls!r}; decorate the class with @register')
-        if colon: return getattr(found, cls)()
+        if colon: return _made(getattr(found, cls), name)
     if name not in WORLDS:
         raise UserError(f'no environment {name!r}; known: {", ".join(known_worlds())}; '
                         'or give package.module:Class')
-    return WORLDS[name]()
+    return _made(WORLDS[name], name)
 
 def _own() -> list[str]:
     "Modules beside this one."
@@ -232,6 +253,7 @@ def _imported(module: str):
         raise UserError(f'environment {module}: {type(error).__name__}: {one_line(error)}; '
                         'is it installed, or on PYTHONPATH?') from error
 
+# %% ../../nbs/envs/01_base.ipynb #75317a40
 def known_worlds() -> list[str]:
     "Names of all worlds that are registered or come with kat; modules that can't be imported here are left out."
     for name in _own():
@@ -241,14 +263,22 @@ def known_worlds() -> list[str]:
             continue
     return sorted(WORLDS)
 
+def _made(cls: type, name: str) -> World:
+    "A world, which is made without arguments. UserError where that fails."
+    try:
+        return cls()
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(f'environment {name} cannot be made: {type(error).__name__}: {one_line(error)}') from error
+
 # %% ../../nbs/envs/01_base.ipynb #f5d7af42
 class Mixture(World):
     "Several worlds as one, each task drawn from one of them in proportion to the weights. *Own design.*"
     def __init__(self, parts: list[tuple[World, float]]):
-        self.parts = sorted(parts, key=lambda part: part[0].name)
-        whole = sum(weight for _, weight in parts)
-        self.edges = list(accumulate(weight / whole for _, weight in self.parts))[:-1]
-        self.name = ','.join(f'{world.name}:{weight / whole:.3g}' for world, weight in self.parts)
+        self.parts = _shares(parts)
+        self.edges = list(accumulate(share for _, share in self.parts))[:-1]
+        self.name = ','.join(f'{world.name}:{share:.3g}' for world, share in self.parts)
         self.owner = {}   # id of a task -> domain
     @property
     def domains(self):
@@ -277,6 +307,12 @@ class Mixture(World):
                 for bad in world.untrue([task for task in tasks if task.env == name])]
 
 # %% ../../nbs/envs/01_base.ipynb #7fa04a7e
+def _shares(parts: list[tuple[World, float]]) -> list[tuple[World, float]]:
+    "By name, with weights that add up to 1."
+    most = max(weight for _, weight in parts)   # the sum of very large ones would not be finite
+    whole = sum(weight / most for _, weight in parts)
+    return sorted(((world, weight / most / whole) for world, weight in parts), key=lambda part: part[0].name)
+
 def _drawn(mixture: Mixture, seed: int, i: int) -> World:
     "The world of task `i`."
     start = random.Random(f'{seed}/domains').random()
@@ -349,6 +385,12 @@ async def within(
         if not clock.expired(): raise
         raise InfraError(f'{what} took longer than {seconds:g} s') from None
 
+async def judged(env: Env, task: Task) -> Grade:
+    "The environment's grade. Raises `InfraError` where it can't be had, TypeError for what is none."
+    grade = await within(env.patience_s, f'{task.id}: grade', env.grade())
+    if not isinstance(grade, Grade): raise TypeError(f'{type(env).__name__}.grade: a Grade expected, got {grade!r:.60}')
+    return grade
+
 # %% ../../nbs/envs/01_base.ipynb #2936434b
 async def _once(task: Task, make_env: Callable, play: Callable, deadline_s: float) -> tuple:
     "One try: how it ended, its grade, and what the player said."
@@ -360,7 +402,7 @@ async def _once(task: Task, make_env: Callable, play: Callable, deadline_s: floa
         except TimeoutError:
             if not clock.expired(): raise
             return 'timeout', None, None
-        return finish, await within(env.patience_s, f'{task.id}: grade', env.grade()), said
+        return finish, await judged(env, task), said
     finally:
         await within(env.patience_s, f'{task.id}: close', env.close())
 
@@ -406,6 +448,13 @@ async def episodes(
     return out
 
 # %% ../../nbs/envs/01_base.ipynb #492e4720
+def act(agent, text: str | None, task: Task) -> list[ToolCall]:
+    "The calls of a scripted agent's next turn. RuntimeError where it has no more."
+    try:
+        return agent.act(text)
+    except StopIteration:
+        raise RuntimeError(f'task {task.id}: {type(agent).__name__} has no more calls, and it goes on') from None
+
 async def scripted(
     env: Env,
     task: Task,
@@ -416,8 +465,8 @@ async def scripted(
     await env.reset(task)
     text, turns = None, []
     for _ in range(env.max_turns if max_turns is None else max_turns):
-        turns.append(agent.act(text))
-        obs = await env.step(turns[-1])
+        turns.append(act(agent, text, task))
+        obs = answered(env, turns[-1], await env.step(turns[-1]))
         if obs.done: return 'submit', turns
         text = obs.results[-1].text if obs.results else text
     return 'cap', turns

@@ -6,7 +6,7 @@
 from __future__ import annotations
 import json
 
-from ..envs.base import Env, Task, ToolCall
+from ..envs.base import Env, Task, ToolCall, answered
 
 # %% auto #0
 __all__ = ['KEEP', 'Refused', 'ask', 'calls_of', 'replies', 'play']
@@ -65,7 +65,8 @@ async def play(client,             # httpx2.AsyncClient
     for turn in range(env.max_turns if max_turns is None else max_turns):
         noise = {} if seed is None else dict(seed=hash((seed, turn)) % 2**31)
         said = await ask(client, url, dict(messages=messages, tools=env.tools) | noise | body)
-        obs = await env.step(calls_of(said))
+        calls = calls_of(said)
+        obs = answered(env, calls, await env.step(calls))
         messages.append({k: said[k] for k in KEEP if k in said})
         if obs.done: return 'submit', messages
         messages += replies(said, obs.results)

@@ -31,7 +31,7 @@ def evaluate(model, tokenizer,
              progress: Callable | None = None,  # told how many episodes are done
             ) -> dict:                       # the record, as in `eval/<stage>.json`
     "Play `n` held-out tasks sampled and greedy; writes record and trajectories into `eval/`. UserError for fewer."
-    folder, tasks, got = Path(run_dir) / 'eval', world.heldout(n), {}
+    folder, tasks, got = Path(run_dir) / 'eval', world.heldout(n)[:n], {}
     path = folder / f'{stage}.json'
     if path.exists(): return load_eval(path)
     if not 0 < n <= len(tasks): raise UserError(f'n_eval={n}: {world.name} has {len(tasks)} held-out tasks')

@@ -21,15 +21,15 @@ from ..infer.requests import Completion, Engine, Request
 from ..plane.gateway import Gateway
 from ..plane.manager import Manager, Session, Turn, show
 from ..plane.writing import Writing
-from ..envs.base import Env, InfraError, Observation, Task, ToolCall, World, within
+from ..envs.base import Env, InfraError, Observation, Task, ToolCall, World, act, answered, judged, within
 from .agent import Refused, play
 from ..study.evaluate import rates_by
 
 # %% auto #0
 __all__ = ['SLOT_TOKENS', 'Episode', 'ended', 'recorded_turns', 'heed', 'Policy', 'ModelPolicy', 'ScriptPolicy', 'NoStore',
-           'asked_for', 'room', 'Waves', 'segments_of', 'finished', 'check_replay', 'rollout', 'LocalResponse', 'Local',
-           'asyncio_run', 'context_of', 'slots_for', 'teacher', 'teachable', 'expert_data', 'turn_facts',
-           'domain_facts']
+           'asked_for', 'room', 'Waves', 'segments_of', 'finished', 'check_replay', 'check_caps', 'rollout',
+           'LocalResponse', 'Local', 'asyncio_run', 'context_of', 'slots_for', 'teacher', 'teachable', 'expert_data',
+           'turn_facts', 'domain_facts']
 
 # %% ../../nbs/recipe/02_rollouts.ipynb #1e65ae79
 @dataclass(eq=False)
@@ -75,7 +75,7 @@ async def _step(episode: Episode, calls: list[ToolCall]) -> Observation:
     "Note the turn just recorded, and run its calls."
     noted = _noted(next(reversed(episode.session.turns.values())))
     episode.turns.append(noted)
-    obs = await _asked(episode, 'step', episode.env.step(calls))
+    obs = answered(episode.env, calls, await _asked(episode, 'step', episode.env.step(calls)))
     noted['calls'] = [dict(name=call.name, arguments=call.arguments, ok=result.ok)
                       for call, result in zip(calls, obs.results)]
     noted['errors'] += sum(not result.ok for result in obs.results)
@@ -166,7 +166,7 @@ class ScriptPolicy:
     def _turn(self, episode):
         if episode.name not in self.agents:
             self.agents[episode.name] = self.make(episode)
-        ids = _written(self.agents[episode.name].act(episode.last), self.tokenizer, episode.tools)
+        ids = _written(act(self.agents[episode.name], episode.last, episode.task), self.tokenizer, episode.tools)
         zeros = np.zeros(len(ids), np.float32)
         return Completion(ids, zeros, zeros, 'stop', 0)
 
@@ -269,19 +269,22 @@ def segments_of(e: Episode) -> list[Segment]:
 
 # %% ../../nbs/recipe/02_rollouts.ipynb #02273cdb
 async def finished(e: Episode, sampling: dict) -> Trajectory:
-    "Grade an episode and give its environment back."
+    "Grade an episode and give its environment back. What the infrastructure failed at is no outcome."
     data = e.task.data
     info = dict(data.get('info', {}), family=data.get('family'), kind=e.task.kind, difficulty=data.get('level'),
                 turns=e.turns, finish=e.finish)
     reward = None
-    if e.finish != 'infra':
-        try:
-            grade = await within(e.env.patience_s, f'{e.task.id}: grade', e.env.grade())
+    try:
+        if e.finish != 'infra':
+            grade = await judged(e.env, e.task)
             reward = grade.reward if e.finish == 'submit' else 0.0
             info |= dict(tests=grade.tests, **grade.info)
-        except InfraError:
-            info['finish'] = 'infra'
-    await e.env.close()
+    except InfraError:
+        info['finish'] = 'infra'
+    try:
+        await within(e.env.patience_s, f'{e.task.id}: close', e.env.close())
+    except InfraError:
+        info['finish'], reward = 'infra', None
     return Trajectory(e.task.id, segments_of(e), reward, dict(sampling), info)
 
 # %% ../../nbs/recipe/02_rollouts.ipynb #ec41c547
@@ -291,6 +294,12 @@ def check_replay(t: Trajectory, begin: Trajectory) -> None:
     if t.info['finish'] != 'infra' and not np.array_equal(t.ids[:n], begin.ids[:n]):
         raise ValueError(f'task {t.task}: its replay gave other tokens than the record; '
                          'other tools, tokenizer or results than then?')
+
+# %% ../../nbs/recipe/02_rollouts.ipynb #1263fe1e
+def check_caps(max_turns: int | None, max_len: int | None) -> None:
+    "UserError for a cap that leaves nothing to play."
+    for name, cap in dict(max_turns=max_turns, max_len=max_len).items():
+        if cap is not None and cap < 1: raise UserError(f"{name}={cap}: at least 1, or None for the environment's own")
 
 # %% ../../nbs/recipe/02_rollouts.ipynb #b4b9c51c
 def rollout(policy: Policy,                   # who acts
@@ -314,6 +323,8 @@ def rollout(policy: Policy,                   # who acts
         raise ValueError('rollout: a replayed beginning is not watched; leave out `watch` or `begin`')
     if begin is not None and len(begin) != len(tasks):
         raise ValueError(f'rollout: {len(begin)} beginnings for {len(tasks)} tasks')
+    if retries < 0: raise ValueError(f'rollout: retries={retries}, from 0')
+    check_caps(max_turns, max_len)
     mind, out, todo = partial(_mind, watch, tokenizer, train_corrections), {}, range(len(tasks))
     for again in range(retries + 1):
         if not todo: break
@@ -439,8 +450,7 @@ def context_of(
     max_turns: int | None = None,   # cap on turns, only looked at
 ) -> int:                           # tokens that an engine must hold
     "The context that a world's episodes need. UserError where the model or an answer doesn't fit."
-    for name, cap in dict(max_len=max_len, max_turns=max_turns).items():
-        if cap is not None and cap < 1: raise UserError(f"{name}={cap}: at least 1, or None for the environment's own")
+    check_caps(max_turns, max_len)
     caps = {name: max_len or part.env.max_len for name, part in world.domains.items()}
     need, positions = max(caps.values()), model.config.get_text_config().max_position_embeddings
     if need > positions:

@@ -1,18 +1,19 @@
 "Worlds by name and mixed; many episodes at once, whose infrastructure fails"
 import asyncio
 import os
+import re
 import tempfile
 from collections import Counter
 from pathlib import Path
 
 import pytest
-import toy_world
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from toy_world import Follow, KeyEnv, Keys
 
 from kat.core.io import UserError
-from kat.envs.base import InfraError, Mixture, Task, World, episodes, find_world, make_world, scripted
+from kat.envs.base import (
+    InfraError, Mixture, Observation, Task, ToolResult, World, episodes, find_world, make_world, register, scripted)
 
 
 @pytest.mark.parametrize('said, words', [
@@ -50,6 +51,7 @@ class Named(World):
         return [self.train_task('held', i) for i in range(min(n, 30))]
 
 
+@settings(max_examples=50, deadline=None)
 @given(st.lists(st.floats(.01, 1), min_size=2, max_size=4), st.integers(0, 10**6), st.integers(0, 2 * 10**6))
 def test_every_stretch_of_tasks_is_close_to_the_weights(weights, seed, start):
     parts = [(Named(f'w{i}'), weight) for i, weight in enumerate(weights)]
@@ -227,5 +229,38 @@ def test_micro_episodes_leave_nothing_behind(monkeypatch, tmp_path):
     assert open_files() == before and offspring() <= running and not list(tmp_path.iterdir())
 
 
-def test_helpers_are_those_of_the_page():
-    assert toy_world.Keys.name == 'toy-keys' and find_world('toy-keys').train_task(0, 1) == Keys().train_task(0, 1)
+# --- environments and agents under work
+
+@pytest.mark.parametrize('name, answer, words', [
+    ('step', lambda calls: Observation([], []), 'Slip.step: one result for each call'),
+    ('step', lambda calls: Observation([], [ToolResult('x', 'a'), ToolResult('y', 'b')]), "results for ['x', 'y']"),
+    ('step', lambda calls: Observation([], [ToolResult(call.id, 7) for call in calls]), 'with a text expected'),
+    ('step', lambda calls: None, 'Slip.step: an Observation expected, got None'),
+    ('grade', lambda: 1.0, 'Slip.grade: a Grade expected, got 1.0')])
+def test_an_environments_own_mistakes_are_named(name, answer, words):
+    async def slip(self, *given):
+        return answer(*given)
+    with pytest.raises(TypeError, match=re.escape(words)):
+        run(find_world('toy-keys').heldout(1), lambda task: type('Slip', (KeyEnv,), {name: slip})())
+
+
+def test_an_agent_that_has_no_more_calls_is_named():
+    class Short:
+        def __init__(self):
+            self.turns = iter([Follow('total').act(None)])
+        def act(self, text):
+            return next(self.turns)
+    with pytest.raises(RuntimeError, match='toy-keys/heldout/0: Short has no more calls'):
+        run(find_world('toy-keys').heldout(1), lambda task: KeyEnv(), lambda env, task: scripted(env, task, Short()))
+
+
+def test_a_class_has_one_name_and_is_made_without_arguments():
+    class Needy(Keys):
+        def __init__(self, path):
+            self.path = path
+    register('test-needy')(Needy)
+    with pytest.raises(ValueError, match="is environment 'test-needy' already"):
+        register('test-other')(Needy)
+    with pytest.raises(UserError, match='test-needy cannot be made: TypeError: .*path'):
+        make_world('test-needy')
+    assert make_world('micro:1e308,toy-keys:1e308').name == 'micro:0.5,toy-keys:0.5'

@@ -107,7 +107,7 @@ def faulty(where, limit):
     def make_env(task):
         made[task.id] += 1
         env, mine = KeyEnv(), made[task.id]
-        work = getattr(env, where)
+        work = getattr(env, where)   # where it closes, every try has its grade already, and is void still
         async def fail(*given):
             if mine <= limit: raise InfraError('gone')
             return await work(*given)
@@ -116,16 +116,24 @@ def faulty(where, limit):
     return make_env
 
 
-@pytest.mark.parametrize('where', ['reset', 'step', 'grade'])
-def test_an_episode_lost_to_the_infrastructure_is_played_again_token_by_token(base, where):
+@pytest.fixture(scope='module')
+def sampled(base):
+    "Plays two tasks with the model, and what comes of it where nothing fails."
     lm, tok = base
-    world, engine = Keys(), HFEngine(lm, max_len=400, slots=4, dtype=torch.bfloat16)
-    play = lambda make_env, **kw: rollout(ModelPolicy(engine), tok, world.heldout(3), make_env, seed=3, **kw)
-    calm, shaken = play(lambda task: KeyEnv()), play(faulty(where, 2))
-    assert [t.info.pop('faults') for t in shaken] == [2] * 3 and shaken == calm
-    lost = play(faulty(where, 9), retries=1)
+    engine = HFEngine(lm, max_len=400, slots=2, dtype=torch.bfloat16)
+    def play(make_env):
+        return rollout(ModelPolicy(engine), tok, Keys().heldout(2), make_env, seed=3, max_turns=2)
+    yield play, play(lambda task: KeyEnv())
     engine.close()
-    assert [(t.reward, t.info['finish'], t.info['faults']) for t in lost] == [(None, 'infra', 2)] * 3
+
+
+@pytest.mark.parametrize('where', ['reset', 'step', 'grade', 'close'])
+def test_an_episode_lost_to_the_infrastructure_is_played_again_token_by_token(base, sampled, where):
+    play, calm = sampled
+    shaken = play(faulty(where, 2))
+    assert [t.info.pop('faults') for t in shaken] == [2] * 2 and shaken == calm
+    lost = rollout(teacher(Keys(), base[1]), base[1], Keys().heldout(2), faulty(where, 9), retries=1)
+    assert [(t.reward, t.info['finish'], t.info['faults']) for t in lost] == [(None, 'infra', 2)] * 2
 
 
 def test_a_lost_episode_without_a_token_can_stand_in_a_group(base, tmp_path):
@@ -161,6 +169,10 @@ def test_caps_are_checked_against_the_model(base):
         with pytest.raises(UserError, match=words) as caught:
             context_of(make_world('micro'), lm, *caps)
         assert '\n' not in str(caught.value)
+    with pytest.raises(UserError, match='max_turns=0'):
+        rollout(None, None, [], None, max_turns=0)
+    with pytest.raises(ValueError, match='retries=-1'):
+        rollout(None, None, [], None, retries=-1)
     assert slots_for(256, 1024) == 256 and slots_for(256, 32768) == 32 and slots_for(8, 2**30) == 1 == slots_for(0, 9)
 
 
