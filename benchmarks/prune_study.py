@@ -63,7 +63,7 @@ def batch_of(run, batch, tasks=16, rollouts=8):
         engine = HFEngine(model, max_len=1024, slots=tasks * rollouts, dtype=torch.bfloat16)
         todo = [train_task(0, 9 * 10**5 + 1000 * batch + i) for i in range(tasks)]
         with world() as make_env:
-            played = rollout(ModelPolicy(engine, tok.eos_token_id), tok, [t for t in todo for _ in range(rollouts)],
+            played = rollout(ModelPolicy(engine), tok, [t for t in todo for _ in range(rollouts)],
                              make_env, seed=batch, max_turns=14)
         engine.close()
         for t in played:
