@@ -684,13 +684,16 @@ async def patiently(
             await _wait(hub, min(2. ** faults, 60), str(error)[:300])
             faults += 1
 
-# %% ../../nbs/envs/13_github.ipynb #dcaa3293
-def _graph_faults(answer: dict, url: str) -> dict|None:
-    "The repository in a GraphQL answer; None for a cursor that isn't valid any more. Gone, Faulty or Spent."
+# %% ../../nbs/envs/13_github.ipynb #22b08059
+def _graph_faults(answer: dict, url: str) -> tuple|None:
+    "What `graph_page` returns, out of an answer. Gone, Faulty or Spent."
     try:
         errors, found = answer.get('errors') or [], (answer.get('data') or {}).get('repository')
         kinds = {str(error.get('type')) for error in errors}
-        if found and None not in found['pullRequests']['nodes']: return found
+        if found and None not in (pulls := found['pullRequests'])['nodes']:
+            facts = pulls['totalCount'], pulls['pageInfo']['hasNextPage'], pulls['pageInfo']['endCursor']
+            upto = max((x['updatedAt'] for x in pulls['nodes']), default=None)
+            return list(page_records(answer)), *facts, upto
     except _ODD as error:
         raise Faulty(f'{url}: an answer of another shape ({type(error).__name__} {error})') from None
     if 'RATE_LIMITED' in kinds: raise Spent('graphql')
@@ -699,15 +702,20 @@ def _graph_faults(answer: dict, url: str) -> dict|None:
     raise Faulty(f'{url}: {one_line(errors)[:200]}')
 
 
-async def graph_page(hub: GitHub, repo: str, cursor: str|None, size: PageSize) -> dict|None:
-    "The repository with one page of pull requests; smaller pages after faults. None: the cursor isn't valid any more."
+async def graph_page(
+    hub: GitHub,
+    repo: str,
+    cursor: str|None,
+    size: PageSize,  # made smaller by faults
+) -> tuple|None:     # (records, pull requests in all, are there more?, next cursor, last change); None: void cursor
+    "One page of a repository's pull requests. Gone, Faulty, Spent, TokenStopped."
     owner, name = repo.split('/')
     async def attempt():
         body = dict(query=QUERY, variables=dict(owner=owner, name=name, first=size.size, after=cursor))
         return _graph_faults((await ask_github(hub, hub.graphql_url, body=body)).json(), hub.graphql_url)
     return await patiently(hub, attempt, size)
 
-# %% ../../nbs/envs/13_github.ipynb #cf38e27e
+# %% ../../nbs/envs/13_github.ipynb #4bf49bfd
 async def list_by_graphql(
     hub: GitHub,
     harvest: Harvest,
@@ -721,17 +729,16 @@ async def list_by_graphql(
             if place.cursor is None: raise Faulty(f'{hub.graphql_url}: no cursor is valid')
             place = Place('graphql')
             continue
-        pulls, records = found['pullRequests'], list(page_records(dict(data=dict(repository=found))))
-        name, info = checksum(records), pulls['pageInfo']
+        records, total, more, cursor, upto = found
+        name = checksum(records)
         still = still + 1 if name == place.page else 0
-        upto = max((x['updatedAt'] for x in pulls['nodes']), default=place.upto)
-        place = Place('graphql', info['endCursor'] or place.cursor, name, upto)
+        place = Place('graphql', cursor or place.cursor, name, upto or place.upto)
         idle = 0 if take(harvest, records, repo, place) else idle + 1
-        have, total = count_records(harvest, repo)['pull'], pulls['totalCount']
+        have = count_records(harvest, repo)['pull']
         if still > TRIES or idle > 20 + 2 * total // size.size:
             raise Faulty(f'{hub.graphql_url}: the same pages of {repo} again and again')
         tell(have, total)
-        if info['hasNextPage']: continue
+        if more: continue
         if total - have <= int(gap_of(harvest, repo, 'pull', '')[0] or 0): return
         if walks == 2: return note_gap(harvest, Record(repo, 'pull', '', str(total - have), {}), hub.graphql_url,
                                        f'{total} pull requests counted, {have} listed')
