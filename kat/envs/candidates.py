@@ -10,7 +10,7 @@ __all__ = ['SOURCES', 'ENGLISH', 'FUNNEL_STAGES', 'CHEAP', 'Filters', 'read_filt
            'gives_nothing_away', 'sift', 'Mined', 'mined', 'Funnel', 'restart', 'passed', 'funnel_counts',
            'funnel_table', 'draw_funnel', 'run_funnel', 'merged_counts', 'read_tokens', 'collect_into', 'funnel_into']
 
-# %% ../../nbs/envs/14_candidates.ipynb #23c7a889
+# %% ../../nbs/envs/14_candidates.ipynb #eb7dfa8a
 import asyncio
 import os
 import re
@@ -24,8 +24,8 @@ from pathlib import Path, PurePosixPath
 
 from ..core.figures import save_picture, use_style
 from ..core.io import UserError, atomic, dumps
-from .github import (Case, Clock, GitHub, Harvest, case_of, checksum, collect, count_records, diff_files,
-                             duration, find_all, read_pages, visible)
+from .github import (REPO_NAME, Case, Clock, GitHub, Harvest, case_of, checksum, collect, count_records,
+                             diff_files, duration, find_all, read_pages, visible)
 
 # %% ../../nbs/envs/14_candidates.ipynb #76e960f9
 @dataclass(frozen=True)
@@ -97,7 +97,7 @@ def split_patch(
     parts = diff_files(diff)
     return tuple(''.join(x['text'] for x in parts if is_test_path(x['path']) == tests) for tests in (False, True))
 
-# %% ../../nbs/envs/14_candidates.ipynb #2d4ba583
+# %% ../../nbs/envs/14_candidates.ipynb #b10c1925
 _COMMENT = re.compile(r'<!--.*?(?:-->|\Z)', re.S)
 _ADDRESS = re.compile(r'https?://[^\s<>()\[\]]*/(?:commit|commits|compare|pull|merge_requests)/[^\s<>()\[\]]*')
 _TOKEN = re.compile(r'[^\W\d]\w*|\d+|[^\w\s]')
@@ -114,7 +114,7 @@ def patch_lines(
         old |= {line[1:].strip() for line in body if line[:1] in (' ', '-')}
     return [line for line in fresh if line and line not in old], old
 
-
+# %% ../../nbs/envs/14_candidates.ipynb #151ce5c8
 def clean_text(
     text: str,    # Markdown
     gold: str,    # the gold patch
@@ -126,7 +126,8 @@ def clean_text(
         gone.append(match[0])
         return '[removed]'
     shas = [x for x in (case.pull['head'], case.pull['merge_commit']) if x]
-    hashes = re.compile('|'.join([rf'\b{sha[:7]}[0-9a-f]*\b' for sha in shas] + [rf'(?<![\w/])#{case.number}\b']))
+    named = rf'(?:(?<![\w/.-]){re.escape(case.repo)}#|(?<!\w)#|\bGH-){case.number}\b'
+    hashes = re.compile('|'.join([*(rf'\b{sha[:7]}[0-9a-f]*\b' for sha in shas), named]), re.I)
     text = hashes.sub(out, _ADDRESS.sub(out, _COMMENT.sub('', text.replace('\r\n', '\n'))))
     kept = []
     for line in text.split('\n'):
@@ -536,13 +537,15 @@ def _key(case: Case, filters: Filters) -> str:
     return checksum([asdict(filters), about.get('licence'), about.get('language'), enough, told, case.links, issues,
                      hint_texts(case), case.files, case.diff, case.base, sorted(map(str, case.gaps.items()))])
 
-# %% ../../nbs/envs/14_candidates.ipynb #6e5b9787
+# %% ../../nbs/envs/14_candidates.ipynb #809dce4c
 def read_tokens(
     file: Path|None,  # None: from GITHUB_TOKEN
 ) -> list:            # tokens; [None]: none
     "Tokens, one a line; '#' begins a comment. ValueError names the line that isn't one, and never shows it."
-    if file is None: return [os.environ.get('GITHUB_TOKEN') or None]
-    lines = [line.partition('#')[0].strip() for line in Path(file).read_text(encoding='utf-8').splitlines()]
+    if file is None and not os.environ.get('GITHUB_TOKEN', '').strip(): return [None]
+    text = os.environ['GITHUB_TOKEN'] if file is None else Path(file).read_text(encoding='utf-8')
+    file = file or 'GITHUB_TOKEN'
+    lines = [line.partition('#')[0].strip() for line in text.splitlines()]
     for number, line in enumerate(lines, 1):
         if line and not re.fullmatch(r'[!-~]+', line): raise ValueError(f'{file}:{number}: not a token')
     tokens = list(dict.fromkeys(line for line in lines if line))
@@ -560,7 +563,7 @@ def _wanted(harvest: Harvest, filters: Filters) -> Callable:
         return not sift(case, filters, stages=CHEAP)[1]
     return wanted
 
-# %% ../../nbs/envs/14_candidates.ipynb #9675045f
+# %% ../../nbs/envs/14_candidates.ipynb #4aa0b3c2
 def collect_into(
     folder,                     # FOLDER/collect.db is made or gone on with
     names: list,                # 'owner/name'
@@ -574,8 +577,8 @@ def collect_into(
 ) -> list[str]:                 # what to say in the end
     "Collect repositories, or take saved pages. UserError or ValueError for what the user can mend."
     for name in names:
-        if not re.fullmatch(r'[\w.-]+/[\w.-]+', name): raise UserError(f'{name}: OWNER/NAME expected')
-    if bool(names) == bool(pages): raise UserError('either repositories (OWNER/NAME …) or --pages FOLDER')
+        if not re.fullmatch(REPO_NAME, name): raise UserError(f'{name}: OWNER/REPO_NAME expected')
+    if bool(names) == bool(pages): raise UserError('either repositories (OWNER/REPO_NAME …) or --pages FOLDER')
     if pages and token_file: raise UserError(f'--token-file {token_file}: saved pages need none; leave it out')
     if pages and not Path(pages).is_dir(): raise UserError(f'--pages {pages}: no such folder')
     if token_file and not Path(token_file).is_file(): raise UserError(f'--token-file {token_file}: no such file')

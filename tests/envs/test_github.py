@@ -34,7 +34,8 @@ REPO = 'ann/knots'
     ('a `fixes #7` b', []), ('``fixes ` #7``', []), ('` fixes #7', ['ann/knots#7']),
     ('`a\n\nfixes #7 `', ['ann/knots#7']), ('```\nfixes #7\n```\nfixes #8', ['ann/knots#8']),
     ('~~~py\nfixes #7\n~~~', []), ('```\nfixes #7', []), ('```\r\nfixes #7\r\n```\r\nfixes #8', ['ann/knots#8']),
-    ('````\n```\nfixes #7\n```\n````', []), ('fixes \\#7', [])])
+    ('````\n```\nfixes #7\n```\n````', []), ('fixes \\#7', []), ('fixes ../..#7', []), ('fixes a/..#7', []),
+    ('fixes a/.github#7', ['a/.github#7'])])
 def test_linked_issues(text, found):
     assert linked_issues(text, REPO) == found
 
@@ -175,7 +176,8 @@ def faulty(seed, kinds, rate=.25):
     return lambda server, number, what: rng.choice(kinds) if rng.random() < rate else None
 
 
-KINDS = [('limit', 7), ('limit', 60), ('secondary',), ('429',), ('502',), ('cut',), ('drop',), ('html',), ('twice',)]
+KINDS = [('limit', 7), ('limit', 60), ('secondary',), ('429',), ('502',), ('cut',), ('drop',), ('html',), ('twice',),
+         ('gzip',), ('loop',)]
 
 
 @pytest.mark.parametrize('seed', range(3))
@@ -363,6 +365,24 @@ def test_a_link_to_another_server_gets_no_token():
 
 def test_an_enterprise_servers_addresses():
     assert GitHub('t', 'https://git.example.org/api/v3').graphql_url == 'https://git.example.org/api/graphql'
+
+
+@pytest.mark.parametrize('cursors', ['never valid', 'in a circle'])
+def test_listings_that_never_end_are_left_for_rest(tmp_path, cursors):
+    world, server = World(13, pulls=30), Server(World(13, pulls=30), largest=100)
+    plain = server._graphql
+    def odd(variables):
+        if cursors == 'never valid': return 200, dict(data=None, errors=[dict(type='INVALID_CURSOR_ARGUMENTS')])
+        page = json.loads(plain(variables | dict(after=None, first=5 + len(server.log) % 2))[1])
+        page['data']['repository']['pullRequests']['pageInfo']['hasNextPage'] = True
+        return 200, json.dumps(page)
+    server._graphql = odd
+    lines = []
+    with serving(server):
+        assert run_collect(server, tmp_path/'c.db', lines=lines, wanted=lambda case: False) == {}
+    check_pulls(world, tmp_path/'c.db')
+    said = dict([('never valid', 'no cursor is valid'), ('in a circle', 'the same pages')])[cursors]
+    assert any('listed by REST' in line and said in line for line in lines) and len(server.log) < 60
 
 
 # killed

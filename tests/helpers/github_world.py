@@ -177,7 +177,8 @@ class World:
 class Server:
     """Serves a world. `script(server, number, what)` is asked before each request and returns None or a fault:
     ('limit', seconds) with `retry-after`, ('secondary',) without, ('429',), ('502',), ('cut',) truncated JSON,
-    ('drop',) a connection that ends in the middle, ('twice',) the page of the last cursor once more, ('html',)."""
+    ('drop',) a connection that ends in the middle, ('twice',) the page of the last cursor once more, ('html',),
+    ('gzip',) that is none, ('loop',) of redirections."""
     def __init__(self, world, clock=None, script=None, largest=50, offsets=False, budgets=None, before=None):
         self.world, self.clock, self.script, self.largest = world, clock or Jumping(), script, largest
         self.offsets, self.before = offsets, before  # cursors that count, and so shift; called before each answer
@@ -218,6 +219,7 @@ class Server:
         if fault:
             if done := self._misbehave(fault, headers): return done
         self.backoff = 60.
+        if path == '/loop': return self._fault('loop', 302, {'location': '/loop'}, '')
         if path in self.gone: return self._fault('gone', self.gone[path], headers, '{"message": "Not Found"}')
         if variables and variables['first'] > self.largest:
             return self._fault('502', 502, {}, '<html>502 Bad Gateway</html>')
@@ -252,6 +254,8 @@ class Server:
             text = '{"message": "You have exceeded a secondary rate limit."}'
             return self._fault(name, 403 if name == 'secondary' else 429, headers, text)
         if name == '502': return self._fault(name, 502, {}, '<html>502 Bad Gateway</html>')
+        if name == 'gzip': return self._fault(name, 200, {'content-encoding': 'gzip'}, 'not compressed at all')
+        if name == 'loop': return self._fault(name, 302, {'location': '/loop'}, '')
         if name == 'html': return self._fault(name, 200, {}, '<html>sign in to the hotel</html>')
         if name == 'twice' and self.last_page: return self._fault(name, 200, headers, self.last_page)
 
