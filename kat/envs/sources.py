@@ -96,7 +96,8 @@ def record_sources(
         language = 'javascript' if any(p.endswith(('.js', '.mjs', '.cjs')) for p in code) else 'python'
         found.append((row['instance_id'], dict(
             kind='record', clone=str(Path(clone).resolve()), repo=row['repo'], base=row['base_commit'],
-            patch=row['patch'], test_patch=row['test_patch'], statement=row['problem_statement'], language=language, needs=list(needs))))
+            patch=row['patch'], test_patch=row['test_patch'], statement=row['problem_statement'], language=language,
+            needs=list(needs))))
     return found
 
 # %% ../../nbs/envs/16_sources.ipynb #df4dc13a
