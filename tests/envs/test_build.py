@@ -76,7 +76,7 @@ def commit(folder, **files):
 
 @pytest.fixture(scope='module')
 def clone(tmp_path_factory):
-    "A clone whose newest commits are: documents only, a fix, a change that no test sees, tests that can't be imported before"
+    "A clone of a fix, documents only, a change that no test sees, and tests that can't be imported before it"
     folder = tmp_path_factory.mktemp('clone')
     git(folder, 'init', '-q')
     commit(
@@ -199,17 +199,16 @@ def tree(**files):
 
 
 def test_fix_and_tests_are_told_apart():
-    old = tree(pkg__a_py='x = 1\n', pkg____init___py='', tests__test_a_py='', setup_py='1') | {
-        'CHANGES.md': (b'1.0', 'file'),
-        'pkg.egg-info/PKG-INFO': (b'', 'file'),
-        'docs/conf.py': (b'1', 'file'),
+    old = {
+        path: (text.encode(), 'file')
+        for path, text in {
+            'pkg/a.py': 'x = 1\n', 'pkg/__init__.py': '', 'tests/test_a.py': '', 'setup.py': '1', 'CHANGES.md': '1.0',
+            'pkg.egg-info/PKG-INFO': '', 'docs/conf.py': '1'}.items()
     }
-    new = {**old, **tree(pkg__a_py='x = 2\n', tests__test_a_py='import pkg', setup_py='2')} | {
-        'CHANGES.md': (b'1.1: x is 2', 'file'),
-        'pkg/data.txt': (b'2', 'file'),
-        'tests/data.bin': (b'\0', 'file'),
-        'docs/conf.py': (b'2', 'file'),
-    }
+    fresh = {
+        'pkg/a.py': 'x = 2\n', 'tests/test_a.py': 'import pkg', 'setup.py': '2', 'CHANGES.md': '1.1: x is 2',
+        'pkg/data.txt': '2', 'tests/data.bin': '\0', 'docs/conf.py': '2'}
+    new = {**old, **{path: (text.encode(), 'file') for path, text in fresh.items()}}
     parts = take_apart(Pair('a-1', 'a', old, new))
     assert sorted(parts.tests) == ['tests/data.bin', 'tests/test_a.py']
     assert patched(parts.base, parts.patch) == parts.gold and parts.gold['pkg/a.py'][0] == b'x = 2\n'
