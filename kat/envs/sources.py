@@ -158,7 +158,7 @@ def build_into(
     **options,  # of `find_candidates`
 ):  # -> lines for people
     "Build tasks and tell the funnel. Raises `ValueError` for a bad source, `InfraError` where no sandbox works."
-    out, box = Path(out), Bubblewrap()
+    out, box = Path(out).resolve(), Bubblewrap()
     stages = Stages(out / '.funnel.db')
     stages.add(_remembered(stages, Path(source), tell, options))
     if start:
