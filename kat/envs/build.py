@@ -445,6 +445,7 @@ def build_one(
                 work.data[stage] = known[stage][1]
         except Dropped as reason:
             stages.note(name, stage, time.monotonic() - begun, reason=str(reason))
+            shutil.rmtree(yard.folder / name, ignore_errors=True)  # of an earlier build, which was another verdict
             return str(reason)
         if stage not in known:
             stages.note(name, stage, time.monotonic() - begun, work.data[stage])

@@ -92,6 +92,8 @@ def record_sources(
         for name in ('instance_id', 'repo', 'base_commit', 'patch', 'test_patch', 'problem_statement'):
             if not isinstance(row, dict) or not isinstance(row.get(name), str):
                 raise ValueError(f'{path}:{number}: field {name!r} must be a text, as in SWE-bench')
+        if not inside(row['instance_id']) or '/' in row['instance_id']:
+            raise ValueError(f'{path}:{number}: instance_id {row["instance_id"]!r} must be a name for a folder')
         code = re.findall(r'^\+\+\+ b/(.*)$', row['patch'], re.M)
         language = 'javascript' if any(p.endswith(('.js', '.mjs', '.cjs')) for p in code) else 'python'
         found.append((row['instance_id'], dict(
