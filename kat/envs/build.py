@@ -445,6 +445,7 @@ def build_one(
                 work.data[stage] = known[stage][1]
         except Dropped as reason:
             stages.note(name, stage, time.monotonic() - begun, reason=str(reason))
+            shutil.rmtree(yard.folder / name, ignore_errors=True)  # of an earlier build, which was another verdict
             return str(reason)
         if stage not in known:
             stages.note(name, stage, time.monotonic() - begun, work.data[stage])
@@ -452,12 +453,13 @@ def build_one(
 
 # %% ../../nbs/envs/15_build.ipynb #0158265d
 DOCKERFILE = """# Task {id}; the folder of the task set is the context: docker build -f {id}/Dockerfile -t {tag} .
-FROM {image}
-RUN apt-get update && apt-get install -y --no-install-recommends git && rm -rf /var/lib/apt/lists/*
+ARG IMAGE={image}
+FROM $IMAGE
 COPY sites/{site} {where}
 COPY {id}/base /workspace
 WORKDIR /workspace
-RUN git init -q && git add -A -f && git -c user.name=kat -c user.email=kat@localhost commit -q -m "The code as it is"
+RUN if command -v git > /dev/null; then git init -q && git add -A -f && \\
+    git -c user.name=kat -c user.email=kat@localhost commit -q -m "The code as it is"; fi
 ENV {variable} PYTHONDONTWRITEBYTECODE=1
 CMD {command}
 """

@@ -92,11 +92,14 @@ def record_sources(
         for name in ('instance_id', 'repo', 'base_commit', 'patch', 'test_patch', 'problem_statement'):
             if not isinstance(row, dict) or not isinstance(row.get(name), str):
                 raise ValueError(f'{path}:{number}: field {name!r} must be a text, as in SWE-bench')
+        if not inside(row['instance_id']) or '/' in row['instance_id']:
+            raise ValueError(f'{path}:{number}: instance_id {row["instance_id"]!r} must be a name for a folder')
         code = re.findall(r'^\+\+\+ b/(.*)$', row['patch'], re.M)
         language = 'javascript' if any(p.endswith(('.js', '.mjs', '.cjs')) for p in code) else 'python'
         found.append((row['instance_id'], dict(
             kind='record', clone=str(Path(clone).resolve()), repo=row['repo'], base=row['base_commit'],
-            patch=row['patch'], test_patch=row['test_patch'], statement=row['problem_statement'], language=language, needs=list(needs))))
+            patch=row['patch'], test_patch=row['test_patch'], statement=row['problem_statement'], language=language,
+            needs=list(needs))))
     return found
 
 # %% ../../nbs/envs/16_sources.ipynb #df4dc13a
@@ -157,7 +160,7 @@ def build_into(
     **options,  # of `find_candidates`
 ):  # -> lines for people
     "Build tasks and tell the funnel. Raises `ValueError` for a bad source, `InfraError` where no sandbox works."
-    out, box = Path(out), Bubblewrap()
+    out, box = Path(out).resolve(), Bubblewrap()
     stages = Stages(out / '.funnel.db')
     stages.add(_remembered(stages, Path(source), tell, options))
     if start:

@@ -229,7 +229,7 @@ def site_folder(
     "Where the packages of a task are installed. Raises `InfraError` where they aren't."
     site = read_task(folder).site
     if not site: return None
-    where = Path(folder).resolve().parent / 'sites' / site
+    where = (Path(folder).resolve().parent / 'sites' / site).resolve()
     if not where.is_dir(): raise InfraError(f'{folder}: its packages are not installed ({where} is missing); '
                                             '`kat tasks fetch` installs them')
     return where

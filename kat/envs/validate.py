@@ -205,6 +205,7 @@ def depends_on(
     for tree, known in zip(states, first):
         for cause, conditions in ALONE.items():
             for how in conditions:
+                if len(found) == len(names): break
                 now = run_state(tree, files, how, room).tests
                 for name in names:
                     if now.get(name) != known.tests.get(name):
