@@ -127,7 +127,9 @@ def import_image(
             tar.add(folder, '.')
         file.seek(0)
         repo, _, tag = name.partition(':')
-        _said(engine.open('POST', '/images/create', file, 1800, 'application/x-tar', fromSrc='-', repo=repo, tag=tag or 'latest'))
+        said = _said(engine.open('POST', '/images/create', file, 1800, 'application/x-tar', fromSrc='-', repo=repo))
+    made = [one['status'] for one in said if 'status' in one][-1]
+    engine.ask('POST', f'/images/{made}/tag', repo=repo, tag=tag or 'latest')  # podman 4 leaves out the tag above
 
 # %% ../../nbs/envs/22_images.ipynb #74556785
 def build_image(
@@ -153,14 +155,16 @@ def _plain(entry: tarfile.TarInfo) -> tarfile.TarInfo:
     entry.uname = entry.gname = ''
     return entry
 
-def _said(answer):
-    "Read an engine's progress to its end. Raises `InfraError` for an error among it."
+def _said(answer) -> list:
+    "An engine's progress to its end, as dicts. Raises `InfraError` for an error among it."
     try:
-        for line in answer.read().decode(errors='replace').splitlines():
-            error = json.loads(line).get('error') if line.startswith('{') else None
-            if error: raise InfraError(f'images: {str(error).strip()[:300]}')
+        lines = answer.read().decode(errors='replace').splitlines()
     finally:
         answer.line.close()
+    said = [json.loads(line) for line in lines if line.startswith('{')]
+    for one in said:
+        if one.get('error'): raise InfraError(f"images: {str(one['error']).strip()[:300]}")
+    return said
 
 def remove_image(engine: Engine, name: str):
     "Remove an image, with its containers."
@@ -176,7 +180,7 @@ def _ulimits(limits: Limits) -> list:
     cpu, size = math.ceil(limits.cpu_s), int(limits.files_mb * 2**20)
     bounds = dict(cpu=(cpu, cpu + 1), fsize=(size, size), core=(0, 0),
                   nofile=(cap(1024, most(resource.RLIMIT_NOFILE)), cap(4096, most(resource.RLIMIT_NOFILE))),
-                  nproc=(cap(65536, most(resource.RLIMIT_NPROC)),) * 2)
+                  nproc=(cap(8192, most(resource.RLIMIT_NPROC)),) * 2)
     return [dict(Name=name, Soft=soft, Hard=hard) for name, (soft, hard) in bounds.items()]
 
 def _settings(image: str, argv: list, binds: list, limits: Limits, env: dict) -> dict:

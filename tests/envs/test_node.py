@@ -74,7 +74,7 @@ def test_claims_are_flagged_and_failures_are_not(verdicts):
         assert verdicts[name].tampered, name
     for name in ('nothing', 'early exit', 'tests deleted', 'throws', 'loops', 'never settles'):
         assert not verdicts[name].tampered, name
-    assert verdicts['loops'].failed and verdicts['loops'].certain
+    assert verdicts['loops'].failed
 
 
 @runs
