@@ -110,7 +110,14 @@ def tree_patch(
             trees.append(_done(_git(home, store, 'write-tree'), 'git write-tree').decode().strip())
             shutil.rmtree(folder)
         flags = ['--binary', '--full-index', '--no-renames', '--no-color', '--no-ext-diff', '--no-textconv']
-        return _done(_git(home, store, 'diff', *flags, *trees), 'git diff').decode(errors='surrogateescape')
+        text = _done(_git(home, store, 'diff', *flags, *trees), 'git diff')
+        if not _is_text(text):
+            (Path(home, 'store/info/attributes')).write_text('* -diff\n')  # all files as binary ones, in ASCII
+            text = _done(_git(home, store, 'diff', *flags, *trees), 'git diff')
+        return text.decode()
+
+def _is_text(data: bytes) -> bool:
+    return data.decode(errors='ignore').encode() == data
 
 def patched(
     before: dict,  # tree
@@ -122,7 +129,8 @@ def patched(
         folder = Path(home, 'tree')
         folder.mkdir()
         write_tree(before, folder)
-        ran = _git(folder, _store(Path(home, 'store')), f'--work-tree={folder}', 'apply', '--whitespace=nowarn', '-', given=patch.encode(errors='surrogateescape'))
+        where = (_store(Path(home, 'store')), f'--work-tree={folder}')
+        ran = _git(folder, *where, 'apply', '--whitespace=nowarn', '-', given=patch.encode(errors='surrogateescape'))
         if ran.returncode:
             raise ValueError(f'the patch does not apply: {ran.stderr.decode(errors="replace").strip()[:300]}')
         return read_tree(folder)
