@@ -168,14 +168,14 @@ def future_in_base(
     return wrong + [f'{held[content]} of the base is {path} as it is after the fix'
                     for path, (content, _) in new.items() if content in held]
 
-# %% ../../nbs/envs/10_swe.ipynb #6a22fa23
+# %% ../../nbs/envs/10_swe.ipynb #de92a7b0
 LIST = r"""
 import json, os, sys
-tops, hidden = sys.argv[1].split(':'), sys.argv[2].split(':')
 found = {}
-for top in tops:
+for top in sys.argv[1:]:
     for folder, folders, names in os.walk(top):
-        folders[:] = [f for f in folders if os.path.join(folder, f) not in hidden]
+        if folder == '/':
+            folders[:] = [f for f in folders if f not in ('proc', 'dev', 'sys', 'workspace')]
         found[folder] = names + [f for f in folders if f.endswith(('.dist-info', '.egg-info'))]
 print(json.dumps(found))
 """
@@ -195,14 +195,12 @@ class Sight:
 @functools.lru_cache(8)
 def in_sight(
     box,
-    show: tuple,  # folders shown beside the system's
-    system: bool,  # list the system's files, or those of `show`
+    show: tuple = (),  # folders shown beside the system's: these are listed; none: the system's
 ) -> Sight:
     "List what a sandbox shows; remembered. Raises `InfraError`."
-    tops, hidden = (('/',), ('/proc', '/dev', '/sys', '/workspace', *show)) if system else (show, ())
-    argv = [*python_in_box(), '-c', LIST, ':'.join(tops), ':'.join(hidden)]
+    argv = [*python_in_box(), '-c', LIST, *(show or '/')]
     with tempfile.TemporaryDirectory(prefix='kat-') as work:
-        told = _told(box.exec(argv, work, _LOOK, show=show)) if tops else {}
+        told = _told(box.exec(argv, work, _LOOK, show=show))
     found = Sight(defaultdict(list), defaultdict(list), defaultdict(list))
     for folder, names in told.items():
         for name in names:
@@ -264,7 +262,8 @@ def future_in_sight(
     show: tuple,  # folders of packages
 ) -> tuple:  # what is wrong, in words; what was looked at
     "What of the future a sandbox shows outside the workspace."
-    package, mine, system = plain_name(task.repo), in_sight(box, show, False), in_sight(box, show, True)
+    package, system = plain_name(task.repo), in_sight(box)
+    mine = in_sight(box, show) if show else Sight({}, {}, {})
     wrong = [f'{task.repo} is installed in {folder}' for folder in mine.packages.get(package, ())]
     wrong += [f'{path} is a release of it' for one in (mine, system) for path in one.archives.get(package, ())]
     files = _to_read(task, base, gold, [mine, system], system.packages.get(package, []))
@@ -377,8 +376,9 @@ def edit(path, new, old=None):
     data, old, new = content(where), old.encode(errors='surrogatepass'), new.encode(errors='surrogatepass')
     if old not in data and b'\r\n' in data:
         old, new = (text.replace(b'\r\n', b'\n').replace(b'\n', b'\r\n') for text in (old, new))
-    count = data.count(old)
-    if count != 1: raise Refused(f'`old` occurs {count} times in {shown(path)}; it must occur once')
+    first = data.find(old)
+    if first < 0: raise Refused(f'`old` does not occur in {shown(path)}')
+    if data.find(old, first + 1) >= 0: raise Refused(f'`old` occurs more than once in {shown(path)}')
     if old == new: raise Refused('nothing changed')
     put(where, data.replace(old, new), os.stat(where).st_mode)
     return 'done'
@@ -436,8 +436,8 @@ TOOLS = [
     tool('shell', f'run a command in the repository; no network, at most {SHELL.wall_s} seconds', command='string'),
     tool('submit', 'hand in the work')]
 SYSTEM = ('You mend a repository of code, which is the folder you are in. Its tests run with `python -m pytest`. Change '
-          'what must be changed, not the tests; then submit. Tools: view, search, edit, shell, submit; several in a turn '
-          'are run in order.')
+          'what must be changed, not the tests; then submit. Tools: view, search, edit, shell, submit; several in a '
+          'turn are run in order.')
 _CALL = 'exec 2>&1; shell=$(command -v bash || command -v sh); exec "$shell" -c "$1"'
 
 def _programs(folder: Path):
@@ -669,11 +669,11 @@ def edits_between(
 
 def _unique(above: list, old: list, new: list, below: list) -> tuple:
     "A text around lines that change which occurs once, and what it becomes."
-    whole, before, after = ''.join([*above, *old, *below]), 0, 0
+    whole, before, after = ''.join([*above, *old, *below]), 0, 0  # lines of context
     while True:
         lead, trail = above[len(above) - before:], below[:after]
         text = ''.join([*lead, *old, *trail])
-        if text and whole.count(text) == 1: return text, ''.join([*lead, *new, *trail])
+        if text and whole.find(text) == whole.rfind(text): return text, ''.join([*lead, *new, *trail])
         if before < len(above) and (before <= after or after == len(below)):
             before += 1
         else:

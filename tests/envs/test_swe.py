@@ -45,7 +45,7 @@ def box():
 
 @pytest.fixture
 def room(folder, box):
-    room = Workspace(folder, box, replace(SHELL, wall_s=5))
+    room = Workspace(folder, box, replace(SHELL, wall_s=30))
     yield room
     room.close()
     assert not room.home.exists()
@@ -94,8 +94,9 @@ def test_edit_replaces_what_occurs_once(room):
     edit = lambda **given: use(room, 'edit', **given)
     assert edit(path='calc.py', old='a - b', new='a * b') == (True, 'done')
     assert edit(path='calc.py', old='a * b', new='a * b') == (False, 'nothing changed')
-    assert 'occurs 3 times' in edit(path='calc.py', old='a', new='c')[1]
-    assert 'occurs 0 times' in edit(path='calc.py', old='x', new='c')[1]
+    assert 'more than once' in edit(path='calc.py', old='a', new='c')[1]
+    assert 'does not occur' in edit(path='calc.py', old='x', new='c')[1]
+    assert edit(path='o.txt', new='x.x.x')[0] and 'more than once' in edit(path='o.txt', old='x.x', new='c')[1]
     assert 'is there' in edit(path='calc.py', new='all')[1] and 'there is no' in edit(path='x', old='a', new='b')[1]
     assert edit(path='new/deep/f.py', new='1\n') == (True, 'created')
     assert edit(path='run.sh', old='echo run', new='echo ran') == (True, 'done')
@@ -141,7 +142,7 @@ def test_shell_is_bounded_and_leaves_nothing_running(room):
     assert use(room, 'shell', command='true') == (True, '[no output]')
     ok, text = use(room, 'shell', command='echo first; yes | head -c 300000; echo last')
     assert ok and text.startswith('first') and text.endswith('last') and len(text) < swe.ROOM + 100
-    assert 'the rest is lost' in use(room, 'shell', command='yes')[1]
+    assert 'the rest is lost' in use(room, 'shell', command='yes | head -c 2000000')[1]
     ok, text = use(room, 'shell', command='(while true; do echo x >> ticks; sleep .05; done) & sleep .2; echo done')
     size = os.path.getsize(room.work / 'ticks')
     assert ok and text == 'done' and size and os.path.getsize(room.work / 'ticks') == size
@@ -176,7 +177,7 @@ def test_edits_lead_from_one_text_to_another(old, new):
         return
     now = old
     for part, other in edits_between(old, new):
-        assert now.count(part) == 1
+        assert now.find(part) == now.rfind(part) >= 0
         now = now.replace(part, other)
     assert now == new
 
