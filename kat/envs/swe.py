@@ -435,7 +435,7 @@ TOOLS = [
          new='string', old='string?'),
     tool('shell', f'run a command in the repository; no network, at most {SHELL.wall_s} seconds', command='string'),
     tool('submit', 'hand in the work')]
-SYSTEM = ('You mend a repository of code, which is the folder you are in. Its tests run with `python -m pytest`. Change '
+SYSTEM = ('You mend a repository of code, the folder that you are in. Its tests run with `python -m pytest`. Change '
           'what must be changed, not the tests; then submit. Tools: view, search, edit, shell, submit; several in a '
           'turn are run in order.')
 _CALL = 'exec 2>&1; shell=$(command -v bash || command -v sh); exec "$shell" -c "$1"'

@@ -25,7 +25,7 @@ def test_output(
     before, *rest = log.split(BEGIN)
     if any(mark in before for mark in NOT_RUN): return None, None
     if len(rest) != 1 or log.count(END) != 1 or END not in rest[0]:
-        raise Ambiguous(f'{len(rest)} begins and {log.count(END)} ends of the test output are marked, one each expected')
+        raise Ambiguous(f'{len(rest)} begins and {log.count(END)} ends of the test output are marked, one expected')
     text, after = rest[0].split(END)
     codes = re.findall(rf'{CODE}\s*(-?\d+)', log)
     if len(codes) > 1 or codes and CODE not in after: raise Ambiguous('an exit code is told twice, or by the tests')
