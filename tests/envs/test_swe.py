@@ -2,6 +2,7 @@
 import asyncio
 import json
 import os
+import shutil
 import subprocess
 from dataclasses import replace
 from pathlib import Path
@@ -35,7 +36,17 @@ def made(folder, base=BASE, gold=GOLD, tests=TESTS, **changed):
 
 @pytest.fixture(scope='module')
 def folder(tmp_path_factory):
-    return made(tmp_path_factory.mktemp('tasks'))
+    top = tmp_path_factory.mktemp('tasks')
+    small_site(top / 'sites/pytest')
+    return made(top, site='pytest')
+
+
+def small_site(folder):
+    "pytest and what it needs, and nothing else: it starts faster than among all packages"
+    folder.mkdir(parents=True)
+    site = Path(pytest.__file__).parents[1]
+    for name in ('pytest', '_pytest', 'pluggy', 'iniconfig', 'packaging', 'pygments'):
+        shutil.copytree(site / name, folder / name, ignore=shutil.ignore_patterns('__pycache__'))
 
 
 @pytest.fixture(scope='module')
@@ -45,7 +56,7 @@ def box():
 
 @pytest.fixture
 def room(folder, box):
-    room = Workspace(folder, box, replace(SHELL, wall_s=30))
+    room = Workspace(folder, box, replace(SHELL, wall_s=110))
     yield room
     room.close()
     assert not room.home.exists()
@@ -280,7 +291,7 @@ def test_wrong_calls_are_told(folder, box):
 
 @pytest.mark.parametrize('command', [
     'rm -rf .git', 'rm -rf .git; ln -s /etc .git', 'rm -rf .git; echo gitdir: /tmp > .git',
-    'git config core.hooksPath /tmp; git config core.fsmonitor "touch /tmp/x"; echo "* filter=x" > .git/info/attributes',
+    'git config core.hooksPath /tmp; git config core.fsmonitor "touch x"; echo "* filter=x" > .git/info/attributes',
     'git commit -qam done; git checkout -q HEAD~1 2>/dev/null; rm -f .git/index',
     'printf "*.py -diff\\n* filter=evil\\n" > .gitattributes; echo "*" > .gitignore', 'chmod 000 tests; chmod 500 .'])
 def test_what_becomes_of_git_does_not_matter(command, folder, box):
@@ -345,8 +356,8 @@ HARD = {'edits': {**GOLD, 'calc.py': (b'# top\n\ndef add(a, b):\n    return a + 
 
 
 @pytest.mark.parametrize('name', HARD)
-def test_the_engineer_makes_the_fix_with_the_tools(name, tmp_path, box):
-    folder = made(tmp_path, gold=HARD[name])
+def test_the_engineer_makes_the_fix_with_the_tools(name, folder, box):
+    folder = made(folder.parent, gold=HARD[name], id='hard', site='pytest')
     async def episode():
         async with SoftwareEnv(box) as env:
             task, agent = plain_task(folder), SoftwareExpert(plain_task(folder))
@@ -379,9 +390,10 @@ def test_a_missing_folder_is_one_line(monkeypatch, tmp_path):
         make_world('swe').heldout(1)
 
 
-def test_a_task_whose_fix_fails_is_told(tmp_path):
-    bad = made(tmp_path, id='bad', gold={**BASE, 'calc.py': (b'def add(a, b):\n    return a * b\n', 'file')})
-    easy = made(tmp_path, id='easy', base={**BASE, 'calc.py': (b'def add(a, b):\n    return b + a\n', 'file')})
+def test_a_task_whose_fix_fails_is_told(folder):
+    code = lambda op: {**BASE, 'calc.py': (f'def add(a, b):\n    return {op}\n'.encode(), 'file')}
+    bad = made(folder.parent, id='bad', gold=code('a * b'), site='pytest')
+    easy = made(folder.parent, id='easy', base=code('b + a'), site='pytest')
     said = [asyncio.run(untrue(where, bubblewrap())) for where in (bad, easy)]
     assert 'task bad: its own fix is not resolved' in said[0] and said[1] == 'task easy: its tests pass without the fix'
 
