@@ -188,7 +188,9 @@ def forged(arguments, box, tmp):
     base, tests = tree({'calc.py': BUG}), tree({'test_calc.py': TEST})
     for name in SITE:
         shutil.copytree(Path(pytest.__file__).parents[1] / name, tmp / 'tasks/sites/pytest' / name)
-    task = SoftwareTask('calc-1', 'calc', 'add', ('test_calc.py::test_add',), ('test_calc.py::test_zero',), site='pytest')
+    shutil.copy(Path(pytest.__file__).parents[1] / 'py.py', tmp / 'tasks/sites/pytest')
+    names = ('test_calc.py::test_add',), ('test_calc.py::test_zero',)
+    task = SoftwareTask('calc-1', 'calc', 'add', *names, site='pytest')
     gold = {**base, **tree(FORGERIES['gold fix'])}
     folder, rows, cases = write_task(task, tmp / 'tasks', base, tests, tree_patch(base, gold)), [], []
     for name, files in FORGERIES.items():

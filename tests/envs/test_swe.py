@@ -47,6 +47,7 @@ def small_site(folder):
     site = Path(pytest.__file__).parents[1]
     for name in ('pytest', '_pytest', 'pluggy', 'iniconfig', 'packaging', 'pygments'):
         shutil.copytree(site / name, folder / name, ignore=shutil.ignore_patterns('__pycache__'))
+    shutil.copy(site / 'py.py', folder)
 
 
 @pytest.fixture(scope='module')
