@@ -78,7 +78,8 @@ def junit_says(text):
         cases = list(ElementTree.fromstring(text).iter('testcase'))
     except ElementTree.ParseError:
         return False
-    return bool(cases) and not any(len(case.findall(kind)) for case in cases for kind in ('failure', 'error', 'skipped'))
+    kinds = ('failure', 'error', 'skipped')
+    return bool(cases) and not any(case.findall(kind) for case in cases for kind in kinds)
 
 
 def ids(task):

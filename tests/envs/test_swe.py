@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from kat.core.chat import train_tokenizer
 from kat.core.io import UserError
 from kat.envs import swe
 from kat.envs.base import InfraError, ToolCall, make_world
@@ -19,6 +20,7 @@ from kat.envs.swe import (
     SHELL, SharedBox, SoftwareEnv, SoftwareExpert, Workspace, bubblewrap, edits_between, fitted, future_in_base,
     future_in_git, held_out, lay_out, left_tree, untrue)
 from kat.envs.tasks import SoftwareTask, patched, plain_task, read_task, tree_patch, write_task
+from kat.recipe.rollouts import ScriptPolicy, rollout
 
 pytestmark = pytest.mark.skipif(not features().works, reason=f'bubblewrap does not work here: {features().reason}')
 BASE = {'calc.py': (b'def add(a, b):\n    return a - b\n', 'file'), 'tests/test_old.py': (b'', 'file'),
@@ -368,6 +370,15 @@ def test_the_engineer_makes_the_fix_with_the_tools(name, folder, box):
             return await env.grade()
     grade = asyncio.run(episode())
     assert patched(BASE, grade.info['diff']) == HARD[name] and grade.reward == 1
+
+
+def test_the_engineer_solves_a_task_through_gateway_and_agent(folder, box):
+    "The same engineer as a model behind the gateway: its calls as text, in a chat template, and back"
+    tokenizer = train_tokenizer(['def add(a, b):\n    return a + b\n'] * 9, 300)
+    policy = ScriptPolicy(tokenizer, lambda episode: SoftwareExpert(episode.task))
+    make = lambda *task: SoftwareEnv(box)
+    played, = rollout(policy, tokenizer, [plain_task(folder)], make, max_turns=20, max_len=99_000)
+    assert played.reward == 1 and played.info['finish'] == 'submit' and played.info['patch'].keys() == {'calc.py'}
 
 
 def test_repositories_are_on_one_side(tmp_path, monkeypatch):
