@@ -1058,7 +1058,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                               'kat.envs.swe.assert_nothing_of_the_future': ( 'envs/swe.html#assert_nothing_of_the_future',
                                                                              'kat/envs/swe.py'),
                               'kat.envs.swe.bubblewrap': ('envs/swe.html#bubblewrap', 'kat/envs/swe.py'),
-                              'kat.envs.swe.changes': ('envs/swe.html#changes', 'kat/envs/swe.py'),
+                              'kat.envs.swe.changed_files': ('envs/swe.html#changed_files', 'kat/envs/swe.py'),
                               'kat.envs.swe.edits_between': ('envs/swe.html#edits_between', 'kat/envs/swe.py'),
                               'kat.envs.swe.fitted': ('envs/swe.html#fitted', 'kat/envs/swe.py'),
                               'kat.envs.swe.fix_marks': ('envs/swe.html#fix_marks', 'kat/envs/swe.py'),

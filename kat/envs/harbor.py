@@ -41,6 +41,7 @@ def tree_tar(
                 archive.addfile(entry, io.BytesIO(content))
     return data.getvalue()
 
+# %% ../../nbs/envs/12_harbor.ipynb #1eca4570
 def tar_tree(
     data: bytes,
     where: str,  # for errors
@@ -96,6 +97,7 @@ def read_harbor(
         raise ValueError(f'{folder}: it has neither environment/ nor [environment] docker_image')
     return HarborTask(folder.resolve().name, files, config)
 
+# %% ../../nbs/envs/12_harbor.ipynb #429dba74
 def write_harbor(
     task: HarborTask,
     folder: Path,  # of tasks; it becomes a folder in it

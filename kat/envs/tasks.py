@@ -119,6 +119,7 @@ def tree_patch(
 def _is_text(data: bytes) -> bool:
     return data.decode(errors='ignore').encode() == data
 
+# %% ../../nbs/envs/09_tasks.ipynb #5e0c7a91
 def patched(
     before: dict,  # tree
     patch: str,

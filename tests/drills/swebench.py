@@ -47,7 +47,7 @@ os._exit(int(code))
 def their_verdicts(python, cases):
     "SWE-bench's report of each (name, log, fail to pass, pass to pass, parser)"
     said = subprocess.run([python, '-c', ASK], input='\n'.join(map(json.dumps, cases)), capture_output=True, text=True)
-    if said.returncode: sys.exit(f'SWE-bench in {python}: {said.stderr[-800:]}')
+    if said.returncode: raise SystemExit(f'SWE-bench in {python}: {said.stderr[-800:]}')
     return [json.loads(line) for line in said.stdout.splitlines()]
 
 
@@ -187,9 +187,10 @@ def forged(arguments, box, tmp):
     "The forgeries, live: kat's grader; SWE-bench's verdict on the log of the same tree; JUnit's file and exit code"
     tree = lambda files: {path: (text.encode(), 'file') for path, text in files.items()}
     base, tests = tree({'calc.py': BUG}), tree({'test_calc.py': TEST})
-    for name in SITE:
-        shutil.copytree(Path(pytest.__file__).parents[1] / name, tmp / 'tasks/sites/pytest' / name)
-    shutil.copy(Path(pytest.__file__).parents[1] / 'py.py', tmp / 'tasks/sites/pytest')
+    whole = Path(pytest.__file__).parents[1]
+    for name in (*SITE, next(whole.glob('pluggy-*.dist-info')).name):
+        shutil.copytree(whole / name, tmp / 'tasks/sites/pytest' / name)
+    shutil.copy(whole / 'py.py', tmp / 'tasks/sites/pytest')
     names = ('test_calc.py::test_add',), ('test_calc.py::test_zero',)
     task = SoftwareTask('calc-1', 'calc', 'add', *names, site='pytest')
     gold = {**base, **tree(FORGERIES['gold fix'])}
@@ -215,9 +216,9 @@ def main():
     parser.add_argument('--python', default='.venv-swebench/bin/python', help="of SWE-bench's environment")
     parser.add_argument('--tasks', help='a task set: logs of its tasks before and after the fix')
     parser.add_argument('--logs', help="a folder of others' logs: */test_output.txt and report.json")
-    parser.add_argument('--parser', default='parse_log_pytest_v2', help="SWE-bench's parser for these")
+    parser.add_argument('--parser', default='parse_log_seaborn', help="SWE-bench's parser for these")
     arguments, box = parser.parse_args(), Bubblewrap()
-    if not os.path.exists(arguments.python): sys.exit(f'{arguments.python} is missing: make swebench')
+    if not os.path.exists(arguments.python): raise SystemExit(f'{arguments.python} is missing: make swebench')
     with tempfile.TemporaryDirectory(prefix='kat-') as tmp:
         forgeries = forged(arguments, box, Path(tmp))
         table(['handed in', 'kat', 'swebench', 'JUnit and exit code'], forgeries)
@@ -225,6 +226,7 @@ def main():
         table(['log', 'kat', 'swebench', ''], logs)
     wrong = [row for row in logs if row[1] != row[2] or 'differ' in row[3]]
     wrong += [row for row in forgeries if (row[1] == 'resolved') != (row[0] == 'gold fix')]
+    wrong += [row for row in forgeries if row[0] == 'gold fix' and not (row[2] and row[3])]
     sys.exit(f'{len(wrong)} rows are not as they should be: {wrong[0]}' if wrong else 0)
 
 
