@@ -33,7 +33,8 @@ def test_output(
     return re.sub(r'\x1b\[[0-9;]*[A-Za-z]', '', text).replace('\r\n', '\n'), int(codes[0]) if codes else None
 
 # %% ../../nbs/envs/17_logs.ipynb #eea24033
-STATUS_WORDS = dict(PASSED='passed', FAILED='failed', ERROR='error', SKIPPED='skipped', XFAIL='xfailed', XPASS='xpassed')
+STATUS_WORDS = dict(PASSED='passed', FAILED='failed', ERROR='error', SKIPPED='skipped', XFAIL='xfailed',
+                    XPASS='xpassed')
 _COUNTS = r'\d+ [a-z]+(?: [a-z]+)?(?:, \d+ [a-z]+(?: [a-z]+)?)*'
 _LAST = re.compile(rf'=*\s*({_COUNTS}) in \d+(?:\.\d+)?s(?: \([\d:]+\))?\s*=*')
 _HEAD = re.compile(r'=+ short test summary info =+')
