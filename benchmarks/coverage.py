@@ -3,7 +3,8 @@
 
 Share of evaluations whose 95 % interval holds the truth. `pooled`: Wilson, all runs taken as independent; `wilson`: on
 independent trials, what `kat evaluate` prints; `bootstrap`: plain, over tasks; `difference`: of two models, paired,
-what `kat compare` prints. Then how often the exact test finds the difference that it says it finds four times in five."""
+what `kat compare` prints. Then how often the exact test finds the difference that it says it finds
+4 times in 5."""
 import argparse
 
 import numpy as np
