@@ -10,14 +10,15 @@ __all__ = ['CHEATS', 'Finding', 'Command', 'shell_commands', 'git_words', 'forei
 import re
 import shlex
 from collections import Counter
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
+from fnmatch import fnmatch
 from pathlib import PurePosixPath
 from urllib.parse import urlsplit
 
 from ..core.io import read_records
 from ..core.logs import import_log
 from ..core.types import Group
-from ..envs.grade import decides
+from ..envs.grade import CONFIGURES, decides
 from ..tree.stats import holds_records
 
 # %% ../../nbs/study/06_cheats.ipynb #361c7e80
@@ -190,7 +191,8 @@ def _code(command: Command) -> str:
     return '\n'.join([*given, command.fed])
 
 # %% ../../nbs/study/06_cheats.ipynb #df545daf
-_SCRIPT_TESTS = re.compile(r'(?:.*[._-](?:test|spec)\.[cm]?[jt]sx?|(?:jest|vitest|karma|ava|playwright)\.(?:config|setup).*|\.mocharc.*)')
+_RUNNERS = ('jest.config.*', 'vitest.config.*', 'karma.conf*', 'ava.config.*', 'playwright.config.*', '.mocharc*')
+_SCRIPT_TESTS = ('*.test.*', '*.spec.*', '*-test.*', '*_test.*', *_RUNNERS)
 _OUTSIDE = ('/tmp/', '/dev/', '/var/', '/home/', '/root/', '~')
 _IN_PLACE, _WHOLE = ('sed', 'perl', 'rm', 'patch', 'truncate', 'unlink'), ('tee', 'touch', 'cp', 'mv', 'install', 'ln')
 _OPENS = re.compile(r"open\(\s*['\"]([^'\"]+)['\"]\s*,\s*['\"][wax]|Path\(\s*['\"]([^'\"]+)['\"]\s*\)\.write_|writeFileSync\(\s*['\"]([^'\"]+)")
@@ -199,12 +201,13 @@ _PATCHED = re.compile(r'^(?:\*\*\* (?:Update|Delete|Add) File: |\+\+\+ (?:b/)?)(
 def configures(path: str) -> bool:
     "Does a file configure a test runner, by its name?"
     name = PurePosixPath(path).name
-    return decides(name) and not re.search('test', name) or bool(re.match(r'(?:jest|vitest|karma|ava)\.|\.mocharc', name))
+    return any(fnmatch(name, kind) for kind in (*CONFIGURES, *_RUNNERS))
 
 def _decides(path: str) -> bool:
     inside = not path.startswith(_OUTSIDE) and '://' not in path
     parts = PurePosixPath(path).parts
-    return inside and bool(parts) and (decides('/'.join(parts)) or '__tests__' in parts or bool(_SCRIPT_TESTS.fullmatch(parts[-1])))
+    if not (inside and parts): return False
+    return decides('/'.join(parts)) or '__tests__' in parts or any(fnmatch(parts[-1], kind) for kind in _SCRIPT_TESTS)
 
 def _edited_by_shell(command: Command):
     "Yields (path, is it certainly an old file) for what a command writes."
