@@ -5,20 +5,19 @@
 # %% auto #0
 __all__ = ['find_tasks', 'task_hash', 'model_hash', 'Settings', 'Job', 'make_jobs', 'line_of', 'patch_of', 'Down', 'Play',
            'play_all', 'check_task', 'check_all', 'versions', 'settle', 'ModelSource', 'contestant_of', 'Evaluation',
-           'run_evaluation', 'stage_models']
+           'run_evaluation', 'stage_models', 'evaluation_folder', 'run_stages']
 
-# %% ../../nbs/recipe/07_benchmark.ipynb #d421817e
+# %% ../../nbs/recipe/07_benchmark.ipynb #b2591f08
 import asyncio
 import hashlib
-import json
 import platform
+import re
 import secrets
-import sys
 import time
 import warnings
 from collections import Counter
-from contextlib import asynccontextmanager, contextmanager, nullcontext
-from dataclasses import asdict, dataclass, field
+from contextlib import asynccontextmanager, nullcontext
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from ..core.io import UserError, append_jsonl, atomic, dumps, one_line, read_log
@@ -31,7 +30,7 @@ from .contestants import (BuiltIn, Commanded, Housed, Played, endpoint, find_pro
 from .pipeline import Bars, Lines, locked, machine, write_json
 from .report import read_json
 from .rollouts import asyncio_run
-from .scores import EVAL_SCHEMA, category_of, load_run, newest, passed, score, score_lines, write_page
+from .scores import EVAL_SCHEMA, category_of, load_run, newest, passed, score, score_lines, write_page, write_stages
 from ..study.cheats import calls_in, scan_messages
 
 # %% ../../nbs/recipe/07_benchmark.ipynb #de65b3fa
@@ -39,13 +38,13 @@ def find_tasks(
     said: str,     # a folder, or 'micro:200'
 ):                 # -> (tasks, world or None)
     "The tasks of `--tasks`, and the world that plays them. UserError where there are none, or fewer than asked for."
-    if Path(said).is_dir():
+    if said and Path(said).is_dir():
         try:
             found = [plain_task(folder) for folder in read_tasks(Path(said)).values()]
         except ValueError as error:
             raise UserError(f'--tasks {said}: {one_line(error)}') from None
         return found, None
-    if Path(said).exists():
+    if said and Path(said).exists():
         raise UserError(f'--tasks {said}: a folder of tasks expected; kat tasks makes one of a file')
     name, _, number = said.rpartition(':')
     if not name or not number.isdigit() or int(number) < 1:
@@ -395,7 +394,7 @@ def _prepare(asked: Evaluation, folder: Path, tasks: list[Task], world, make_env
     "Check, settle, and see what is left to play."
     excluded, begun = {}, time.time()
     jobs = make_jobs(tasks, asked.source.identity, asked.settings, asked.runs)
-    config = dict(schema=EVAL_SCHEMA, name=asked.title, model=asked.source.identity | dict(place=asked.source.place),
+    config = dict(schema=EVAL_SCHEMA, name=asked.title, model=asked.source.identity, place=asked.source.place,
                   agent=asked.settings.agent, settings=asdict(asked.settings), tasks=asked.tasks, runs=asked.runs,
                   task_set=hashlib.sha256(dumps(sorted({job.hash for job in jobs})).encode()).hexdigest()[:16],
                   price=asked.price, command=asked.command, began=time.strftime('%Y-%m-%dT%H:%M:%S%z'), versions=[versions()],
@@ -457,3 +456,23 @@ def stage_models(
     out = {stage: folder for stage, folder in found.items() if (folder / 'config.json').is_file()}
     if not out: raise UserError(f'--stages {run}: no stage has left a model yet')
     return out
+
+# %% ../../nbs/recipe/07_benchmark.ipynb #b9cdcc8f
+def evaluation_folder(source: ModelSource, tasks: str, settings: Settings) -> Path:
+    "Where an evaluation goes that was given no folder: the same for the same model, tasks and settings."
+    digest = hashlib.sha256(dumps([source.identity, asdict(settings)]).encode()).hexdigest()[:6]
+    words = [source.model_name or source.place.rstrip('/').rsplit('/', 1)[-1], tasks.rstrip('/').rsplit('/', 1)[-1], digest]
+    return Path('evals') / re.sub(r'[^\w.+-]+', '-', '-'.join(words)).strip('-')
+
+def run_stages(
+    sources: dict[str, ModelSource],  # by stage, in the recipe's order
+    tasks: str,          # as `--tasks` says
+    folder: Path,        # gets a folder for each stage, and the chart
+    settings: Settings,
+    more: dict,          # further fields of `Evaluation`
+    console=None,
+) -> Path:               # report.html
+    "Evaluate every stage that has not been, then draw the chart. Raises as `run_evaluation`."
+    for stage, source in sources.items():
+        run_evaluation(Evaluation(source, tasks, folder / stage, settings, name=stage, **more), console)
+    return write_stages(folder, {stage: folder / stage for stage in sources}, more['command'])
