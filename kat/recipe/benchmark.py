@@ -25,12 +25,14 @@ from ..envs.base import Outcome, Task, episodes, find_world, scripted
 from ..envs.grade import read_tree
 from ..envs.sandbox import features
 from ..envs.tasks import plain_task, read_tasks, tree_patch
-from .contestants import (BuiltIn, Commanded, Housed, Played, endpoint, find_program, hand_in_gold, hand_in_nothing,
+from .contestants import (BuiltIn, Commanded, Housed, Played, endpoint, find_program, hand_in_gold,
+                                    hand_in_nothing,
                                     handed, house)
 from .pipeline import Bars, Lines, locked, machine, write_json
 from .report import read_json
 from .rollouts import asyncio_run
-from .scores import EVAL_SCHEMA, category_of, load_run, newest, passed, score, score_lines, write_page, write_stages
+from .scores import (EVAL_SCHEMA, category_of, load_run, newest, passed, score, score_lines, share,
+                               write_page, write_stages)
 from ..study.cheats import calls_in, scan_messages
 
 # %% ../../nbs/recipe/07_benchmark.ipynb #de65b3fa
@@ -144,8 +146,10 @@ def line_of(
     names = (job.task.kind.split('/')[-1],) if 'folder' in job.task.data else ()
     findings = [asdict(found) for found in scan_messages(played.messages, names)]
     tests = grade.tests if grade else {}
-    return dict(key=job.key, task=job.task.id, hash=job.hash, run=job.run, kind=job.task.data.get('family') or job.task.kind,
-                category=category_of(outcome.finish, grade), finish=outcome.finish, passed=bool(grade) and passed(grade),
+    return dict(key=job.key, task=job.task.id, hash=job.hash, run=job.run, kind=job.task.data.get('family')
+                or job.task.kind,
+                category=category_of(outcome.finish, grade), finish=outcome.finish, passed=bool(grade)
+                and passed(grade),
                 tests=[sum(tests.values()), len(tests)], tampered=grade.info.get('tampered', '') if grade else '',
                 turns=played.turns, calls=sum(map(len, answers)), tool_turns=sum(map(bool, answers)), read=played.read,
                 written=played.written, seconds=round(outcome.seconds, 3), patch=patch_of(job.task, grade),
@@ -293,10 +297,12 @@ def settle(
         same = ('schema', 'model', 'settings')
         flat = lambda one: {f'{part}.{name}': value for part in same[1:] for name, value in one.get(part, {}).items()}
         was, now = flat(old), flat(config)
-        other = [f'{name}: {was.get(name)!r} there, {now.get(name)!r} now' for name in was | now if was.get(name) != now.get(name)]
+        other = [f'{name}: {was.get(name)!r} there, {now.get(name)!r} now' for name in was | now
+                 if was.get(name) != now.get(name)]
         if other:
             raise UserError(f'{folder} was made with other settings ({"; ".join(other[:3])}): choose another --out')
-        config = config | dict(began=old['began'], versions=old['versions'] + [v for v in config['versions'] if v not in old['versions']])
+        config = config | dict(began=old['began'],
+                               versions=old['versions'] + [v for v in config['versions'] if v not in old['versions']])
     write_json(folder / 'run.json', config)
     return config
 
@@ -305,7 +311,7 @@ def settle(
 class ModelSource:
     "Where answers come from: a folder, opened by `opened`, or an endpoint."
     place: str           # folder or address
-    opened: object = None    # for a folder: () -> asynchronous context that yields (engine, tokenizer, tokens of context)
+    opened: object = None    # of a folder: () -> asynchronous context of (engine, tokenizer, tokens of context)
     key: str = ''        # of the endpoint
     model_name: str = '' # of the endpoint's model; '': the only one that it lists
     wait: float = 1.     # seconds before a request is tried again
@@ -370,11 +376,13 @@ def run_evaluation(
     console = console or Console()
     tasks, world = find_tasks(asked.tasks)
     program = None if asked.settings.agent == 'builtin' else find_program(asked.settings.agent, asked.show)
-    if program and not features().works: raise UserError(f'--agent {asked.settings.agent}: no sandbox here: {features().reason}')
+    if program and not features().works:
+        raise UserError(f'--agent {asked.settings.agent}: no sandbox here: {features().reason}')
     if program is None and world is None:
         world = find_world(tasks[0].env)
     folder = asked.folder.resolve()
-    if folder.exists() and not folder.is_dir() or folder.is_dir() and any(folder.iterdir()) and not (folder / 'lock').exists():
+    strange = folder.is_dir() and any(folder.iterdir()) and not (folder / 'lock').exists()
+    if strange or folder.exists() and not folder.is_dir():
         raise UserError(f'{folder} is in the way: it is not an evaluation of kat; choose another --out')
     folder.mkdir(parents=True, exist_ok=True)
     with locked(folder), (world.open(2) if world else nullcontext()) as make_env:
@@ -397,7 +405,8 @@ def _prepare(asked: Evaluation, folder: Path, tasks: list[Task], world, make_env
     config = dict(schema=EVAL_SCHEMA, name=asked.title, model=asked.source.identity, place=asked.source.place,
                   agent=asked.settings.agent, settings=asdict(asked.settings), tasks=asked.tasks, runs=asked.runs,
                   task_set=hashlib.sha256(dumps(sorted({job.hash for job in jobs})).encode()).hexdigest()[:16],
-                  price=asked.price, command=asked.command, began=time.strftime('%Y-%m-%dT%H:%M:%S%z'), versions=[versions()],
+                  price=asked.price, command=asked.command, began=time.strftime('%Y-%m-%dT%H:%M:%S%z'),
+                  versions=[versions()],
                   excluded={}, checked=asked.check, keys=[job.key for job in jobs])
     config = settle(folder, config)
     if asked.check:
@@ -411,7 +420,8 @@ def _prepare(asked: Evaluation, folder: Path, tasks: list[Task], world, make_env
             display.done('check', f'{len(tasks)} tasks in {time.time() - begun:.0f} s, excluded {len(excluded)}')
     jobs = [job for job in jobs if job.task.id not in excluded]
     config = settle(folder, config | dict(excluded=excluded, keys=[job.key for job in jobs]))
-    over = {key for key, line in newest(_read_lines(folder / 'episodes.jsonl')).items() if line['category'] != 'infrastructure'}
+    over = {key for key, line in newest(_read_lines(folder / 'episodes.jsonl')).items()
+            if line['category'] != 'infrastructure'}
     return config, [job for job in jobs if job.key not in over]
 
 # %% ../../nbs/recipe/07_benchmark.ipynb #de37b5be
@@ -423,7 +433,8 @@ def _play(asked: Evaluation, folder: Path, config: dict, todo: list[Job], make_e
         def told(line):
             seen.update(['done', line['category']])
             scored = seen['done'] - seen['infrastructure']
-            note = f'resolved {seen["resolved"]}/{scored}' + (f', lost {seen["infrastructure"]}' if seen['infrastructure'] else '')
+            note = f'resolved {seen["resolved"]}/{scored}' + (f', lost {seen["infrastructure"]}'
+                                                              if seen['infrastructure'] else '')
             display.step('episodes', total - len(todo) + seen['done'], total, note)
         async def work():
             who = contestant_of(asked.source, asked.settings, folder, asked.title, asked.at_once, program)
@@ -461,7 +472,8 @@ def stage_models(
 def evaluation_folder(source: ModelSource, tasks: str, settings: Settings) -> Path:
     "Where an evaluation goes that was given no folder: the same for the same model, tasks and settings."
     digest = hashlib.sha256(dumps([source.identity, asdict(settings)]).encode()).hexdigest()[:6]
-    words = [source.model_name or source.place.rstrip('/').rsplit('/', 1)[-1], tasks.rstrip('/').rsplit('/', 1)[-1], digest]
+    words = [source.model_name or source.place.rstrip('/').rsplit('/', 1)[-1], tasks.rstrip('/').rsplit('/', 1)[-1],
+             digest]
     return Path('evals') / re.sub(r'[^\w.+-]+', '-', '-'.join(words)).strip('-')
 
 def run_stages(

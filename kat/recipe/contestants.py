@@ -19,7 +19,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from ..core.io import UserError, need, one_line
-from ..envs.base import Env, Grade, InfraError, Observation, Task
+from ..envs.base import Env, Grade, InfraError, Observation, Task, ToolCall
 from ..envs.grade import read_tree, write_tree
 from ..envs.sandbox import Bubblewrap, Limits
 from ..envs.tasks import base_tree, gold_tree, grade_state, read_task, tree_patch
@@ -49,7 +49,8 @@ class Spent(Exception):
     "A limit of the episode is reached: 'cap' (turns), 'tokens', or 'length' (the model's context)."
 
 # %% ../../nbs/recipe/08_contestants.ipynb #ec963a5e
-_TOO_LONG = re.compile(r'context_length_exceeded|context length|context window|prompt is too long|too many tokens', re.I)
+_TOO_LONG = re.compile(r'context_length_exceeded|context length|context window|prompt is too long|too many tokens',
+                       re.I)
 
 class Meter:
     "The client that `kat.recipe.agent.play` posts with. Raises `InfraError`, and `Spent` at a limit."
@@ -159,8 +160,10 @@ async def endpoint(
             response = await client.get(f'{url}/models')
         except (httpx2.HTTPError, httpx2.InvalidURL) as error:
             why = one_line(error) or type(error).__name__
-            raise UserError(f'--model {url}: nobody answers there ({why}); start the server, or mend the address') from None
-        if response.status_code in (401, 403): raise UserError(f'--model {url}: the key is refused; give one with --api-key-file')
+            said = f'--model {url}: nobody answers there ({why}); start the server, or mend the address'
+            raise UserError(said) from None
+        if response.status_code in (401, 403):
+            raise UserError(f'--model {url}: the key is refused; give one with --api-key-file')
         yield client, url, model or _only_model(response, url)
 
 def _only_model(response, url: str) -> str:
@@ -287,7 +290,8 @@ class Housed:
     async def play(self, env: Env, task: Task, seed: int | None, played: Played) -> str:
         "Play one episode; how it ended."
         key = await self.house.session(played.session, task.id)
-        agent = BuiltIn(_WithKey(self.client, key), f'{self.house.address}/v1', self.house.gateway.model, self.max_turns,
+        agent = BuiltIn(_WithKey(self.client, key), f'{self.house.address}/v1', self.house.gateway.model,
+                        self.max_turns,
                         self.tokens, self.sampling)
         try:
             return await agent.play(env, task, seed, played)
@@ -356,8 +360,8 @@ AGENTS = {  # name: command line, environment
     'mini-swe-agent': ('mini -m openai/{model} -t {prompt} -y -l 0 --exit-immediately -o /tmp/mini.json',
                        dict(MSWEA_CONFIGURED='true', MSWEA_COST_TRACKING='ignore_errors', MSWEA_SILENT_STARTUP='1',
                             LITELLM_LOCAL_MODEL_COST_MAP='True', CI='1'))}
-TOLD = ('{statement}\n\nThe repository is in the current folder. Change its files so that this is done; hidden tests decide. '
-        'There is no network.')
+TOLD = ('{statement}\n\nThe repository is in the current folder. Change its files so that this is done; hidden tests '
+        'decide. There is no network.')
 PORT = 8000   # of the gateway, as an agent sees it
 
 @dataclass(frozen=True)
@@ -395,7 +399,8 @@ def find_program(
     found = shutil.which(words[0])
     if not found:
         known = ', '.join(['builtin', *AGENTS])
-        raise UserError(f'--agent {agent}: there is no program {words[0]!r} here; install it, put it on PATH, or use one of {known}')
+        raise UserError(f'--agent {agent}: there is no program {words[0]!r} here; install it, put it on PATH, or use one '
+                        f'of {known}')
     for path in show:
         if not os.path.exists(path): raise UserError(f'--show {path}: there is no such folder')
     files = [word for word in words[1:] if os.path.isabs(word) and os.path.exists(word)]
@@ -501,7 +506,8 @@ async def sockets(
     def stop():
         for one in ends:
             one.close()
-    servers = [await asyncio.start_unix_server(serve, folder / name) for name, serve in (('model', model), ('end', end))]
+    servers = [await asyncio.start_unix_server(serve, folder / name) for name,
+               serve in (('model', model), ('end', end))]
     try:
         yield stop
     finally:
@@ -545,7 +551,8 @@ class Commanded:
 
     async def _run(self, statement: str, key: str, work: Path, lines: Path, budget: Budget, stop):
         "The program from its start to its end, whoever ends it."
-        argv, env = self.program.filled(prompt=TOLD.format(statement=statement), url=f'http://127.0.0.1:{PORT}', key=key,
+        argv, env = self.program.filled(prompt=TOLD.format(statement=statement), url=f'http://127.0.0.1:{PORT}',
+                                        key=key,
                                         model=self.house.gateway.model)
         command = [*bare_python(), '-c', STARTER, str(lines), str(PORT), json.dumps(argv)]
         limits = replace(ROOM, wall_s=self.seconds + 60)
@@ -588,7 +595,6 @@ def _how_it_ended(ended, budget: Budget, played: Played) -> str:
 # %% ../../nbs/recipe/08_contestants.ipynb #4fde64ca
 async def hand_in_nothing(env: Env, task: Task) -> tuple[str, None]:
     "An agent that submits at once; fits `kat.envs.base.episodes`."
-    from kat.envs.base import ToolCall
     await env.reset(task)
     names = [tool['function']['name'] for tool in env.tools]
     if 'submit' in names:

@@ -85,7 +85,8 @@ def score(
     most = min(map(len, known.values()), default=0)
     sizes = np.array([[len(runs), sum(runs)] for runs in known.values()]).reshape(-1, 2)
     tries = {k: pass_at_k(*sizes.T, k) for k in sorted({k for k in (1, 2, 5, 10) if k < most} | {most} - {0})}
-    return dict(episodes=len(records), tasks=len(outcomes), scored=sum(map(len, known.values())), rate=rate, lo=lo, hi=hi,
+    return dict(episodes=len(records), tasks=len(outcomes), scored=sum(map(len, known.values())), rate=rate, lo=lo,
+                hi=hi,
                 **{'pass': tries}, **{name: counts[name] for name in CATEGORIES}, **_means(records, price),
                 findings=cheat_counts([one['findings'] for one in records]))
 
@@ -111,7 +112,8 @@ def score_lines(
         kinds = ', '.join(f"{name} {row['findings'][name]}" for name in CHEATS if row['findings'][name])
         out.append(f"worth a look: {row['findings']['any']} episodes ({kinds}); the score is as it is")
     if excluded:
-        out.append(f'excluded by --check ({len(excluded)}): {named([f"{task} ({why})" for task, why in excluded.items()])}')
+        tasks = [f'{task} ({why})' for task, why in excluded.items()]
+        out.append(f'excluded by --check ({len(tasks)}): {named(tasks)}')
     return out
 
 # %% ../../nbs/recipe/09_scores.ipynb #5b6d7289
@@ -234,7 +236,8 @@ def _episodes(records: list[dict], most: int = 2000) -> str:
     rows = []
     for one in records[:most]:
         look = ', '.join(sorted({found['rule'] for found in one['findings']}))
-        where = f'<a href="{escape(one["dialogue"])}">{escape(one["task"])}</a>' if one['dialogue'] else escape(one['task'])
+        name = escape(one['task'])
+        where = f'<a href="{escape(one["dialogue"])}">{name}</a>' if one['dialogue'] else name
         words = [one['category'], one['error'] or one['note'] or one['tampered'] or one['finish'], look]
         rows.append([where, str(one['run'] + 1), *(escape(word[:160]) for word in words),
                      *(str(one[name]) for name in ('turns', 'calls', 'read', 'written')), f'{one["seconds"]:.1f}'])
@@ -264,11 +267,13 @@ def write_page(
     effort = html_table([f'>{name}' for name in ('turns', 'calls', 'width', 'read', 'written', 'cost, $', 'seconds')],
                         [[*(f'{row[name]:.2f}' for name in ('turns', 'calls', 'width', 'read', 'written')),
                           '–' if row['cost'] is None else f"{row['cost']:.5f}", f"{row['seconds']:.2f}"]])
-    parts = [f'<h1>{escape(config["name"])}</h1><p class="sub">{escape(config["agent"])} on {escape(config["tasks"])}</p>',
+    settings = json.dumps({k: v for k, v in config.items() if k != 'keys'}, indent=1, ensure_ascii=False)
+    parts = [f'<h1>{escape(config["name"])}</h1>',
+             f'<p class="sub">{escape(config["agent"])} on {escape(config["tasks"])}</p>',
              _cards(row, config), *_notes(config, len(records)), '<h2>An episode on average</h2>', effort,
              '<h2>By kind of task</h2>', _by_kind(records) if records else '', '<h2>Figures</h2>',
              escape(why) or embedded_figures(folder), '<h2>Episodes</h2>', _episodes(records), '<h2>Settings</h2>',
-             f'<pre>{escape(json.dumps({k: v for k, v in config.items() if k != "keys"}, indent=1, ensure_ascii=False))}</pre>',
+             f'<pre>{escape(settings)}</pre>',
              f'<h2>Make it again</h2><pre>{escape(config["command"])}</pre>']
     page = PAGE.format(title=escape(config['name']), style=STYLE, body='\n'.join(parts))
     with atomic(folder / 'report.html') as tmp:
@@ -277,13 +282,15 @@ def write_page(
 
 def _notes(config: dict, played: int) -> list[str]:
     "What a reader must know before the numbers."
-    out = [f'<p class="note">{"; ".join(f"<b>{name}</b>: {what}" for name, what in CATEGORIES.items())}. The range is a 95 % '
-           'interval over tasks. What the infrastructure lost is in no rate.</p>']
+    words = '; '.join(f'<b>{name}</b>: {what}' for name, what in CATEGORIES.items())
+    out = [f'<p class="note">{words}. The range is a 95 % interval over tasks. What the infrastructure lost is in no '
+           'rate.</p>']
     if missing := len(config['keys']) - played:
         out.append(f'<p class="note"><b>{missing} episodes are still to be played</b>: the same command goes on.</p>')
     if config['excluded']:
         listed = ''.join(f'<li>{escape(task)}: {escape(why)}</li>' for task, why in config['excluded'].items())
-        out.append(f'<details><summary>excluded by --check: {len(config["excluded"])}</summary><ul>{listed}</ul></details>')
+        summary = f'<summary>excluded by --check: {len(config["excluded"])}</summary>'
+        out.append(f'<details>{summary}<ul>{listed}</ul></details>')
     if len(config['versions']) > 1:
         out.append('<p class="note"><b>Made with more than one set of versions</b>; see the settings.</p>')
     return out
@@ -333,7 +340,8 @@ def write_stages(
                        [[f'<a href="{escape(row["stage"])}/report.html">{escape(row["stage"])}</a>', share(row),
                          *(str(row[name]) for name in CATEGORIES), f"{row['turns']:.2f}", f"{row['width']:.2f}",
                          f"{row['written']:.0f}"] for row in rows])
-    body = f'<h1>{escape(folder.name)}</h1><p class="sub">{escape(tasks)}</p>{figure}{table}<pre>{escape(command)}</pre>'
+    head = f'<h1>{escape(folder.name)}</h1><p class="sub">{escape(tasks)}</p>'
+    body = f'{head}{figure}{table}<pre>{escape(command)}</pre>'
     with atomic(folder / 'report.html') as tmp:
         tmp.write_text(PAGE.format(title=escape(folder.name), style=STYLE, body=body), encoding='utf-8')
     return folder / 'report.html'

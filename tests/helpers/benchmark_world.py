@@ -64,13 +64,15 @@ def evaluate(path, made, tasks='micro:4', agent='builtin', context=10**5, **more
 
 
 CALC = 'def add(a, b):\n    return a - b\n\n\ndef sub(a, b):\n    return a - b\n'
-TESTS = 'from calc import add, sub\n\n\ndef test_add():\n    assert add(2, 3) == 5\n\n\ndef test_sub():\n    assert sub(3, 2) == 1\n'
+TESTS = ('from calc import add, sub\n\n\ndef test_add():\n    assert add(2, 3) == 5\n\n\n'
+         'def test_sub():\n    assert sub(3, 2) == 1\n')
 
 
 def software_task(folder, name='demo__calc-1', gold='return a + b', base=CALC):
     "A repository of one file, in a folder of tasks."
     tree = lambda text: {'calc.py': (text.encode(), 'file')}
     fixed = CALC.replace('return a - b', gold, 1)
-    task = SoftwareTask(name, 'demo/calc', 'add() must add; it subtracts.', ('test_calc.py::test_add',), ('test_calc.py::test_sub',))
+    task = SoftwareTask(name, 'demo/calc', 'add() must add; it subtracts.', ('test_calc.py::test_add',),
+                        ('test_calc.py::test_sub',))
     tests = {'test_calc.py': (TESTS.encode(), 'file')}
     return write_task(task, folder, tree(base), tests, tree_patch(tree(base), tree(fixed)))

@@ -1,13 +1,10 @@
 "kat evaluate: every episode once, whatever kills it; what is lost has no score; nothing is mixed up"
 import asyncio
+import base64
 import json
-import math
-import os
 import shutil
-import subprocess
 from contextlib import asynccontextmanager
 from io import StringIO
-from pathlib import Path
 
 import pytest
 from benchmark_world import AGENT, call, engine, evaluate, knows, software_task, source
@@ -19,7 +16,7 @@ from rich.console import Console
 from kat.core.io import UserError, append_jsonl
 from kat.envs.base import Grade, InfraError, find_world
 from kat.envs.micro import MicroEnv
-from kat.envs.tasks import patched, read_tasks
+from kat.envs.tasks import patched
 from kat.plane.gateway import Gateway, running
 from kat.plane.store import Store
 from kat.recipe.benchmark import (Down, Evaluation, ModelSource, Play, Settings, find_tasks, make_jobs, model_hash,
@@ -67,7 +64,8 @@ def test_every_end_is_of_one_category(finish, grade):
 
 
 LINES = st.lists(st.builds(
-    lambda task, run, category, turns: dict(task=task, run=run, category=category, turns=turns, calls=turns, tool_turns=turns,
+    lambda task, run, category,
+    turns: dict(task=task, run=run, category=category, turns=turns, calls=turns, tool_turns=turns,
                                             read=3, written=2, seconds=1., findings=[], kind='k', key=f'{task}{run}'),
     st.sampled_from('abc'), st.integers(0, 3), st.sampled_from([*CATEGORIES]), st.integers(0, 9)), max_size=12)
 
@@ -311,7 +309,8 @@ def at_endpoint(path, made, how=lambda app: app, tasks='micro:4', **more):
 def test_an_endpoint_is_played_like_a_folder(tmp_path):
     made = engine(knows(SOLVABLE))
     said = at_endpoint(tmp_path, made)
-    assert 'resolved: 2/4' in said and {one['read'] > 0 and one['written'] > 0 for one in lines(tmp_path / 'run')} == {True}
+    assert 'resolved: 2/4' in said and {one['read'] > 0 and one['written'] > 0
+                                        for one in lines(tmp_path / 'run')} == {True}
     assert load_run(tmp_path / 'run')[0]['model']['endpoint'].startswith('http://127.0.0.1')
 
 
@@ -320,7 +319,8 @@ def test_a_key_that_is_refused_and_an_endpoint_that_is_down(tmp_path):
     with pytest.raises(UserError, match='the key is refused; give one with --api-key-file'):
         at_endpoint(tmp_path, made, gateway=dict(keys={'right': 'me'}), key='wrong')
     with pytest.raises(UserError, match='nobody answers there'):
-        run_evaluation(Evaluation(ModelSource('http://127.0.0.1:9'), 'micro:1', tmp_path / 'b'), Console(file=StringIO()))
+        run_evaluation(Evaluation(ModelSource('http://127.0.0.1:9'), 'micro:1', tmp_path / 'b'),
+                       Console(file=StringIO()))
     assert not (tmp_path / 'b/episodes.jsonl').exists() and not made.asked
 
 
@@ -335,7 +335,8 @@ class Trouble:
         what = self.how(self.n)
         if what is None: return await self.app(scope, receive, send)
         status, body, *head = what
-        await send(dict(type='http.response.start', status=status, headers=[(b'content-type', b'application/json'), *head]))
+        await send(dict(type='http.response.start', status=status,
+                        headers=[(b'content-type', b'application/json'), *head]))
         await send(dict(type='http.response.body', body=body))
 
 
@@ -368,7 +369,8 @@ def test_what_an_endpoint_gets_wrong_is_never_scored(tmp_path, monkeypatch, answ
 
 def test_a_prompt_that_is_too_long_for_an_endpoint_truncates(tmp_path, monkeypatch):
     answer = 400, b'{"error": {"code": "context_length_exceeded", "message": "too long"}}'
-    troubled(tmp_path, engine(lambda text: call('list')), lambda n: answer if n == 3 else None, monkeypatch, tasks='micro:1')
+    troubled(tmp_path, engine(lambda text: call('list')), lambda n: answer if n == 3 else None, monkeypatch,
+             tasks='micro:1')
     one, = lines(tmp_path / 'run')
     assert (one['category'], one['finish'], one['turns']) == ('truncated', 'length', 2)
 
@@ -378,6 +380,11 @@ def test_a_prompt_that_is_too_long_for_an_endpoint_truncates(tmp_path, monkeypat
 needs_sandbox = pytest.mark.skipif(not __import__('kat.envs.sandbox', fromlist=['features']).features().works,
                                    reason='no sandbox here')
 FIX = "sed -i '0,/a - b/s//a + b/' calc.py"
+
+
+def python(code):
+    "A shell command that runs it"
+    return f'python3 -c "exec(__import__(\'base64\').b64decode(\'{base64.b64encode(code.encode()).decode()}\'))"'
 
 
 def shell(*commands):
@@ -400,7 +407,8 @@ def test_a_program_mends_a_software_task(tmp_path):
     assert one['category'] == 'resolved', one
     assert (one['task'], one['turns'], one['calls']) == ('demo__calc-1', 4, 0)
     prediction = json.loads((run / 'predictions.jsonl').read_text())
-    tree = patched({'calc.py': ((tmp_path / 'tasks/demo__calc-1/base/calc.py').read_bytes(), 'file')}, prediction['model_patch'])
+    tree = patched({'calc.py': ((tmp_path / 'tasks/demo__calc-1/base/calc.py').read_bytes(), 'file')},
+                   prediction['model_patch'])
     assert b'a + b' in tree['calc.py'][0] and list(tree) == ['calc.py']
     said = [m['content'] for m in json.loads((run / one['dialogue']).read_text())['messages']]
     assert 'add() must add' in said[0] and 'calc.py' in said[2] and len(said[4].splitlines()) == 2   # one commit
@@ -410,17 +418,20 @@ def test_a_program_mends_a_software_task(tmp_path):
 def test_a_program_sees_its_workspace_and_the_model_only(tmp_path, monkeypatch):
     monkeypatch.setenv('OPENAI_API_KEY_OF_THE_USER', 'secret')
     where = software_task(tmp_path / 'tasks')
-    tried = [f'cat {where}/gold.patch', 'env', 'ls /root /home', f'ls {tmp_path}',
-             "python3 -c \"import socket; socket.create_connection(('1.1.1.1', 53), 3)\"",
-             "python3 -c \"import urllib.request as u, os; r = u.Request('http://127.0.0.1:8000/s/other/v1/chat/completions', b'{\\"messages\\": [{\\"role\\": \\"user\\", \\"content\\": \\"x\\"}]}', "
-             "{'content-type': 'application/json', 'authorization': 'Bearer ' + os.environ['OPENAI_API_KEY']}); u.urlopen(r)\"",
-             "python3 -c \"import urllib.request as u, os; u.urlopen(u.Request('http://127.0.0.1:8000/sessions', headers="
-             "{'authorization': 'Bearer ' + os.environ['OPENAI_API_KEY']}))\""]
+    asks = """import json, os, urllib.request as u
+head = {'content-type': 'application/json', 'authorization': 'Bearer ' + os.environ['OPENAI_API_KEY']}
+said = dict(model='kat', messages=[dict(role='user', content='x')])
+u.urlopen(u.Request('http://127.0.0.1:8000' + PLACE, DATA, head))"""
+    other = asks.replace('PLACE', "'/s/other/v1/chat/completions'").replace('DATA', 'json.dumps(said).encode()')
+    tried = [f'cat {where}/gold.patch', 'env', f'ls {tmp_path}',
+             python("import socket; socket.create_connection(('1.1.1.1', 53), 3)"), python(other),
+             python(asks.replace('PLACE', "'/sessions'").replace('DATA', 'None'))]
     run, _ = evaluate(tmp_path, engine(shell(*tried)), str(tmp_path / 'tasks'), AGENT + ' {prompt}')
     said = [m['content'] for m in json.loads(next((run / 'dialogues').iterdir()).read_text())['messages']]
-    gold, env, homes, host, network, other, operator = said[2::2]
+    gold, env, host, network, other, operator = said[2::2][:6]
     assert 'No such file' in gold and 'No such file' in host and 'secret' not in env and 'kat-op-' not in env
-    assert gold.startswith('rc 1') and network.startswith('rc 1') and 'HTTP Error 403' in other and 'HTTP Error 403' in operator
+    assert gold.startswith('rc 1') and network.startswith('rc 1')
+    assert 'HTTP Error 403' in other and 'HTTP Error 403' in operator
     one, = lines(run)
     assert one['category'] == 'failed' and one['findings'] == []
 
@@ -447,7 +458,8 @@ def test_a_program_plays_micro_tasks_too(tmp_path):
     "Its workspace is the task's files, hidden tests apart; one that edits the tests gains nothing and is pointed at"
     task, = [t for t in TASKS if len(t.data['edits']) == 1][:1]
     (path, n, new), = task.data['edits']
-    edit = f"python3 - <<'E'\nx = open('{path}').read().splitlines()\nx[{n - 1}] = {new!r}\nopen('{path}', 'w').write('\\n'.join(x) + '\\n')\nE"
+    edit = python(f"x = open('{path}').read().splitlines(); x[{n - 1}] = {new!r}\n"
+                  f"open('{path}', 'w').write('\\n'.join(x))")
     made = engine(shell('ls', edit, 'echo pass > tests.py'))
     run, _ = evaluate(tmp_path, made, f'micro:{TASKS.index(task) + 1}', AGENT + ' {prompt}', at_once=1)
     one = by_task(run)[task.id, 0]
@@ -477,7 +489,8 @@ def test_a_task_is_known_by_its_content(tmp_path):
 
 @pytest.mark.parametrize('said, reason', [
     ('micro', 'an environment and a number'), ('micro:0', 'an environment and a number'), ('micro:-1', 'and a number'),
-    ('nothing:3', "no environment 'nothing'"), (':3', 'and a number'), ('', 'and a number'), ('tests:3:4', 'no registered world')])
+    ('nothing:3', "no environment 'nothing'"), (':3', 'and a number'), ('', 'and a number'),
+    ('tests:3:4', 'no registered world')])
 def test_tasks_that_are_none(said, reason):
     with pytest.raises(UserError, match=reason):
         find_tasks(said)
@@ -522,7 +535,8 @@ def test_runs_that_are_none(done, tmp_path):
     (tmp_path / 'mine').mkdir()
     (tmp_path / 'mine/thesis.tex').write_text('x')
     with pytest.raises(UserError, match='is in the way'):
-        run_evaluation(Evaluation(source(tmp_path, engine(str)), 'micro:1', tmp_path / 'mine'), Console(file=StringIO()))
+        run_evaluation(Evaluation(source(tmp_path, engine(str)), 'micro:1', tmp_path / 'mine'),
+                       Console(file=StringIO()))
 
 
 def test_all_stages_of_a_pipeline(tmp_path):
@@ -539,7 +553,8 @@ def test_all_stages_of_a_pipeline(tmp_path):
     async def opened(known):
         made = engine(knows(TASKS[:known]))
         yield made, made.tokenizer, 10**5
-    sources = {stage: ModelSource(str(folder), lambda n=n: opened(n)) for n, (stage, folder) in enumerate(found.items())}
+    sources = {stage: ModelSource(str(folder), lambda n=n: opened(n)) for n,
+               (stage, folder) in enumerate(found.items())}
     more = dict(at_once=2, command='kat evaluate --stages')
     page = run_stages(sources, 'micro:2', tmp_path / 'out', Settings(max_tokens=4000), more, Console(file=StringIO()))
     rows = json.loads((tmp_path / 'out/stages.json').read_text())
