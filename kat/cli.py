@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['app', 'Pairs', 'Debug', 'Version', 'tree', 'Log', 'Tokenizer', 'StorePath', 'Served', 'Keys', 'Computes',
-           'VllmAddress', 'sessions', 'Owner', 'TaskOption', 'Place', 'Stages', 'Agent', 'Positive', 'Turns', 'Written',
-           'Answer', 'Warmth', 'Price', 'KeyFile', 'Show', 'pipeline', 'run', 'report', 'stats', 'draw', 'serve_',
-           'list_', 'show_', 'export_', 'evaluate', 'compare', 'cheats', 'main']
+           'VllmAddress', 'sessions', 'Owner', 'TaskOption', 'ModelPlace', 'Stages', 'Agent', 'Positive', 'TurnLimit',
+           'WrittenTokens', 'AnswerTokens', 'Warmth', 'CheckFirst', 'Parallel', 'Price', 'KeyFile', 'Show', 'pipeline',
+           'run', 'report', 'stats', 'draw', 'serve_', 'list_', 'show_', 'export_', 'evaluate_', 'compare', 'cheats',
+           'main']
 
 # %% ../nbs/cli.ipynb #bf1db84f
 import os
@@ -453,39 +454,41 @@ def export_(
     print(f'{_near(out)}: groups {n}')
 
 # %% ../nbs/cli.ipynb #e7a10002
-Place = Annotated[str, typer.Option('--model', metavar='FOLDER|URL', help='A model of ours, or an OpenAI-compatible '
+ModelPlace = Annotated[str, typer.Option('--model', metavar='FOLDER|URL', help='A model of ours, or an OpenAI-compatible '
                                     'endpoint.', show_default='the shipped base model')]
 Stages = Annotated[Path, typer.Option('--stages', metavar='RUN', help='Instead of a model: all models of a pipeline\'s '
                                       'run, base to RL, and their chart.')]
 Agent = Annotated[str, typer.Option(help='builtin, claude-code, mini-swe-agent, or a command with {prompt} in it; '
                                     'programs run in a sandbox, on a model of ours.')]
 Positive = lambda name, said, **more: typer.Option(name, min=1, help=said, **more)
-Turns = Annotated[int, Positive('--max-turns', 'Answers of the model in an episode.', show_default="the environment's")]
-Written = Annotated[int, Positive('--tokens', 'Tokens written in an episode.', show_default='no limit')]
-Answer = Annotated[int, Positive('--max-tokens', 'Tokens of one answer, builtin.', show_default="the environment's")]
+TurnLimit = Annotated[int, Positive('--max-turns', 'Answers of the model in an episode.', show_default="the environment's")]
+WrittenTokens = Annotated[int, Positive('--tokens', 'Tokens written in an episode.', show_default='no limit')]
+AnswerTokens = Annotated[int, Positive('--max-tokens', 'Tokens of one answer, builtin.', show_default="the environment's")]
 Warmth = Annotated[float, typer.Option('--temperature', min=0, help='Of sampling, builtin.', show_default="1, or the "
                                        "endpoint's")]
+CheckFirst = Annotated[bool, typer.Option('--check', help='Play gold and empty first; leave out, by name, what fails.')]
+Parallel = Annotated[int, Positive('--parallel', 'Episodes side by side.', show_default="16; 2 for agents' programs")]
 Price = Annotated[str, typer.Option(metavar='READ,WRITTEN', help='Dollars for a million tokens.')]
 KeyFile = Annotated[Path, typer.Option('--api-key-file', metavar='FILE', help="The endpoint's API key.")]
 Show = Annotated[list[Path], typer.Option(metavar='FOLDER', help="Further folders that an agent's program needs.")]
 
 # %% ../nbs/cli.ipynb #e7a10003
-@app.command()
-def evaluate(
+@app.command('evaluate')
+def evaluate_(
     tasks: Annotated[str, typer.Option(metavar='FOLDER|ENV:N', help='Software tasks, or N held-out ones of an '
                                        'environment.')],
-    model: Place = '',
+    model: ModelPlace = '',
     stages: Stages = None,
     agent: Agent = 'builtin',
     out: Annotated[Path, typer.Option(help='Folder of the evaluation.', show_default='one in evals/')] = None,
     runs: Annotated[int, Positive('--runs', 'Of each task, for pass@k.')] = 1,
-    check: Annotated[bool, typer.Option('--check', help='Play gold and empty first; leave out, by name, what fails.')] = False,
-    max_turns: Turns = None,
-    tokens: Written = None,
+    check: CheckFirst = False,
+    max_turns: TurnLimit = None,
+    tokens: WrittenTokens = None,
     seconds: Annotated[float, typer.Option(help='Of an episode.')] = 1800.,
     temperature: Warmth = None,
-    max_tokens: Answer = None,
-    parallel: Annotated[int, Positive('--parallel', 'Episodes side by side.', show_default="16; 2 for agents' programs")] = None,
+    max_tokens: AnswerTokens = None,
+    parallel: Parallel = None,
     price: Price = '',
     api_key_file: KeyFile = None,
     model_name: Annotated[str, typer.Option(help="Which of the endpoint's models.", show_default='its only one')] = '',
@@ -513,9 +516,10 @@ def _evaluate(tasks, model, stages, out, parallel, price, show, engine, vllm_url
               **settings):
     "One evaluation, or one of each stage."
     from kat.core.io import UserError
-    from kat.recipe.benchmark import Evaluation, Settings, evaluation_folder, run_evaluation, run_stages, stage_models
-    if stages and (model or model_name or api_key_file): raise UserError('--stages: it brings its models; leave out --model')
-    chosen = Settings(**settings)
+    from kat.recipe.benchmark import Evaluation, PlaySettings, evaluation_folder, run_evaluation, run_stages, stage_models
+    if stages and (model or model_name or api_key_file):
+        raise UserError('--stages: it brings its models; leave out --model')
+    chosen = PlaySettings(**settings)
     at_once = parallel or (16 if chosen.agent == 'builtin' else 2)
     source = lambda place: _source(place, at_once, engine, vllm_url, api_key_file, model_name)
     more = dict(runs=runs, check=check, at_once=at_once, price=_price(price), show=tuple(map(str, show)),
@@ -537,8 +541,9 @@ def _price(said: str) -> list|None:
     try:
         read, written = map(float, said.split(','))
     except ValueError:
-        raise UserError(f'--price {said}: two numbers with a comma expected, dollars for a million tokens: 0.5,1.5') from None
-    if not (0 <= read < float('inf') and 0 <= written < float('inf')): raise UserError(f'--price {said}: a price is 0 or more')
+        read = written = -1.
+    if not (0 <= read < float('inf') and 0 <= written < float('inf')):
+        raise UserError(f'--price {said}: two numbers with a comma expected, dollars for a million tokens: 0.5,1.5')
     return [read, written]
 
 # %% ../nbs/cli.ipynb #e7a10005
@@ -551,7 +556,8 @@ def _source(place: str, at_once: int, engine: str, vllm_url: str|None, key_file:
     if (key_file or model_name) and not remote:
         raise UserError(f'--{"api-key-file" if key_file else "model-name"}: only with the address of an endpoint as --model')
     if remote:
-        if engine != 'hf' or vllm_url: raise UserError('--engine, --vllm-url: an endpoint computes by itself; leave them out')
+        if engine != 'hf' or vllm_url:
+            raise UserError('--engine, --vllm-url: an endpoint computes by itself; leave them out')
         return ModelSource(place, key=_key_in(key_file) if key_file else '', model_name=model_name)
     folder = Path(place or ROOT/'data'/'base')
     if vllm_url and engine != 'vllm': raise UserError(f'--vllm-url {vllm_url}: only with --engine vllm')

@@ -149,8 +149,8 @@ def _results(evals: list[dict], stages: list, done: dict) -> str:
         time = _time(done[stage]['wall_s']) if stage in done else '–'
         rates = [_rate(measured) if measured else '–' for measured in both]
         rows.append([f'<b>{escape(record["stage"])}</b>', *rates, *numbers, str(record['n']), time])
-    return html_table(['after', 'solved, T = 1', 'solved, greedy', '>turns, T = 1', '>parallel, T = 1', '>turns, greedy',
-                       '>parallel, greedy', '>tasks', '>wall time'], rows)
+    return html_table(['after', 'solved, T = 1', 'solved, greedy', '>turns, T = 1', '>parallel, T = 1',
+                       '>turns, greedy', '>parallel, greedy', '>tasks', '>wall time'], rows)
 
 
 def _stages(run_dir: Path, stages: list, done: dict) -> str:

@@ -10,7 +10,7 @@ from rich.console import Console
 from kat.core.calls import write_call
 from kat.envs.tasks import SoftwareTask, tree_patch, write_task
 from kat.infer.scripted import ScriptEngine
-from kat.recipe.benchmark import Evaluation, ModelSource, Settings, run_evaluation
+from kat.recipe.benchmark import Evaluation, ModelSource, PlaySettings, run_evaluation
 
 HELPERS = Path(__file__).parent
 AGENT = f'{sys.executable} {HELPERS / "benchmark_agent.py"}'
@@ -56,7 +56,7 @@ def evaluate(path, made, tasks='micro:4', agent='builtin', context=10**5, **more
     "Run it; (run folder, what was printed)."
     names = ('max_turns', 'tokens', 'seconds', 'temperature', 'max_tokens')
     usual = dict(max_tokens=4000) if agent == 'builtin' else {}   # a small tokenizer needs many
-    settings = Settings(agent, **usual | {name: more.pop(name) for name in names if name in more})
+    settings = PlaySettings(agent, **usual | {name: more.pop(name) for name in names if name in more})
     told = Console(file=StringIO(), width=200)
     asked = Evaluation(source(path, made, context), tasks, path / 'run', settings, **dict(dict(at_once=2), **more))
     run_evaluation(asked, told)

@@ -19,7 +19,7 @@ from kat.envs.micro import MicroEnv
 from kat.envs.tasks import patched
 from kat.plane.gateway import Gateway, running
 from kat.plane.store import Store
-from kat.recipe.benchmark import (Down, Evaluation, ModelSource, Play, Settings, find_tasks, make_jobs, model_hash,
+from kat.recipe.benchmark import (Down, Evaluation, ModelSource, Play, PlaySettings, find_tasks, make_jobs, model_hash,
                                   play_all, run_evaluation, run_stages, stage_models, task_hash)
 from kat.recipe.rollouts import asyncio_run
 from kat.recipe.scores import (CATEGORIES, category_of, compare_runs, load_run, newest, outcomes_of, score, score_lines,
@@ -274,7 +274,7 @@ def test_it_stops_when_everything_is_lost(tmp_path):
             raise InfraError('no route to the model')
         async def graded(self, played, line):
             pass
-    jobs = make_jobs(find_world('micro').heldout(30), {}, Settings())
+    jobs = make_jobs(find_world('micro').heldout(30), {}, PlaySettings())
     play = Play(tmp_path, Lost(), lambda task: MicroEnv(None), 5., patience=4)
     with pytest.raises(Down, match='4 episodes in a row were lost, none is scored: no route to the model'):
         asyncio_run(play_all(play, jobs, 2))
@@ -299,7 +299,7 @@ def at_endpoint(path, made, how=lambda app: app, tasks='micro:4', **more):
     async def go():
         async with _gateway(path, made, **more.pop('gateway', {})) as address:
             asked = Evaluation(ModelSource(address, key=more.pop('key', ''), wait=0), tasks, path / 'run',
-                               Settings(max_tokens=4000), at_once=2, price=[1., 1.], **more)
+                               PlaySettings(max_tokens=4000), at_once=2, price=[1., 1.], **more)
             told = Console(file=StringIO(), width=200)
             await asyncio.to_thread(run_evaluation, asked, told)
             return told.file.getvalue()
@@ -556,7 +556,8 @@ def test_all_stages_of_a_pipeline(tmp_path):
     sources = {stage: ModelSource(str(folder), lambda n=n: opened(n)) for n,
                (stage, folder) in enumerate(found.items())}
     more = dict(at_once=2, command='kat evaluate --stages')
-    page = run_stages(sources, 'micro:2', tmp_path / 'out', Settings(max_tokens=4000), more, Console(file=StringIO()))
+    page = run_stages(sources, 'micro:2', tmp_path / 'out', PlaySettings(max_tokens=4000), more,
+                      Console(file=StringIO()))
     rows = json.loads((tmp_path / 'out/stages.json').read_text())
     assert [(row['stage'], row['resolved'], row['scored']) for row in rows] == [('mid', 0, 2), ('sft', 1, 2)]
     assert (tmp_path / 'out/figures/stages.png').stat().st_size > 1000 and 'sft/report.html' in page.read_text()
