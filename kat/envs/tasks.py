@@ -111,8 +111,16 @@ def tree_patch(
             trees.append(_done(_git(home, store, 'write-tree'), 'git write-tree').decode().strip())
             shutil.rmtree(folder)
         flags = ['--binary', '--full-index', '--no-renames', '--no-color', '--no-ext-diff', '--no-textconv']
-        return _done(_git(home, store, 'diff', *flags, *trees), 'git diff').decode(errors='surrogateescape')
+        text = _done(_git(home, store, 'diff', *flags, *trees), 'git diff')
+        if not _is_text(text):
+            (Path(home, 'store/info/attributes')).write_text('* -diff\n')  # all files as binary ones, in ASCII
+            text = _done(_git(home, store, 'diff', *flags, *trees), 'git diff')
+        return text.decode()
 
+def _is_text(data: bytes) -> bool:
+    return data.decode(errors='ignore').encode() == data
+
+# %% ../../nbs/envs/09_tasks.ipynb #5e0c7a91
 def patched(
     before: dict,  # tree
     patch: str,
