@@ -1025,7 +1025,7 @@ def _found_tests(recorded: Recorded, measured: Measured, touched: dict, box, see
             made.setdefault(text, Written(text, aim, got['origin']))
     return list(made.values())
 
-# %% ../../nbs/envs/21_testgen.ipynb #e9cfef9e
+# %% ../../nbs/envs/21_testgen.ipynb #8d9e7879
 def strengthen(
     folder: Path,  # of a task in Python
     box,  # a `Bubblewrap`
@@ -1038,6 +1038,7 @@ def strengthen(
     (plain, tests), touched, funnel = without_own(folder), touched_of(folder), Counter()
     bench = bench_of(folder, plain, tests)
     measured = measure(bench, touched, box, budget, seed, lambda *at: say('mutants', *at))
+    if not measured.survivors: return _outcome(folder, measured, '', {}, {}, box, funnel, {})
     package = [p for p in bench.tree if p.endswith('.py') and p not in tests and not decides(p)]
     recorded = record(bench, list(touched), package, box, measured.cpu_s)
     written = _found_tests(recorded, measured, touched, box, seed, lambda *at: say('searches', *at))
