@@ -10,7 +10,7 @@ from functools import lru_cache
 from os.path import commonprefix
 from typing import Callable
 
-from .chat import KAT_TEMPLATE, call_text, parse_calls
+from .template import KAT_TEMPLATE, call_text, parse_calls
 from .types import schema_kinds, schemas_by_name
 
 # %% auto #0

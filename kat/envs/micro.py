@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 
 from .base import Env, Grade, InfraError, Observation, Task, ToolCall, ToolResult, bad_call, register, tool
-from .grade import (
+from .answers import (
     MACHINE, Check, Verdict, all_of, ask_job, checks_of, decoded, fair_run, grade_answers, holds, literal, together)
 from .micro_tasks import make_task, with_line
 from .sandbox import Job, Limits, MeteredPool, WarmPool

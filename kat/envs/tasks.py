@@ -94,7 +94,7 @@ def _store(where: Path) -> str:
     (where / 'info/attributes').write_text('* -text !eol -ident !filter !diff !working-tree-encoding\n')
     return f'--git-dir={where}'
 
-# %% ../../nbs/envs/09_tasks.ipynb #27927a3f
+# %% ../../nbs/envs/09_tasks.ipynb #ce0e4538
 def tree_patch(
     before: dict,  # tree, see `read_tree`
     after: dict,
@@ -122,7 +122,8 @@ def patched(
         folder = Path(home, 'tree')
         folder.mkdir()
         write_tree(before, folder)
-        ran = _git(folder, _store(Path(home, 'store')), f'--work-tree={folder}', 'apply', '--whitespace=nowarn', '-', given=patch.encode(errors='surrogateescape'))
+        place = _store(Path(home, 'store')), f'--work-tree={folder}'
+        ran = _git(folder, *place, 'apply', '--whitespace=nowarn', '-', given=patch.encode(errors='surrogateescape'))
         if ran.returncode:
             raise ValueError(f'the patch does not apply: {ran.stderr.decode(errors="replace").strip()[:300]}')
         return read_tree(folder)

@@ -13,7 +13,8 @@ from typing import Callable, Protocol
 
 import numpy as np
 
-from ..core.chat import end_tokens, ids_of, render
+from ..core.chat import ids_of, render
+from ..core.endings import end_tokens
 from ..core.types import GENERATED, Segment, Trajectory
 from ..infer.requests import Completion, Engine, Request
 from ..plane.gateway import Gateway

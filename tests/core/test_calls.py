@@ -18,7 +18,7 @@ from kat.core.calls import (
     parse_reply,
     write_call,
 )
-from kat.core.chat import parse_calls, train_tokenizer
+from kat.core.template import parse_calls, train_tokenizer
 
 many = settings(max_examples=200, deadline=None)
 few = settings(max_examples=60, deadline=None)

@@ -11,22 +11,9 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
-from kat.core.chat import (
-    KAT_TEMPLATE,
-    SPECIAL,
-    call_text,
-    encode_prompt,
-    error_mask,
-    extend,
-    extend_segments,
-    generation_segments,
-    ids_of,
-    parse_calls,
-    render,
-    to_trajectories,
-    tool_ids,
-    train_tokenizer,
-)
+from kat.core.chat import encode_prompt, error_mask, generation_segments, ids_of, render, to_trajectories
+from kat.core.extension import extend, extend_segments, tool_ids
+from kat.core.template import KAT_TEMPLATE, SPECIAL, call_text, parse_calls, train_tokenizer
 from kat.core.logs import Conversation, import_log
 from kat.core.types import Segment, Trajectory, normalise
 

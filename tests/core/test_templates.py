@@ -13,17 +13,10 @@ from templates import tokenizer_for, trl_templates
 from transformers import AutoTokenizer, GenerationConfig
 
 from kat.core.calls import call_format
-from kat.core.chat import (
-    KAT_TEMPLATE,
-    encode_prompt,
-    end_tokens,
-    extend,
-    ids_of,
-    render,
-    to_trajectories,
-    tool_ids,
-    train_tokenizer,
-)
+from kat.core.chat import encode_prompt, ids_of, render, to_trajectories
+from kat.core.endings import end_tokens
+from kat.core.extension import extend, tool_ids
+from kat.core.template import KAT_TEMPLATE, train_tokenizer
 from kat.core.logs import Conversation
 
 TRL = trl_templates()

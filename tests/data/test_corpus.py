@@ -5,7 +5,7 @@ import re
 
 import pytest
 
-from kat.core.chat import train_tokenizer
+from kat.core.template import train_tokenizer
 from kat.data.corpus import (DRILLS, INSTRUCTIONS, base_documents, commit, encode, identifiers, instruction, reasoning,
                              source_files, drill_pairs)
 from kat.envs.micro_tasks import make_task

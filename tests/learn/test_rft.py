@@ -10,7 +10,8 @@ import pytest
 import torch
 from hypothesis import given, settings, strategies as st
 
-from kat.core.chat import ids_of, render, train_tokenizer
+from kat.core.chat import ids_of, render
+from kat.core.template import train_tokenizer
 from kat.core.io import write_jsonl
 from kat.core.types import Segment, Trajectory
 from kat.envs.base import ToolCall

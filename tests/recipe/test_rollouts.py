@@ -9,7 +9,9 @@ import numpy as np
 import pytest
 import torch
 
-from kat.core.chat import extend_segments, generation_segments, parse_calls, render, train_tokenizer
+from kat.core.chat import generation_segments, render
+from kat.core.extension import extend_segments
+from kat.core.template import parse_calls, train_tokenizer
 from kat.core.types import Segment, Trajectory
 from kat.infer.engines import HFEngine
 from kat.infer.requests import Completion, Request
