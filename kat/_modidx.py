@@ -1101,6 +1101,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                   'kat.envs.testgen.with_comments': ('envs/testgen.html#with_comments', 'kat/envs/testgen.py'),
                                   'kat.envs.testgen.with_own': ('envs/testgen.html#with_own', 'kat/envs/testgen.py'),
                                   'kat.envs.testgen.with_tests': ('envs/testgen.html#with_tests', 'kat/envs/testgen.py'),
+                                  'kat.envs.testgen.without_code': ('envs/testgen.html#without_code', 'kat/envs/testgen.py'),
                                   'kat.envs.testgen.without_own': ('envs/testgen.html#without_own', 'kat/envs/testgen.py'),
                                   'kat.envs.testgen.writer_prompt': ('envs/testgen.html#writer_prompt', 'kat/envs/testgen.py'),
                                   'kat.envs.testgen.written_file': ('envs/testgen.html#written_file', 'kat/envs/testgen.py')},

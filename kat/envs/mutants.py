@@ -10,7 +10,7 @@ __all__ = ['COMPARED', 'COMPUTED', 'CLAUSES', 'SIMPLE', 'OPERATORS', 'SAYS', 'AP
            'run_variants', 'Measured', 'expected_pass', 'coverage', 'covering', 'encoded_as', 'variant_of',
            'find_fates', 'measure', 'mutant_diff', 'mutation_row']
 
-# %% ../../nbs/envs/18_mutants.ipynb #8cefdf18
+# %% ../../nbs/envs/18_mutants.ipynb #4f827c1f
 import ast
 import copy
 import difflib
@@ -29,8 +29,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from types import CodeType
 
+from .answers import MACHINE
 from .base import InfraError
-from .grade import MACHINE, PASSED, decides, exchange, package_folders, read_tree, write_tree
+from .grade import PASSED, decides, exchange, package_folders, read_tree, write_tree
 from .sandbox import ExecResult, Limits
 from .tasks import SoftwareTask, base_tree, gold_tree, read_task, suite_of
 

@@ -10,8 +10,8 @@ __all__ = ['LONGEST', 'PLAYER', 'SEARCH', 'PLAYS', 'TOGETHER', 'SERVE', 'NESTED'
            'unwritten', 'Player', 'search_one', 'search_differences', 'as_test', 'Recorded', 'record', 'chosen_scripts',
            'hypothesis_folders', 'search', 'with_comments', 'reordered', 'renamed', 'Written', 'written_file',
            'own_path', 'with_tests', 'failing', 'gates', 'valid_rewrites', 'kill_table', 'smallest_cover', 'ask_writer',
-           'writer_prompt', 'tests_in', 'without_own', 'with_own', 'strengthen', 'settings_key', 'over_tasks',
-           'score_table']
+           'writer_prompt', 'tests_in', 'without_own', 'without_code', 'with_own', 'strengthen', 'settings_key',
+           'over_tasks', 'score_table']
 
 # %% ../../nbs/envs/21_testgen.ipynb #590bf446
 import ast
@@ -971,7 +971,7 @@ def _steady(func: ast.FunctionDef, imports: list) -> Written | None:
     made = ast.FunctionDef(NAME, func.args, [*needed, *func.body], [], None, None, lineno=1, col_offset=0)
     return Written(ast.unparse(ast.fix_missing_locations(made)) + '\n', 'a survivor', 'writer')
 
-# %% ../../nbs/envs/21_testgen.ipynb #7b360aad
+# %% ../../nbs/envs/21_testgen.ipynb #6119c2cc
 def without_own(
     folder: Path,  # of a task
 ) -> tuple:  # task, tree of its tests
@@ -983,6 +983,13 @@ def without_own(
     plain = replace(task, fail_to_pass=keep(task.fail_to_pass), pass_to_pass=keep(task.pass_to_pass), info=info)
     return plain, {p: t for p, t in tests.items() if p not in own}
 
+def without_code(
+    row: dict,  # see `mutation_row`
+) -> dict:
+    "A measurement as it may be shipped: survivors by place and operator, no line of the package."
+    places = [f'{s["path"]}:{s["line"]} {s["operator"]}' for s in row['survivors']]
+    return {**row, 'equivalent': len(row['equivalent']), 'survivors': places}
+
 def with_own(
     folder: Path,  # of a task
     found: dict,  # see `strengthen`
@@ -991,7 +998,8 @@ def with_own(
     plain, tests = without_own(folder)
     text = {p: (t.encode(), 'file') for p, t in found['tests'].items()}
     own = {name: found[name] for name in ('tests', 'fail_to_pass', 'pass_to_pass')}
-    info = {**plain.info, 'mutation': {name: found[name] for name in ('before', 'after', 'funnel', 'settings')}}
+    told = {name: without_code(found[name]) for name in ('before', 'after')}
+    info = {**plain.info, 'mutation': {**told, 'funnel': found['funnel'], 'settings': found['settings']}}
     if text: info['strengthened'] = own
     task = replace(plain, fail_to_pass=(*plain.fail_to_pass, *own['fail_to_pass']),
                    pass_to_pass=(*plain.pass_to_pass, *own['pass_to_pass']), info=info)
