@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['app', 'Pairs', 'Debug', 'Version', 'tree', 'Log', 'Tokenizer', 'StorePath', 'Served', 'Keys', 'Computes',
-           'VllmAddress', 'sessions', 'Owner', 'TaskOption', 'pipeline', 'run', 'report', 'stats', 'draw', 'serve_',
-           'list_', 'show_', 'export_', 'main']
+           'VllmAddress', 'sessions', 'Owner', 'TaskOption', 'tasks', 'Folder', 'FilterPairs', 'pipeline', 'run',
+           'report', 'stats', 'draw', 'serve_', 'list_', 'show_', 'export_', 'collect_', 'funnel_', 'main']
 
 # %% ../nbs/cli.ipynb #bf1db84f
 import os
@@ -449,6 +449,66 @@ def export_(
     with _open(store) as kept:
         n = export(kept, out, **where)
     print(f'{_near(out)}: groups {n}')
+
+# %% ../nbs/cli.ipynb #384ef8e8
+tasks = typer.Typer(rich_markup_mode='markdown', help='Tasks from real repositories: collected, filtered, built.')
+app.add_typer(tasks, name='tasks')
+
+Folder = Annotated[Path, typer.Argument(metavar='FOLDER', help='A folder of `kat tasks collect`.')]
+FilterPairs = Annotated[list[str], typer.Option('-p', metavar='KEY=VALUE', help='Set a parameter of the filters, as '
+                                                'stars=100. May be given several times.')]
+
+# %% ../nbs/cli.ipynb #df8fedd2
+@tasks.command('collect')
+def collect_(
+    names: Annotated[list[str], typer.Argument(metavar='OWNER/NAME', help='Repositories.', show_default=False)] = None,
+    out: Annotated[Path, typer.Option('-o', '--out', metavar='FOLDER', help='Where the records are kept.')] = ...,
+    pages: Annotated[Path, typer.Option(metavar='FOLDER', help='Read saved pages (.json, .jsonl, .diff) instead of '
+                                        'asking GitHub.')] = None,
+    token_file: Annotated[Path, typer.Option(metavar='FILE', help='Tokens, one a line.',
+                                             show_default='GITHUB_TOKEN, else none: 60 requests an hour')] = None,
+    api: Annotated[str, typer.Option(metavar='URL', help="Another server's API.")] = 'https://api.github.com',
+    patience: Annotated[float, typer.Option(min=0, help='Longest wait for a budget, in minutes.')] = 70,
+    p: FilterPairs = [],
+    debug: Debug = False,
+):
+    """Collect pull requests and their issues from GitHub, or from saved pages; the same command resumes it.
+
+    Diffs and comments are asked for only where the cheap filters of `kat tasks funnel` let a pull request through.
+
+    Examples:
+
+    `kat tasks collect pallets/flask psf/requests --out data/tasks --token-file tokens.txt`
+
+    `kat tasks collect --pages saved --out data/tasks`
+    """
+    from kat.envs.candidates import collect_into, read_filters
+    with _mendable():
+        for line in collect_into(out, names or [], pages, token_file, api, patience*60, read_filters(p),
+                                 lambda text: print(text, file=sys.stderr, flush=True)):
+            print(line)
+
+# %% ../nbs/cli.ipynb #e0c105cb
+@tasks.command('funnel')
+def funnel_(
+    folder: Folder,
+    start: Annotated[str, typer.Option('--from', metavar='STAGE', help='Do this stage and later ones again.',
+                                       show_default='only what is new')] = None,
+    draw: Annotated[Path, typer.Option(metavar='OUT.png', help='Also draw it: .png, .svg or .pdf.')] = None,
+    p: FilterPairs = [],
+    debug: Debug = False,
+):
+    """Which pull requests can become tasks, and why the others can't: a table, and FOLDER/mined.jsonl.
+
+    Examples:
+
+    `kat tasks funnel data/tasks`
+
+    `kat tasks funnel data/tasks -p stars=500 -p files=10 --from files --draw funnel.png`
+    """
+    from kat.envs.candidates import funnel_into, read_filters
+    with _mendable():
+        print(funnel_into(folder, read_filters(p), start, draw))
 
 # %% ../nbs/cli.ipynb #c7c50529
 def main(
