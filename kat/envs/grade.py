@@ -281,6 +281,7 @@ def plant(
     source: str,  # of a test file
     wanted: set,  # names of the tests that are expected to pass
     draw: random.Random,
+    taken: tuple = (),  # names of functions that must stay: classes elsewhere may inherit them
 ) -> tuple:  # the new source, names of canaries, {old name: new name} of tests that moved
     "A test file with canaries: none, where no test is fit."
     fit = candidates(source, wanted)
@@ -288,7 +289,9 @@ def plant(
     best = [c for c in fit if (bool(c.asserts), bool(c.node.decorator_list)) ==
             (bool(fit[0].asserts), bool(fit[0].node.decorator_list))]
     added = draw.choice(best)
-    alone = [c for c in best if c.plain and len(re.findall(rf'\b{c.node.name}\b', source)) == 1]
+    inherited = [n.split('::')[-1] for n in wanted] + list(taken)
+    alone = [c for c in best if c.plain and inherited.count(c.node.name) == 1 and
+             len(re.findall(rf'\b{c.node.name}\b', source)) == 1]
     edits, names, moved = [], [], {}
     def put(one, name):
         line = draw.choice([_first_line(one.node), one.node.end_lineno + 1])
@@ -456,7 +459,8 @@ def _plant_in(done: Prepared, path: str, draw):
     try:
         source = importlib.util.decode_source(content)
         coding = tokenize.detect_encoding(io.BytesIO(content).readline)[0]
-        new, canaries, moved = plant(source, set(names.values()), draw)
+        others = {n.split('[')[0].split('::')[-1] for n in done.expected if n.split('::')[0] != path}
+        new, canaries, moved = plant(source, set(names.values()), draw, tuple(others))
     except (SyntaxError, ValueError) as e:
         raise InfraError(f'grade: {path} of the task is no Python that can be read: {e}') from e
     done.tree[path] = new.encode(coding), 'file'

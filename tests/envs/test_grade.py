@@ -215,6 +215,15 @@ def test_tests_of_other_shapes_get_canaries_too():
         assert len(canaries) == 1 and not moved and new.count('parametrize') + new.count('staticmethod') == 3
 
 
+def test_a_test_that_other_classes_inherit_keeps_its_name():
+    source = 'class TestA:\n    def test_b(self):\n        assert 1 == 1\n\nclass TestC(TestA):\n    pass\n'
+    for seed in range(20):
+        for taken, wanted in (((), {'TestA::test_b', 'TestC::test_b'}), (('test_b',), {'TestA::test_b'})):
+            new, canaries, moved = plant(source, wanted, random.Random(seed), taken)
+            assert canaries and not moved and new.count('def test_b(') == 1
+    assert plant(source, {'TestA::test_b'}, random.Random(0))[2]
+
+
 # ---- what is believed
 
 def message(name, *seen):
