@@ -301,8 +301,9 @@ def plant(
     if alone:
         one = draw.choice(alone)
         put(one, one.node.name)
-        moved[one.name] = one.name[:-len(one.node.name)] + new_name(one.node.name, source, draw)
-        edits.append((*_name_span(one.node, source), moved[one.name].split('::')[-1]))
+        free = new_name(one.node.name, f'{source}{names}', draw)
+        moved[one.name] = one.name[:-len(one.node.name)] + free
+        edits.append((*_name_span(one.node, source), free))
     return exchange(source, edits), names, moved
 
 # %% ../../nbs/envs/09_grade.ipynb #70d7e8cd

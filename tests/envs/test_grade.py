@@ -224,6 +224,13 @@ def test_a_test_that_other_classes_inherit_keeps_its_name():
     assert plant(source, {'TestA::test_b'}, random.Random(0))[2]
 
 
+def test_names_that_are_drawn_differ_in_a_file_of_few_words():
+    source = 'def test_a():\n    assert 1\n'
+    for seed in range(50):
+        new, canaries, moved = plant(source, {'test_a'}, random.Random(seed))
+        assert len({*canaries, *moved.values()}) == 3 == new.count('def test_a')
+
+
 # ---- what is believed
 
 def message(name, *seen):
