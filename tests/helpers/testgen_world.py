@@ -21,6 +21,7 @@ def small_site():
     for name in ('pytest', '_pytest', 'pluggy', 'iniconfig', 'packaging', 'pygments'):
         source = Path(importlib.util.find_spec(name).origin).parent
         shutil.copytree(source, home/'small'/name, ignore=shutil.ignore_patterns('__pycache__'))
+    shutil.copy(importlib.util.find_spec('py').origin, home/'small')
     return home
 
 
