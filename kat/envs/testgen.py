@@ -10,7 +10,7 @@ __all__ = ['LONGEST', 'PLAYER', 'SEARCH', 'PLAYS', 'TOGETHER', 'SERVE', 'NESTED'
            'unwritten', 'Player', 'search_one', 'search_differences', 'as_test', 'Recorded', 'record', 'chosen_scripts',
            'hypothesis_folders', 'search', 'with_comments', 'reordered', 'renamed', 'Written', 'written_file',
            'own_path', 'with_tests', 'failing', 'gates', 'valid_rewrites', 'kill_table', 'smallest_cover', 'ask_writer',
-           'writer_prompt', 'tests_in', 'without_own', 'without_code', 'with_own', 'strengthen', 'settings_key',
+           'writer_prompt', 'written_in', 'without_own', 'without_code', 'with_own', 'strengthen', 'settings_key',
            'over_tasks', 'score_table']
 
 # %% ../../nbs/envs/21_testgen.ipynb #590bf446
@@ -944,8 +944,8 @@ def writer_prompt(
     parts = [ASKED, f'# Task\n{statement}', f'# Fix\n{patch[:12000]}', '# Variants that pass', *survivors[:10]]
     return '\n\n'.join(parts)
 
-# %% ../../nbs/envs/21_testgen.ipynb #b14df88b
-def tests_in(
+# %% ../../nbs/envs/21_testgen.ipynb #81f7201f
+def written_in(
     answer: str,  # of a model
 ) -> list:  # of `Written`
     "The test functions in an answer's code block, each with its imports inside; those that could be unsteady are left."
@@ -1005,12 +1005,12 @@ def with_own(
                    pass_to_pass=(*plain.pass_to_pass, *own['pass_to_pass']), info=info)
     return write_task(task, Path(folder).parent, base_tree(folder), tests | text, gold_patch(folder))
 
-# %% ../../nbs/envs/21_testgen.ipynb #352dd8a0
+# %% ../../nbs/envs/21_testgen.ipynb #9970972c
 def _writers_tests(writer, folder: Path, measured: Measured) -> list:
     "Tests by a writer `(url, model)`; none without one, and none where nothing survived."
     if not writer or not measured.survivors: return []
     diffs = [mutant_diff(measured.mutants[i], measured.bench) for i in measured.survivors]
-    return tests_in(ask_writer(*writer, writer_prompt(read_task(folder).statement, gold_patch(folder), diffs)))
+    return written_in(ask_writer(*writer, writer_prompt(read_task(folder).statement, gold_patch(folder), diffs)))
 
 def _found_tests(recorded: Recorded, measured: Measured, touched: dict, box, seed: int, say) -> list:
     "Tests by differences: to the code before the fix by up to three functions, and to each survivor."

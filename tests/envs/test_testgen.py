@@ -18,8 +18,8 @@ from kat.envs.sandbox import Bubblewrap, features
 from kat.envs.tasks import gold_tree, grade_state, read_task, read_tasks
 from kat.envs.testgen import (
     NAME, REWRITES, Recorded, Written, as_test, ask_writer, differs, gates, literal_text, over_tasks, play_script,
-    scripts_of, search, settings_key, smallest_cover, strengthen, tests_in, unwritten, vary, vary_script, view_of,
-    with_own, without_own)
+    scripts_of, search, settings_key, smallest_cover, strengthen, unwritten, vary, vary_script, view_of,
+    with_own, without_own, written_in)
 
 bwrap = pytest.mark.skipif(not features().works, reason=f'bubblewrap does not work here: {features().reason}')
 FLOATS = st.floats(allow_nan=False, allow_infinity=False)
@@ -297,7 +297,7 @@ def server():
 
 def test_a_writer_is_asked_and_a_silent_one_is_no_answer(server):
     Scripted.answer = '```python\nfrom a import f\n\ndef test_{}():\n    assert f(1) == 2\n```'
-    made, = tests_in(ask_writer(server, 'm', 'write'))
+    made, = written_in(ask_writer(server, 'm', 'write'))
     assert made.source == f'def {NAME}():\n    from a import f\n    assert f(1) == 2\n'
     with pytest.raises(InfraError, match='gave no answer: HTTPError'):
         ask_writer(server + '/no', 'm', 'write')
@@ -311,7 +311,7 @@ def test_a_writer_is_asked_and_a_silent_one_is_no_answer(server):
     'def test_a():\n    from os import path\n    assert path',
     'def test_a():\n    assert id(1)', '@mark\ndef test_a():\n    assert 1', 'no code', ''])
 def test_what_a_writer_may_not_write(text):
-    assert tests_in(f'```python\n{text}\n```') == [] == tests_in(text)
+    assert written_in(f'```python\n{text}\n```') == [] == written_in(text)
 
 
 @bwrap
