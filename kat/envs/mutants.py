@@ -709,7 +709,7 @@ def find_fates(
         say(len(fates), len(mutants))
     return fates
 
-# %% ../../nbs/envs/18_mutants.ipynb #9f6e5707
+# %% ../../nbs/envs/18_mutants.ipynb #4b446d79
 def measure(
     bench: Bench,
     touched: dict,  # see `touched_of`
@@ -720,7 +720,7 @@ def measure(
 ) -> Measured:
     "The mutation score of a task's tests. Raises `InfraError` where the fixed code fails them."
     made = [m for path, (source, lines) in touched.items() for m in mutants_of(path, source, lines)]
-    cpu_s = 5 + 5 * expected_pass(bench, box)
+    cpu_s = 2 + 8 * expected_pass(bench, box)
     covered = coverage(bench, list(touched), box, cpu_s) if made else {}
     mine = [m for m in made if covering(m, covered, bench.wanted)]
     chosen = sorted(random.Random(seed).sample(range(len(mine)), min(budget, len(mine))))
