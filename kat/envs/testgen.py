@@ -407,7 +407,7 @@ def differs(gold: dict, other: dict) -> bool:
     read = lambda answer: {n: ast.literal_eval(t) for n, t in answer.get('after', {}).items()}
     return read(gold) != read(other)
 
-# %% ../../nbs/envs/21_testgen.ipynb #c3c3a9d8
+# %% ../../nbs/envs/21_testgen.ipynb #1bb7120e
 def vary(value, st):
     "A Hypothesis strategy for values like one that was seen (`st`: hypothesis.strategies)."
     kind, same = type(value), st.just(value)
@@ -434,7 +434,7 @@ def vary(value, st):
 def vary_text(value: str, st):
     "Texts like one that was seen: short ones of its letters, edits of it, others."
     letters = sorted(set(value))[:24]
-    more = letters + [c for c in ' a0A-_./é\n' if c not in letters]
+    more = letters + [c for c in ' a0A-_./éßİ²\n' if c not in letters]
     def edit(drawn):
         at, new, over = drawn
         return value[:at] + new + value[at + over:]

@@ -1,6 +1,7 @@
 "Mutants: known ones with known fates, coverage to the line, one witness for equivalence, ends that limits decide"
 import ast
 import asyncio
+import random
 
 import pytest
 from testgen_world import make_task
@@ -228,8 +229,14 @@ def test_two(shared):
     folder = make_task(tmp_path, BASE, GOLD, tests, ['test_two'], ['test_one'])
     bench, box = bench_of(folder), Bubblewrap()
     assert len(coverage(bench, ['code_kat.py'], box, 10)['code_kat.py', 4]) == 2
-    drawn = [[str(m) for m in measure(bench, touched_of(folder), box, 2, seed).mutants] for seed in (0, 0, 3)]
-    assert drawn[0] == drawn[1] and len(drawn[2]) == 2
+
+
+@bwrap
+def test_a_draw_is_the_seeds(task):
+    found = measure(bench_of(task), touched_of(task), Bubblewrap(), 2, 7)
+    covered = [m for m in mutants_of('code_kat.py', GOLD, {2, 3, 4, 5, 6})]
+    assert found.mutants == [covered[i] for i in sorted(random.Random(7).sample(range(10), 2))]
+    assert found.counts['covered'] == 10 and found.counts['drawn'] == 2
 
 
 @bwrap

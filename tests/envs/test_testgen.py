@@ -194,7 +194,8 @@ def test_what_depends_on_hashes_clocks_or_addresses_is_no_difference(tmp_path):
     others = [dict(id=i, before=True, files={}, scripts=[i]) for i in range(6)]
     bench = bench_of(folder)
     found = search(bench, Recorded(6, scripts, {}), others, Bubblewrap())
-    assert [ast.literal_eval(one['script'][0]['args'][0]['lit']) for one in found if one['script']] in ([], ['aaa'])
+    sizes = [len(ast.literal_eval(one['script'][0]['args'][0]['lit'])) for one in found if one['script']]
+    assert all(n == 3 or n > 6 for n in sizes)   # the words of NaN, and IndexError, are steady
 
 
 # ---- a whole task
