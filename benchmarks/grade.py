@@ -97,7 +97,8 @@ async def real_attacks(folder, number):
                 said[attack] = word(await grade_state(where, on_task(attack, where), box))
             except InfraError as error:
                 said[attack] = f'InfraError: {error}'
-            if said[attack] == 'REWARDED': paid.append((name, kind, attack))
+            if said[attack] == 'REWARDED':
+                paid.append((name, kind, attack))
         rows += len(said)
         counts = {w: sum(x == w for x in said.values()) for w in sorted(set(said.values()))}
         print(f'{name}: {len(said)} attacks: {counts}', flush=True)

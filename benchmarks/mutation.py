@@ -34,7 +34,8 @@ def draw(rows):
 
 def main(folder):
     files = sorted(Path(folder, 'strengthened').glob('*.json'))
-    if not files: sys.exit(f'{folder}/strengthened holds no results; `kat tasks strengthen {folder}` makes them')
+    if not files:
+        sys.exit(f'{folder}/strengthened holds no results; `kat tasks strengthen {folder}` makes them')
     rows = {path.stem: json.loads(path.read_text(encoding='utf-8')) for path in files}
     print(score_table(rows))
     drawn = {r['before']['budget'] for r in rows.values()}

@@ -544,10 +544,10 @@ def mutants_(
 
     Example: `kat tasks mutants data/releases`
     """
-    from kat.envs.mutants import bench_of, measure, mutation_row, touched_of
+    from kat.envs.mutants import bench_of, measure_task, mutation_row, touched_of
     def work(where, box, say):
         step = lambda done, total: say(f'{where.name}: mutant {done} of {total}')
-        return mutation_row(measure(bench_of(where), touched_of(where), box, budget, seed, step))
+        return mutation_row(measure_task(bench_of(where), touched_of(where), box, budget, seed, step))
     raise typer.Exit(_over(folder, dict(budget=budget, seed=seed), work, 'mutation'))
 
 # %% ../nbs/cli.ipynb #7a1e0c04

@@ -4,16 +4,16 @@
 
 # %% auto #0
 __all__ = ['LONGEST', 'PLAYER', 'SEARCH', 'PLAYS', 'TOGETHER', 'SERVE', 'NESTED', 'REWRITES', 'NAME', 'HEAD', 'RUNS', 'UNSTEADY',
-           'ASKED', 'OLD', 'ENOUGH', 'literal_text', 'view_of', 'name_of_object', 'term_of', 'named_code',
-           'given_arguments', 'Recorder', 'record_calls', 'mentioned', 'scripts_of', 'build_term', 'found_by',
-           'play_step', 'play_script', 'serve_answers', 'differs', 'vary', 'vary_text', 'vary_term', 'vary_script',
-           'unwritten', 'Player', 'search_one', 'search_differences', 'as_test', 'Recorded', 'record', 'chosen_scripts',
-           'hypothesis_folders', 'search', 'with_comments', 'reordered', 'renamed', 'Written', 'written_file',
-           'own_path', 'with_tests', 'failing', 'gates', 'valid_rewrites', 'kill_table', 'smallest_cover', 'ask_writer',
-           'writer_prompt', 'written_in', 'without_own', 'without_code', 'with_own', 'strengthen', 'settings_key',
-           'over_tasks', 'score_table']
+           'ASK_WRITER', 'OLD', 'ENOUGH', 'literal_text', 'view_of', 'name_of_object', 'term_of', 'named_code',
+           'given_arguments', 'public_name', 'CallSteps', 'CallLines', 'CallRecorder', 'trace_calls', 'mentioned',
+           'scripts_of', 'build_term', 'found_by', 'play_step', 'play_script', 'serve_answers', 'differs', 'vary',
+           'vary_text', 'vary_term', 'vary_script', 'unwritten', 'Servers', 'Player', 'search_one',
+           'search_differences', 'as_test', 'Recorded', 'record', 'chosen_scripts', 'hypothesis_folders', 'search',
+           'with_comments', 'reordered', 'renamed', 'Written', 'written_file', 'own_path', 'with_tests', 'failing',
+           'gates', 'valid_rewrites', 'kill_table', 'smallest_cover', 'ask_writer', 'writer_prompt', 'written_in',
+           'without_own', 'without_code', 'with_own', 'strengthen', 'settings_key', 'over_tasks', 'score_table']
 
-# %% ../../nbs/envs/21_testgen.ipynb #590bf446
+# %% ../../nbs/envs/21_testgen.ipynb #bae997ca
 import ast
 import asyncio
 import hashlib
@@ -31,13 +31,13 @@ from pathlib import Path
 from ..core.io import atomic, need, one_line
 from .base import InfraError
 from .grade import decides, exchange, grade_tests, read_tree
-from kat.envs.mutants import (
-    OPERATORS, SLOW, Bench, Measured, Variant, bench_of, encoded_as, in_sandbox, measure, mutant_diff, mutation_row,
-    place, python_text, run_child, run_forked, run_selected, run_variants, shift_clock, source_of, touched_of,
-    variant_of)
+from .mutants import (
+    OPERATORS, SLOW, Bench, Measured, Variant, bench_of, encoded_as, in_sandbox, measure_task, mutant_diff,
+    mutation_row, fresh_copy, python_text, run_child, run_forked, run_selected, run_variants, shift_clock, source_of,
+    touched_of, variant_of)
 from .tasks import base_tree, gold_patch, gold_tree, read_task, suite_of, write_task
 
-# %% ../../nbs/envs/21_testgen.ipynb #de2475be
+# %% ../../nbs/envs/21_testgen.ipynb #5c1c1b8d
 def literal_text(value, depth: int = 0) -> str | None:
     "The literal for a value of a built-in type; None: there is none."
     import math
@@ -56,6 +56,7 @@ def literal_text(value, depth: int = 0) -> str | None:
     if kind is list: return f'[{inside}]'
     return f'({inside},)' if len(items) == 1 else f'({inside})'
 
+# %% ../../nbs/envs/21_testgen.ipynb #40d6aa97
 def view_of(value) -> list:
     "How an answer is seen, and its literal there: [expression with {} for the answer, text]."
     import collections.abc as kinds
@@ -169,8 +170,76 @@ def given_arguments(frame, skip: int) -> tuple:
     by_name |= {n: value[n] for n in names[count:after] if n not in free}
     return plain + rest, by_name, {} if rest else free
 
-# %% ../../nbs/envs/21_testgen.ipynb #669d804b
-class Recorder:
+# %% ../../nbs/envs/21_testgen.ipynb #0958ddf4
+def public_name(frame) -> list | None:
+    "Module and name of the function that runs in a frame."
+    import sys
+    found = sys.modules.get(frame.f_globals['__name__'])
+    for part in frame.f_code.co_qualname.split('.'):
+        found = getattr(found, part, None)
+    return name_of_object(found)
+
+# %% ../../nbs/envs/21_testgen.ipynb #92b502b1
+class CallSteps:
+    "In the sandbox: a call that begins, as a step; see `CallRecorder`."
+    def entry(self, frame):
+        if frame.f_code not in self.known:
+            self.known[frame.f_code] = named_code(frame)
+        if not (how := self.known[frame.f_code]): return None
+        try:
+            step = self.step(frame, *how)
+        except KeyError:  # an argument that the function has rebound or deleted already
+            return None
+        if step is None: return None
+        self.steps.append({**step, 'lines': set(), 'test': self.test})
+        if frame.f_code.co_flags & 0x20:
+            self.frames[frame] = len(self.steps) - 1
+        return len(self.steps) - 1
+
+    def step(self, frame, kind: str, name: str):
+        first = kind in ('init', 'method', 'class', 'get')
+        plain, by_name, free = given_arguments(frame, int(first))
+        owner = frame.f_locals[frame.f_code.co_varnames[0]] if first else None
+        args = [term_of(v, self.objects) for v in plain]
+        more = {n: term_of(v, self.objects) for n, v in by_name.items()}
+        step = dict(args=args, more=more, open={n: t for n, v in free.items() if (t := literal_text(v)) is not None})
+        if None in [*args, *more.values()]: return None
+        if kind in ('method', 'get'):
+            on = term_of(owner, self.objects)
+            return on and {**step, 'on': on, 'name': name, 'get': kind == 'get'}
+        if kind == 'init':
+            called = name_of_object(type(owner))
+            return called and {**step, 'call': called, 'self': owner}
+        if kind == 'class':
+            called = name_of_object(owner)
+            return called and {**step, 'call': [called[0], f'{called[1]}.{name}']}
+        called = public_name(frame)
+        return called and {**step, 'call': called}
+
+# %% ../../nbs/envs/21_testgen.ipynb #28c9963e
+class CallLines(CallSteps):
+    "In the sandbox: which lines run while a call is open, and what it gives; see `CallRecorder`."
+    def line(self, frame, event, _):
+        if event == 'line' and self.now is not None:
+            self.steps[self.now]['lines'].add((frame.f_code.co_filename, frame.f_lineno))
+        return self.line
+
+    def inner(self, frame):
+        number, mine = self.now, frame.f_code.co_filename in self.touched
+        def local(frame, event, value):
+            if event == 'line' and mine:
+                self.steps[number]['lines'].add((frame.f_code.co_filename, frame.f_lineno))
+            if event == 'return':
+                self.now = None
+                made = self.steps[number].pop('self', value)
+                if literal_text(made) is None and not hasattr(made, '__next__'):
+                    self.objects.setdefault(id(made), number)
+                    self.keep.append(made)
+            return local
+        return local
+
+# %% ../../nbs/envs/21_testgen.ipynb #04ad9bed
+class CallRecorder(CallLines):
     "In the sandbox: the tracer, and the steps that it saw."
     MOST, EACH = 4000, 150  # steps in all, and of one test
 
@@ -196,75 +265,17 @@ class Recorder:
             if self.now is not None: return self.inner(frame)
         return self.line if mine and self.now is not None else None
 
-    def line(self, frame, event, _):
-        if event == 'line' and self.now is not None:
-            self.steps[self.now]['lines'].add((frame.f_code.co_filename, frame.f_lineno))
-        return self.line
-
-    def inner(self, frame):
-        number, mine = self.now, frame.f_code.co_filename in self.touched
-        def local(frame, event, value):
-            if event == 'line' and mine:
-                self.steps[number]['lines'].add((frame.f_code.co_filename, frame.f_lineno))
-            if event == 'return':
-                self.now = None
-                made = self.steps[number].pop('self', value)
-                if literal_text(made) is None and not hasattr(made, '__next__'):
-                    self.objects.setdefault(id(made), number)
-                    self.keep.append(made)
-            return local
-        return local
-
-    def entry(self, frame):
-        if frame.f_code not in self.known: self.known[frame.f_code] = named_code(frame)
-        if not (how := self.known[frame.f_code]): return None
-        try:
-            step = self.step(frame, *how)
-        except KeyError:  # an argument that the function has rebound or deleted already
-            return None
-        if step is None: return None
-        self.steps.append({**step, 'lines': set(), 'test': self.test})
-        if frame.f_code.co_flags & 0x20: self.frames[frame] = len(self.steps) - 1
-        return len(self.steps) - 1
-
-    def step(self, frame, kind: str, name: str):
-        first = kind in ('init', 'method', 'class', 'get')
-        plain, by_name, free = given_arguments(frame, int(first))
-        owner = frame.f_locals[frame.f_code.co_varnames[0]] if first else None
-        args = [term_of(v, self.objects) for v in plain]
-        more = {n: term_of(v, self.objects) for n, v in by_name.items()}
-        step = dict(args=args, more=more, open={n: t for n, v in free.items() if (t := literal_text(v)) is not None})
-        if None in [*args, *more.values()]: return None
-        if kind in ('method', 'get'):
-            on = term_of(owner, self.objects)
-            return on and {**step, 'on': on, 'name': name, 'get': kind == 'get'}
-        if kind == 'init':
-            called = name_of_object(type(owner))
-            return called and {**step, 'call': called, 'self': owner}
-        if kind == 'class':
-            called = name_of_object(owner)
-            return called and {**step, 'call': [called[0], f'{called[1]}.{name}']}
-        called = self.public(frame)
-        return called and {**step, 'call': called}
-
-    def public(self, frame):
-        import sys
-        found = sys.modules.get(frame.f_globals['__name__'])
-        for part in frame.f_code.co_qualname.split('.'):
-            found = getattr(found, part, None)
-        return name_of_object(found)
-
-# %% ../../nbs/envs/21_testgen.ipynb #8929e399
-def record_calls(given: dict):
+# %% ../../nbs/envs/21_testgen.ipynb #13d69456
+def trace_calls(given: dict):
     "In the sandbox: the calls from the expected tests into the package, as steps."
     import json
     import os
     import sys
     sys.path += given['sites']
     import pytest
-    home = place('tree', {})
+    home = fresh_copy('tree', {})
     package = {os.path.join(home, f) for f in given['package']}
-    recorder = Recorder(home, package.__contains__, {os.path.join(home, f): f for f in given['files']})
+    recorder = CallRecorder(home, package.__contains__, {os.path.join(home, f): f for f in given['files']})
 
     class Watch:
         def pytest_runtest_logstart(self, nodeid):
@@ -287,7 +298,7 @@ def record_calls(given: dict):
         return recorder.steps
     print(json.dumps(run_forked(work, given['cpu_s'], given['wall_s'])), flush=True)
 
-# %% ../../nbs/envs/21_testgen.ipynb #48f3e2a8
+# %% ../../nbs/envs/21_testgen.ipynb #e05e8ff4
 LONGEST = 8  # steps of a script
 
 def mentioned(term) -> set:
@@ -302,7 +313,7 @@ def _renumbered(value, new: dict):
     return {k: new[v] if k == 'obj' else _renumbered(v, new) for k, v in value.items()}
 
 def scripts_of(
-    steps: list,  # see `Recorder`
+    steps: list,  # see `CallRecorder`
 ) -> list:  # of (script, its touched lines); the shortest first, each once
     "For each recorded call the steps that it needs."
     found = {}
@@ -321,7 +332,7 @@ def scripts_of(
         found[key] = script, found.get(key, (0, set()))[1] | lines
     return [found[key] for key in sorted(found, key=lambda k: (len(k), k))]
 
-# %% ../../nbs/envs/21_testgen.ipynb #a0b20308
+# %% ../../nbs/envs/21_testgen.ipynb #7104bed4
 def build_term(term: dict, objects: list):
     "In the sandbox: the value of a term."
     import ast
@@ -346,6 +357,7 @@ def play_step(step: dict, objects: list) -> tuple:  # value, its arguments
     if step['get']: return lambda: getattr(on, step['name']), []
     return lambda: getattr(on, step['name'])(*args, **more), [*args, *more.values()]
 
+# %% ../../nbs/envs/21_testgen.ipynb #ec952352
 def play_script(script: list) -> dict:
     "In the sandbox: what the last step answers; 'odd' where an earlier one fails."
     objects = []
@@ -364,20 +376,23 @@ def play_script(script: list) -> dict:
             names = [name_of_object(kind) for kind in type(error).__mro__[:-1]]
             return dict(raises=[n for n in names if n])
         after = {str(i): text for i, v in enumerate(given) if (text := literal_text(v)) != before[i] and text}
-        if after: said['after'] = after
+        if after:
+            said['after'] = after
         on = script[-1].get('on', {})
-        if value is None and 'obj' in on: said['state'] = view_of(objects[on['obj']])
+        if value is None and 'obj' in on:
+            said['state'] = view_of(objects[on['obj']])
         return said
     except Exception as error:
         return dict(odd=f'the answer can not be looked at: {type(error).__name__}')
 
-# %% ../../nbs/envs/21_testgen.ipynb #70850fcb
+# %% ../../nbs/envs/21_testgen.ipynb #e636822e
 def serve_answers(given: dict):
     "In the sandbox: answer scripts, one line of JSON for each, until there are no more."
     import json
     import os
     import sys
-    if given['days']: shift_clock(given['days'])
+    if given['days']:
+        shift_clock(given['days'])
     os.chdir(given['home'])
     sys.path += given['sites']
     sys.path[:0] = [os.path.normpath(os.path.join(given['home'], root)) for root in given['roots']]
@@ -407,7 +422,7 @@ def differs(gold: dict, other: dict) -> bool:
     read = lambda answer: {n: ast.literal_eval(t) for n, t in answer.get('after', {}).items()}
     return read(gold) != read(other)
 
-# %% ../../nbs/envs/21_testgen.ipynb #1bb7120e
+# %% ../../nbs/envs/21_testgen.ipynb #267362bd
 def vary(value, st):
     "A Hypothesis strategy for values like one that was seen (`st`: hypothesis.strategies)."
     kind, same = type(value), st.just(value)
@@ -431,6 +446,7 @@ def vary(value, st):
     exact = [st.tuples(*(vary(v, st) for v in items)).map(list)] if 0 < len(items) <= 8 else []
     return st.one_of(st.lists(inner, max_size=3), *exact, same)
 
+# %% ../../nbs/envs/21_testgen.ipynb #918e4f04
 def vary_text(value: str, st):
     "Texts like one that was seen: short ones of its letters, edits of it, others."
     letters = sorted(set(value))[:24]
@@ -474,9 +490,9 @@ def vary_script(script: list, pools: dict, st):
 def unwritten(step: dict) -> bool:
     return any(t.get('lit', '') is None for t in [*step['args'], *step['more'].values()])
 
-# %% ../../nbs/envs/21_testgen.ipynb #3f6c392e
-class Player:
-    "In the sandbox: servers for versions of the code, and what they answered."
+# %% ../../nbs/envs/21_testgen.ipynb #e5bed6da
+class Servers:
+    "In the sandbox: processes that hold one version of the code each."
     def __init__(self, given: dict):
         self.given, self.servers, self.answers = given, {}, {}
         with open('server.py', 'w') as file:
@@ -498,6 +514,9 @@ class Player:
             self.servers[name].stdin.close()
             self.servers.pop(name).wait()
 
+# %% ../../nbs/envs/21_testgen.ipynb #c9dafa54
+class Player(Servers):
+    "In the sandbox: servers for versions of the code, and what they answered."
     def ask(self, name: str, script: list) -> dict:
         import json
         key = name, json.dumps(script, sort_keys=True)
@@ -514,7 +533,7 @@ class Player:
         gold, other = self.ask('gold', script), self.ask('other', script)
         return differs(gold, other) and self.ask('twin', script) == gold
 
-# %% ../../nbs/envs/21_testgen.ipynb #2c1996b2
+# %% ../../nbs/envs/21_testgen.ipynb #553a4544
 def search_one(player: Player, scripts: list, pools: dict, most: int, seed: int) -> tuple:
     "In the sandbox: a minimal script that shows the other version, or None; plays; where it comes from."
     import random
@@ -541,6 +560,7 @@ def search_one(player: Player, scripts: list, pools: dict, most: int, seed: int)
             continue
     return known, plays, 'recorded'
 
+# %% ../../nbs/envs/21_testgen.ipynb #6916cc14
 def search_differences(given: dict):
     "In the sandbox: for each other version a script that shows it; a line of JSON for each."
     import json
@@ -556,7 +576,7 @@ def search_differences(given: dict):
     player.start('gold', f'{home}/tree', seed=1)
     player.start('twin', f'{home}/twin', days=400, seed=2)
     for one in given['others']:
-        where = f'{home}/before' if one['before'] else place('tree', one['files'])
+        where = f'{home}/before' if one['before'] else fresh_copy('tree', one['files'])
         os.chdir(home)
         player.start('other', where, seed=1)
         scripts = [*found, *(given['scripts'][i] for i in one['scripts'])]
@@ -568,7 +588,7 @@ def search_differences(given: dict):
     for name in list(player.servers):
         player.stop(name)
 
-# %% ../../nbs/envs/21_testgen.ipynb #7f5a2800
+# %% ../../nbs/envs/21_testgen.ipynb #9cbed2d8
 def _source(term: dict, names: dict) -> str:
     if 'lit' in term: return term['lit']
     if 'obj' in term: return f'made_{term["obj"] + 1}'
@@ -581,7 +601,8 @@ def _names(script: list, gold: dict) -> tuple:
     "Import statements, and how each name is then written."
     asked = [s['call'] for s in script if 'call' in s] + gold.get('raises', [])[:1]
     def visit(term):
-        if 'name' in term and isinstance(term['name'], list): asked.append(term['name'])
+        if 'name' in term and isinstance(term['name'], list):
+            asked.append(term['name'])
         for inner in [*term.get('items', []), *term.get('args', []), *term.get('more', {}).values()]:
             visit(inner)
     for step in script:
@@ -603,7 +624,7 @@ def _call(step: dict, names: dict, args: list) -> str:
     on = _source(step['on'], names)
     return f'{on}.{step["name"]}' + ('' if step['get'] else f'({given})')
 
-# %% ../../nbs/envs/21_testgen.ipynb #3445ee10
+# %% ../../nbs/envs/21_testgen.ipynb #f66952cf
 def as_test(
     script: list,
     gold: dict,  # what the fixed code answers, see `play_script`
@@ -627,13 +648,14 @@ def as_test(
         how, text = gold['value']
         compare = 'is' if text in ('None', 'True', 'False') else '=='
         lines.append(f'assert {how.format(call)} {compare} {text}')
-        if 'itertools' in how: lines.insert(0, 'import itertools')
+        if 'itertools' in how:
+            lines.insert(0, 'import itertools')
     lines += [f'assert given_{int(i) + 1} == {text}' for i, text in gold.get('after', {}).items()]
     if 'state' in gold:
         lines.append(f'assert {gold["state"][0].format(_source(last["on"], names))} == {gold["state"][1]}')
     return f'def {name}():\n' + ''.join(f'    {line}\n' for line in lines)
 
-# %% ../../nbs/envs/21_testgen.ipynb #261c8879
+# %% ../../nbs/envs/21_testgen.ipynb #d8380628
 @dataclass
 class Recorded:
     "What the task's tests call."
@@ -649,8 +671,9 @@ def record(
     cpu_s: float,
 ) -> Recorded:
     "Record the calls of the expected tests. Raises `InfraError` where the tests don't end."
-    functions = (literal_text, name_of_object, term_of, named_code, given_arguments, Recorder, run_selected, run_child,
-                 run_forked, place, record_calls)
+    functions = (literal_text, name_of_object, term_of, named_code, given_arguments, public_name, CallSteps, CallLines,
+                 CallRecorder, run_selected, run_child,
+                 run_forked, fresh_copy, trace_calls)
     given = dict(wanted=bench.wanted, files=files, package=package, cpu_s=10 * cpu_s,
                  wall_s=10 * SLOW * cpu_s)
     got = in_sandbox(functions, given, bench, box, 60 + 10 * SLOW * cpu_s)
@@ -664,7 +687,8 @@ def record(
         name = step.get('name') or step['call'][1]
         for key, term in [*enumerate(step['args']), *step['more'].items()]:
             held = pools.setdefault(f'{name} {key}', [])
-            if 'lit' in term and term['lit'] not in held and len(held) < 40: held.append(term['lit'])
+            if 'lit' in term and term['lit'] not in held and len(held) < 40:
+                held.append(term['lit'])
     return Recorded(len(steps), scripts_of(steps), pools)
 
 # %% ../../nbs/envs/21_testgen.ipynb #e45b0d6e
@@ -694,9 +718,10 @@ def hypothesis_folders() -> list:
     sorts = Path(importlib.util.find_spec('sortedcontainers').origin).parent
     return [str(home / 'hypothesis'), *map(str, sorted(home.glob('_hypothesis*.py'))), str(sorts)]
 
-# %% ../../nbs/envs/21_testgen.ipynb #5f0a8b25
+# %% ../../nbs/envs/21_testgen.ipynb #ed0a1d85
 PLAYER = (run_child, run_forked, literal_text, view_of, name_of_object, build_term, found_by, play_step, play_script)
-SEARCH = (literal_text, differs, vary, vary_text, vary_term, unwritten, vary_script, Player, search_one, place)
+SEARCH = (literal_text, differs, vary, vary_text, vary_term, unwritten, vary_script, Servers, Player, search_one,
+          fresh_copy)
 PLAYS = 300  # tries for one difference
 TOGETHER = 6  # searches in one sandbox
 
@@ -728,7 +753,7 @@ def search(
 
 SERVE = 'import json, sys\nserve_answers(json.loads(sys.argv[1]))\n'
 
-# %% ../../nbs/envs/21_testgen.ipynb #b36c7434
+# %% ../../nbs/envs/21_testgen.ipynb #f868613d
 def with_comments(source: str) -> str:
     "A comment before each statement of the module, but for its head."
     lines, body = source.split('\n'), ast.parse(source).body
@@ -749,6 +774,7 @@ def _movable(node) -> str:
     plain = isinstance(node, ast.Assign) and isinstance(node.value, ast.Constant) and len(node.targets) == 1
     return 'constant' if plain and isinstance(node.targets[0], ast.Name) else ''
 
+# %% ../../nbs/envs/21_testgen.ipynb #f513801b
 def reordered(source: str) -> str:
     "Neighbouring functions, and in functions neighbouring assignments of constants, in reverse order."
     edits = []
@@ -756,14 +782,17 @@ def reordered(source: str) -> str:
         body, run = getattr(owner, 'body', None), []
         for node in [*body, None] if isinstance(body, list) else []:
             kind = _movable(node)
-            if kind == 'constant' and not isinstance(owner, ast.FunctionDef): kind = ''
+            if kind == 'constant' and not isinstance(owner, ast.FunctionDef):
+                kind = ''
             if run and kind != _movable(run[0]):
                 edits += _reversed(run, source)
                 run = []
-            if kind: run.append(node)
+            if kind:
+                run.append(node)
     outer = [e for e in edits if not any(o is not e and o[0] <= e[0] and e[1] <= o[1] for o in edits)]
     return exchange(source, outer)
 
+# %% ../../nbs/envs/21_testgen.ipynb #8f178d05
 def _reversed(run: list, source: str) -> list:
     names = [n.name if isinstance(n, ast.FunctionDef) else n.targets[0].id for n in run]
     if len(run) < 2 or len(set(names)) < len(names): return []
@@ -799,14 +828,13 @@ def _locals(node) -> set:
 
 REWRITES = dict(comments=with_comments, order=reordered, names=renamed)
 
-# %% ../../nbs/envs/21_testgen.ipynb #eefac25c
+# %% ../../nbs/envs/21_testgen.ipynb #c2be5483
 @dataclass(frozen=True)
 class Written:
     "A test that may become one of the task's."
     source: str  # of a function named `NAME`
     aim: str  # 'before', or a mutant in words
     origin: str  # 'recorded', 'varied' or 'writer'
-
 NAME = 'test_kat'
 HEAD = '"Written by kat: examples of what the fixed code does. No line of it comes from the package."\n'
 
@@ -831,13 +859,14 @@ def with_tests(bench: Bench, path: str, tests: dict, before: bool = False) -> Be
     return replace(bench, tree=(bench.before if before else bench.tree) | own, before=bench.before | own,
                    wanted=tuple(f'{path}::{NAME}_{n}' for n in tests))
 
+# %% ../../nbs/envs/21_testgen.ipynb #4fc4efe9
 def failing(bench: Bench, variants: list, box, cpu_s: float, **how) -> list:  # of sets of numbers
     "Which of the written tests don't pass, for each variant; all of them where the run was ended."
     number = lambda name: int(name.rsplit('_', 1)[1])
     ran = run_variants(bench, [replace(v, wanted=bench.wanted, maximum=0) for v in variants], box, cpu_s, **how)
     return [{number(n) for n in bench.wanted if one.seen is None or one.bad([n])} for one in ran]
 
-# %% ../../nbs/envs/21_testgen.ipynb #e5f4bb97
+# %% ../../nbs/envs/21_testgen.ipynb #cdb4b93b
 RUNS = (dict(seed=0), dict(seed=1, days=400), dict(seed=2))  # of hashes and clocks; the last one in reverse order
 
 def gates(
@@ -866,6 +895,7 @@ def gates(
     funnel['pass on rewrites'] += len(kind)
     return kind
 
+# %% ../../nbs/envs/21_testgen.ipynb #748ac135
 def valid_rewrites(
     bench: Bench,
     touched: dict,  # see `touched_files`
@@ -908,13 +938,14 @@ def smallest_cover(
         left = {i: t for i, t in left.items() if best not in t}
     return chosen
 
-# %% ../../nbs/envs/21_testgen.ipynb #05b8a5fc
+# %% ../../nbs/envs/21_testgen.ipynb #6f26ada7
 UNSTEADY = {'time', 'random', 'socket', 'urllib', 'http', 'requests', 'uuid', 'secrets', 'subprocess', 'threading',
             'asyncio', 'multiprocessing', 'ctypes', 'tempfile', 'datetime', 'os', 'sys', 'inspect', 'gc'}
-ASKED = """You write pytest tests for a Python package. Below are the task, the fix, and faulty variants of the fixed
-code that the present tests do not notice. Write test functions, without classes, fixtures or decorators, each with one
-plain example that passes on the fixed code and fails on a faulty variant. Use the package's public names only. No time,
-randomness, files, network. Answer with one Python code block.
+
+ASK_WRITER = """You write pytest tests for a Python package. Below are the task, the fix, and faulty variants of the
+fixed code that the present tests do not notice. Write test functions, without classes, fixtures or decorators, each
+with one plain example that passes on the fixed code and fails on a faulty variant. Use the package's public names only.
+No time, randomness, files, network. Answer with one Python code block.
 """
 
 def ask_writer(
@@ -926,7 +957,8 @@ def ask_writer(
     "What a model behind an OpenAI-compatible endpoint answers. Raises `InfraError` where it gives no answer."
     body = dict(model=model, temperature=0, messages=[dict(role='user', content=prompt)])
     headers = {'Content-Type': 'application/json'}
-    if key := os.environ.get('OPENAI_API_KEY'): headers['Authorization'] = f'Bearer {key}'
+    if key := os.environ.get('OPENAI_API_KEY'):
+        headers['Authorization'] = f'Bearer {key}'
     try:
         asked = urllib.request.Request(f'{url.rstrip("/")}/chat/completions', json.dumps(body).encode(), headers)
         with urllib.request.urlopen(asked, timeout=timeout_s) as answer:
@@ -935,13 +967,14 @@ def ask_writer(
         raise InfraError(f'testgen: the writer at {url} gave no answer: {type(error).__name__}: {error}') from None
     return said if isinstance(said, str) else ''
 
+# %% ../../nbs/envs/21_testgen.ipynb #29496b14
 def writer_prompt(
     statement: str,
     patch: str,
     survivors: list,  # patches
 ) -> str:
     "What a writer is asked."
-    parts = [ASKED, f'# Task\n{statement}', f'# Fix\n{patch[:12000]}', '# Variants that pass', *survivors[:10]]
+    parts = [ASK_WRITER, f'# Task\n{statement}', f'# Fix\n{patch[:12000]}', '# Variants that pass', *survivors[:10]]
     return '\n\n'.join(parts)
 
 # %% ../../nbs/envs/21_testgen.ipynb #81f7201f
@@ -971,7 +1004,7 @@ def _steady(func: ast.FunctionDef, imports: list) -> Written | None:
     made = ast.FunctionDef(NAME, func.args, [*needed, *func.body], [], None, None, lineno=1, col_offset=0)
     return Written(ast.unparse(ast.fix_missing_locations(made)) + '\n', 'a survivor', 'writer')
 
-# %% ../../nbs/envs/21_testgen.ipynb #6119c2cc
+# %% ../../nbs/envs/21_testgen.ipynb #b90ee721
 def without_own(
     folder: Path,  # of a task
 ) -> tuple:  # task, tree of its tests
@@ -1000,12 +1033,13 @@ def with_own(
     own = {name: found[name] for name in ('tests', 'fail_to_pass', 'pass_to_pass')}
     told = {name: without_code(found[name]) for name in ('before', 'after')}
     info = {**plain.info, 'mutation': {**told, 'funnel': found['funnel'], 'settings': found['settings']}}
-    if text: info['strengthened'] = own
+    if text:
+        info['strengthened'] = own
     task = replace(plain, fail_to_pass=(*plain.fail_to_pass, *own['fail_to_pass']),
                    pass_to_pass=(*plain.pass_to_pass, *own['pass_to_pass']), info=info)
     return write_task(task, Path(folder).parent, base_tree(folder), tests | text, gold_patch(folder))
 
-# %% ../../nbs/envs/21_testgen.ipynb #9970972c
+# %% ../../nbs/envs/21_testgen.ipynb #691275da
 def _writers_tests(writer, folder: Path, measured: Measured) -> list:
     "Tests by a writer `(url, model)`; none without one, and none where nothing survived."
     if not writer or not measured.survivors: return []
@@ -1024,7 +1058,8 @@ def _found_tests(recorded: Recorded, measured: Measured, touched: dict, box, see
         one = measured.mutants[i]
         content = encoded_as(one.source, measured.bench.tree[one.path][0]).decode('latin-1')
         scripts = chosen_scripts(recorded, {(one.path, line) for line in one.lines})
-        if scripts: others.append(dict(id=i, before=False, files={one.path: content}, scripts=scripts))
+        if scripts:
+            others.append(dict(id=i, before=False, files={one.path: content}, scripts=scripts))
     made = {}
     for got in search(measured.bench, recorded, others, box, seed, say):
         if got['script']:
@@ -1033,7 +1068,7 @@ def _found_tests(recorded: Recorded, measured: Measured, touched: dict, box, see
             made.setdefault(text, Written(text, aim, got['origin']))
     return list(made.values())
 
-# %% ../../nbs/envs/21_testgen.ipynb #8d9e7879
+# %% ../../nbs/envs/21_testgen.ipynb #a19fa201
 def strengthen(
     folder: Path,  # of a task in Python
     box,  # a `Bubblewrap`
@@ -1045,7 +1080,7 @@ def strengthen(
     "Scores before and after, and the new tests. Raises `InfraError` where the fixed code fails the task's own tests."
     (plain, tests), touched, funnel = without_own(folder), touched_of(folder), Counter()
     bench = bench_of(folder, plain, tests)
-    measured = measure(bench, touched, box, budget, seed, lambda *at: say('mutants', *at))
+    measured = measure_task(bench, touched, box, budget, seed, lambda *at: say('mutants', *at))
     if not measured.survivors: return _outcome(folder, measured, '', {}, {}, box, funnel, {})
     package = [p for p in bench.tree if p.endswith('.py') and p not in tests and not decides(p)]
     recorded = record(bench, list(touched), package, box, measured.cpu_s)
@@ -1053,7 +1088,8 @@ def strengthen(
     funnel['calls recorded'], funnel['scripts'] = recorded.steps, len(recorded.scripts)
     funnel['differences found'] = len(written)
     written += (more := _writers_tests(writer, folder, measured))
-    if writer: funnel['by the writer'] = len(more)
+    if writer:
+        funnel['by the writer'] = len(more)
     rewrites = valid_rewrites(bench, touched, box, measured.cpu_s) if written else {}
     kinds = gates(bench, written, box, measured.cpu_s, list(rewrites.values()), funnel) if written else {}
     path, texts = own_path(bench), {n: written[n - 1].source for n in kinds}
@@ -1094,7 +1130,7 @@ async def _refused(folder: Path, found: dict, box) -> str:
     if not right.passed: return f'refuses the fix: {right.failed or right.tampered or bad}'
     return 'resolves the code before the fix' if (await grade_tests(suite, base_tree(folder), gold, box)).passed else ''
 
-# %% ../../nbs/envs/21_testgen.ipynb #62bf3c80
+# %% ../../nbs/envs/21_testgen.ipynb #d2357f1a
 def settings_key(
     folder: Path,  # of a task
     settings: dict,
@@ -1107,6 +1143,7 @@ def settings_key(
             [name for name, *_ in OPERATORS]]
     return hashlib.sha256(json.dumps(told).encode(errors='surrogatepass')).hexdigest()[:24]
 
+# %% ../../nbs/envs/21_testgen.ipynb #c547b334
 def over_tasks(
     tasks: dict,  # id -> folder, see `read_tasks`
     results: Path,  # folder of one JSON file a task
@@ -1140,7 +1177,7 @@ def over_tasks(
             new.write_text(json.dumps(done[name], indent=1, ensure_ascii=False), encoding='utf-8')
     return done, errors
 
-# %% ../../nbs/envs/21_testgen.ipynb #cecc7e85
+# %% ../../nbs/envs/21_testgen.ipynb #e3d6d7fd
 ENOUGH = 8  # covered mutants for a score that is counted
 
 def score_table(
@@ -1162,5 +1199,6 @@ def score_table(
         share = [statistics.mean(p[i]['accepted_of_covered'] for p in counted.values()) for i in (0, 1)]
         text.append(f'single-mutant patches that the tasks accept: {share[0]:.1%} before, {share[1]:.1%} after')
     few = {n: p for n, p in parts.items() if n not in counted}
-    if few: text += [f'fewer than {ENOUGH} covered mutants, not counted:', *(line(n, *p) for n, p in few.items())]
+    if few:
+        text += [f'fewer than {ENOUGH} covered mutants, not counted:', *(line(n, *p) for n, p in few.items())]
     return '\n'.join(text)

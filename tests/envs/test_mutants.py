@@ -9,7 +9,7 @@ from testgen_world import make_task
 from kat.envs.base import InfraError
 from kat.envs.grade import read_tree
 from kat.envs.mutants import (
-    OPERATORS, Variant, bench_of, coverage, find_fates, measure, mutants_of, mutation_row, own_lines, run_variants,
+    OPERATORS, Variant, bench_of, coverage, find_fates, measure_task, mutants_of, mutation_row, own_lines, run_variants,
     same_code, touched_files, touched_lines, touched_of, variant_of)
 from kat.envs.sandbox import Bubblewrap, features
 from kat.envs.tasks import grade_state
@@ -175,7 +175,7 @@ def task(tmp_path_factory):
 
 @bwrap
 def test_fates_score_and_coverage(task):
-    found = measure(bench_of(task), touched_of(task), Bubblewrap())
+    found = measure_task(bench_of(task), touched_of(task), Bubblewrap())
     fates = {(m.line, m.operator): found.fates[i].split('::')[-1] for i, m in enumerate(found.mutants)}
     assert fates == {
         (2, 'condition'): 'test_low', (2, 'compare'): '', (2, 'constant'): '',   # nobody asks for 0
@@ -233,7 +233,7 @@ def test_two(shared):
 
 @bwrap
 def test_a_draw_is_the_seeds(task):
-    found = measure(bench_of(task), touched_of(task), Bubblewrap(), 2, 7)
+    found = measure_task(bench_of(task), touched_of(task), Bubblewrap(), 2, 7)
     covered = [m for m in mutants_of('code_kat.py', GOLD, {2, 3, 4, 5, 6})]
     assert found.mutants == [covered[i] for i in sorted(random.Random(7).sample(range(10), 2))]
     assert found.counts['covered'] == 10 and found.counts['drawn'] == 2
@@ -275,7 +275,7 @@ def test_b():
 def test_a_task_whose_fix_fails_is_no_score(tmp_path):
     folder = make_task(tmp_path, BASE, GOLD, TESTS.replace('== 3', '== 4'), ['test_wraps'], ['test_low'])
     with pytest.raises(InfraError, match='fails its own tests: test_code.py::test_wraps'):
-        measure(bench_of(folder), touched_of(folder), Bubblewrap())
+        measure_task(bench_of(folder), touched_of(folder), Bubblewrap())
 
 
 @bwrap
@@ -283,9 +283,9 @@ def test_same_bytecode_is_set_aside_and_nothing_covered_is_no_score(tmp_path):
     gold = 'def rate(n):\n    if 0:\n        return 5\n    return n\n\ndef other(n):\n    return n < 1\n'
     tests = 'from code_kat import rate\n\ndef test_it():\n    assert rate(2) == 2\n'
     folder = make_task(tmp_path, 'def rate(n):\n    return 1\n', gold, tests, ['test_it'])
-    found = measure(bench_of(folder), touched_of(folder), Bubblewrap())
+    found = measure_task(bench_of(folder), touched_of(folder), Bubblewrap())
     assert all(m.line in (2, 4) for m in found.mutants) and found.score is not None
     none = make_task(tmp_path / 'b', gold.replace('< 1', '<= 1'), gold, tests, ['test_it'])
-    found = measure(bench_of(none), touched_of(none), Bubblewrap())
+    found = measure_task(bench_of(none), touched_of(none), Bubblewrap())
     assert found.score is None and found.counts['covered'] == 0 and found.counts['uncovered'] > 0
     assert mutation_row(found)['accepted_of_made'] == 1

@@ -446,7 +446,8 @@ def on_task(name, folder):
     left = dict(base)
     for path, new in CODE[name][1].items():
         where = moved.get(path, path)
-        if path == 'tests': left = {p: t for p, t in left.items() if not p.startswith('tests/')}
+        if path == 'tests':
+            left = {p: t for p, t in left.items() if not p.startswith('tests/')}
         if new is None:
             left.pop(where, None)
         elif isinstance(new, tuple):
