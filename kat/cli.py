@@ -6,9 +6,9 @@
 __all__ = ['app', 'Pairs', 'Debug', 'Version', 'tree', 'Log', 'Tokenizer', 'StorePath', 'Served', 'Keys', 'Computes',
            'VllmAddress', 'sessions', 'Owner', 'TaskOption', 'ModelPlace', 'Stages', 'Agent', 'Positive', 'TurnLimit',
            'WrittenTokens', 'AnswerTokens', 'Warmth', 'CheckFirst', 'Parallel', 'Price', 'KeyFile', 'Show', 'tasks',
-           'Folder', 'FilterPairs', 'TaskSet', 'Hands', 'TASK_SET', 'pipeline', 'run', 'report', 'stats', 'draw',
-           'serve_', 'list_', 'show_', 'export_', 'evaluate_', 'compare', 'cheats', 'collect_', 'funnel_', 'build_',
-           'fetch_', 'main']
+           'Folder', 'FilterPairs', 'TaskSet', 'Budget', 'Draw', 'Hands', 'TASK_SET', 'pipeline', 'run', 'report',
+           'stats', 'draw', 'serve_', 'list_', 'show_', 'export_', 'evaluate_', 'compare', 'cheats', 'collect_',
+           'funnel_', 'mutants_', 'strengthen_', 'build_', 'fetch_', 'main']
 
 # %% ../nbs/cli.ipynb #bf1db84f
 import os
@@ -670,6 +670,75 @@ def funnel_(
     from kat.envs.candidates import funnel_into, read_filters
     with _mendable():
         print(funnel_into(folder, read_filters(p), start, draw))
+
+# %% ../nbs/cli.ipynb #7a1e0c02
+TaskSet = Annotated[Path, typer.Argument(metavar='FOLDER', help='A task set, or one task.')]
+Budget = Annotated[int, typer.Option(min=1, help='Mutants drawn among the covered ones of a task.')]
+Draw = Annotated[int, typer.Option(help='Seed of the draws.')]
+
+
+def _over(folder: Path, settings: dict, work, name: str) -> int:
+    "Do work for all tasks of a set, print their table; 1 where a task failed."
+    from kat.envs.sandbox import Bubblewrap
+    from kat.envs.tasks import read_tasks
+    from kat.envs.testgen import over_tasks, score_table
+    say = lambda line: print(line, file=sys.stderr, flush=True)
+    with _mendable():
+        box, found = Bubblewrap(), read_tasks(folder)
+        home = folder.parent if (folder/'task.json').exists() else folder
+        done, errors = over_tasks(found, home/name, settings, lambda where: work(where, box, say), say)
+    print(score_table(done))
+    for task, why in sorted(errors.items()):
+        print(f'not measured: {task}: {why}')
+    return int(bool(errors))
+
+# %% ../nbs/cli.ipynb #7a1e0c03
+@tasks.command('mutants')
+def mutants_(
+    folder: TaskSet,
+    budget: Budget = 40,
+    seed: Draw = 0,
+    debug: Debug = False,
+):
+    """How many small faults in its fix each task's tests notice; Python only. The same command resumes it.
+
+    Example: `kat tasks mutants data/releases`
+    """
+    from kat.envs.mutants import bench_of, measure_task, mutation_row, touched_of
+    def work(where, box, say):
+        step = lambda done, total: say(f'{where.name}: mutant {done} of {total}')
+        return mutation_row(measure_task(bench_of(where), touched_of(where), box, budget, seed, step))
+    raise typer.Exit(_over(folder, dict(budget=budget, seed=seed), work, 'mutation'))
+
+# %% ../nbs/cli.ipynb #7a1e0c04
+@tasks.command('strengthen')
+def strengthen_(
+    folder: TaskSet,
+    budget: Budget = 40,
+    seed: Draw = 0,
+    writer: Annotated[str, typer.Option(metavar='URL', help='An OpenAI-compatible endpoint that writes tests as well.',
+                                        show_default='none: by differences only')] = '',
+    model: Annotated[str, typer.Option(help='Model of the writer.', show_default=False)] = '',
+    debug: Debug = False,
+):
+    """Add tests for the small faults that tasks' tests let through, and measure again; the same command resumes it.
+
+    Examples:
+
+    `kat tasks strengthen data/releases`
+
+    `kat tasks strengthen data/releases/toolz-1.2.0 --writer http://127.0.0.1:8000/v1 --model qwen`
+    """
+    from kat.core.io import UserError
+    from kat.envs.testgen import strengthen, with_own
+    if bool(writer) != bool(model): raise UserError('--writer and --model belong together: give both, or neither')
+    def work(where, box, say):
+        step = lambda what, done, total: say(f'{where.name}: {what}: {done} of {total}')
+        found = strengthen(where, box, budget, seed, (writer, model) if writer else None, step)
+        with_own(where, found)
+        return found
+    settings = dict(budget=budget, seed=seed, writer=writer, model=model)
+    raise typer.Exit(_over(folder, settings, work, 'strengthened'))
 
 # %% ../nbs/cli.ipynb #f9d463eb
 TaskSet = Annotated[Path, typer.Option('-o', '--out', metavar='FOLDER', help='The task set: a folder for each task.')]
