@@ -164,6 +164,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                      'kat.compute.forward.PackCall.__init__': ( 'compute/forward.html#packcall.__init__',
                                                                                 'kat/compute/forward.py'),
                                      'kat.compute.forward._check_call': ('compute/forward.html#_check_call', 'kat/compute/forward.py'),
+                                     'kat.compute.forward._checkpointing': ( 'compute/forward.html#_checkpointing',
+                                                                             'kat/compute/forward.py'),
                                      'kat.compute.forward._join': ('compute/forward.html#_join', 'kat/compute/forward.py'),
                                      'kat.compute.forward._lossy': ('compute/forward.html#_lossy', 'kat/compute/forward.py'),
                                      'kat.compute.forward._register': ('compute/forward.html#_register', 'kat/compute/forward.py'),

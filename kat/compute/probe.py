@@ -123,6 +123,7 @@ def _where(subject, want, size, backend) -> str:
     if size is None: return "where sequences branch, so something besides attention looks along the sequence"
     return "where packs meet, so a layer keeps more than one set of keys and values, or counts positions itself"
 
+# %% ../../nbs/compute/07_probe.ipynb #9b0be025
 _LOUDER = 64  # times the logits that the weights are made for: a cap of 10,000 shows
 
 @contextmanager

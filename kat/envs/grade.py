@@ -451,6 +451,7 @@ class Prepared:
     def files(self) -> list:
         return sorted({n.split('::')[0] for n in self.expected})
 
+# %% ../../nbs/envs/09_grade.ipynb #e71e56e1
 def prepare_tree(
     suite: Suite,
     agent: dict,  # tree that the agent left, see `read_tree`
