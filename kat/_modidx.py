@@ -939,6 +939,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                'kat.envs.node.merge_agent': ('envs/node.html#merge_agent', 'kat/envs/node.py'),
                                'kat.envs.node.merged_manifest': ('envs/node.html#merged_manifest', 'kat/envs/node.py'),
                                'kat.envs.node.node_candidates': ('envs/node.html#node_candidates', 'kat/envs/node.py'),
+                               'kat.envs.node.node_of': ('envs/node.html#node_of', 'kat/envs/node.py'),
                                'kat.envs.node.plant_scripts': ('envs/node.html#plant_scripts', 'kat/envs/node.py'),
                                'kat.envs.node.prepare_scripts': ('envs/node.html#prepare_scripts', 'kat/envs/node.py'),
                                'kat.envs.node.read_scripts': ('envs/node.html#read_scripts', 'kat/envs/node.py'),

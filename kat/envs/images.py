@@ -171,7 +171,7 @@ def remove_image(engine: Engine, name: str):
     engine.ask('DELETE', f'/images/{urllib.parse.quote(name)}', timeout=300, force='1')
 
 # %% ../../nbs/envs/22_images.ipynb #9a5f4a3a
-RUN = ['/bin/sh', '-c', '"$@"', 'kat']  # a shell that stays, and passes on how the command ended
+RUN = ['/bin/sh', '-c', '"$@"; exit $?', 'kat']  # it stays, as the kernel spares a first process many signals
 LABEL = 'kat.pid'  # of a container: the process that made it
 
 def _ulimits(limits: Limits) -> list:

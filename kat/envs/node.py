@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['OLDEST_NODE', 'READ_IMPORTS', 'READ_TESTS', 'READ_FILE', 'READING', 'RUNNERS', 'SCRIPTS', 'TEST_FOLDERS',
            'TEST_FILES', 'ASIDE', 'SEAL', 'FOLLOW_TAPE', 'FOLLOW_NODE', 'NODE_RUNNER', 'ZONES', 'KINDS', 'METHODS',
-           'MUST_FAIL', 'SETTINGS', 'FREE', 'node_candidates', 'find_node', 'has_node', 'shown_for', 'read_scripts',
-           'is_test', 'manifest', 'runner_of', 'NodeSetup', 'detect', 'linked', 'run_file', 'states_of',
+           'MUST_FAIL', 'SETTINGS', 'FREE', 'node_candidates', 'find_node', 'has_node', 'node_of', 'shown_for',
+           'read_scripts', 'is_test', 'manifest', 'runner_of', 'NodeSetup', 'detect', 'linked', 'run_file', 'states_of',
            'collect_tests', 'altered', 'another_script', 'ScriptTest', 'script_tests', 'wanted_edits',
            'exchange_script', 'plant_scripts', 'decides_in_node', 'merged_manifest', 'NodeSuite', 'merge_agent',
            'Planted', 'prepare_scripts', 'judge_file', 'grade_node']
@@ -65,12 +65,18 @@ def has_node() -> bool:
     except InfraError:
         return False
 
+def node_of(
+    box,  # a `Bubblewrap`, or `Images`, which have a node of their own
+) -> str:
+    "Path of the node that runs in a box."
+    return getattr(box, 'node', None) or find_node()
+
 def shown_for(
     node: str,  # path of node
     site: Path | None,  # folder that holds node_modules
 ) -> tuple:
     "Paths that a sandbox must show beside the system's."
-    outside = [] if PurePosixPath(node).is_relative_to('/usr') else [node]
+    outside = [] if PurePosixPath(node).is_relative_to('/usr') or not node.startswith('/') else [node]
     return (*outside, *([str(site)] if site else []))
 
 # %% ../../nbs/envs/20_node.ipynb #23b75421
@@ -202,7 +208,7 @@ def read_scripts(
 _known = {}  # hash of a file -> what was read: the tests of a task are graded many times
 
 def _read_now(contents: list, box) -> list:
-    node, names = find_node(), [f'{i}.js' for i in range(len(contents))]
+    node, names = node_of(box), [f'{i}.js' for i in range(len(contents))]
     with tempfile.TemporaryDirectory(prefix='kat-') as work:
         for name, content in zip(names, contents):
             Path(work, name).write_bytes(content)
@@ -409,7 +415,7 @@ def run_file(
 ) -> Run:
     "Run one test file, its changes to the folder forgotten. Raises `InfraError` when the runner did not start."
     # a key of a block's length, below 128, so that its pads are text
-    key, name, node = bytes(secrets.randbelow(128) for _ in range(64)), f'.{secrets.token_hex(8)}.cjs', find_node()
+    key, name, node = bytes(secrets.randbelow(128) for _ in range(64)), f'.{secrets.token_hex(8)}.cjs', node_of(box)
     script = f'/workspace/{name}'
     argv = [node, *_flags(variation), *([f'--test-reporter={script}'] if runner == 'node:test' else []), script,
             str(64 + secrets.randbelow(192)), runner, f'/workspace/{path}']
