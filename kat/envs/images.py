@@ -7,7 +7,6 @@ __all__ = ['SOCKETS', 'RUN', 'LABEL', 'Engine', 'find_engine', 'has_engine', 'ha
            'remove_image', 'Images', 'recipe']
 
 # %% ../../nbs/envs/22_images.ipynb #2ae433e4
-import functools
 import http.client
 import io
 import json
@@ -41,6 +40,7 @@ class _Connection(http.client.HTTPConnection):
         self.sock.settimeout(self.timeout)
         self.sock.connect(self._path)
 
+# %% ../../nbs/envs/22_images.ipynb #822971e8
 class Engine:
     "What serves Docker's API on a Unix socket."
     def __init__(
@@ -83,11 +83,12 @@ def _reason(said: str) -> str:
     except (ValueError, KeyError, TypeError):
         return said[:300]
 
-# %% ../../nbs/envs/22_images.ipynb #822971e8
+# %% ../../nbs/envs/22_images.ipynb #d338c533
 def find_engine() -> Engine:
     "The engine that answers here. Raises `InfraError` where there is none."
     host = os.environ.get('DOCKER_HOST', '')
-    if host and not host.startswith('unix://'): raise InfraError(f'images: DOCKER_HOST is {host}; kat asks unix:// sockets only')
+    if host and not host.startswith('unix://'):
+        raise InfraError(f'images: DOCKER_HOST is {host}; kat asks unix:// sockets only')
     own = os.environ.get('XDG_RUNTIME_DIR')
     places = [host.removeprefix('unix://')] if host else [*SOCKETS, *([f'{own}/podman/podman.sock'] if own else [])]
     for path in places:
@@ -95,7 +96,8 @@ def find_engine() -> Engine:
             found = Engine(path)
             found.ask('GET', '/info', timeout=30)
             return found
-    raise InfraError(f'images: no engine: none of {", ".join(places)} is there; start Docker, or `podman system service`')
+    where = ', '.join(places)
+    raise InfraError(f'images: no engine: none of {where} is there; start Docker, or `podman system service`')
 
 def has_engine() -> bool:
     "Whether an engine answers."
@@ -104,7 +106,7 @@ def has_engine() -> bool:
     except InfraError:
         return False
 
-# %% ../../nbs/envs/22_images.ipynb #8d3521b7
+# %% ../../nbs/envs/22_images.ipynb #74556785
 def has_image(
     engine: Engine,
     name: str,
@@ -131,7 +133,7 @@ def import_image(
     made = [one['status'] for one in said if 'status' in one][-1]
     engine.ask('POST', f'/images/{made}/tag', repo=repo, tag=tag or 'latest')  # podman 4 leaves out the tag above
 
-# %% ../../nbs/envs/22_images.ipynb #74556785
+# %% ../../nbs/envs/22_images.ipynb #e3017d4a
 def build_image(
     engine: Engine,
     dockerfile: str,
@@ -149,6 +151,7 @@ def build_image(
         file.seek(0)
         _said(engine.open('POST', '/build', file, 1800, 'application/x-tar', t=name, rm='1', forcerm='1'))
 
+# %% ../../nbs/envs/22_images.ipynb #9a5f4a3a
 def _plain(entry: tarfile.TarInfo) -> tarfile.TarInfo:
     "Without owner and times, so that the same files make the same layer."
     entry.uid = entry.gid = entry.mtime = 0
@@ -170,7 +173,7 @@ def remove_image(engine: Engine, name: str):
     "Remove an image, with its containers."
     engine.ask('DELETE', f'/images/{urllib.parse.quote(name)}', timeout=300, force='1')
 
-# %% ../../nbs/envs/22_images.ipynb #9a5f4a3a
+# %% ../../nbs/envs/22_images.ipynb #04b4a0be
 RUN = ['/bin/sh', '-c', '"$@"; exit $?', 'kat']  # it stays, as the kernel spares a first process many signals
 LABEL = 'kat.pid'  # of a container: the process that made it
 
@@ -191,11 +194,11 @@ def _settings(image: str, argv: list, binds: list, limits: Limits, env: dict) ->
                 Tmpfs={'/tmp': f'rw,nosuid,nodev,exec,mode=1777,size={files}'}, ShmSize=files, OomScoreAdj=500,
                 LogConfig=dict(Type='none'))
     env = {**{k: v for k, v in ENVIRON.items() if k != 'PATH'}, **env}
-    return dict(Image=image, Entrypoint=[], Cmd=[*RUN, *argv], Env=[f'{k}={v}' for k, v in env.items()], HostConfig=host,
-                WorkingDir='/workspace', User=f'{os.geteuid()}:{os.getegid()}', Labels={LABEL: str(os.getpid())},
+    return dict(Image=image, Entrypoint=[], Cmd=[*RUN, *argv], Env=[f'{k}={v}' for k, v in env.items()],
+                HostConfig=host, WorkingDir='/workspace', User=f'{os.geteuid()}:{os.getegid()}', Labels={LABEL: str(os.getpid())},
                 NetworkDisabled=True, AttachStdout=True, AttachStderr=True, Hostname='sandbox')
 
-# %% ../../nbs/envs/22_images.ipynb #04b4a0be
+# %% ../../nbs/envs/22_images.ipynb #40ca7b02
 class _Listener(threading.Thread):
     "Reads what a container prints."
     def __init__(self, answer, limit: int):
@@ -228,17 +231,19 @@ class _Listener(threading.Thread):
     def truncated(self) -> bool:
         return any(len(kept) > self.limit for kept in self.kept.values())
 
-# %% ../../nbs/envs/22_images.ipynb #64b9ae41
+# %% ../../nbs/envs/22_images.ipynb #bc8d4bb4
 def _ended(state: dict, timed_out: bool, truncated: bool, limits: Limits) -> tuple:
     "Exit code, cause and reason of a container's end, as in `ExecResult`."
     code = state['ExitCode']
     rc = 128 - code if 128 < code <= 192 else code
     if timed_out: return -9, 'wall', f'longer than {limits.wall_s} s'
-    if state.get('OOMKilled'): return rc if rc < 0 else -9, 'memory', f'more than {limits.memory_mb} MB of memory in all'
+    memory = f'more than {limits.memory_mb} MB of memory in all'
+    if state.get('OOMKilled'): return rc if rc < 0 else -9, 'memory', memory
     if rc == -24: return rc, 'cpu', f'more than {limits.cpu_s} s of CPU time'
     if rc < 0: return rc, 'killed' if rc in (-9, -15) else 'signal', f'ended by signal {-rc}'
     return rc, 'output' if truncated else None, None
 
+# %% ../../nbs/envs/22_images.ipynb #fbe27f94
 class Images:
     "Cold sandboxed commands in an image. Raises `InfraError` when there is no engine, or no such image."
     def __init__(
@@ -249,7 +254,8 @@ class Images:
         node: str = 'node',  # of the image
     ):
         self.image, self.engine, self.python, self.node = image, engine or find_engine(), python, node
-        if not has_image(self.engine, image): raise InfraError(f'images: the engine has no image {image!r}: build it first')
+        if not has_image(self.engine, image):
+            raise InfraError(f'images: the engine has no image {image!r}: build it first')
         self._sweep()
 
     def _sweep(self):
@@ -285,15 +291,16 @@ class Images:
             work = str(Path(workspace).resolve())
             if overlay:
                 work = copied_folder(work, f'{copy}/copy')
-            binds = [f'{work}:/workspace:{"rw" if writable or overlay else "ro"}', *(f'{path}:{path}:ro' for path in shown)]
+            mode = 'rw' if writable or overlay else 'ro'
+            binds = [f'{work}:/workspace:{mode}', *(f'{path}:{path}:ro' for path in shown)]
             return self._run(_settings(self.image, list(argv), binds, limits, env or {}), limits)
 
     def _run(self, settings: dict, limits: Limits) -> ExecResult:
         name = f'kat-{os.getpid()}-{secrets.token_hex(6)}'
         self.engine.ask('POST', '/containers/create', settings, name=name)
         try:
-            answer = self.engine.open('POST', f'/containers/{name}/attach', timeout=limits.wall_s + 120, stream='1', stdout='1',
-                                      stderr='1')
+            answer = self.engine.open('POST', f'/containers/{name}/attach', timeout=limits.wall_s + 120, stream='1',
+                                      stdout='1', stderr='1')
             heard = _Listener(answer, int(limits.output_kb * 1024))
             heard.start()
             began = time.monotonic()
@@ -323,7 +330,7 @@ class Images:
         self.engine.ask('POST', f'/containers/{name}/kill', timeout=60)
         return False
 
-# %% ../../nbs/envs/22_images.ipynb #bc8d4bb4
+# %% ../../nbs/envs/22_images.ipynb #ff7e86f0
 def recipe(
     base: str,  # image with an interpreter
     site: Path | None,  # folder of installed packages
