@@ -1,6 +1,6 @@
 # kat: `make` lists the targets. Everything runs in .venv, made by `make install` from constraints.txt.
 PYTHON ?= python3
-EXTRAS  = train,env,serve,postgres,notebooks,triton,docs,dev
+EXTRAS  = train,env,node,serve,postgres,notebooks,triton,docs,dev
 PY      = .venv/bin/python
 PIP     = $(PY) -m pip install -q --disable-pip-version-check -c constraints.txt
 TORCH   = torch==$(shell sed -n 's/^torch==//p' constraints.txt)
@@ -77,6 +77,9 @@ drill: install ## kill the data plane 200 times under load; kill the smoke pipel
 	PYTHONPATH=tests/helpers $(PY) tests/drills/drill_plane.py
 	PYTHONPATH=tests/helpers $(PY) tests/drills/drill.py
 
+images: install ## podman with runc (root, apt): the boxes' suite in a container, two tasks graded in images (TASKS=folder of tasks)
+	PYTHONPATH=tests/helpers $(PY) tests/drills/images.py $(TASKS)
+
 clean: ## remove what can be made again, but neither .venv nor data/runs
 	rm -rf _proc _docs build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
 	find kat tests docs -name __pycache__ -prune -exec rm -rf {} +
@@ -94,4 +97,4 @@ $(READY): Makefile constraints.txt settings.ini setup.py pyproject.toml
 	@$(PIP) --no-build-isolation -e '.[$(EXTRAS)]'
 	@touch $@
 
-.PHONY: help install demo figures seeds rft test lab docs bench load litellm vllm-cpu clients swebench page drill clean
+.PHONY: help install demo figures seeds rft test lab docs bench load litellm vllm-cpu clients swebench page drill images clean

@@ -1,20 +1,155 @@
-"""Tests in JavaScript as a verdict: node found, a package's tests found and run, canaries that must fail, and a grader"""
+r"""Tests in JavaScript as a verdict: node found, a package's tests found and run, canaries that must fail, and a grader
+
+READING = Limits(memory_mb=8192, cpu_s=120, wall_s=240, processes=64, output_kb=65536, files_mb=64)
+
+def read_scripts(
+    tree: dict,  # see `read_tree`
+    paths: list,  # of files in JavaScript
+    box,  # sandbox for commands: a `Bubblewrap`
+) -> dict:  # path -> dict(modules, tests), or dict(error)
+    "What files in JavaScript ask for, and their tests. Raises `InfraError` where node's parser doesn't run."
+    keys = {path: hashlib.sha256(tree[path][0]).digest() for path in paths}
+    new = [path for path, key in keys.items() if key not in _known]
+    said = dict(zip(new, _read_now([tree[path][0] for path in new], box))) if new else {}
+    found = {path: said.get(path) or _known[key] for path, key in keys.items()}
+    if len(_known) > 4096:
+        _known.clear()
+    _known.update({keys[path]: one for path, one in said.items()})
+    return found
+
+_known = {}  # hash of a file -> what was read: the tests of a task are graded many times
+
+def _read_now(contents: list, box) -> list:
+    node, names = node_of(box), [f'{i}.js' for i in range(len(contents))]
+    with tempfile.TemporaryDirectory(prefix='kat-') as work:
+        for name, content in zip(names, contents):
+            Path(work, name).write_bytes(content)
+        Path(work, 'files.json').write_text(json.dumps(names))
+        argv = [node, '--expose-internals', '-e', READ_IMPORTS + READ_TESTS + READ_FILE + READ_PATH, 'files.json']
+        got = box.exec(argv, work, READING, writable=False, show=shown_for(node, None))
+    if got.rc or got.truncated:
+        raise InfraError(f'node: its parser did not run: {(got.error or got.stderr.strip())[-300:]}')
+    return json.loads(got.stdout)
+
+SEAL = r"""'use strict';
+const fs = require('fs'), modules = require('module'), { AsyncResource } = require('async_hooks');
+const { hash } = require('crypto'), { writeSync } = fs, quote = JSON.stringify;
+const code = Function.prototype.call.bind(String.prototype.charCodeAt);
+const [, self, number, runner, file] = process.argv;
+const key = fs.readFileSync(self + '.key'), outer = new Uint8Array(96);
+let inner = '', count = 0;
+for (let i = 0; i < 64; i++) { inner += String.fromCharCode(key[i] ^ 0x36); outer[i] = key[i] ^ 0x5c; }
+key.fill(0);
+fs.unlinkSync(self + '.key');
+const spare = [];
+while (spare.length < number) spare.push(fs.openSync('/dev/null'));
+const channel = fs.openSync('/proc/self/fd/2', 'w');
+spare.forEach((fd) => fs.closeSync(fd));
+fs.closeSync(2);
+fs.openSync('/proc/self/fd/1', 'w');
+"""
+
+FOLLOW_NODE = r"""
+function followNode() {
+  const top = new AsyncResource('main'), stack = { __proto__: null };
+  let number = 0, called = false, begun = false;
+  module.exports = async function* report(source) {
+    if (called) return;
+    called = true;
+    for await (const { type, data } of source) {
+      if (!begun && type === 'test:pass') {
+        begun = true;
+        ready();
+        top.runInAsyncScope(() => modules.runMain());
+      } else if (begun && type === 'test:start') {
+        stack[data.nesting] = number;
+        tell('start', number++, data.nesting ? stack[data.nesting - 1] : -1, data.name);
+      } else if (begun && (type === 'test:pass' || type === 'test:fail')) {
+        const good = type === 'test:pass' || data.details.error.failureType === 'subtestsFailed';
+        const aside = data.skip !== undefined ? 'skipped' : data.todo !== undefined ? 'todo' : null;
+        const state = aside || (good ? 'passed' : 'failed');
+        tell('end', stack[data.nesting], 0, data.details.type === 'suite' ? 'suite' : state);
+      }
+    }
+  };
+  require('node:test').test('ready', () => {});
+}
+"""
+NODE_RUNNER = SEAL + SIGN + FOLLOW_TAPE + FOLLOW_NODE + "\nrunner === 'tape' ? followTape() : followNode();\n"
+
+def states_of(
+    path: str,  # of the test file
+    messages: list,  # see `run_file`
+) -> dict:  # id -> 'passed', 'failed', 'skipped', 'todo'; 'begun': never ended
+    "What became of each test of a file."
+    names, count, states = {}, {}, {}
+    for kind, *said in messages:
+        if kind == 'start':
+            number, parent, title = said
+            name = f'{names[parent]} > {title}' if parent in names else f'{path}::{title}'
+            count[name] = count.get(name, 0) + 1
+            names[number] = name if count[name] == 1 else f'{name} #{count[name]}'
+            states[names[number]] = 'begun'
+        elif kind == 'end' and said[0] in names:
+            states[names[said[0]]] = said[2]
+    return {name: state for name, state in states.items() if state != 'suite'}
+
+KINDS = {  # what an assertion method does -> its names in tape and in node's `assert`
+    'equal': 'equal equals isEqual strictEqual strictEquals is looseEqual looseEquals',
+    'deep': 'deepEqual deepEquals isEquivalent same deepLooseEqual deepStrictEqual partialDeepStrictEqual',
+    'unequal': 'notEqual notEquals isNotEqual doesNotEqual isInequal notStrictEqual notStrictEquals isNot not '
+               'notLooseEqual notLooseEquals',
+    'undeep': 'notDeepEqual notDeepEquals notEquivalent notDeeply notSame isNotDeepEqual isNotDeeply isNotEquivalent '
+              'isInequivalent notDeepLooseEqual notDeepStrictEqual',
+    'truth': 'ok true assert', 'untruth': 'notOk false notok', 'error': 'error ifError ifErr iferror',
+    'throws': 'throws', 'calm': 'doesNotThrow', 'match': 'match', 'unmatch': 'doesNotMatch', 'fail': 'fail',
+    'rejects': 'rejects', 'resolves': 'doesNotReject'}
+METHODS = {name: kind for kind, names in KINDS.items() for name in names.split()}
+
+MUST_FAIL = {  # kind -> arguments with which it fails; `#` stands for a drawn word
+    'equal': "'#', '#s'", 'deep': '{ #: 1 }, { #: 2 }', 'unequal': "'#', '#'", 'undeep': '{ #: 1 }, { #: 1 }',
+    'truth': "'#' === '#s'", 'untruth': "'#' === '#'", 'error': "new Error('#')", 'throws': 'function () {}',
+    'calm': "function () { throw new Error('#'); }", 'match': "'#', /^#s$/", 'unmatch': "'#', /^#$/", 'fail': "'#'"}
+
+@dataclass(frozen=True)
+class ScriptTest:
+    "A test in the open, see `read_scripts`."
+    id: str  # without a number
+    title: tuple  # begin and end of the title's source, its kind
+    begin: int  # of the statement, in UTF-16 units
+    end: int
+    body: int  # where its function's statements begin
+    param: str | None
+    inner: bool  # whether tests are inside
+    plan: bool  # whether it says how many assertions it makes
+    used: list  # assertion methods anywhere in it: (name, begin and end of what is called)
+    calls: list  # assertions that surely run: dict(method, args)
+
+def script_tests(
+    path: str,
+    read: dict,  # what `read_scripts` says of the file
+    expected: set,  # ids that must pass
+) -> list:
+    "Tests of a file that canaries can be made of: expected to pass, titles unique, none inside, no plan around."
+    ids = [f'{path}::{" > ".join(one["titles"])}' for one in read['tests']]
+    fields = ('title', 'begin', 'end', 'body', 'param', 'inner', 'plan', 'used', 'calls')
+    return [ScriptTest(name, **{f: one.get(f) for f in fields}) for name, one in zip(ids, read['tests'])
+            if name in expected and f'{name} #2' not in expected and ids.count(name) == 1
+            and not one['inPlan'] and not one['inner']]"""
 
 # AUTOGENERATED! DO NOT EDIT! File to edit: ../../nbs/envs/20_node.ipynb.
 
 # %% auto #0
-__all__ = ['OLDEST_NODE', 'READ_IMPORTS', 'READ_TESTS', 'READ_FILE', 'READING', 'RUNNERS', 'SCRIPTS', 'TEST_FOLDERS',
-           'TEST_FILES', 'ASIDE', 'SEAL', 'FOLLOW_TAPE', 'FOLLOW_NODE', 'NODE_RUNNER', 'ZONES', 'KINDS', 'METHODS',
-           'MUST_FAIL', 'SETTINGS', 'FREE', 'node_candidates', 'find_node', 'has_node', 'shown_for', 'read_scripts',
-           'is_test', 'manifest', 'runner_of', 'NodeSetup', 'detect', 'linked', 'run_file', 'states_of',
-           'collect_tests', 'altered', 'another_script', 'ScriptTest', 'script_tests', 'wanted_edits',
-           'exchange_script', 'plant_scripts', 'decides_in_node', 'merged_manifest', 'NodeSuite', 'merge_agent',
-           'Planted', 'prepare_scripts', 'judge_file', 'grade_node']
+__all__ = ['OLDEST_NODE', 'READ_IMPORTS', 'READ_TESTS', 'READ_FILE', 'READ_PATH', 'RUNNERS', 'SCRIPTS', 'TEST_FOLDERS',
+           'TEST_FILES', 'ASIDE', 'SIGN', 'FOLLOW_TAPE', 'ZONES', 'SETTINGS', 'FREE', 'node_candidates', 'find_node',
+           'has_node', 'node_of', 'shown_for', 'is_test', 'manifest', 'runner_of', 'NodeSetup', 'detect', 'linked',
+           'run_file', 'collect_tests', 'altered', 'another_script', 'wanted_edits', 'exchange_script', 'plant_scripts',
+           'decides_in_node', 'merged_manifest', 'NodeSuite', 'merge_agent', 'Planted', 'prepare_scripts', 'judge_file',
+           'grade_node']
 
 # %% ../../nbs/envs/20_node.ipynb #2a726f06
 import asyncio
 import hashlib
-import hmac
 import json
 import os
 import random
@@ -65,12 +200,18 @@ def has_node() -> bool:
     except InfraError:
         return False
 
+def node_of(
+    box,  # a `Bubblewrap`, or `Images`, which have a node of their own
+) -> str:
+    "Path of the node that runs in a box."
+    return getattr(box, 'node', None) or find_node()
+
 def shown_for(
     node: str,  # path of node
     site: Path | None,  # folder that holds node_modules
 ) -> tuple:
     "Paths that a sandbox must show beside the system's."
-    outside = [] if PurePosixPath(node).is_relative_to('/usr') else [node]
+    outside = [] if PurePosixPath(node).is_relative_to('/usr') or not node.startswith('/') else [node]
     return (*outside, *([str(site)] if site else []))
 
 # %% ../../nbs/envs/20_node.ipynb #23b75421
@@ -164,6 +305,10 @@ function tests(body, around, names, asserts, found) {
     tests(work.body.body, { titles, plan: around.plan || plan }, names, asserts, found);
   }
 }
+"""
+
+# %% ../../nbs/envs/20_node.ipynb #a6f17e93
+READ_PATH = r"""
 function read(path) {
   let tree;
   try { tree = parse(fs.readFileSync(path, 'utf8').replace(/^\uFEFF/, ' ')); }
@@ -173,7 +318,7 @@ function read(path) {
   for (const [module, part, name] of names) {
     if (/^(tape|node:test)$/.test(module)) known.add(name);
     if (!/^(node:)?assert(\/strict)?$/.test(module)) continue;
-    if (part === '' || part === 'strict' || part === 'default') asserts.whole.add(name); else asserts.parts[name] = part;
+    if (['', 'strict', 'default'].includes(part)) asserts.whole.add(name); else asserts.parts[name] = part;
   }
   tests(tree.body, { titles: [], plan: false }, known, asserts, found);
   return { modules, tests: found };
@@ -181,39 +326,7 @@ function read(path) {
 console.log(JSON.stringify(JSON.parse(fs.readFileSync(process.argv[1], 'utf8')).map(read)));
 """
 
-# %% ../../nbs/envs/20_node.ipynb #a6f17e93
-READING = Limits(memory_mb=8192, cpu_s=120, wall_s=240, processes=64, output_kb=65536, files_mb=64)
-
-def read_scripts(
-    tree: dict,  # see `read_tree`
-    paths: list,  # of files in JavaScript
-    box,  # sandbox for commands: a `Bubblewrap`
-) -> dict:  # path -> dict(modules, tests), or dict(error)
-    "What files in JavaScript ask for, and their tests. Raises `InfraError` where node's parser doesn't run."
-    keys = {path: hashlib.sha256(tree[path][0]).digest() for path in paths}
-    new = [path for path, key in keys.items() if key not in _known]
-    said = dict(zip(new, _read_now([tree[path][0] for path in new], box))) if new else {}
-    found = {path: said.get(path) or _known[key] for path, key in keys.items()}
-    if len(_known) > 4096:
-        _known.clear()
-    _known.update({keys[path]: one for path, one in said.items()})
-    return found
-
-_known = {}  # hash of a file -> what was read: the tests of a task are graded many times
-
-def _read_now(contents: list, box) -> list:
-    node, names = find_node(), [f'{i}.js' for i in range(len(contents))]
-    with tempfile.TemporaryDirectory(prefix='kat-') as work:
-        for name, content in zip(names, contents):
-            Path(work, name).write_bytes(content)
-        Path(work, 'files.json').write_text(json.dumps(names))
-        argv = [node, '--expose-internals', '-e', READ_IMPORTS + READ_TESTS + READ_FILE, 'files.json']
-        got = box.exec(argv, work, READING, writable=False, show=shown_for(node, None))
-    if got.rc or got.truncated:
-        raise InfraError(f'node: its parser did not run: {(got.error or got.stderr.strip())[-300:]}')
-    return json.loads(got.stdout)
-
-# %% ../../nbs/envs/20_node.ipynb #b792a365
+# %% ../../nbs/envs/20_node.ipynb #bf6c061e
 RUNNERS = ('tape', 'node:test')
 SCRIPTS = ('.js', '.cjs', '.mjs')
 TEST_FOLDERS = ('test', 'tests', '__tests__', 'spec', 'specs')
@@ -240,7 +353,7 @@ def manifest(
     if not isinstance(found, dict): raise ValueError(f'{path}: must be an object, got {type(found).__name__}')
     return found
 
-# %% ../../nbs/envs/20_node.ipynb #bf6c061e
+# %% ../../nbs/envs/20_node.ipynb #50ac1dec
 def runner_of(
     modules: list,  # what a test file asks for
     package: dict,  # package.json
@@ -254,7 +367,7 @@ def runner_of(
     if re.search(r'\btape\b', words): return 'tape'
     return 'node:test' if re.search(r'\bnode\b[^&|;]*\s--test\b', words) else None
 
-# %% ../../nbs/envs/20_node.ipynb #50ac1dec
+# %% ../../nbs/envs/20_node.ipynb #c886bce7
 @dataclass(frozen=True)
 class NodeSetup:
     "How a package is tested."
@@ -279,7 +392,8 @@ def detect(
     wants = {}
     for kind in ('peerDependencies', 'optionalDependencies', 'devDependencies', 'dependencies'):
         wants |= package.get(kind) or {}
-    needs = {name: wanted for name, wanted in sorted(wants.items()) if name in asked | set(package.get('dependencies') or {})}
+    asked |= set(package.get('dependencies') or {})
+    needs = {name: wanted for name, wanted in sorted(wants.items()) if name in asked}
     runners = [runs[p] for p in files]
     return NodeSetup(max(RUNNERS, key=runners.count), files, needs)
 
@@ -287,23 +401,8 @@ def _package(module: str) -> str:
     "Name of the package that a module belongs to."
     return '/'.join(module.split('/')[:2 if module.startswith('@') else 1])
 
-# %% ../../nbs/envs/20_node.ipynb #707bd934
-SEAL = r"""'use strict';
-const fs = require('fs'), modules = require('module'), { AsyncResource } = require('async_hooks');
-const { hash } = require('crypto'), { writeSync } = fs, quote = JSON.stringify;
-const code = Function.prototype.call.bind(String.prototype.charCodeAt);
-const [, self, number, runner, file] = process.argv;
-const key = fs.readFileSync(self + '.key'), outer = new Uint8Array(96);
-let inner = '', count = 0;
-for (let i = 0; i < 64; i++) { inner += String.fromCharCode(key[i] ^ 0x36); outer[i] = key[i] ^ 0x5c; }
-key.fill(0);
-fs.unlinkSync(self + '.key');
-const spare = [];
-while (spare.length < number) spare.push(fs.openSync('/dev/null'));
-const channel = fs.openSync('/proc/self/fd/2', 'w');
-spare.forEach((fd) => fs.closeSync(fd));
-fs.closeSync(2);
-fs.openSync('/proc/self/fd/1', 'w');
+# %% ../../nbs/envs/20_node.ipynb #19d86607
+SIGN = r"""
 const half = (c) => c < 58 ? c - 48 : c - 87;
 function sign(line) {
   const digest = hash('sha256', inner + line);
@@ -332,7 +431,7 @@ function ready() {  // nothing of the package has been loaded yet
 }
 """
 
-# %% ../../nbs/envs/20_node.ipynb #19d86607
+# %% ../../nbs/envs/20_node.ipynb #9ed80137
 FOLLOW_TAPE = r"""
 function followTape() {
   const tape = modules.createRequire(file)('tape'), state = { __proto__: null }, ended = { __proto__: null };
@@ -353,34 +452,8 @@ function followTape() {
   first.then((t) => { ready(); return import(require('url').pathToFileURL(file)).then(() => t.end()); });
 }
 """
-FOLLOW_NODE = r"""
-function followNode() {
-  const top = new AsyncResource('main'), stack = { __proto__: null };
-  let number = 0, called = false, begun = false;
-  module.exports = async function* report(source) {
-    if (called) return;
-    called = true;
-    for await (const { type, data } of source) {
-      if (!begun && type === 'test:pass') {
-        begun = true;
-        ready();
-        top.runInAsyncScope(() => modules.runMain());
-      } else if (begun && type === 'test:start') {
-        stack[data.nesting] = number;
-        tell('start', number++, data.nesting ? stack[data.nesting - 1] : -1, data.name);
-      } else if (begun && (type === 'test:pass' || type === 'test:fail')) {
-        const good = type === 'test:pass' || data.details.error.failureType === 'subtestsFailed';
-        const state = data.skip !== undefined ? 'skipped' : data.todo !== undefined ? 'todo' : good ? 'passed' : 'failed';
-        tell('end', stack[data.nesting], 0, data.details.type === 'suite' ? 'suite' : state);
-      }
-    }
-  };
-  require('node:test').test('ready', () => {});
-}
-"""
-NODE_RUNNER = SEAL + FOLLOW_TAPE + FOLLOW_NODE + "\nrunner === 'tape' ? followTape() : followNode();\n"
 
-# %% ../../nbs/envs/20_node.ipynb #9280a5d4
+# %% ../../nbs/envs/20_node.ipynb #7009562d
 def linked(
     tree: dict,
     site: Path | None,  # folder that holds node_modules
@@ -388,7 +461,7 @@ def linked(
     "A tree in which installed packages are found: a link to them, which the sandbox must show."
     if not site: return tree
     if any(p == 'node_modules' or p.startswith('node_modules/') for p in tree):
-        raise ValueError('the tree has a folder node_modules at its top, and packages of its own are installed elsewhere')
+        raise ValueError('the tree has a folder node_modules at its top, but its packages are installed elsewhere')
     return tree | {'node_modules': (os.fsencode(Path(site).resolve() / 'node_modules'), 'link')}
 
 def _flags(variation: int) -> list:
@@ -397,7 +470,7 @@ def _flags(variation: int) -> list:
 
 ZONES = ('UTC', 'Asia/Kathmandu', 'America/St_Johns', 'Pacific/Chatham')
 
-# %% ../../nbs/envs/20_node.ipynb #9ed80137
+# %% ../../nbs/envs/20_node.ipynb #8555fa93
 def run_file(
     work: Path,  # folder with the tree
     path: str,  # of the test file in it
@@ -409,7 +482,7 @@ def run_file(
 ) -> Run:
     "Run one test file, its changes to the folder forgotten. Raises `InfraError` when the runner did not start."
     # a key of a block's length, below 128, so that its pads are text
-    key, name, node = bytes(secrets.randbelow(128) for _ in range(64)), f'.{secrets.token_hex(8)}.cjs', find_node()
+    key, name, node = bytes(secrets.randbelow(128) for _ in range(64)), f'.{secrets.token_hex(8)}.cjs', node_of(box)
     script = f'/workspace/{name}'
     argv = [node, *_flags(variation), *([f'--test-reporter={script}'] if runner == 'node:test' else []), script,
             str(64 + secrets.randbelow(192)), runner, f'/workspace/{path}']
@@ -428,25 +501,7 @@ def run_file(
         return Run(got.rc, messages, 'output', f'more than {limits.output_kb} kB printed')
     return Run(got.rc, messages, got.cause, got.error)
 
-# %% ../../nbs/envs/20_node.ipynb #7009562d
-def states_of(
-    path: str,  # of the test file
-    messages: list,  # see `run_file`
-) -> dict:  # id -> 'passed', 'failed', 'skipped', 'todo'; 'begun': never ended
-    "What became of each test of a file."
-    names, count, states = {}, {}, {}
-    for kind, *said in messages:
-        if kind == 'start':
-            number, parent, title = said
-            name = f'{names[parent]} > {title}' if parent in names else f'{path}::{title}'
-            count[name] = count.get(name, 0) + 1
-            names[number] = name if count[name] == 1 else f'{name} #{count[name]}'
-            states[names[number]] = 'begun'
-        elif kind == 'end' and said[0] in names:
-            states[names[said[0]]] = said[2]
-    return {name: state for name, state in states.items() if state != 'suite'}
-
-# %% ../../nbs/envs/20_node.ipynb #8555fa93
+# %% ../../nbs/envs/20_node.ipynb #ac017c3f
 async def collect_tests(
     tree: dict,  # with its tests
     files: tuple,  # test files to run
@@ -467,25 +522,7 @@ async def collect_tests(
             states |= states_of(path, (await fair_run(run, run)).messages)
     return dict(sorted(states.items()))
 
-# %% ../../nbs/envs/20_node.ipynb #ac017c3f
-KINDS = {  # what an assertion method does -> its names in tape and in node's `assert`
-    'equal': 'equal equals isEqual strictEqual strictEquals is looseEqual looseEquals',
-    'deep': 'deepEqual deepEquals isEquivalent same deepLooseEqual deepStrictEqual partialDeepStrictEqual',
-    'unequal': 'notEqual notEquals isNotEqual doesNotEqual isInequal notStrictEqual notStrictEquals isNot not notLooseEqual '
-               'notLooseEquals',
-    'undeep': 'notDeepEqual notDeepEquals notEquivalent notDeeply notSame isNotDeepEqual isNotDeeply isNotEquivalent '
-              'isInequivalent notDeepLooseEqual notDeepStrictEqual',
-    'truth': 'ok true assert', 'untruth': 'notOk false notok', 'error': 'error ifError ifErr iferror',
-    'throws': 'throws', 'calm': 'doesNotThrow', 'match': 'match', 'unmatch': 'doesNotMatch', 'fail': 'fail',
-    'rejects': 'rejects', 'resolves': 'doesNotReject'}
-METHODS = {name: kind for kind, names in KINDS.items() for name in names.split()}
-
-MUST_FAIL = {  # kind -> arguments with which it fails; `#` stands for a drawn word
-    'equal': "'#', '#s'", 'deep': '{ #: 1 }, { #: 2 }', 'unequal': "'#', '#'", 'undeep': '{ #: 1 }, { #: 1 }',
-    'truth': "'#' === '#s'", 'untruth': "'#' === '#'", 'error': "new Error('#')", 'throws': 'function () {}',
-    'calm': "function () { throw new Error('#'); }", 'match': "'#', /^#s$/", 'unmatch': "'#', /^#$/", 'fail': "'#'"}
-
-# %% ../../nbs/envs/20_node.ipynb #18c4c2b7
+# %% ../../nbs/envs/20_node.ipynb #3c001924
 def altered(
     method: str,
     args: list,  # of (text, kind), see `READ_TESTS`
@@ -509,9 +546,11 @@ def altered(
     if kind == 'resolves': return 0, f"async function () {{ throw new Error('{word}'); }}"
     return None
 
+# %% ../../nbs/envs/20_node.ipynb #d304c79c
 def another_script(text: str, kind: str, word: str, draw: random.Random) -> str:
     "Source of another value than the given source has."
-    if kind == 'number': return f'{text} + {draw.randint(2, 9)}' if abs(_number(text)) < 1e9 else str(draw.randint(2, 9))
+    step = draw.randint(2, 9)
+    if kind == 'number': return f'{text} + {step}' if abs(_number(text)) < 1e9 else str(step)
     if kind == 'boolean': return {'true': 'false', 'false': 'true'}[text]
     if kind == 'string': return f'{text[:-1]}{draw.choice("abcdefgh")}{text[-1]}'
     if kind == 'array': return f"['{word}', {text[1:]}"
@@ -524,34 +563,7 @@ def _number(text: str) -> float:
     except ValueError:
         return 0  # hexadecimal and the like
 
-# %% ../../nbs/envs/20_node.ipynb #3c001924
-@dataclass(frozen=True)
-class ScriptTest:
-    "A test in the open, see `read_scripts`."
-    id: str  # without a number
-    title: tuple  # begin and end of the title's source, its kind
-    begin: int  # of the statement, in UTF-16 units
-    end: int
-    body: int  # where its function's statements begin
-    param: str | None
-    inner: bool  # whether tests are inside
-    plan: bool  # whether it says how many assertions it makes
-    used: list  # assertion methods anywhere in it: (name, begin and end of what is called)
-    calls: list  # assertions that surely run: dict(method, args)
-
-def script_tests(
-    path: str,
-    read: dict,  # what `read_scripts` says of the file
-    expected: set,  # ids that must pass
-) -> list:
-    "Tests of a file that canaries can be made of: expected to pass, titles unique, none inside, no plan around."
-    ids = [f'{path}::{" > ".join(one["titles"])}' for one in read['tests']]
-    fields = ('title', 'begin', 'end', 'body', 'param', 'inner', 'plan', 'used', 'calls')
-    return [ScriptTest(name, **{f: one.get(f) for f in fields}) for name, one in zip(ids, read['tests'])
-            if name in expected and f'{name} #2' not in expected and ids.count(name) == 1
-            and not one['inPlan'] and not one['inner']]
-
-# %% ../../nbs/envs/20_node.ipynb #d304c79c
+# %% ../../nbs/envs/20_node.ipynb #1f1e1323
 def wanted_edits(
     tests: list,  # of `ScriptTest`
     cut,  # function: the text between two places
@@ -571,7 +583,8 @@ def wanted_edits(
             calls = [(one, cut(b, e)) for one in tests for n, b, e in one.used if n == name and not one.plan]
             if calls and METHODS[name] in MUST_FAIL:
                 one, what = draw.choice(calls)
-                chosen.append((one, [(one.body, one.body, f' {what}({MUST_FAIL[METHODS[name]].replace("#", word())});')]))
+                failing = MUST_FAIL[METHODS[name]].replace('#', word())
+                chosen.append((one, [(one.body, one.body, f' {what}({failing});')]))
     return chosen
 
 def _word(source: str, draw: random.Random) -> str:
@@ -588,7 +601,7 @@ def _more(title: str, source: str, draw: random.Random) -> str:
         more = ''.join(f' {draw.choice(words)}' for _ in range(draw.randint(2, 3)))
         if title + more not in source: return more
 
-# %% ../../nbs/envs/20_node.ipynb #eb479ac9
+# %% ../../nbs/envs/20_node.ipynb #13b6c871
 def exchange_script(source: str, edits: list) -> str:
     "A source with parts exchanged; places are in UTF-16 units, edits at one place keep their order."
     raw = source.encode('utf-16-le', 'surrogatepass')
@@ -625,7 +638,7 @@ def plant_scripts(
         canaries.append(name)
     return exchange_script(source, edits), canaries, moved
 
-# %% ../../nbs/envs/20_node.ipynb #1f1e1323
+# %% ../../nbs/envs/20_node.ipynb #f431d26e
 SETTINGS = re.compile(r'\.npmrc|\.env.*|\.(mocharc|taprc|nycrc|c8rc|babelrc|swcrc)(\..+)?|node\.config\.json|'
                       r'(ava|jest|vitest|vite|babel|tap)\.config\.\w+|tsconfig.*\.json')
 FREE = ('version', 'description', 'main', 'module', 'exports', 'imports', 'browser', 'types', 'typings', 'bin', 'files',
@@ -635,7 +648,8 @@ def decides_in_node(
     path: str,  # relative, with slashes
 ) -> bool:
     "Whether a file takes part in the verdict, by its name."
-    return is_test(path) or 'node_modules' in PurePosixPath(path).parts or bool(SETTINGS.fullmatch(PurePosixPath(path).name))
+    parts = PurePosixPath(path).parts
+    return is_test(path) or 'node_modules' in parts or bool(SETTINGS.fullmatch(parts[-1]))
 
 def merged_manifest(
     before: tuple | None,  # content and kind of the task's package.json, see `read_tree`
@@ -650,7 +664,7 @@ def merged_manifest(
     kept = {k: v for k, v in mine.items() if k not in FREE} | {k: theirs[k] for k in FREE if k in theirs}
     return after if kept == theirs else (json.dumps(kept, indent=2).encode(), before[1])
 
-# %% ../../nbs/envs/20_node.ipynb #7120f15f
+# %% ../../nbs/envs/20_node.ipynb #239678d4
 @dataclass(frozen=True)
 class NodeSuite:
     "Tests in JavaScript, and where they run."
@@ -669,7 +683,7 @@ class NodeSuite:
     def files(self) -> list:
         return sorted({name.split('::')[0] for name in self.expected})
 
-# %% ../../nbs/envs/20_node.ipynb #8eb021f4
+# %% ../../nbs/envs/20_node.ipynb #edc3a0f1
 def merge_agent(
     suite: NodeSuite,
     agent: dict,  # tree that the agent left, see `read_tree`
@@ -687,7 +701,7 @@ def merge_agent(
     tree, restored = merge_trees(base, seen, lambda p: decides_in_node(p) or p in own or p in suite.files)
     return tree, sorted({*restored, *(p for p, one in exchanged.items() if agent.get(p) != one)})
 
-# %% ../../nbs/envs/20_node.ipynb #f431d26e
+# %% ../../nbs/envs/20_node.ipynb #8a1337fb
 @dataclass
 class Planted:
     "A tree with canaries, ready to run."
@@ -722,7 +736,7 @@ def prepare_scripts(
     done.tree = linked(tree, suite.site)
     return done
 
-# %% ../../nbs/envs/20_node.ipynb #239678d4
+# %% ../../nbs/envs/20_node.ipynb #50eddf3a
 def judge_file(
     path: str,
     done: Planted,
@@ -740,6 +754,7 @@ def judge_file(
         wrong.append(f'{path}: reports out of order')
     return Verdict(tests, '; '.join(wrong[:3]))
 
+# %% ../../nbs/envs/20_node.ipynb #147b2b74
 async def grade_node(
     suite: NodeSuite,
     agent: Path | dict,  # folder that the agent left, or its tree
@@ -759,6 +774,7 @@ async def grade_node(
                 write_tree(honest(), control)
             return run_file(where, path, done.runners[path], suite.site, suite.limits, box)
         for path in suite.files:
-            got = await fair_run(lambda: asyncio.to_thread(run, work, path), lambda: asyncio.to_thread(run, control, path))
+            again = lambda where: asyncio.to_thread(run, where, path)
+            got = await fair_run(lambda: again(work), lambda: again(control))
             verdicts.append(judge_file(path, done, got))
     return replace(together(verdicts), restored=tuple(done.restored))
