@@ -1674,6 +1674,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                 'kat.envs.walls._case': ('envs/walls.html#_case', 'kat/envs/walls.py'),
                                 'kat.envs.walls._group_root': ('envs/walls.html#_group_root', 'kat/envs/walls.py'),
                                 'kat.envs.walls._kill_all': ('envs/walls.html#_kill_all', 'kat/envs/walls.py'),
+                                'kat.envs.walls._packages': ('envs/walls.html#_packages', 'kat/envs/walls.py'),
                                 'kat.envs.walls._rule': ('envs/walls.html#_rule', 'kat/envs/walls.py'),
                                 'kat.envs.walls._self_only': ('envs/walls.html#_self_only', 'kat/envs/walls.py'),
                                 'kat.envs.walls._shown': ('envs/walls.html#_shown', 'kat/envs/walls.py'),

@@ -116,7 +116,8 @@ def fix_marks(
     marks = {}
     for path in sorted(p for p, one in gold.items() if one != base.get(p) and one[1] != 'link'):
         now, before = _lines(gold[path][0]), _lines(base.get(path, (b'',))[0])
-        marks[path] = sorted(now - before), sorted(now), hashlib.sha256(gold[path][0]).hexdigest()
+        if now:  # an empty file is like any other
+            marks[path] = sorted(now - before), sorted(now), hashlib.sha256(gold[path][0]).hexdigest()
     return marks
 
 def _lines(content: bytes) -> set:

@@ -39,6 +39,7 @@ _COUNTS = r'\d+ [a-z]+(?: [a-z]+)?(?:, \d+ [a-z]+(?: [a-z]+)?)*'
 _LAST = re.compile(rf'=*\s*({_COUNTS}) in \d+(?:\.\d+)?s(?: \([\d:]+\))?\s*=*')
 _HEAD = re.compile(r'=+ short test summary info =+')
 _LISTED = re.compile(r'(PASSED|FAILED|ERROR|XFAIL|XPASS) (\S.*)')
+_PART = re.compile(r'SUBFAILED\S* (?:.* )?(\S+::\S+?)(?: - .*)?')  # a failing part of a test
 _SKIPPED = re.compile(r'SKIPPED \[(\d+)\] \S.*')
 _BESIDE = re.compile(r'(\S.*?::.*\S) (PASSED|FAILED|ERROR|SKIPPED|XFAIL|XPASS)(?: \(.*\))?\s+\[\s*\d+%\]')
 
@@ -70,15 +71,16 @@ def read_pytest(
     if len(ends) != 1: raise Ambiguous(f'{len(ends)} last lines of pytest, one expected')
     if len(heads) > 1 or heads and heads[0] > ends[0]: raise Ambiguous('several lists of tests, or one after the end')
     told = _counts(_LAST.fullmatch(lines[ends[0]])[1])
-    listed, skips = _listed(lines[heads[0] + 1:ends[0]] if heads else [])
+    listed, skips, parts = _listed(lines[heads[0] + 1:ends[0]] if heads else [])
     beside = [_BESIDE.fullmatch(line).groups() for line in lines[:ends[0]] if _BESIDE.fullmatch(line)]
     full = Counter(STATUS_WORDS[status] for _, status in listed)
     some = Counter(STATUS_WORDS[status] for _, status in beside)
     full['skipped'] += skips
+    full['failed'] += len(parts)
     agree = lambda have: all(have[word] == told[word] for word in STATUS_WORDS.values())
     if not agree(full) and not agree(some):
         raise Ambiguous(f'the last line counts {_said(told)}, the tests listed are {_said(full)}')
-    pairs = (listed if agree(full) else []) + (beside if agree(some) else [])
+    pairs = (listed + parts if agree(full) else []) + (beside if agree(some) else [])
     _check_code(code, told)
     return _joined(pairs)
 
@@ -87,14 +89,16 @@ def _said(counts: Counter) -> str:
 
 # %% ../../nbs/envs/17_logs.ipynb #4c72cc9a
 def _listed(lines: list) -> tuple:
-    "Tests of the list at the end, and how many were skipped."
-    found, skips = [], 0
+    "Tests of the list at the end, how many were skipped, and tests of which a part failed."
+    found, skips, parts = [], 0, []
     for line in lines:
         if one := _SKIPPED.fullmatch(line):
             skips += int(one[1])
+        elif one := _PART.fullmatch(line):
+            parts.append((one[1], 'ERROR'))
         elif one := _LISTED.fullmatch(line):
             found.append((one[2] if one[1] == 'PASSED' else _without_reason(one[2]), one[1]))
-    return found, skips
+    return found, skips, parts
 
 def _check_code(code: int | None, told: Counter):
     "An exit code must be that of such a run: 1 where tests fail, 2 where one can't be collected, else 0."

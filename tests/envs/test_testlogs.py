@@ -38,6 +38,11 @@ def test_an_honest_log_is_read():
     assert grade_log(skipped, F2P).resolved and not grade_log(skipped, F2P, P2P).resolved
 
 
+def test_a_failing_part_of_a_test_fails_it():
+    listed = [*ALL, 'SUBFAILED(i=1) t.py::test_a - AssertionError: x', 'SUBFAILED[some words] (i=2) t.py::test_a - y']
+    assert grade_log(log(listed, '2 failed, 3 passed', 1), F2P, P2P).tests['t.py::test_a'] is False
+
+
 GOOD = log(ALL, '3 passed', 0)
 SPOILED = {
     'cut at the end': GOOD[:GOOD.index('=== 3 passed')],
