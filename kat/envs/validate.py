@@ -33,6 +33,7 @@ CONFTEST = r'''
 def _kat_shift(days):
     import ctypes, datetime, gc, time
     now, day, real = datetime.datetime.now, datetime.timedelta(days), time.time
+    _kat_shift.kept = [dict(kind.__dict__) for kind in (datetime.datetime, datetime.date)]  # caches may point there
     def put(kind, **methods):
         gc.get_referents(kind.__dict__)[0].update({n: classmethod(f) for n, f in methods.items()})
         ctypes.pythonapi.PyType_Modified(ctypes.py_object(kind))
