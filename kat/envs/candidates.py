@@ -577,8 +577,8 @@ def collect_into(
 ) -> list[str]:                 # what to say in the end
     "Collect repositories, or take saved pages. UserError or ValueError for what the user can mend."
     for name in names:
-        if not re.fullmatch(REPO_NAME, name): raise UserError(f'{name}: OWNER/REPO_NAME expected')
-    if bool(names) == bool(pages): raise UserError('either repositories (OWNER/REPO_NAME …) or --pages FOLDER')
+        if not re.fullmatch(REPO_NAME, name): raise UserError(f'{name}: OWNER/NAME expected')
+    if bool(names) == bool(pages): raise UserError('either repositories (OWNER/NAME …) or --pages FOLDER')
     if pages and token_file: raise UserError(f'--token-file {token_file}: saved pages need none; leave it out')
     if pages and not Path(pages).is_dir(): raise UserError(f'--pages {pages}: no such folder')
     if token_file and not Path(token_file).is_file(): raise UserError(f'--token-file {token_file}: no such file')

@@ -6,6 +6,7 @@ import random
 import signal
 import sqlite3
 from collections import Counter
+from multiprocessing.connection import wait
 from pathlib import Path
 
 import pytest
@@ -400,7 +401,7 @@ def test_killed_anywhere_the_same_command_goes_on(tmp_path, seed):
             kills[0] += 1
             child.kill()
             if rng.random() < .5:
-                child.join()                                                    # before the answer, or about with it
+                wait([child.sentinel], 60)                                      # before the answer, or about with it
     rates = faulty(seed, [('limit', 1), ('502',), ('cut',), ('drop',), ('html',)], .1)
     server = Server(world, script=rates, largest=100, before=before)
     ends = []
