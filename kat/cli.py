@@ -4,10 +4,8 @@
 
 # %% auto #0
 __all__ = ['app', 'Pairs', 'Debug', 'Version', 'tree', 'Log', 'Tokenizer', 'StorePath', 'Served', 'Keys', 'Computes',
-           'VllmAddress', 'sessions', 'Owner', 'TaskOption', 'ModelPlace', 'Stages', 'Agent', 'Positive', 'TurnLimit',
-           'WrittenTokens', 'AnswerTokens', 'Warmth', 'CheckFirst', 'Parallel', 'Price', 'KeyFile', 'Show', 'pipeline',
-           'run', 'report', 'stats', 'draw', 'serve_', 'list_', 'show_', 'export_', 'evaluate_', 'compare', 'cheats',
-           'main']
+           'VllmAddress', 'sessions', 'Owner', 'TaskOption', 'pipeline', 'run', 'report', 'stats', 'draw', 'serve_',
+           'list_', 'show_', 'export_', 'evaluate_', 'compare', 'cheats', 'main']
 
 # %% ../nbs/cli.ipynb #bf1db84f
 import os
@@ -454,16 +452,16 @@ def export_(
     print(f'{_near(out)}: groups {n}')
 
 # %% ../nbs/cli.ipynb #e7a10002
-ModelPlace = Annotated[str, typer.Option('--model', metavar='FOLDER|URL', help='A model of ours, or an OpenAI-compatible '
-                                    'endpoint.', show_default='the shipped base model')]
+ModelPlace = Annotated[str, typer.Option('--model', metavar='FOLDER|URL', help='A model of ours, or an endpoint as '
+                                         'OpenAI's.', show_default='the shipped base model')]
 Stages = Annotated[Path, typer.Option('--stages', metavar='RUN', help='Instead of a model: all models of a pipeline\'s '
                                       'run, base to RL, and their chart.')]
 Agent = Annotated[str, typer.Option(help='builtin, claude-code, mini-swe-agent, or a command with {prompt} in it; '
                                     'programs run in a sandbox, on a model of ours.')]
 Positive = lambda name, said, **more: typer.Option(name, min=1, help=said, **more)
-TurnLimit = Annotated[int, Positive('--max-turns', 'Answers of the model in an episode.', show_default="the environment's")]
+TurnLimit = Annotated[int, Positive('--max-turns', 'Answers in an episode.', show_default="the environment's")]
 WrittenTokens = Annotated[int, Positive('--tokens', 'Tokens written in an episode.', show_default='no limit')]
-AnswerTokens = Annotated[int, Positive('--max-tokens', 'Tokens of one answer, builtin.', show_default="the environment's")]
+AnswerTokens = Annotated[int, Positive('--max-tokens', 'Of one answer, builtin.', show_default="the environment's")]
 Warmth = Annotated[float, typer.Option('--temperature', min=0, help='Of sampling, builtin.', show_default="1, or the "
                                        "endpoint's")]
 CheckFirst = Annotated[bool, typer.Option('--check', help='Play gold and empty first; leave out, by name, what fails.')]

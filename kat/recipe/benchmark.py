@@ -31,7 +31,7 @@ from .contestants import (BuiltIn, Commanded, Housed, Seen, endpoint, find_progr
 from .pipeline import Bars, Lines, locked, machine, write_json
 from .report import read_json
 from .rollouts import asyncio_run
-from .scores import (EVAL_SCHEMA, category_of, load_run, newest, passed, score, score_lines, share,
+from .scores import (EVAL_SCHEMA, category_of, load_run, newest, passed, score, score_lines,
                                write_page, write_stages)
 from ..study.cheats import calls_in, scan_messages
 
