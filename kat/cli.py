@@ -4,8 +4,10 @@
 
 # %% auto #0
 __all__ = ['app', 'Pairs', 'Debug', 'Version', 'tree', 'Log', 'Tokenizer', 'StorePath', 'Served', 'Keys', 'Computes',
-           'VllmAddress', 'sessions', 'Owner', 'TaskOption', 'pipeline', 'run', 'report', 'stats', 'draw', 'serve_',
-           'list_', 'show_', 'export_', 'evaluate_', 'compare', 'cheats', 'main']
+           'VllmAddress', 'sessions', 'Owner', 'TaskOption', 'ModelPlace', 'Stages', 'Agent', 'Positive', 'TurnLimit',
+           'WrittenTokens', 'AnswerTokens', 'Warmth', 'CheckFirst', 'Parallel', 'Price', 'KeyFile', 'Show', 'pipeline',
+           'run', 'report', 'stats', 'draw', 'serve_', 'list_', 'show_', 'export_', 'evaluate_', 'compare', 'cheats',
+           'main']
 
 # %% ../nbs/cli.ipynb #bf1db84f
 import os
@@ -452,10 +454,10 @@ def export_(
     print(f'{_near(out)}: groups {n}')
 
 # %% ../nbs/cli.ipynb #e7a10002
-ModelPlace = Annotated[str, typer.Option('--model', metavar='FOLDER|URL', help='A model of ours, or an endpoint as '
-                                         'OpenAI's.', show_default='the shipped base model')]
-Stages = Annotated[Path, typer.Option('--stages', metavar='RUN', help='Instead of a model: all models of a pipeline\'s '
-                                      'run, base to RL, and their chart.')]
+ModelPlace = Annotated[str, typer.Option('--model', metavar='FOLDER|URL', help='A model of ours, or an endpoint in '
+                                         'the form of OpenAI.', show_default='the shipped base model')]
+Stages = Annotated[Path, typer.Option('--stages', metavar='RUN', help='Instead of a model: all models of a run of the '
+                                      'pipeline, base to RL, and their chart.')]
 Agent = Annotated[str, typer.Option(help='builtin, claude-code, mini-swe-agent, or a command with {prompt} in it; '
                                     'programs run in a sandbox, on a model of ours.')]
 Positive = lambda name, said, **more: typer.Option(name, min=1, help=said, **more)
@@ -514,7 +516,8 @@ def _evaluate(tasks, model, stages, out, parallel, price, show, engine, vllm_url
               **settings):
     "One evaluation, or one of each stage."
     from kat.core.io import UserError
-    from kat.recipe.benchmark import Evaluation, PlaySettings, evaluation_folder, run_evaluation, run_stages, stage_models
+    from kat.recipe.benchmark import (Evaluation, PlaySettings, evaluation_folder, run_evaluation, run_stages,
+                                      stage_models)
     if stages and (model or model_name or api_key_file):
         raise UserError('--stages: it brings its models; leave out --model')
     chosen = PlaySettings(**settings)
@@ -528,7 +531,8 @@ def _evaluate(tasks, model, stages, out, parallel, price, show, engine, vllm_url
             page = run_stages(runs_of, tasks, out or Path('evals')/f'stages-{stages.resolve().name}', chosen, more)
         else:
             only = source(model)
-            page = run_evaluation(Evaluation(only, tasks, out or evaluation_folder(only, tasks, chosen), chosen, **more))
+            folder = out or evaluation_folder(only, tasks, chosen)
+            page = run_evaluation(Evaluation(only, tasks, folder, chosen, **more))
     print(f'report: {_near(page)}')
 
 
@@ -552,7 +556,7 @@ def _source(place: str, at_once: int, engine: str, vllm_url: str|None, key_file:
     from kat.recipe.pipeline import ROOT
     remote = '://' in place
     if (key_file or model_name) and not remote:
-        raise UserError(f'--{"api-key-file" if key_file else "model-name"}: only with the address of an endpoint as --model')
+        raise UserError(f'--{"api-key-file" if key_file else "model-name"}: only with an endpoint as --model')
     if remote:
         if engine != 'hf' or vllm_url:
             raise UserError('--engine, --vllm-url: an endpoint computes by itself; leave them out')
