@@ -455,16 +455,16 @@ def export_(
     print(f'{_near(out)}: groups {n}')
 
 # %% ../nbs/cli.ipynb #e7a10002
-ModelPlace = Annotated[str, typer.Option('--model', metavar='FOLDER|URL', help='A model of ours, or an OpenAI-compatible '
-                                    'endpoint.', show_default='the shipped base model')]
-Stages = Annotated[Path, typer.Option('--stages', metavar='RUN', help='Instead of a model: all models of a pipeline\'s '
-                                      'run, base to RL, and their chart.')]
+ModelPlace = Annotated[str, typer.Option('--model', metavar='FOLDER|URL', help='A model of ours, or an endpoint in '
+                                         'the form of OpenAI.', show_default='the shipped base model')]
+Stages = Annotated[Path, typer.Option('--stages', metavar='RUN', help='Instead of a model: all models of a run of the '
+                                      'pipeline, base to RL, and their chart.')]
 Agent = Annotated[str, typer.Option(help='builtin, claude-code, mini-swe-agent, or a command with {prompt} in it; '
                                     'programs run in a sandbox, on a model of ours.')]
 Positive = lambda name, said, **more: typer.Option(name, min=1, help=said, **more)
-TurnLimit = Annotated[int, Positive('--max-turns', 'Answers of the model in an episode.', show_default="the environment's")]
+TurnLimit = Annotated[int, Positive('--max-turns', 'Answers in an episode.', show_default="the environment's")]
 WrittenTokens = Annotated[int, Positive('--tokens', 'Tokens written in an episode.', show_default='no limit')]
-AnswerTokens = Annotated[int, Positive('--max-tokens', 'Tokens of one answer, builtin.', show_default="the environment's")]
+AnswerTokens = Annotated[int, Positive('--max-tokens', 'Of one answer, builtin.', show_default="the environment's")]
 Warmth = Annotated[float, typer.Option('--temperature', min=0, help='Of sampling, builtin.', show_default="1, or the "
                                        "endpoint's")]
 CheckFirst = Annotated[bool, typer.Option('--check', help='Play gold and empty first; leave out, by name, what fails.')]
@@ -517,7 +517,8 @@ def _evaluate(tasks, model, stages, out, parallel, price, show, engine, vllm_url
               **settings):
     "One evaluation, or one of each stage."
     from kat.core.io import UserError
-    from kat.recipe.benchmark import Evaluation, PlaySettings, evaluation_folder, run_evaluation, run_stages, stage_models
+    from kat.recipe.benchmark import (Evaluation, PlaySettings, evaluation_folder, run_evaluation, run_stages,
+                                      stage_models)
     if stages and (model or model_name or api_key_file):
         raise UserError('--stages: it brings its models; leave out --model')
     chosen = PlaySettings(**settings)
@@ -531,7 +532,8 @@ def _evaluate(tasks, model, stages, out, parallel, price, show, engine, vllm_url
             page = run_stages(runs_of, tasks, out or Path('evals')/f'stages-{stages.resolve().name}', chosen, more)
         else:
             only = source(model)
-            page = run_evaluation(Evaluation(only, tasks, out or evaluation_folder(only, tasks, chosen), chosen, **more))
+            folder = out or evaluation_folder(only, tasks, chosen)
+            page = run_evaluation(Evaluation(only, tasks, folder, chosen, **more))
     print(f'report: {_near(page)}')
 
 
@@ -555,7 +557,7 @@ def _source(place: str, at_once: int, engine: str, vllm_url: str|None, key_file:
     from kat.recipe.pipeline import ROOT
     remote = '://' in place
     if (key_file or model_name) and not remote:
-        raise UserError(f'--{"api-key-file" if key_file else "model-name"}: only with the address of an endpoint as --model')
+        raise UserError(f'--{"api-key-file" if key_file else "model-name"}: only with an endpoint as --model')
     if remote:
         if engine != 'hf' or vllm_url:
             raise UserError('--engine, --vllm-url: an endpoint computes by itself; leave them out')
