@@ -99,6 +99,7 @@ async def real_attacks(folder, number):
                 said[attack] = f'InfraError: {error}'
             if said[attack] == 'REWARDED':
                 paid.append((name, kind, attack))
+                print(f'{name}: rewarded: {attack} ({kind})', flush=True)
         rows += len(said)
         counts = {w: sum(x == w for x in said.values()) for w in sorted(set(said.values()))}
         print(f'{name}: {len(said)} attacks: {counts}', flush=True)

