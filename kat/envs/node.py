@@ -1,151 +1,15 @@
-r"""Tests in JavaScript as a verdict: node found, a package's tests found and run, canaries that must fail, and a grader
-
-READING = Limits(memory_mb=8192, cpu_s=120, wall_s=240, processes=64, output_kb=65536, files_mb=64)
-
-def read_scripts(
-    tree: dict,  # see `read_tree`
-    paths: list,  # of files in JavaScript
-    box,  # sandbox for commands: a `Bubblewrap`
-) -> dict:  # path -> dict(modules, tests), or dict(error)
-    "What files in JavaScript ask for, and their tests. Raises `InfraError` where node's parser doesn't run."
-    keys = {path: hashlib.sha256(tree[path][0]).digest() for path in paths}
-    new = [path for path, key in keys.items() if key not in _known]
-    said = dict(zip(new, _read_now([tree[path][0] for path in new], box))) if new else {}
-    found = {path: said.get(path) or _known[key] for path, key in keys.items()}
-    if len(_known) > 4096:
-        _known.clear()
-    _known.update({keys[path]: one for path, one in said.items()})
-    return found
-
-_known = {}  # hash of a file -> what was read: the tests of a task are graded many times
-
-def _read_now(contents: list, box) -> list:
-    node, names = node_of(box), [f'{i}.js' for i in range(len(contents))]
-    with tempfile.TemporaryDirectory(prefix='kat-') as work:
-        for name, content in zip(names, contents):
-            Path(work, name).write_bytes(content)
-        Path(work, 'files.json').write_text(json.dumps(names))
-        argv = [node, '--expose-internals', '-e', READ_IMPORTS + READ_TESTS + READ_FILE + READ_PATH, 'files.json']
-        got = box.exec(argv, work, READING, writable=False, show=shown_for(node, None))
-    if got.rc or got.truncated:
-        raise InfraError(f'node: its parser did not run: {(got.error or got.stderr.strip())[-300:]}')
-    return json.loads(got.stdout)
-
-SEAL = r"""'use strict';
-const fs = require('fs'), modules = require('module'), { AsyncResource } = require('async_hooks');
-const { hash } = require('crypto'), { writeSync } = fs, quote = JSON.stringify;
-const code = Function.prototype.call.bind(String.prototype.charCodeAt);
-const [, self, number, runner, file] = process.argv;
-const key = fs.readFileSync(self + '.key'), outer = new Uint8Array(96);
-let inner = '', count = 0;
-for (let i = 0; i < 64; i++) { inner += String.fromCharCode(key[i] ^ 0x36); outer[i] = key[i] ^ 0x5c; }
-key.fill(0);
-fs.unlinkSync(self + '.key');
-const spare = [];
-while (spare.length < number) spare.push(fs.openSync('/dev/null'));
-const channel = fs.openSync('/proc/self/fd/2', 'w');
-spare.forEach((fd) => fs.closeSync(fd));
-fs.closeSync(2);
-fs.openSync('/proc/self/fd/1', 'w');
-"""
-
-FOLLOW_NODE = r"""
-function followNode() {
-  const top = new AsyncResource('main'), stack = { __proto__: null };
-  let number = 0, called = false, begun = false;
-  module.exports = async function* report(source) {
-    if (called) return;
-    called = true;
-    for await (const { type, data } of source) {
-      if (!begun && type === 'test:pass') {
-        begun = true;
-        ready();
-        top.runInAsyncScope(() => modules.runMain());
-      } else if (begun && type === 'test:start') {
-        stack[data.nesting] = number;
-        tell('start', number++, data.nesting ? stack[data.nesting - 1] : -1, data.name);
-      } else if (begun && (type === 'test:pass' || type === 'test:fail')) {
-        const good = type === 'test:pass' || data.details.error.failureType === 'subtestsFailed';
-        const aside = data.skip !== undefined ? 'skipped' : data.todo !== undefined ? 'todo' : null;
-        const state = aside || (good ? 'passed' : 'failed');
-        tell('end', stack[data.nesting], 0, data.details.type === 'suite' ? 'suite' : state);
-      }
-    }
-  };
-  require('node:test').test('ready', () => {});
-}
-"""
-NODE_RUNNER = SEAL + SIGN + FOLLOW_TAPE + FOLLOW_NODE + "\nrunner === 'tape' ? followTape() : followNode();\n"
-
-def states_of(
-    path: str,  # of the test file
-    messages: list,  # see `run_file`
-) -> dict:  # id -> 'passed', 'failed', 'skipped', 'todo'; 'begun': never ended
-    "What became of each test of a file."
-    names, count, states = {}, {}, {}
-    for kind, *said in messages:
-        if kind == 'start':
-            number, parent, title = said
-            name = f'{names[parent]} > {title}' if parent in names else f'{path}::{title}'
-            count[name] = count.get(name, 0) + 1
-            names[number] = name if count[name] == 1 else f'{name} #{count[name]}'
-            states[names[number]] = 'begun'
-        elif kind == 'end' and said[0] in names:
-            states[names[said[0]]] = said[2]
-    return {name: state for name, state in states.items() if state != 'suite'}
-
-KINDS = {  # what an assertion method does -> its names in tape and in node's `assert`
-    'equal': 'equal equals isEqual strictEqual strictEquals is looseEqual looseEquals',
-    'deep': 'deepEqual deepEquals isEquivalent same deepLooseEqual deepStrictEqual partialDeepStrictEqual',
-    'unequal': 'notEqual notEquals isNotEqual doesNotEqual isInequal notStrictEqual notStrictEquals isNot not '
-               'notLooseEqual notLooseEquals',
-    'undeep': 'notDeepEqual notDeepEquals notEquivalent notDeeply notSame isNotDeepEqual isNotDeeply isNotEquivalent '
-              'isInequivalent notDeepLooseEqual notDeepStrictEqual',
-    'truth': 'ok true assert', 'untruth': 'notOk false notok', 'error': 'error ifError ifErr iferror',
-    'throws': 'throws', 'calm': 'doesNotThrow', 'match': 'match', 'unmatch': 'doesNotMatch', 'fail': 'fail',
-    'rejects': 'rejects', 'resolves': 'doesNotReject'}
-METHODS = {name: kind for kind, names in KINDS.items() for name in names.split()}
-
-MUST_FAIL = {  # kind -> arguments with which it fails; `#` stands for a drawn word
-    'equal': "'#', '#s'", 'deep': '{ #: 1 }, { #: 2 }', 'unequal': "'#', '#'", 'undeep': '{ #: 1 }, { #: 1 }',
-    'truth': "'#' === '#s'", 'untruth': "'#' === '#'", 'error': "new Error('#')", 'throws': 'function () {}',
-    'calm': "function () { throw new Error('#'); }", 'match': "'#', /^#s$/", 'unmatch': "'#', /^#$/", 'fail': "'#'"}
-
-@dataclass(frozen=True)
-class ScriptTest:
-    "A test in the open, see `read_scripts`."
-    id: str  # without a number
-    title: tuple  # begin and end of the title's source, its kind
-    begin: int  # of the statement, in UTF-16 units
-    end: int
-    body: int  # where its function's statements begin
-    param: str | None
-    inner: bool  # whether tests are inside
-    plan: bool  # whether it says how many assertions it makes
-    used: list  # assertion methods anywhere in it: (name, begin and end of what is called)
-    calls: list  # assertions that surely run: dict(method, args)
-
-def script_tests(
-    path: str,
-    read: dict,  # what `read_scripts` says of the file
-    expected: set,  # ids that must pass
-) -> list:
-    "Tests of a file that canaries can be made of: expected to pass, titles unique, none inside, no plan around."
-    ids = [f'{path}::{" > ".join(one["titles"])}' for one in read['tests']]
-    fields = ('title', 'begin', 'end', 'body', 'param', 'inner', 'plan', 'used', 'calls')
-    return [ScriptTest(name, **{f: one.get(f) for f in fields}) for name, one in zip(ids, read['tests'])
-            if name in expected and f'{name} #2' not in expected and ids.count(name) == 1
-            and not one['inPlan'] and not one['inner']]"""
+"""Tests in JavaScript as a verdict: node found, a package's tests found and run, canaries that must fail, and a grader"""
 
 # AUTOGENERATED! DO NOT EDIT! File to edit: ../../nbs/envs/20_node.ipynb.
 
 # %% auto #0
-__all__ = ['OLDEST_NODE', 'READ_IMPORTS', 'READ_TESTS', 'READ_FILE', 'READ_PATH', 'RUNNERS', 'SCRIPTS', 'TEST_FOLDERS',
-           'TEST_FILES', 'ASIDE', 'SIGN', 'FOLLOW_TAPE', 'ZONES', 'SETTINGS', 'FREE', 'node_candidates', 'find_node',
-           'has_node', 'node_of', 'shown_for', 'is_test', 'manifest', 'runner_of', 'NodeSetup', 'detect', 'linked',
-           'run_file', 'collect_tests', 'altered', 'another_script', 'wanted_edits', 'exchange_script', 'plant_scripts',
-           'decides_in_node', 'merged_manifest', 'NodeSuite', 'merge_agent', 'Planted', 'prepare_scripts', 'judge_file',
-           'grade_node']
+__all__ = ['OLDEST_NODE', 'READ_IMPORTS', 'READ_TESTS', 'READ_FILE', 'READ_PATH', 'READING', 'RUNNERS', 'SCRIPTS', 'TEST_FOLDERS',
+           'TEST_FILES', 'ASIDE', 'SEAL', 'SIGN', 'FOLLOW_TAPE', 'FOLLOW_NODE', 'NODE_RUNNER', 'ZONES', 'KINDS',
+           'METHODS', 'MUST_FAIL', 'SETTINGS', 'FREE', 'node_candidates', 'find_node', 'has_node', 'node_of',
+           'shown_for', 'read_scripts', 'is_test', 'manifest', 'runner_of', 'NodeSetup', 'detect', 'linked', 'run_file',
+           'states_of', 'collect_tests', 'altered', 'another_script', 'ScriptTest', 'script_tests', 'wanted_edits',
+           'exchange_script', 'plant_scripts', 'decides_in_node', 'merged_manifest', 'NodeSuite', 'merge_agent',
+           'Planted', 'prepare_scripts', 'judge_file', 'grade_node']
 
 # %% ../../nbs/envs/20_node.ipynb #2a726f06
 import asyncio
@@ -326,6 +190,38 @@ function read(path) {
 console.log(JSON.stringify(JSON.parse(fs.readFileSync(process.argv[1], 'utf8')).map(read)));
 """
 
+# %% ../../nbs/envs/20_node.ipynb #8d00ca60
+READING = Limits(memory_mb=8192, cpu_s=120, wall_s=240, processes=64, output_kb=65536, files_mb=64)
+
+def read_scripts(
+    tree: dict,  # see `read_tree`
+    paths: list,  # of files in JavaScript
+    box,  # sandbox for commands: a `Bubblewrap`
+) -> dict:  # path -> dict(modules, tests), or dict(error)
+    "What files in JavaScript ask for, and their tests. Raises `InfraError` where node's parser doesn't run."
+    keys = {path: hashlib.sha256(tree[path][0]).digest() for path in paths}
+    new = [path for path, key in keys.items() if key not in _known]
+    said = dict(zip(new, _read_now([tree[path][0] for path in new], box))) if new else {}
+    found = {path: said.get(path) or _known[key] for path, key in keys.items()}
+    if len(_known) > 4096:
+        _known.clear()
+    _known.update({keys[path]: one for path, one in said.items()})
+    return found
+
+_known = {}  # hash of a file -> what was read: the tests of a task are graded many times
+
+def _read_now(contents: list, box) -> list:
+    node, names = node_of(box), [f'{i}.js' for i in range(len(contents))]
+    with tempfile.TemporaryDirectory(prefix='kat-') as work:
+        for name, content in zip(names, contents):
+            Path(work, name).write_bytes(content)
+        Path(work, 'files.json').write_text(json.dumps(names))
+        argv = [node, '--expose-internals', '-e', READ_IMPORTS + READ_TESTS + READ_FILE + READ_PATH, 'files.json']
+        got = box.exec(argv, work, READING, writable=False, show=shown_for(node, None))
+    if got.rc or got.truncated:
+        raise InfraError(f'node: its parser did not run: {(got.error or got.stderr.strip())[-300:]}')
+    return json.loads(got.stdout)
+
 # %% ../../nbs/envs/20_node.ipynb #bf6c061e
 RUNNERS = ('tape', 'node:test')
 SCRIPTS = ('.js', '.cjs', '.mjs')
@@ -401,6 +297,25 @@ def _package(module: str) -> str:
     "Name of the package that a module belongs to."
     return '/'.join(module.split('/')[:2 if module.startswith('@') else 1])
 
+# %% ../../nbs/envs/20_node.ipynb #a499639f
+SEAL = r"""'use strict';
+const fs = require('fs'), modules = require('module'), { AsyncResource } = require('async_hooks');
+const { hash } = require('crypto'), { writeSync } = fs, quote = JSON.stringify;
+const code = Function.prototype.call.bind(String.prototype.charCodeAt);
+const [, self, number, runner, file] = process.argv;
+const key = fs.readFileSync(self + '.key'), outer = new Uint8Array(96);
+let inner = '', count = 0;
+for (let i = 0; i < 64; i++) { inner += String.fromCharCode(key[i] ^ 0x36); outer[i] = key[i] ^ 0x5c; }
+key.fill(0);
+fs.unlinkSync(self + '.key');
+const spare = [];
+while (spare.length < number) spare.push(fs.openSync('/dev/null'));
+const channel = fs.openSync('/proc/self/fd/2', 'w');
+spare.forEach((fd) => fs.closeSync(fd));
+fs.closeSync(2);
+fs.openSync('/proc/self/fd/1', 'w');
+"""
+
 # %% ../../nbs/envs/20_node.ipynb #19d86607
 SIGN = r"""
 const half = (c) => c < 58 ? c - 48 : c - 87;
@@ -453,6 +368,35 @@ function followTape() {
 }
 """
 
+# %% ../../nbs/envs/20_node.ipynb #1094c497
+FOLLOW_NODE = r"""
+function followNode() {
+  const top = new AsyncResource('main'), stack = { __proto__: null };
+  let number = 0, called = false, begun = false;
+  module.exports = async function* report(source) {
+    if (called) return;
+    called = true;
+    for await (const { type, data } of source) {
+      if (!begun && type === 'test:pass') {
+        begun = true;
+        ready();
+        top.runInAsyncScope(() => modules.runMain());
+      } else if (begun && type === 'test:start') {
+        stack[data.nesting] = number;
+        tell('start', number++, data.nesting ? stack[data.nesting - 1] : -1, data.name);
+      } else if (begun && (type === 'test:pass' || type === 'test:fail')) {
+        const good = type === 'test:pass' || data.details.error.failureType === 'subtestsFailed';
+        const aside = data.skip !== undefined ? 'skipped' : data.todo !== undefined ? 'todo' : null;
+        const state = aside || (good ? 'passed' : 'failed');
+        tell('end', stack[data.nesting], 0, data.details.type === 'suite' ? 'suite' : state);
+      }
+    }
+  };
+  require('node:test').test('ready', () => {});
+}
+"""
+NODE_RUNNER = SEAL + SIGN + FOLLOW_TAPE + FOLLOW_NODE + "\nrunner === 'tape' ? followTape() : followNode();\n"
+
 # %% ../../nbs/envs/20_node.ipynb #7009562d
 def linked(
     tree: dict,
@@ -501,6 +445,24 @@ def run_file(
         return Run(got.rc, messages, 'output', f'more than {limits.output_kb} kB printed')
     return Run(got.rc, messages, got.cause, got.error)
 
+# %% ../../nbs/envs/20_node.ipynb #b35a4515
+def states_of(
+    path: str,  # of the test file
+    messages: list,  # see `run_file`
+) -> dict:  # id -> 'passed', 'failed', 'skipped', 'todo'; 'begun': never ended
+    "What became of each test of a file."
+    names, count, states = {}, {}, {}
+    for kind, *said in messages:
+        if kind == 'start':
+            number, parent, title = said
+            name = f'{names[parent]} > {title}' if parent in names else f'{path}::{title}'
+            count[name] = count.get(name, 0) + 1
+            names[number] = name if count[name] == 1 else f'{name} #{count[name]}'
+            states[names[number]] = 'begun'
+        elif kind == 'end' and said[0] in names:
+            states[names[said[0]]] = said[2]
+    return {name: state for name, state in states.items() if state != 'suite'}
+
 # %% ../../nbs/envs/20_node.ipynb #ac017c3f
 async def collect_tests(
     tree: dict,  # with its tests
@@ -521,6 +483,24 @@ async def collect_tests(
             run = lambda: asyncio.to_thread(run_file, work, path, runner, site, limits, box, variation)
             states |= states_of(path, (await fair_run(run, run)).messages)
     return dict(sorted(states.items()))
+
+# %% ../../nbs/envs/20_node.ipynb #77f49a78
+KINDS = {  # what an assertion method does -> its names in tape and in node's `assert`
+    'equal': 'equal equals isEqual strictEqual strictEquals is looseEqual looseEquals',
+    'deep': 'deepEqual deepEquals isEquivalent same deepLooseEqual deepStrictEqual partialDeepStrictEqual',
+    'unequal': 'notEqual notEquals isNotEqual doesNotEqual isInequal notStrictEqual notStrictEquals isNot not '
+               'notLooseEqual notLooseEquals',
+    'undeep': 'notDeepEqual notDeepEquals notEquivalent notDeeply notSame isNotDeepEqual isNotDeeply isNotEquivalent '
+              'isInequivalent notDeepLooseEqual notDeepStrictEqual',
+    'truth': 'ok true assert', 'untruth': 'notOk false notok', 'error': 'error ifError ifErr iferror',
+    'throws': 'throws', 'calm': 'doesNotThrow', 'match': 'match', 'unmatch': 'doesNotMatch', 'fail': 'fail',
+    'rejects': 'rejects', 'resolves': 'doesNotReject'}
+METHODS = {name: kind for kind, names in KINDS.items() for name in names.split()}
+
+MUST_FAIL = {  # kind -> arguments with which it fails; `#` stands for a drawn word
+    'equal': "'#', '#s'", 'deep': '{ #: 1 }, { #: 2 }', 'unequal': "'#', '#'", 'undeep': '{ #: 1 }, { #: 1 }',
+    'truth': "'#' === '#s'", 'untruth': "'#' === '#'", 'error': "new Error('#')", 'throws': 'function () {}',
+    'calm': "function () { throw new Error('#'); }", 'match': "'#', /^#s$/", 'unmatch': "'#', /^#$/", 'fail': "'#'"}
 
 # %% ../../nbs/envs/20_node.ipynb #3c001924
 def altered(
@@ -562,6 +542,33 @@ def _number(text: str) -> float:
         return float(text.replace('_', ''))
     except ValueError:
         return 0  # hexadecimal and the like
+
+# %% ../../nbs/envs/20_node.ipynb #0d72a57f
+@dataclass(frozen=True)
+class ScriptTest:
+    "A test in the open, see `read_scripts`."
+    id: str  # without a number
+    title: tuple  # begin and end of the title's source, its kind
+    begin: int  # of the statement, in UTF-16 units
+    end: int
+    body: int  # where its function's statements begin
+    param: str | None
+    inner: bool  # whether tests are inside
+    plan: bool  # whether it says how many assertions it makes
+    used: list  # assertion methods anywhere in it: (name, begin and end of what is called)
+    calls: list  # assertions that surely run: dict(method, args)
+
+def script_tests(
+    path: str,
+    read: dict,  # what `read_scripts` says of the file
+    expected: set,  # ids that must pass
+) -> list:
+    "Tests of a file that canaries can be made of: expected to pass, titles unique, none inside, no plan around."
+    ids = [f'{path}::{" > ".join(one["titles"])}' for one in read['tests']]
+    fields = ('title', 'begin', 'end', 'body', 'param', 'inner', 'plan', 'used', 'calls')
+    return [ScriptTest(name, **{f: one.get(f) for f in fields}) for name, one in zip(ids, read['tests'])
+            if name in expected and f'{name} #2' not in expected and ids.count(name) == 1
+            and not one['inPlan'] and not one['inner']]
 
 # %% ../../nbs/envs/20_node.ipynb #1f1e1323
 def wanted_edits(

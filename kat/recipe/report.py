@@ -178,7 +178,7 @@ def _domains(evals: list[dict]) -> str:
         known = record.get('domains', {})
         cells = [f'{_rate(known[name])} of {known[name]["n"]}' if name in known else '–' for name in names]
         rows.append([f'<b>{escape(record["stage"])}</b>', *cells])
-    return '<h2>By domain, T = 1</h2>' + _table(['after', *map(escape, names)], rows)
+    return '<h2>By domain, T = 1</h2>' + html_table(['after', *map(escape, names)], rows)
 
 # %% ../../nbs/recipe/05_report.ipynb #4ad0028a
 def embedded_figures(run_dir: Path) -> str:
