@@ -195,8 +195,8 @@ def _settings(image: str, argv: list, binds: list, limits: Limits, env: dict) ->
                 LogConfig=dict(Type='none'))
     env = {**{k: v for k, v in ENVIRON.items() if k != 'PATH'}, **env}
     return dict(Image=image, Entrypoint=[], Cmd=[*RUN, *argv], Env=[f'{k}={v}' for k, v in env.items()],
-                HostConfig=host, WorkingDir='/workspace', User=f'{os.geteuid()}:{os.getegid()}', Labels={LABEL: str(os.getpid())},
-                NetworkDisabled=True, AttachStdout=True, AttachStderr=True, Hostname='sandbox')
+                HostConfig=host, WorkingDir='/workspace', User=f'{os.geteuid()}:{os.getegid()}',
+                Labels={LABEL: str(os.getpid())}, NetworkDisabled=True, AttachStdout=True, AttachStderr=True, Hostname='sandbox')
 
 # %% ../../nbs/envs/22_images.ipynb #40ca7b02
 class _Listener(threading.Thread):
