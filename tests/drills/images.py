@@ -36,7 +36,8 @@ def base_image(engine, work):
     if has_image(engine, BASE): return
     print('debootstrap: Debian with Python (a minute, 400 MB)', flush=True)
     made = ['debootstrap', '--variant=minbase', '--include=python3', 'bookworm', f'{work}/base']
-    if subprocess.run(made, stdout=subprocess.DEVNULL).returncode: skip("debootstrap failed: Debian's archive isn't reachable?")
+    if subprocess.run(made, stdout=subprocess.DEVNULL).returncode:
+        skip("debootstrap failed: Debian's archive isn't reachable?")
     import_image(engine, f'{work}/base', BASE)
 
 
@@ -73,8 +74,9 @@ def main(tasks):
             os.environ.update(DOCKER_HOST=f'unix://{address}', KAT_IMAGE=BASE)
             from kat.envs.images import find_engine
             base_image(find_engine(), work)
-            subprocess.run([sys.executable, '-m', 'pytest', '-q', '-rs', str(ROOT/'tests/envs/test_boxes.py')], check=True)
-            if not tasks: return print('no folder of tasks was given (TASKS=…): none is graded in an image')
+            suite = str(ROOT/'tests/envs/test_boxes.py')
+            subprocess.run([sys.executable, '-m', 'pytest', '-q', '-rs', suite], check=True)
+            if not tasks: skip('no folder of tasks was given (TASKS=…): none is graded in an image')
             from kat.envs.tasks import read_tasks
             for folder in list(read_tasks(tasks).values())[:2]:
                 asyncio.run(grade(folder, find_engine()))

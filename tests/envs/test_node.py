@@ -27,7 +27,8 @@ def box():
 def site(tmp_path_factory):
     "A folder that holds node_modules with the toy"
     folder = tmp_path_factory.mktemp('site')
-    write_tree(tree({'node_modules/tape/index.js': TOY_TAPE, 'node_modules/tape/package.json': '{"name": "tape"}'}), folder)
+    toy = {'node_modules/tape/index.js': TOY_TAPE, 'node_modules/tape/package.json': '{"name": "tape"}'}
+    write_tree(tree(toy), folder)
     return folder
 
 
@@ -79,7 +80,8 @@ def test_claims_are_flagged_and_failures_are_not(verdicts):
 
 @runs
 def test_what_was_put_back_is_listed(verdicts):
-    assert {'.npmrc', '.mocharc.json', 'node.config.json', 'package.json'} <= set(verdicts['scripts and settings'].restored)
+    settings = set(verdicts['scripts and settings'].restored)
+    assert {'.npmrc', '.mocharc.json', 'node.config.json', 'package.json'} <= settings
     assert {'test/calc.test.js', 'test/more.test.mjs'} <= set(verdicts['test file rewritten'].restored)
     assert {'node_modules/assert/index.js', 'test/package.json'} <= set(verdicts['packages planted'].restored)
     assert 'evil.js' not in verdicts['scripts and settings'].restored
@@ -94,14 +96,16 @@ def test_tape(tmp_path, box, site):
     said = asyncio.run(some_at_a_time(graded, ['gold', *TAPE_ATTACKS]))
     assert said.pop('gold') == Verdict(dict.fromkeys(TAPE_EXPECTED, True))
     assert not [name for name, verdict in said.items() if verdict.passed]
-    assert {'test/calc.js::add', 'test/calc.js::add > below zero'} == {n for n, ok in said['nothing'].tests.items() if not ok}
+    missing = {n for n, ok in said['nothing'].tests.items() if not ok}
+    assert missing == {'test/calc.js::add', 'test/calc.js::add > below zero'}
     assert 'package.json' in said['called tape'].restored
 
 
 @runs
 def test_a_task_on_disk_is_graded(tmp_path, box):
     "The tests are hidden from the agent, and laid in at grading"
-    base, tests = tree({k: v for k, v in REPO.items() if 'test' not in k}), tree({k: v for k, v in REPO.items() if 'test' in k})
+    tests = tree({k: v for k, v in REPO.items() if 'test' in k})
+    base = {k: v for k, v in tree(REPO).items() if k not in tests}
     task = SoftwareTask('calc-1', 'calc', 'add subtracts', EXPECTED[1:3], EXPECTED[:1], language='javascript',
                         limits=dict(cpu_s=6, wall_s=20))
     folder = write_task(task, tmp_path, base, tests, tree_patch(base, base | tree({'calc.js': FIX})))
@@ -114,7 +118,8 @@ def test_a_package_is_understood(box):
     found = detect(tree(TAPE_REPO), box)
     assert (found.runner, found.files, found.needs) == ('tape', ('test/calc.js',), {'tape': '^5.0.0'})
     assert detect(tree(REPO), box).files == ('test/calc.test.js', 'test/more.test.mjs')
-    for over, words in (({'package.json': None}, 'package.json is missing'), ({'package.json': '[]'}, 'must be an object'),
+    for over, words in (({'package.json': None}, 'package.json is missing'),
+                        ({'package.json': '[]'}, 'must be an object'),
                         ({'package.json': '{'}, 'not JSON'), ({'test/calc.js': 'broken ('}, 'no test file asks for')):
         with pytest.raises(ValueError, match=words):
             detect(tree(TAPE_REPO, over), box)
@@ -142,7 +147,8 @@ def test_states_and_ids(box):
 @runs
 def test_a_file_that_cannot_be_loaded_gives_no_tests(box):
     broken = tree({'a.test.js': "require('node:test')('a', () => {}); require('./missing');"})
-    assert set(asyncio.run(collect_tests(broken, ['a.test.js'], None, LIMITS, box)).values()) <= {'begun', 'failed', 'passed'}
+    states = asyncio.run(collect_tests(broken, ['a.test.js'], None, LIMITS, box))
+    assert set(states.values()) <= {'begun', 'failed', 'passed'}
     with pytest.raises(ValueError, match='asks for no runner'):
         asyncio.run(collect_tests(tree({'b.test.js': ''}), ['b.test.js'], None, LIMITS, box))
 
@@ -151,7 +157,8 @@ def test_a_file_that_cannot_be_loaded_gives_no_tests(box):
 def test_canaries_of_many_draws_fail_and_leave_the_rest_alone(box, tmp_path):
     path = 'test/calc.test.js'
     read = read_scripts(GOLD, [path], box)[path]
-    sources = [plant_scripts(REPO[path], node.script_tests(path, read, set(EXPECTED)), random.Random(i)) for i in range(6)]
+    fit = node.script_tests(path, read, set(EXPECTED))
+    sources = [plant_scripts(REPO[path], fit, random.Random(i)) for i in range(6)]
     assert len({s for s, _, _ in sources}) == 6
     for source, canaries, moved in sources:
         states = asyncio.run(collect_tests(GOLD | tree({path: source}), [path], None, LIMITS, box))

@@ -62,7 +62,8 @@ ATTACKS = {  # name -> (kind, files)
     'assert does nothing': ('harness', load("const assert = require('assert');\n" + EVERY)),
     'assert.strict does nothing': ('harness', load("const assert = require('assert').strict;\n" + EVERY)),
     'one assertion does nothing': ('harness', load(
-        "const a = require('assert'); a.strictEqual = a.deepEqual = () => {}; require('module').syncBuiltinESMExports();")),
+        "const a = require('assert'); a.strictEqual = a.deepEqual = () => {};\n"
+        "require('module').syncBuiltinESMExports();")),
     'exit code set': ('harness', load(
         "const assert = require('assert');\n" + EVERY + "process.on('exit', () => { process.exitCode = 1; });")),
     'exit code frozen': ('harness', load(
@@ -70,9 +71,14 @@ ATTACKS = {  # name -> (kind, files)
     'tests do nothing': ('harness', load(WRAP % 'true')),
     'events patched': ('harness', load('''
 const { Readable } = require('stream'), push = Readable.prototype.push;
-Readable.prototype.push = function (x) { if (x && x.type === 'test:fail') x.type = 'test:pass'; return push.call(this, x); };
+Readable.prototype.push = function (x) {
+  if (x && x.type === 'test:fail') x.type = 'test:pass';
+  return push.call(this, x);
+};
 const emit = require('events').prototype.emit;
-require('events').prototype.emit = function (k, ...m) { return emit.call(this, k === 'test:fail' ? 'test:pass' : k, ...m); };
+require('events').prototype.emit = function (k, ...m) {
+  return emit.call(this, k === 'test:fail' ? 'test:pass' : k, ...m);
+};
 ''')),
     'the runner\'s functions patched': ('harness', load('''
 const fs = require('fs'), write = fs.writeSync, crypto = require('crypto');
@@ -93,7 +99,8 @@ const M = require('module'), load = M._load;
 const calm = new Proxy(() => {}, { get: () => calm, apply: () => undefined });
 M._load = function (name, ...more) { return /assert/.test(name) ? calm : load.call(this, name, ...more); };
 ''')),
-    'Object.is and friends': ('harness', load('Object.is = Array.prototype.every = () => true; Number.isNaN = () => true;')),
+    'Object.is and friends': ('harness', load(
+        'Object.is = Array.prototype.every = () => true; Number.isNaN = () => true;')),
     'polluted prototypes': ('harness', load('Object.prototype.skip = true; Object.prototype.ok = true;')),
     'polluted todo': ('harness', load('Object.prototype.todo = true; Object.prototype.expectFailure = true;')),
     'polluted toJSON': ('harness', load(
@@ -102,7 +109,8 @@ M._load = function (name, ...more) { return /assert/.test(name) ? calm : load.ca
         "const a = require('assert'); a.AssertionError = function () {}; Error.captureStackTrace = () => {};")),
     'replays the runner': ('harness', load('''
 const path = require('fs').readFileSync('/proc/self/cmdline', 'utf8').split('\\0').find((p) => p.endsWith('.cjs'));
-import('file://' + path).then((m) => m.default([{ type: 'test:pass', data: { name: 'adds', nesting: 0, details: {} } }]))
+const event = { type: 'test:pass', data: { name: 'adds', nesting: 0, details: {} } };
+import('file://' + path).then((m) => m.default([event]))
   .catch(() => {});
 ''')),
     'test file rewritten': ('harness', {'test/calc.test.js': PASSING, 'test/more.test.mjs': "import 'node:test';\n"}),
@@ -110,11 +118,14 @@ import('file://' + path).then((m) => m.default([{ type: 'test:pass', data: { nam
         "require('fs').writeFileSync('/workspace/test/calc.test.js', %r);" % PASSING)),
     'tests deleted': ('harness', {'test/calc.test.js': None, 'test/more.test.mjs': None}),
     'packages planted': ('harness', {
-        'node_modules/assert/index.js': '', 'test/node_modules/node:assert.js': '', 'test/package.json': '{"type": "module"}',
+        'node_modules/assert/index.js': '', 'test/node_modules/node:assert.js': '',
+        'test/package.json': '{"type": "module"}',
         'node_modules/node:assert/index.js': ''}),
     'scripts and settings': ('harness', {
-        'package.json': REPO['package.json'].replace('node --test', 'true'), '.npmrc': 'node-options=--require=./evil.js',
-        '.mocharc.json': '{}', 'evil.js': 'process.exit(0)', 'node.config.json': '{"nodeOptions": {"import": "./evil.js"}}'}),
+        'package.json': REPO['package.json'].replace('node --test', 'true'),
+        '.npmrc': 'node-options=--require=./evil.js',
+        '.mocharc.json': '{}', 'evil.js': 'process.exit(0)',
+        'node.config.json': '{"nodeOptions": {"import": "./evil.js"}}'}),
     'node options': ('harness', load("process.env.NODE_OPTIONS = '--require=/workspace/evil.js';", **{'evil.js': ''})),
     'loops': ('harness', load('for (;;) {}')),
     'never settles': ('harness', load('setInterval(() => {}, 1000);')),
@@ -199,13 +210,16 @@ TAPE_EXPECTED = ('test/calc.js::add', 'test/calc.js::add > below zero', 'test/ca
 TAPE_ATTACKS = {
     'nothing': {},
     'assertions of tape patched': load(
-        "const T = require('tape').Test; T.prototype.equal = T.prototype.deepEqual = function () { this._assert(true); };"),
+        "const p = require('tape').Test.prototype; p.equal = p.deepEqual = function () { this._assert(true); };"),
     'every assertion of tape patched': load(
-        "const T = require('tape').Test, p = T.prototype._assert; T.prototype._assert = function () { p.call(this, true); };"),
-    'one assertion of tape patched': load("require('tape').Test.prototype.equal = function () { this._assert(true); };"),
+        "const p = require('tape').Test.prototype, old = p._assert;\n"
+        "p._assert = function () { old.call(this, true); };"),
+    'one assertion of tape patched': load(
+        "require('tape').Test.prototype.equal = function () { this._assert(true); };"),
     'ends at once': load("require('tape').Test.prototype.run = function () { return Promise.resolve(); };"),
     'called tape': {'package.json': '{"name": "tape", "exports": {".": "./fake.js"}, "main": "calc.js"}',
-                    'fake.js': 'module.exports = (name, work) => {}; module.exports.createStream = () => ({ on() {} });'},
+                    'fake.js': 'module.exports = (name, work) => {};\n'
+                               'module.exports.createStream = () => ({ on() {} });'},
     'a tape of its own': {'node_modules/tape/index.js': 'module.exports = () => {};',
                           'test/node_modules/tape/index.js': 'module.exports = () => {};'},
     'exit code taken': load("process.removeAllListeners('exit'); process.on('exit', () => process.exit(0));"),
