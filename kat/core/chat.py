@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['SegmentBuilder', 'render_own', 'render', 'prepared_messages', 'call_writer', 'ids_of', 'defused', 'encoded_text',
-           'letters_of', 'spellings', 'add_context', 'encode_prompt', 'generation_segments', 'to_trajectories',
+           'spellings', 'count_of', 'add_context', 'encode_prompt', 'generation_segments', 'to_trajectories',
            'error_mask']
 
 # %% ../../nbs/core/08_chat.ipynb #0713e12f
-import json, re
+import html, json, re
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
@@ -271,14 +272,16 @@ _TAG = re.compile(r'(</?[A-Za-z_|｜][^<>\s]*>)')
 class _Words:
     "Replaces the pieces of answers by words of their own, and remembers what each stands for."
     def __init__(self, text: str):  # that has none of the words
-        self.stem, self.turns, self.n = 'Qz', [], 0
+        self.stem, self.number, self.turns, self.n = 'Qz', 918_270_000, [], 0
         while self.stem in text:
             self.stem += 'q'
 
-    def word(self, what: str, piece: str) -> str:
+    def word(self, what: str, piece):
+        "A word for a piece; a number for a number."
         self.n += 1
-        self.turns[-1].append((f'{self.stem}{self.n}x', what, piece))
-        return self.turns[-1][-1][0]
+        word = f'{self.stem}{self.n}x' if isinstance(piece, str) else self.number + self.n + type(piece)(.5)
+        self.turns[-1].append((str(word), what, str(piece)))
+        return word
 
     def text(self, text: str, what: str) -> str:
         "Text with its tags, which a template may go by, and words for the rest."
@@ -291,6 +294,7 @@ class _Words:
     def value(self, value, what: str):
         "A call's argument with its texts replaced."
         if isinstance(value, str): return self.word(what, value) if value.strip() else value
+        if type(value) in (int, float): return self.word(what, value) if value else value
         if isinstance(value, dict): return {k: self.value(v, what) for k, v in value.items()}
         return [self.value(v, what) for v in value] if isinstance(value, list) else value
 
@@ -331,13 +335,17 @@ def _check_whole(tokenizer, messages, tools, gen: bool, written: _Written, whole
         shown = probe.answer(turn)
         for word, what, _ in words.turns[turn]:
             if word not in shown: raise ValueError(_lost(what, turn, turn + 1 < len(answers), word in probe.full))
-        letters = letters_of(written.answer(turn))
+        functions = [call['function'] for call in answers[turn].get('tool_calls', ())]
         pieces = [(what, piece) for _, what, piece in words.turns[turn]]
-        for call in answers[turn].get('tool_calls', ()):
-            pieces.append(('the name of a called function', call['function']['name']))
-        for what, piece in pieces:
-            if any(letters_of(form) in letters for form in spellings(piece)): continue
-            raise ValueError(_lost(what, turn, False, False))
+        pieces += [('the name of a called function', function['name']) for function in functions]
+        lost = [what for what, piece in pieces if not count_of(piece, written.answer(turn))]
+        if lost := lost or _lost_names(functions, shown): raise ValueError(_lost(lost[0], turn, False, False))
+
+def _lost_names(functions: list[dict], shown: str) -> list[str]:
+    "Arguments whose names a template does not write, though it writes others."
+    named = Counter(key for function in functions for key in function['arguments'])
+    there = {key: count_of(key, shown, whole=True) for key in named}
+    return [f'argument {key!r} of a call' for key in named if any(there.values()) and there[key] < named[key]]
 
 def _lost(what: str, turn: int, earlier: bool, elsewhere: bool) -> str:
     "What became of a piece."
@@ -346,15 +354,27 @@ def _lost(what: str, turn: int, earlier: bool, elsewhere: bool) -> str:
     return _drops(what + (' of earlier turns' if earlier and what == 'the reasoning' else ''), turn)
 
 # %% ../../nbs/core/08_chat.ipynb #a8508e9b
-def letters_of(text: str) -> str:
-    "Letters and digits alone, without the escapes of JSON."
-    return re.sub(r'\\u[0-9a-fA-F]{4}|\\.|[\W_]', '', text)
+def spellings(
+    text: str,
+):  # one after the other, the likely ones first
+    "A text as a template may write it: as it is, quoted, escaped for HTML, as JSON of one kind or another."
+    yield (text := text.strip())
+    once, coded = json.dumps(text, ensure_ascii=False), json.dumps(text)
+    jsons = [once[1:-1], coded[1:-1], json.dumps(once, ensure_ascii=False)[3:-3], json.dumps(coded)[3:-3]]
+    yield from jsons
+    yield text.translate({92: r'\\', 39: r"\'", 10: r'\n', 13: r'\r'})  # in single quotes
+    yield html.escape(text)
+    safe = str.maketrans({c: f'\\u{ord(c):04x}' for c in "<>&'"})  # Jinja's own `tojson`
+    yield from (form.translate(safe) for form in jsons)
 
-def spellings(piece: str):
-    "A text as a template may write it: as it is, or as JSON of one kind or another."
-    yield piece
-    once = json.dumps(piece, ensure_ascii=False)
-    yield from (once, json.dumps(piece), json.dumps(once, ensure_ascii=False), json.dumps(json.dumps(piece)))
+def count_of(
+    text: str,
+    shown: str,  # by a template
+    whole: bool = False,  # as a word, not as a part of one
+) -> int:
+    "How often a text stands in what a template wrote, in the spelling that it uses most."
+    if not whole: return max(shown.count(form) for form in spellings(text))
+    return max(len(re.findall(rf'(?<!\w){re.escape(form)}(?!\w)', shown)) for form in spellings(text))
 
 # %% ../../nbs/core/08_chat.ipynb #af4887f2
 def add_context(tokenizer, builder: SegmentBuilder, messages, tools, span, full: str, ids, starts, run) -> None:

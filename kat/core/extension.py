@@ -11,9 +11,8 @@ from weakref import WeakKeyDictionary
 
 import numpy as np
 
-from kat.core.chat import (
-    SegmentBuilder, add_context, call_writer, defused, encoded_text, ids_of, letters_of, prepared_messages, render_own,
-    spellings)
+from .chat import (
+    SegmentBuilder, add_context, call_writer, defused, encoded_text, ids_of, prepared_messages, render_own, spellings)
 from .endings import (
     ASKED, GIVEN, NEXT, PROBE_WORDS, SAID, answer_endings, end_tokens, template_text, try_template)
 from .template import codec_of
@@ -52,9 +51,9 @@ def _hf_extension(tokenizer, messages: list[dict], tools, builder: SegmentBuilde
     full = template_text(tokenizer, talk, tools, True)
     ids, starts = encoded_text(tokenizer, full)
     cut = _closing(tokenizer, full, ids, starts, n_words)
-    letters, at = letters_of(full[starts[cut + 1]:]), 0
+    at = int(starts[cut + 1])
     for i, m in enumerate(messages):
-        forms = ((letters.find(form, at), len(form)) for form in map(letters_of, spellings(m['content'])))
+        forms = ((full.find(form, at), len(form)) for form in spellings(m['content']))
         at = next((start + size for start, size in forms if start >= 0), None)
         if at is None: raise ValueError(f'chat template: after an answer, messages[{i}] ({m["role"]}) is not whole')
     add_context(tokenizer, builder, talk, tools, (2, len(talk)), full, ids, starts, (cut + 1, len(ids)))

@@ -173,7 +173,7 @@ def _parse(body: str | None, schemas: dict[str, dict], i: int) -> dict:
         if not given: break
         value, given, rest = _take(rest, schema, last=j == len(properties) - 1, name=f'{name}: {key}')
         if value is not _ABSENT:
-            args[key] = value
+            args[key] = _json_value(value, f'{name}: {key}')
     if given: raise ValueError(f'{name} takes {len(properties)} arguments, got more: {rest[:40]!r}')
     if missing := [key for key in schemas[name].get('required') or () if key not in args]:
         raise ValueError(f'{name} needs {" ".join(properties)}: {missing[0]} is missing')
@@ -230,6 +230,14 @@ def _typed(v, kinds: set[str], name: str):
     is_of = lambda kind: isinstance(v, _TYPES[kind]) and (kind == 'boolean' or not isinstance(v, bool))
     if any(map(is_of, kinds)): return v
     raise ValueError(f'{name} must be {_named(kinds)}, got {str(v)[:40]!r}')
+
+def _json_value(value, name: str):
+    "The value. ValueError where it is none of JSON's: not a number, infinity, half of a character."
+    try:
+        json.dumps(value, ensure_ascii=False, allow_nan=False).encode()
+    except ValueError as e:
+        raise ValueError(f'{name} is not JSON ({e})') from None
+    return value
 
 def _named(kinds: set[str]) -> str:
     return ' or '.join(_NAMES[kind] for kind in _NAMES if kind in kinds)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['CAUSES', 'GRACE', 'COLD', 'Limits', 'Job', 'JobResult', 'ExecResult', 'Features', 'features', 'sandbox_report',
-           'SandboxWarning', 'WarmPool', 'MeteredPool', 'Bubblewrap']
+           'SandboxWarning', 'WarmPool', 'MeteredPool', 'Bubblewrap', 'check_command', 'copied_folder']
 
 # %% ../../nbs/envs/04_sandbox.ipynb #0f936d0a
 import asyncio
@@ -29,6 +29,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path, PurePosixPath
 
+from ..core.types import whole_text
 from . import zygote
 from .base import InfraError
 from .walls import ENVIRON, Box, PidsGroup, bare_python, bwrap_candidates, memfd, seccomp_filter, start_boxed
@@ -177,7 +178,7 @@ def _exchange(ctl, job: bytes, lim, stop=True) -> tuple:
 def _told(lines: bytes):
     "The value and the end that the child told; (None, None) when it never told an end."
     try:
-        said = {name: value for line in lines.splitlines() for name, value in json.loads(line).items()}
+        said = {name: value for line in lines.splitlines() for name, value in whole_text(json.loads(line)).items()}
     except Exception:
         return None, dict(end='error', error='the result is damaged')
     return said.get('value'), said if said.get('end') in ('ok', 'memory', 'error') else None
@@ -539,6 +540,7 @@ class Bubblewrap:
         bwrap: str | None = None,  # path of the bubblewrap program; None: found
     ):
         self.features = features(bwrap)
+        self.python = os.path.realpath(sys.executable)  # the interpreter that is seen inside
         _walls('foreign', self.features)
 
     def exec(
@@ -553,7 +555,7 @@ class Bubblewrap:
     ) -> ExecResult:
         "Run one command. Raises `ValueError` for what cannot be run or found, `InfraError` when the sandbox fails."
         if not Path(workspace).is_dir(): raise ValueError(f'workspace {str(workspace)!r} is not a directory')
-        _check_command(argv, env or {})
+        check_command(argv, env or {})
         shown = tuple(os.path.abspath(path) for path in show)
         for path in shown:
             if not os.path.exists(path): raise ValueError(f'show: there is no {path!r}')
@@ -561,11 +563,11 @@ class Bubblewrap:
         work, mode = str(Path(workspace).resolve()), 'overlay' if overlay else 'write' if writable else 'read'
         with tempfile.TemporaryDirectory(prefix='kat-') as tmp:
             if overlay and not self.features.overlay:
-                work, mode = _copied(work, f'{tmp}/copy'), 'write'
+                work, mode = copied_folder(work, f'{tmp}/copy'), 'write'
             return _run_cold(Box(self.features.bwrap, limits.files_mb, work, mode, shown), argv, env or {}, lim)
 
 # %% ../../nbs/envs/04_sandbox.ipynb #0e11feaa
-def _check_command(argv, env):
+def check_command(argv, env):
     "Raise `ValueError` for a command or an environment that no program can be given."
     def fits(text):
         return _is_text(text) and '\0' not in text
@@ -579,7 +581,7 @@ def _check_command(argv, env):
         if not fits(text): raise ValueError(f'env: {name!r} must be text without NUL, got {text!r:.60}')
 
 # %% ../../nbs/envs/04_sandbox.ipynb #975a5cce
-def _copied(work: str, copy: str) -> str:
+def copied_folder(work: str, copy: str) -> str:
     "A copy of a directory, where layers do not work. Raises `ValueError` for a file that cannot be copied."
     def one(source, target):
         kind = os.lstat(source).st_mode

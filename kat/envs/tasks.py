@@ -17,6 +17,7 @@ from pathlib import Path, PurePosixPath
 
 from .base import InfraError, Task
 from .grade import Suite, Verdict, grade_tests, read_tree, write_tree
+from .node import NodeSuite, grade_node
 from .sandbox import COLD, Limits
 
 # %% ../../nbs/envs/09_tasks.ipynb #c3091e96
@@ -110,8 +111,16 @@ def tree_patch(
             trees.append(_done(_git(home, store, 'write-tree'), 'git write-tree').decode().strip())
             shutil.rmtree(folder)
         flags = ['--binary', '--full-index', '--no-renames', '--no-color', '--no-ext-diff', '--no-textconv']
-        return _done(_git(home, store, 'diff', *flags, *trees), 'git diff').decode(errors='surrogateescape')
+        text = _done(_git(home, store, 'diff', *flags, *trees), 'git diff')
+        if not _is_text(text):
+            (Path(home, 'store/info/attributes')).write_text('* -diff\n')  # all files as binary ones, in ASCII
+            text = _done(_git(home, store, 'diff', *flags, *trees), 'git diff')
+        return text.decode()
 
+def _is_text(data: bytes) -> bool:
+    return data.decode(errors='ignore').encode() == data
+
+# %% ../../nbs/envs/09_tasks.ipynb #5e0c7a91
 def patched(
     before: dict,  # tree
     patch: str,
@@ -228,18 +237,19 @@ def site_folder(
     "Where the packages of a task are installed. Raises `InfraError` where they aren't."
     site = read_task(folder).site
     if not site: return None
-    where = Path(folder).resolve().parent / 'sites' / site
+    where = (Path(folder).resolve().parent / 'sites' / site).resolve()
     if not where.is_dir(): raise InfraError(f'{folder}: its packages are not installed ({where} is missing); '
                                             '`kat tasks fetch` installs them')
     return where
 
 # %% ../../nbs/envs/09_tasks.ipynb #db021280
 def suite_of(
-    folder: Path,  # of a task in Python
-) -> Suite:
-    "What the grader of tests in Python needs."
+    folder: Path,  # of a task
+) -> Suite | NodeSuite:
+    "What the grader of a task's tests needs."
     task, site = read_task(folder), site_folder(folder)
     tests = {path: content for path, (content, _) in read_tree(Path(folder) / 'tests').items()}
+    if task.language == 'javascript': return NodeSuite(Path(folder) / 'base', task.expected, tests, site, task.allowed)
     return Suite(Path(folder) / 'base', task.expected, tests, task.roots, (site,) if site else (), task.allowed)
 
 async def grade_state(
@@ -248,9 +258,9 @@ async def grade_state(
     box,  # a `Bubblewrap`
 ) -> Verdict:
     "Grade what an agent left. Raises `InfraError` when the machine or the task failed."
-    task = read_task(folder)
-    if task.language != 'python': raise ValueError(f'task {task.id}: no grader for {task.language}')
-    return await grade_tests(suite_of(folder), agent, gold_tree(folder), box)
+    suite = suite_of(folder)
+    grade = grade_node if isinstance(suite, NodeSuite) else grade_tests
+    return await grade(suite, agent, gold_tree(folder), box)
 
 def plain_task(
     folder: Path,  # of a task

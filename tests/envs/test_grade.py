@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 
 from kat.envs.base import InfraError
 from kat.envs.grade import (
-    PASSED, Suite, Verdict, decides, grade_tests, hides, judge_tests, known_modules, merge_trees, plant, prepare_tree,
-    read_reports, read_tree, write_tree)
+    PASSED, Suite, Verdict, decides, grade_tests, hides, import_folders, judge_tests, known_modules, merge_trees,
+    plant, prepare_tree, read_reports, read_tree, write_tree)
 from kat.envs.sandbox import Bubblewrap, Limits, features
 
 bwrap = pytest.mark.skipif(not features().works, reason=f'bubblewrap does not work here: {features().reason}')
@@ -68,6 +68,47 @@ def test_trees_are_read_and_written(tmp_path):
 def test_new_modules_may_not_hide_known_ones(path, wanted):
     known = known_modules([]) | {'pytest', '_pytest', 'attr'}
     assert hides(path, known, ('.', 'src'), {'attr/__init__.py': (b'', 'file')}) == wanted
+
+
+@bwrap
+def test_a_module_beside_a_test_may_not_hide_a_known_one_either(tmp_path):
+    "pytest puts the folder of a test file before all others"
+    test = 'import statistics\nfrom calc import add\ndef test_a():\n    assert statistics.mean([add(1, 2), 3]) == 3\n'
+    repo = {'lib/calc.py': 'def add(a, b): return a - b\n', 'lib/test_calc.py': test,
+            'pkg/__init__.py': '', 'pkg/sub/__init__.py': '', 'pkg/sub/test_b.py': ''}
+    files = lambda **more: {p: (x.encode(), 'file') for p, x in {**repo, **more}.items()}
+    write_tree(files(), tmp_path)
+    suite = Suite(tmp_path, ('lib/test_calc.py::test_a',), limits=CODE_LIMITS)
+    gold = files(**{'lib/calc.py': 'def add(a, b): return a + b\n', 'pkg/sub/statistics.py': ''})
+    forged = files(**{'lib/statistics.py': 'mean = lambda x: 3\n'})
+    right, wrong = (asyncio.run(grade_tests(suite, tree, gold, Bubblewrap())) for tree in (gold, forged))
+    assert right.passed and not right.restored
+    assert not wrong.passed and wrong.restored == ('lib/statistics.py',)
+    shape = {p: t for p, t in files().items() if p != 'pkg/sub/__init__.py'}
+    assert import_folders(shape, ['pkg/sub/test_b.py']) == {'pkg/sub'}
+    assert import_folders(files(), ['pkg/sub/test_b.py']) == {'.'}
+
+
+def test_what_cannot_be_read_does_not_cross(tmp_path, monkeypatch):
+    "Files without end, files that nobody may read, names that are no text"
+    (tmp_path/'base').mkdir()
+    (tmp_path/'agent').mkdir()
+    tree = {'a.py': (b'1', 'file'), 'test_a.py': (b'def test_a():\n    assert 1 == 1\n', 'file')}
+    write_tree(tree, tmp_path/'base')
+    write_tree(tree, tmp_path/'agent')
+    with open(tmp_path/'agent/a.py', 'wb') as file:
+        file.truncate(1 << 40)
+    (tmp_path/'agent/closed').write_text('x')
+    (tmp_path/'agent/closed').chmod(0)
+    Path(os.fsdecode(os.fsencode(tmp_path/'agent') + b'/\xff_conftest.py')).write_text('')
+    left = read_tree(tmp_path/'agent')
+    assert left['a.py'] == (b'', 'unread') and left['closed'][1] == ('file' if os.geteuid() == 0 else 'unread')
+    suite = Suite(tmp_path/'base', ('test_a.py::test_a',))
+    done = prepare_tree(suite, left, [], random.Random(0))
+    assert done.tree['a.py'] == (b'1', 'file') and 'a.py' in done.restored
+    monkeypatch.setattr('kat.envs.grade.TREE_MB', 0)
+    with pytest.raises(InfraError, match='a.py of the task may not be read, or the task has more than 0 MB'):
+        prepare_tree(suite, left, [], random.Random(0))
 
 
 # ---- canaries

@@ -16,7 +16,7 @@ from plane_world import PATH, World, ask, chat_body, full_store, heard, messages
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from kat import cli
-from kat.core.calls import write_call
+from kat.core.formats import write_call
 from kat.core.io import read_records
 from kat.core.types import Trajectory
 from kat.wire.fields import BadRequest, RequestLimits

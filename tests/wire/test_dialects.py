@@ -10,7 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kat.core.calls import CallParser, Decoder, parse_reply, write_call
+from kat.core.calls import CallParser, Decoder, parse_reply
+from kat.core.formats import write_call
 from kat.core.template import train_tokenizer
 from kat.wire.dialects import (
     Answer, Stream, TokenLogprob, call_prefix, canonical_key, core_messages, count_tokens_answer, explain,
