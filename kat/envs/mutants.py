@@ -231,7 +231,7 @@ OPERATORS = [  # name, what it does, nodes, edits
     ('loop', 'break for continue', (ast.Break, ast.Continue), _loop),
 ]
 
-# %% ../../nbs/envs/18_mutants.ipynb #13188150
+# %% ../../nbs/envs/18_mutants.ipynb #850a7c19
 SAYS = ('warn', 'warning', 'debug', 'info', 'error', 'exception', 'critical', 'log')  # calls whose arguments are words
 APART = {'body', 'orelse', 'finalbody', 'handlers', 'cases', 'annotation', 'returns', 'decorator_list', 'targets',
          'target', 'type_params'}  # fields that are statements of their own, or nothing to be changed
@@ -242,14 +242,13 @@ def _parts(node):
     for name, value in ast.iter_fields(node):
         held = isinstance(node, (ast.stmt, ast.ExceptHandler, ast.comprehension, ast.arg)) and name in APART
         if held or isinstance(node, (ast.JoinedStr, ast.ClassDef)): continue
-        if name == 'args' and _is_said(node): continue
         for child in value if isinstance(value, list) else [value]:
-            if isinstance(child, ast.Call) and isinstance(node, ast.Raise): continue
+            if isinstance(child, ast.Call) and (isinstance(node, ast.Raise) or _is_said(child)): continue
             if isinstance(child, ast.AST):
                 yield from _parts(child)
 
-def _is_said(node) -> bool:
-    return isinstance(node, ast.Call) and ast.unparse(node.func).split('.')[-1] in SAYS
+def _is_said(node: ast.Call) -> bool:
+    return ast.unparse(node.func).split('.')[-1] in SAYS
 
 def _span(node) -> tuple:
     return (node.lineno, node.col_offset), (node.end_lineno, node.end_col_offset)
