@@ -461,7 +461,7 @@ def shift_clock(days: int):
     datetime.datetime, datetime.date = Later, Day
     random.seed(days)
 
-# %% ../../nbs/envs/18_mutants.ipynb #dcfbcc58
+# %% ../../nbs/envs/18_mutants.ipynb #1ccb3500
 def trace_tests(given: dict):
     "In the sandbox: which lines of some files each test executes; '' stands for imports and shared fixtures."
     import json
@@ -488,7 +488,8 @@ def trace_tests(given: dict):
 
     watch = Watch()
     def line(frame, event, _):
-        watch.now.add((names[frame.f_code.co_filename], frame.f_lineno))
+        if event == 'line' and frame.f_lineno:  # some instructions stand on no line
+            watch.now.add((names[frame.f_code.co_filename], frame.f_lineno))
         return line
     def work():
         sys.settrace(lambda frame, event, _: line if frame.f_code.co_filename in names else None)
