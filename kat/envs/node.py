@@ -27,8 +27,8 @@ from functools import lru_cache
 from pathlib import Path, PurePosixPath
 
 from .base import InfraError
-from .grade import (CHANNEL_KB, MACHINE, Run, Verdict, fair_run, merge_trees, read_reports, read_tree, together,
-                            write_tree)
+from .answers import MACHINE, Verdict, fair_run, together
+from .grade import CHANNEL_KB, Run, merge_trees, read_reports, read_tree, write_tree
 from .sandbox import COLD, Limits
 
 # %% ../../nbs/envs/20_node.ipynb #2e8e0028
