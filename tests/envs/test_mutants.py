@@ -9,8 +9,8 @@ from testgen_world import make_task
 from kat.envs.base import InfraError
 from kat.envs.grade import read_tree
 from kat.envs.mutants import (
-    OPERATORS, Variant, bench_of, covered_lines, find_fates, measure_task, mutants_of, mutation_row, own_lines, run_variants,
-    same_code, touched_files, touched_lines, touched_of, variant_of)
+    OPERATORS, Variant, bench_of, covered_lines, find_fates, measure_task, mutants_of, mutation_row, own_lines,
+    run_variants, same_code, touched_files, touched_lines, touched_of, variant_of)
 from kat.envs.sandbox import Bubblewrap, features
 from kat.envs.tasks import grade_state
 
