@@ -6,7 +6,7 @@
 __all__ = ['app', 'Pairs', 'Debug', 'Version', 'tree', 'Log', 'Tokenizer', 'StorePath', 'Served', 'Keys', 'Computes',
            'VllmAddress', 'sessions', 'Owner', 'TaskOption', 'ModelPlace', 'Stages', 'Agent', 'Positive', 'TurnLimit',
            'WrittenTokens', 'AnswerTokens', 'Warmth', 'CheckFirst', 'Parallel', 'Price', 'KeyFile', 'Show', 'tasks',
-           'Folder', 'FilterPairs', 'TaskSet', 'Budget', 'Draw', 'Hands', 'TASK_SET', 'pipeline', 'run', 'report',
+           'Folder', 'FilterPairs', 'TaskSet', 'MutantBudget', 'Draw', 'Hands', 'TASK_SET', 'pipeline', 'run', 'report',
            'stats', 'draw', 'serve_', 'list_', 'show_', 'export_', 'evaluate_', 'compare', 'cheats', 'collect_',
            'funnel_', 'mutants_', 'strengthen_', 'build_', 'fetch_', 'main']
 
@@ -675,7 +675,7 @@ def funnel_(
 
 # %% ../nbs/cli.ipynb #7a1e0c02
 TaskSet = Annotated[Path, typer.Argument(metavar='FOLDER', help='A task set, or one task.')]
-Budget = Annotated[int, typer.Option(min=1, help='Mutants drawn among the covered ones of a task.')]
+MutantBudget = Annotated[int, typer.Option(min=1, help='Mutants drawn among the covered ones of a task.')]
 Draw = Annotated[int, typer.Option(help='Seed of the draws.')]
 
 
@@ -698,7 +698,7 @@ def _over(folder: Path, settings: dict, work, name: str) -> int:
 @tasks.command('mutants')
 def mutants_(
     folder: TaskSet,
-    budget: Budget = 40,
+    budget: MutantBudget = 40,
     seed: Draw = 0,
     debug: Debug = False,
 ):
@@ -716,7 +716,7 @@ def mutants_(
 @tasks.command('strengthen')
 def strengthen_(
     folder: TaskSet,
-    budget: Budget = 40,
+    budget: MutantBudget = 40,
     seed: Draw = 0,
     writer: Annotated[str, typer.Option(metavar='URL', help='An OpenAI-compatible endpoint that writes tests as well.',
                                         show_default='none: by differences only')] = '',
