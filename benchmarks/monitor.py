@@ -10,7 +10,7 @@ import sys
 
 import torch
 
-from kat.envs.micro import train_task, world
+from kat.envs.base import make_world
 from kat.infer.engines import HFEngine
 from kat.learn.rft import Attempt, Monitor, shadow
 from kat.learn.training import load_model
@@ -35,9 +35,10 @@ def play(run, n, k):
     "Rollouts of `n` tasks, `k` each: left alone, and corrected; and the ground truths of each task."
     lm, tok = load_model(f'{run}/20_sft/model')
     policy = ModelPolicy(HFEngine(lm, max_len=1024, slots=128, dtype=torch.bfloat16))
-    tasks = [train_task(0, 5 * 10**5 + 10**4 + i) for i in range(n)]
-    with world() as make_env:
-        given = expert_data(tok, [task for task in tasks for _ in range(3)], make_env, 77)
+    world = make_world('micro')
+    tasks = [world.train_task(0, 5 * 10**5 + 10**4 + i) for i in range(n)]
+    with world.open() as make_env:
+        given = expert_data(world, tok, [task for task in tasks for _ in range(3)], make_env, 77)
         truths = {task.id: [Attempt.of(t) for t in given if t.task == task.id and t.reward == 1] for task in tasks}
         tasks = [task for task in tasks if truths[task.id] for _ in range(k)]
         played = rollout(policy, tok, tasks, make_env, seed=5)

@@ -16,8 +16,8 @@ from transformers import AutoTokenizer, Qwen3Config, Qwen3ForCausalLM
 from kat.core.io import read_records, write_records
 from kat.core.types import Segment, Trajectory
 from kat.compute.attention import use_kat_attention
+from kat.envs.base import make_world
 from kat.envs.micro import test_job
-from kat.envs.micro import world as world_of_sandboxes
 from kat.envs.micro_tasks import make_task
 from kat.envs.sandbox import WarmPool
 from kat.recipe import rollouts
@@ -81,10 +81,11 @@ def turns(n=200):
     def over_httpx2(app):
         return httpx2.AsyncClient(transport=httpx2.ASGITransport(app), timeout=None)
     clients = ('', local), ('Local', local), ('httpx2', over_httpx2)   # the first fills the cache of test outcomes
-    with world_of_sandboxes() as make_env:
+    micro = make_world('micro')
+    with micro.open() as make_env:
         for name, rollouts.Local in clients * 3:
             start = time.process_time()
-            played = expert_data(tok, tasks, make_env, seed=1)
+            played = expert_data(micro, tok, tasks, make_env, seed=1)
             spent = 1e3*(time.process_time() - start)/sum(len(t.info['turns']) for t in played)
             if name:
                 print(f'a scripted turn through the gateway, {name:8} {spent:12.2f} ms of processor time', flush=True)

@@ -44,7 +44,7 @@ from kat.learn.rl import Row, graded_rewards, make_row
 from kat.recipe.pipeline import ROOT, machine
 from kat.infer.engines import HFEngine
 from kat.learn.training import load_model
-from kat.envs.micro import train_task, world
+from kat.envs.base import make_world
 from kat.tree.prune import CORRECTIONS, POLICIES, SCORED, Pruning, gradient_fidelity
 from kat.tree.stats import model_shape
 from kat.tree.trie import TokenTree
@@ -61,9 +61,10 @@ def batch_of(run, batch, tasks=16, rollouts=8):
     if not path.exists():
         model, tok = load_model(run / "20_sft/model")
         engine = HFEngine(model, max_len=1024, slots=tasks * rollouts, dtype=torch.bfloat16)
-        todo = [train_task(0, 9 * 10**5 + 1000 * batch + i) for i in range(tasks)]
-        with world() as make_env:
-            played = rollout(ModelPolicy(engine, tok.eos_token_id), tok, [t for t in todo for _ in range(rollouts)],
+        world = make_world("micro")
+        todo = [world.train_task(0, 9 * 10**5 + 1000 * batch + i) for i in range(tasks)]
+        with world.open() as make_env:
+            played = rollout(ModelPolicy(engine), tok, [t for t in todo for _ in range(rollouts)],
                              make_env, seed=batch, max_turns=14)
         engine.close()
         for t in played:

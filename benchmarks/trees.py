@@ -44,17 +44,16 @@ from torch.func import functional_call
 from transformers import AttentionInterface, AttentionMaskInterface, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from kat.recipe.rollouts import ScriptPolicy, rollout
+from kat.recipe.rollouts import rollout, teacher
 from kat.compute import attention, score, tree_attention
 from kat.compute.attention import use_kat_attention
 from kat.compute.engine import TreeEngine
 from kat.compute.forward import cast_weights
 from kat.compute.logprob import flat_logprobs, length_buckets, pad_rows
 from kat.compute.score import score_tokens
-from kat.envs.expert import Expert
+from kat.envs.base import make_world
 from kat.recipe.pipeline import ROOT
 from kat.learn.training import load_model
-from kat.envs.micro import train_task, world
 from kat.tree.stats import flat_profile, log_calls, merge_calls, model_shape, tree_profile
 from kat.tree.trie import TokenTree
 
@@ -88,10 +87,10 @@ def log_part(tok, name, factor):
 
 
 def micro_groups(tok, tasks, rollouts):
-    with world() as make_env:
-        todo = [t for t in (train_task(0, i) for i in range(tasks)) for _ in range(rollouts)]
-        policy = ScriptPolicy(tok, lambda e: Expert(e.task, e.seed))
-        return [t.ids for t in rollout(policy, tok, todo, make_env, seed=1)]
+    world = make_world('micro')
+    with world.open() as make_env:
+        todo = [t for t in (world.train_task(0, i) for i in range(tasks)) for _ in range(rollouts)]
+        return [t.ids for t in rollout(teacher(world, tok), tok, todo, make_env, seed=1)]
 
 
 def short_turns(rng, tasks, rollouts, turns):

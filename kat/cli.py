@@ -4,8 +4,11 @@
 
 # %% auto #0
 __all__ = ['app', 'Pairs', 'Debug', 'Version', 'tree', 'Log', 'Tokenizer', 'StorePath', 'Served', 'Keys', 'Computes',
-           'VllmAddress', 'sessions', 'Owner', 'TaskOption', 'pipeline', 'run', 'report', 'stats', 'draw', 'serve_',
-           'list_', 'show_', 'export_', 'main']
+           'VllmAddress', 'sessions', 'Owner', 'TaskOption', 'ModelPlace', 'Stages', 'Agent', 'Positive', 'TurnLimit',
+           'WrittenTokens', 'AnswerTokens', 'Warmth', 'CheckFirst', 'Parallel', 'Price', 'KeyFile', 'Show', 'tasks',
+           'Folder', 'FilterPairs', 'TaskSet', 'Budget', 'Draw', 'Hands', 'TASK_SET', 'pipeline', 'run', 'report',
+           'stats', 'draw', 'serve_', 'list_', 'show_', 'export_', 'evaluate_', 'compare', 'cheats', 'collect_',
+           'funnel_', 'mutants_', 'strengthen_', 'build_', 'fetch_', 'main']
 
 # %% ../nbs/cli.ipynb #bf1db84f
 import os
@@ -327,8 +330,9 @@ def _operator_lines(address: str, keys: Path|None, file: Path, operators: dict) 
 async def _hf(model: Path, max_len: int|None, slots: int):
     "(engine, tokenizer, context): the model in this process."
     from kat.infer.serving import HFAsyncEngine
-    from kat.learn.training import load_model
-    net, tokenizer = load_model(model)
+    from kat.learn.training import load_model, no_bars
+    with no_bars():
+        net, tokenizer = load_model(model)
     most = max_len or net.config.max_position_embeddings
     engine = HFAsyncEngine(net, most, slots, tokenizer=tokenizer)
     try:
@@ -449,6 +453,362 @@ def export_(
     with _open(store) as kept:
         n = export(kept, out, **where)
     print(f'{_near(out)}: groups {n}')
+
+# %% ../nbs/cli.ipynb #e7a10002
+ModelPlace = Annotated[str, typer.Option('--model', metavar='FOLDER|URL', help='A model of ours, or an endpoint in '
+                                         'the form of OpenAI.', show_default='the shipped base model')]
+Stages = Annotated[Path, typer.Option('--stages', metavar='RUN', help='Instead of a model: all models of a run of the '
+                                      'pipeline, base to RL, and their chart.')]
+Agent = Annotated[str, typer.Option(help='builtin, claude-code, mini-swe-agent, or a command with {prompt} in it; '
+                                    'programs run in a sandbox, on a model of ours.')]
+Positive = lambda name, said, **more: typer.Option(name, min=1, help=said, **more)
+TurnLimit = Annotated[int, Positive('--max-turns', 'Answers in an episode.', show_default="the environment's")]
+WrittenTokens = Annotated[int, Positive('--tokens', 'Tokens written in an episode.', show_default='no limit')]
+AnswerTokens = Annotated[int, Positive('--max-tokens', 'Of one answer, builtin.', show_default="the environment's")]
+Warmth = Annotated[float, typer.Option('--temperature', min=0, help='Of sampling, builtin.', show_default="1, or the "
+                                       "endpoint's")]
+CheckFirst = Annotated[bool, typer.Option('--check', help='Play gold and empty first; leave out, by name, what fails.')]
+Parallel = Annotated[int, Positive('--parallel', 'Episodes side by side.', show_default="16; 2 for agents' programs")]
+Price = Annotated[str, typer.Option(metavar='READ,WRITTEN', help='Dollars for a million tokens.')]
+KeyFile = Annotated[Path, typer.Option('--api-key-file', metavar='FILE', help="The endpoint's API key.")]
+Show = Annotated[list[Path], typer.Option(metavar='FOLDER', help="Further folders that an agent's program needs.")]
+
+# %% ../nbs/cli.ipynb #e7a10003
+@app.command('evaluate')
+def evaluate_(
+    tasks: Annotated[str, typer.Option(metavar='FOLDER|ENV:N', help='Software tasks, or N held-out ones of an '
+                                       'environment.')],
+    model: ModelPlace = '',
+    stages: Stages = None,
+    agent: Agent = 'builtin',
+    out: Annotated[Path, typer.Option(help='Folder of the evaluation.', show_default='one in evals/')] = None,
+    runs: Annotated[int, Positive('--runs', 'Of each task, for pass@k.')] = 1,
+    check: CheckFirst = False,
+    max_turns: TurnLimit = None,
+    tokens: WrittenTokens = None,
+    seconds: Annotated[float, typer.Option(help='Of an episode.')] = 1800.,
+    temperature: Warmth = None,
+    max_tokens: AnswerTokens = None,
+    parallel: Parallel = None,
+    price: Price = '',
+    api_key_file: KeyFile = None,
+    model_name: Annotated[str, typer.Option(help="Which of the endpoint's models.", show_default='its only one')] = '',
+    show: Show = [],
+    engine: Computes = 'hf',
+    vllm_url: VllmAddress = None,
+    debug: Debug = False,
+):
+    """Play tasks with a model or an agent; the same command goes on.
+
+    Examples:
+
+    `kat evaluate --tasks micro:200 --check`
+
+    `kat evaluate --model http://localhost:8000 --tasks data/tasks/small --runs 4`
+
+    `kat evaluate --model models/Qwen3-8B --agent claude-code --tasks data/tasks/small`
+
+    `kat evaluate --stages data/runs/tiny --tasks micro:500`
+    """
+    _evaluate(**{name: value for name, value in locals().items() if name != 'debug'})
+
+# %% ../nbs/cli.ipynb #e7a10004
+def _evaluate(tasks, model, stages, out, parallel, price, show, engine, vllm_url, api_key_file, model_name, runs, check,
+              **settings):
+    "One evaluation, or one of each stage."
+    from kat.core.io import UserError
+    from kat.recipe.benchmark import (Evaluation, PlaySettings, evaluation_folder, run_evaluation, run_stages,
+                                      stage_models)
+    if stages and (model or model_name or api_key_file):
+        raise UserError('--stages: it brings its models; leave out --model')
+    chosen = PlaySettings(**settings)
+    at_once = parallel or (16 if chosen.agent == 'builtin' else 2)
+    source = lambda place: _source(place, at_once, engine, vllm_url, api_key_file, model_name)
+    more = dict(runs=runs, check=check, at_once=at_once, price=_price(price), show=tuple(map(str, show)),
+                command=shlex.join(['kat', *sys.argv[1:]]))
+    with _stored():
+        if stages:
+            runs_of = {stage: source(str(place)) for stage, place in stage_models(stages).items()}
+            page = run_stages(runs_of, tasks, out or Path('evals')/f'stages-{stages.resolve().name}', chosen, more)
+        else:
+            only = source(model)
+            folder = out or evaluation_folder(only, tasks, chosen)
+            page = run_evaluation(Evaluation(only, tasks, folder, chosen, **more))
+    print(f'report: {_near(page)}')
+
+
+def _price(said: str) -> list|None:
+    "Dollars for a million tokens, read and written."
+    from kat.core.io import UserError
+    if not said: return None
+    try:
+        read, written = map(float, said.split(','))
+    except ValueError:
+        read = written = -1.
+    if not (0 <= read < float('inf') and 0 <= written < float('inf')):
+        raise UserError(f'--price {said}: two numbers with a comma expected, dollars for a million tokens: 0.5,1.5')
+    return [read, written]
+
+# %% ../nbs/cli.ipynb #e7a10005
+def _source(place: str, at_once: int, engine: str, vllm_url: str|None, key_file: Path|None, model_name: str):
+    "Where answers come from. UserError for options that don't go together."
+    from kat.core.io import UserError
+    from kat.recipe.benchmark import ModelSource
+    from kat.recipe.pipeline import ROOT
+    remote = '://' in place
+    if (key_file or model_name) and not remote:
+        raise UserError(f'--{"api-key-file" if key_file else "model-name"}: only with an endpoint as --model')
+    if remote:
+        if engine != 'hf' or vllm_url:
+            raise UserError('--engine, --vllm-url: an endpoint computes by itself; leave them out')
+        return ModelSource(place, key=_key_in(key_file) if key_file else '', model_name=model_name)
+    folder = Path(place or ROOT/'data'/'base')
+    if vllm_url and engine != 'vllm': raise UserError(f'--vllm-url {vllm_url}: only with --engine vllm')
+    if engine == 'hf': return ModelSource(str(folder), lambda: _hf(folder, None, at_once))
+    return ModelSource(str(folder), lambda: _vllm(folder, None, None if vllm_url else at_once, vllm_url))
+
+
+def _key_in(path: Path) -> str:
+    "An API key: the only line of a file."
+    from kat.core.io import UserError
+    try:
+        words = path.read_text(encoding='utf-8').split()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f'--api-key-file {path}: {error}') from None
+    if len(words) != 1: raise UserError(f'--api-key-file {path}: one key expected, found {len(words)} words')
+    return words[0]
+
+# %% ../nbs/cli.ipynb #e7a10006
+@app.command()
+def compare(
+    before: Annotated[Path, typer.Argument(metavar='RUN_A', help='Folder of an evaluation.')],
+    after: Annotated[Path, typer.Argument(metavar='RUN_B', help='Folder of another, on the same tasks.')],
+    debug: Debug = False,
+):
+    """Do two evaluations differ? Paired interval, exact test, the tasks, and what so many tasks could show.
+
+    Example: `kat compare evals/sft evals/rl`
+    """
+    from kat.recipe.scores import compare_runs
+    print(*compare_runs(before, after)[1], sep='\n')
+
+
+@app.command()
+def cheats(
+    log: Annotated[Path, typer.Argument(metavar='FILE', help="An agent's log, or our own records.")],
+    package: Annotated[list[str], typer.Option(help='Name of the package under repair, as it is installed.')] = [],
+    debug: Debug = False,
+):
+    """What agents did that wants looking at: history, downloads, tests, graders, installed copies.
+
+    Example: `kat cheats run.traj --package toolz`
+    """
+    from kat.core.io import UserError
+    if not log.is_file(): raise UserError(f'no file {log}')
+    with _mendable():
+        from kat.study.cheats import scan_file
+        episodes = scan_file(log, tuple(package))
+    for task, found in episodes:
+        for one in found:
+            print(f'{task}: turn {one.turn}, call {one.call}: {one.rule}: {one.excerpt}')
+    print(f'{_near(log)}: episodes {len(episodes)}, worth a look {sum(bool(found) for _, found in episodes)}')
+
+# %% ../nbs/cli.ipynb #384ef8e8
+tasks = typer.Typer(rich_markup_mode='markdown', help='Tasks from real repositories: collected, filtered, built.')
+app.add_typer(tasks, name='tasks')
+
+Folder = Annotated[Path, typer.Argument(metavar='FOLDER', help='A folder of `kat tasks collect`.')]
+FilterPairs = Annotated[list[str], typer.Option('-p', metavar='KEY=VALUE', help='Set a parameter of the filters, as '
+                                                'stars=100. May be given several times.')]
+
+# %% ../nbs/cli.ipynb #df8fedd2
+@tasks.command('collect')
+def collect_(
+    names: Annotated[list[str], typer.Argument(metavar='OWNER/NAME', help='Repositories.', show_default=False)] = None,
+    out: Annotated[Path, typer.Option('-o', '--out', metavar='FOLDER', help='Where the records are kept.')] = ...,
+    pages: Annotated[Path, typer.Option(metavar='FOLDER', help='Read saved pages (.json, .jsonl, .diff) instead of '
+                                        'asking GitHub.')] = None,
+    token_file: Annotated[Path, typer.Option(metavar='FILE', help='Tokens, one a line.',
+                                             show_default='GITHUB_TOKEN, else none: 60 requests an hour')] = None,
+    api: Annotated[str, typer.Option(metavar='URL', help="Another server's API.")] = 'https://api.github.com',
+    patience: Annotated[float, typer.Option(min=0, help='Longest wait for a budget, in minutes.')] = 70,
+    p: FilterPairs = [],
+    debug: Debug = False,
+):
+    """Collect pull requests and their issues from GitHub, or from saved pages; the same command resumes it.
+
+    Diffs and comments are asked for only where the cheap filters of `kat tasks funnel` let a pull request through.
+
+    Examples:
+
+    `kat tasks collect pallets/flask psf/requests --out data/tasks --token-file tokens.txt`
+
+    `kat tasks collect --pages saved --out data/tasks`
+    """
+    from kat.envs.candidates import collect_into, read_filters
+    with _mendable():
+        for line in collect_into(out, names or [], pages, token_file, api, patience*60, read_filters(p),
+                                 lambda text: print(text, file=sys.stderr, flush=True)):
+            print(line)
+
+# %% ../nbs/cli.ipynb #e0c105cb
+@tasks.command('funnel')
+def funnel_(
+    folder: Folder,
+    start: Annotated[str, typer.Option('--from', metavar='STAGE', help='Do this stage and later ones again.',
+                                       show_default='only what is new')] = None,
+    draw: Annotated[Path, typer.Option(metavar='OUT.png', help='Also draw it: .png, .svg or .pdf.')] = None,
+    p: FilterPairs = [],
+    debug: Debug = False,
+):
+    """Which pull requests can become tasks, and why the others can't: a table, and FOLDER/mined.jsonl.
+
+    Examples:
+
+    `kat tasks funnel data/tasks`
+
+    `kat tasks funnel data/tasks -p stars=500 -p files=10 --from files --draw funnel.png`
+    """
+    from kat.envs.candidates import funnel_into, read_filters
+    with _mendable():
+        print(funnel_into(folder, read_filters(p), start, draw))
+
+# %% ../nbs/cli.ipynb #7a1e0c02
+TaskSet = Annotated[Path, typer.Argument(metavar='FOLDER', help='A task set, or one task.')]
+Budget = Annotated[int, typer.Option(min=1, help='Mutants drawn among the covered ones of a task.')]
+Draw = Annotated[int, typer.Option(help='Seed of the draws.')]
+
+
+def _over(folder: Path, settings: dict, work, name: str) -> int:
+    "Do work for all tasks of a set, print their table; 1 where a task failed."
+    from kat.envs.sandbox import Bubblewrap
+    from kat.envs.tasks import read_tasks
+    from kat.envs.testgen import over_tasks, score_table
+    say = lambda line: print(line, file=sys.stderr, flush=True)
+    with _mendable():
+        box, found = Bubblewrap(), read_tasks(folder)
+        home = folder.parent if (folder/'task.json').exists() else folder
+        done, errors = over_tasks(found, home/name, settings, lambda where: work(where, box, say), say)
+    print(score_table(done))
+    for task, why in sorted(errors.items()):
+        print(f'not measured: {task}: {why}')
+    return int(bool(errors))
+
+# %% ../nbs/cli.ipynb #7a1e0c03
+@tasks.command('mutants')
+def mutants_(
+    folder: TaskSet,
+    budget: Budget = 40,
+    seed: Draw = 0,
+    debug: Debug = False,
+):
+    """How many small faults in its fix each task's tests notice; Python only. The same command resumes it.
+
+    Example: `kat tasks mutants data/releases`
+    """
+    from kat.envs.mutants import bench_of, measure_task, mutation_row, touched_of
+    def work(where, box, say):
+        step = lambda done, total: say(f'{where.name}: mutant {done} of {total}')
+        return mutation_row(measure_task(bench_of(where), touched_of(where), box, budget, seed, step))
+    raise typer.Exit(_over(folder, dict(budget=budget, seed=seed), work, 'mutation'))
+
+# %% ../nbs/cli.ipynb #7a1e0c04
+@tasks.command('strengthen')
+def strengthen_(
+    folder: TaskSet,
+    budget: Budget = 40,
+    seed: Draw = 0,
+    writer: Annotated[str, typer.Option(metavar='URL', help='An OpenAI-compatible endpoint that writes tests as well.',
+                                        show_default='none: by differences only')] = '',
+    model: Annotated[str, typer.Option(help='Model of the writer.', show_default=False)] = '',
+    debug: Debug = False,
+):
+    """Add tests for the small faults that tasks' tests let through, and measure again; the same command resumes it.
+
+    Examples:
+
+    `kat tasks strengthen data/releases`
+
+    `kat tasks strengthen data/releases/toolz-1.2.0 --writer http://127.0.0.1:8000/v1 --model qwen`
+    """
+    from kat.core.io import UserError
+    from kat.envs.testgen import strengthen, with_own
+    if bool(writer) != bool(model): raise UserError('--writer and --model belong together: give both, or neither')
+    def work(where, box, say):
+        step = lambda what, done, total: say(f'{where.name}: {what}: {done} of {total}')
+        found = strengthen(where, box, budget, seed, (writer, model) if writer else None, step)
+        with_own(where, found)
+        return found
+    settings = dict(budget=budget, seed=seed, writer=writer, model=model)
+    raise typer.Exit(_over(folder, settings, work, 'strengthened'))
+
+# %% ../nbs/cli.ipynb #f9d463eb
+TaskSet = Annotated[Path, typer.Option('-o', '--out', metavar='FOLDER', help='The task set: a folder for each task.')]
+Hands = Annotated[int, typer.Option('-w', '--workers', min=1, help='Candidates or tasks under work at a time.')]
+TASK_SET = Path('data/tasks/releases')  # ignored by git
+
+def _said(text: str):
+    print(text, file=sys.stderr, flush=True)
+
+@tasks.command('build')
+def build_(
+    source: Annotated[Path, typer.Argument(metavar='SOURCE', help='A list of packages (.toml), a clone (its folder), '
+                                           "or records in SWE-bench's fields (.jsonl, with --clone).")],
+    out: TaskSet = TASK_SET,
+    clone: Annotated[Path, typer.Option(metavar='FOLDER', help='The clone that records are built from.')] = None,
+    commits: Annotated[int, typer.Option(min=1, help='Commits of a clone that are looked at, the newest first.')] = 200,
+    need: Annotated[list[str], typer.Option(help='A package that the tests need. May be given several times.')] = [],
+    start: Annotated[str, typer.Option('--from', metavar='STAGE', help='Do this stage and later ones again.',
+                                       show_default='only what is open')] = None,
+    draw: Annotated[Path, typer.Option(metavar='OUT.png', help='Also draw the funnel: .png, .svg or .pdf.')] = None,
+    rows: Annotated[Path, typer.Option(metavar='OUT.jsonl', help='Also write what makes the tasks again.')] = None,
+    workers: Hands = 2,
+    debug: Debug = False,
+):
+    """Build tasks: the fix told from its tests, validated in the sandbox, described, gated. The same command goes on.
+
+    Examples:
+
+    `kat tasks build data/tasks/packages.toml --rows data/tasks/releases.jsonl --draw funnel.png`
+
+    `kat tasks build ~/src/mylib --out data/tasks/mylib --commits 500 --need pyyaml`
+    """
+    from kat.envs.sources import build_into
+    with _mendable():
+        for line in build_into(source, out, start, draw, rows, workers, _said, clone=clone, most=commits,
+                               needs=tuple(need)):
+            print(line)
+
+# %% ../nbs/cli.ipynb #d4127c49
+@tasks.command('fetch')
+def fetch_(
+    rows: Annotated[Path, typer.Argument(metavar='FILE', help='What `kat tasks build --rows` wrote.')] =
+    Path('data/tasks/releases.jsonl'),
+    out: TaskSet = TASK_SET,
+    only: Annotated[list[str], typer.Option(metavar='ID', help='Only this task. May be given several times.')] = [],
+    workers: Hands = 2,
+    debug: Debug = False,
+):
+    """Make the tasks of a file from the package indexes, every hash checked. The same command goes on.
+
+    Examples:
+
+    `kat tasks fetch`
+
+    `kat tasks fetch --only toolz-1.2.0 --out /tmp/tasks`
+    """
+    from kat.core.io import UserError
+    from kat.envs.releases import fetch_tasks, read_rows
+    with _mendable():
+        found = read_rows(rows)
+    if unknown := set(only) - {row['id'] for row in found}:
+        raise UserError(f'{rows}: no task {", ".join(sorted(unknown))}')
+    wanted = [row for row in found if not only or row['id'] in only]
+    failed = fetch_tasks(wanted, out, workers, _said)
+    print(f'{_near(out)}: {len(wanted) - len(failed)} of {len(wanted)} tasks made')
+    for name, why in failed.items():
+        print(f'{name}: {why}')
+    if failed: raise typer.Exit(1)
 
 # %% ../nbs/cli.ipynb #c7c50529
 def main(

@@ -224,10 +224,13 @@ def check_training(
         raise ValueError("NEFTune's noise (neftune_noise_alpha) depends on the input's length, which packs change: "
                          "leave it unset, or train on plain sequences")
     for module in model.modules():
-        how = getattr(getattr(module, "_gradient_checkpointing_func", None), "keywords", {})
-        if getattr(module, "gradient_checkpointing", False) and (name := _lossy(how)):
+        if name := next(filter(None, map(_lossy, _checkpointing(module))), None):
             raise ValueError(f"activation checkpointing with {name}: gradients over packs would be wrong; "
                              "use activation_checkpointing_enable() as it comes")
+
+def _checkpointing(module) -> list:  # settings of its checkpoint functions: transformers' if switched on, any wrapper's
+    off = set() if getattr(module, "gradient_checkpointing", False) else {"_gradient_checkpointing_func"}
+    return [x.keywords for name, x in vars(module).items() if isinstance(x, functools.partial) and name not in off]
 
 def _lossy(how: dict) -> str | None:  # which of torch.utils.checkpoint's settings
     if how.get("use_reentrant"): return "use_reentrant=True"

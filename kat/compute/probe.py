@@ -104,6 +104,8 @@ def _differs(subject: _Subject, backend: str) -> str | None:  # what and by how 
     want = subject.flat()
     for size in (None, _PACK):
         try:
+            if curved := _head_gap(subject):
+                return f"its logits aren't a linear map of its final states ({curved:.2g} nats off: scaled, capped?)"
             gap = _gap(want, subject.tree(size, backend))
         except (ValueError, RuntimeError, AttributeError, KeyError, TypeError, IndexError, NotImplementedError) as e:
             said = "" if isinstance(e, ValueError) else f"a tree's forward ends in {type(e).__name__}: "
@@ -113,8 +115,6 @@ def _differs(subject: _Subject, backend: str) -> str | None:  # what and by how 
     return None
 
 def _where(subject, want, size, backend) -> str:
-    if gap := _head_gap(subject):
-        return f"its logits aren't a linear map of its final states ({gap:.2g} nats off: scaled, capped, transformed?)"
     row, first = 2, sum(len(x) - 1 for x in subject.sequences[:2])
     alone = subject.tree(None, backend, [row])[0]
     if not bool((alone - want[0][first:first + len(alone)]).abs().max() <= _NATS):
@@ -123,9 +123,21 @@ def _where(subject, want, size, backend) -> str:
     if size is None: return "where sequences branch, so something besides attention looks along the sequence"
     return "where packs meet, so a layer keeps more than one set of keys and values, or counts positions itself"
 
+# %% ../../nbs/compute/07_probe.ipynb #9b0be025
+_LOUDER = 64  # times the logits that the weights are made for: a cap of 10,000 shows
+
+@contextmanager
+def _loud(head):
+    parts = [p.data for p in (head.weight, getattr(head, "bias", None)) if p is not None]
+    for part in parts:
+        part.mul_(_LOUDER)
+    yield
+    for part in parts:
+        part.div_(_LOUDER)  # a power of two: not a bit is lost
+
 def _head_gap(subject) -> float:  # nats; 0 within tolerance
     row = subject.sequences[2]
-    with torch.no_grad():
+    with torch.no_grad(), _loud(subject.causal.get_output_embeddings()):
         hidden = subject.causal.base_model(torch.as_tensor(row, device=subject.causal.device)[None], use_cache=False)
         states, tree = hidden.last_hidden_state[0], TokenTree.from_sequences([row])
         have = score_edges(subject.causal, tree, 0, states, np.arange(1, len(row)), 1.0)[0]
@@ -139,23 +151,24 @@ _OFF = {"training", "gradient_checkpointing"}  # switches that say nothing of wh
 def _class(module) -> type:  # FSDP2 swaps a module's class for one of its own that inherits from it
     return next(c for c in type(module).__mro__ if "FSDPModule" not in {base.__name__ for base in c.__mro__})
 
-def _parts(module, path="") -> set:
+def _parts(module, path="", said=(bool, str)) -> set:
     "Name, class and switches of everything in a module, without sizes; a wrapper counts as what it wraps."
     inner = next((x for name in _WRAPS if isinstance(x := getattr(module, name, None), torch.nn.Module)), None)
-    if inner is not None: return _parts(inner, path)
-    switches = [(name, value if isinstance(value, (bool, str)) else type(value).__name__)
+    if inner is not None: return _parts(inner, path, said)
+    switches = [(name, value if isinstance(value, said) else type(value).__name__)
                 for name, value in sorted(vars(module).items())
                 if isinstance(value, (bool, str, int, float, type(None))) and name[0] != "_" and name not in _OFF]
     found = {(re.sub(r"\d+", "#", path), _class(module).__qualname__, tuple(switches))}
-    return found.union(*(_parts(child, f"{path}.{name}") for name, child in module.named_children()))
+    return found.union(*(_parts(child, f"{path}.{name}", said) for name, child in module.named_children()))
 
 def _inner(model) -> set:  # its parts without itself, to which trainers add what they like
     return {part for part in _parts(model) if part[0]}
 
-def _layers(model) -> list:  # for each layer, what it is made of
+def _layers(model, said=(bool, str)) -> list:  # for each layer, what it is made of; `said`: switches that count
     depth = model.config.get_text_config().num_hidden_layers
     lists = [x for x in model.modules() if isinstance(x, torch.nn.ModuleList) and len(x) == depth]
-    return [frozenset().union(*({(j, part) for part in _parts(x)} for j, x in enumerate(row))) for row in zip(*lists)]
+    made_of = lambda row: ({(j, part) for part in _parts(x, "", said)} for j, x in enumerate(row))
+    return [frozenset().union(*made_of(row)) for row in zip(*lists)]
 
 # %% ../../nbs/compute/07_probe.ipynb #9b0be010
 _FEEDS = re.compile(r"(intermediate_size|ffn_dim|n_inner|ffn_hidden_size|ffn_hidden)$")
@@ -199,11 +212,14 @@ def _small(config, layers: list[int], narrow: bool):
     return config
 
 def _choices(model) -> list[list[int]]:
-    "Which layers to keep: the first of each kind; if the copy then isn't like the model, all up to the last of these."
-    layers, first = _layers(model), {}
+    """Which layers to keep: the first of each kind, two at least; if the copy then isn't like the model, all up to the
+    last of these. Layers that differ by a number, other than a whole one such as their own, are of two kinds."""
+    layers, first = _layers(model, (bool, str, float)), {}
     for i, kind in enumerate(layers):
         first.setdefault(kind, i)
     kept = list(first.values()) or [0]
+    if len(kept) == 1 < len(layers):
+        kept.append(1)
     return [kept] if kept == list(range(len(kept))) else [kept, list(range(kept[-1] + 1))]
 
 # %% ../../nbs/compute/07_probe.ipynb #9b0be012

@@ -106,20 +106,28 @@ def clip_gradients(
     model: torch.nn.Module,  # after `rank_gradients`, or after the backward of one process
     max_norm: float,         # of the gradient as a whole
 ) -> torch.Tensor:           # its norm before, the same on every rank
-    "Scale gradients down to a norm, over sharded and whole parameters alike. Every rank must call it."
+    """Scale gradients down to a norm, over sharded, replicated and whole parameters alike. Every rank must call it.
+    ValueError for gradients that are still to be summed."""
     grads = [p.grad for p in model.parameters() if p.grad is not None]
     pieces = [grad for grad in grads if isinstance(grad, DTensor)]
     if not pieces: return torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm)
     total = torch.zeros((), dtype=torch.float64, device=pieces[0].device)
-    for mesh in dict.fromkeys(grad.device_mesh for grad in pieces):
-        part = _squares([grad.to_local() for grad in pieces if grad.device_mesh == mesh], total)
-        dist.all_reduce(part, group=mesh.get_group())
+    for where in dict.fromkeys(map(_spread_over, pieces)):
+        part = _squares([grad.to_local() for grad in pieces if _spread_over(grad) == where], total)
+        mesh, dimensions = where
+        for dimension in dimensions:
+            dist.all_reduce(part, group=mesh.get_group(dimension))
         total = total + part
     total = (total + _squares([grad for grad in grads if not isinstance(grad, DTensor)], total)).sqrt()
     scale = (max_norm / (total + 1e-6)).clamp(max=1.0)
     for grad in grads:
         (grad.to_local() if isinstance(grad, DTensor) else grad).mul_(scale)
     return total
+
+def _spread_over(grad) -> tuple:  # a mesh, and its dimensions over which the pieces lie
+    if any(place.is_partial() for place in grad.placements):
+        raise ValueError(f"a gradient placed as {grad.placements} isn't summed over ranks yet: it has no norm")
+    return grad.device_mesh, tuple(i for i, place in enumerate(grad.placements) if place.is_shard())
 
 def _squares(grads: list[torch.Tensor], like: torch.Tensor) -> torch.Tensor:
     return sum((grad.to(like.dtype).square().sum() for grad in grads), torch.zeros_like(like))

@@ -4,203 +4,17 @@
 
 # %% ../../nbs/core/04_calls.ipynb #f041d097
 from __future__ import annotations
-import json, math, re, warnings
+import json, re, warnings
 from dataclasses import dataclass, field
 from functools import lru_cache
+from itertools import product
 from os.path import commonprefix
-from typing import Callable
 
-from .chat import KAT_TEMPLATE, call_text, parse_calls
-from .types import schema_kinds, schemas_by_name
+from .formats import FORMATS, check_json
+from .template import KAT_TEMPLATE
 
 # %% auto #0
-__all__ = ['FORMATS', 'check_json', 'loads_strict', 'CallFormat', 'write_call', 'open_call', 'Reply', 'CallParser', 'in_thinking',
-           'parse_reply', 'call_format', 'Decoder']
-
-# %% ../../nbs/core/04_calls.ipynb #96edd6ff
-def _kat_body(body: str, tools: list[dict]) -> list[tuple[str, dict]]:
-    "One call of our own template."
-    _, calls, errors = parse_calls(f'<tool_call>{body}</tool_call>', tools)
-    if errors: raise ValueError(errors[0].partition(': ')[2])
-    return [(call['function']['name'], call['function']['arguments']) for call in calls]
-
-# %% ../../nbs/core/04_calls.ipynb #c657395d
-def check_json(
-    x,                 # decoded JSON
-    depth: int = 100,  # deepest nesting allowed
-) -> None:
-    "ValueError unless `x` is strict JSON that can be written again."
-    level, nested = [[x]], 0
-    while level:  # all containers of one depth
-        if nested > depth: raise ValueError(f'nested more than {depth} deep')
-        inner = []
-        for container in level:
-            if type(container) is dict:
-                for k in container:
-                    type(k) is str and k.isascii() or _whole(k)
-            for v in container.values() if type(container) is dict else container:
-                if type(v) is str:
-                    v.isascii() or _whole(v)
-                elif type(v) in (dict, list):
-                    inner.append(v)
-                elif type(v) is not bool and v is not None:
-                    _finite(v)
-        level, nested = inner, nested + 1
-
-# %% ../../nbs/core/04_calls.ipynb #4caff736
-def _finite(x) -> None:
-    "ValueError for what is no number that a double can hold."
-    if type(x) not in (int, float): raise ValueError(f'a {type(x).__name__} is not JSON')
-    if not (math.isfinite(x) if type(x) is float else x.bit_length() < 1024): raise ValueError('a number too large')
-
-def _whole(text: str) -> None:
-    "ValueError for text that UTF-8 cannot hold."
-    if type(text) is not str: raise ValueError(f'key {text!r:.40} is not a string')
-    try:
-        text.encode()
-    except UnicodeEncodeError as e:
-        raise ValueError(f'half of a surrogate pair at character {e.start} of {text[:20]!a}') from None
-
-# %% ../../nbs/core/04_calls.ipynb #c512e48a
-def _no(constant):
-    raise ValueError(f'{constant} is not JSON')
-
-_STRICT = json.JSONDecoder(parse_constant=_no)
-
-def loads_strict(
-    text: str | bytes,
-):
-    "JSON without the constants that Python adds to it. ValueError also where it is nested too deep to read."
-    try:
-        if not isinstance(text, str):
-            text = text.decode(json.detect_encoding(text), 'surrogatepass')
-        return _STRICT.decode(text)
-    except (ValueError, RecursionError) as e:
-        raise ValueError(f'not JSON ({e})') from None
-
-# %% ../../nbs/core/04_calls.ipynb #323f7641
-def _json_call(call) -> tuple[str, dict]:
-    "Name and arguments of a decoded call."
-    if not isinstance(call, dict) or not isinstance(call.get('name'), str) or not call['name']:
-        raise ValueError('an object with a "name" expected')
-    arguments = call.get('arguments', call.get('parameters'))
-    if isinstance(arguments, str):
-        arguments = loads_strict(arguments or '{}')
-    if arguments is None:
-        arguments = {}
-    if not isinstance(arguments, dict): raise ValueError(f'{call["name"]}: arguments must be an object')
-    return call['name'], arguments
-
-# %% ../../nbs/core/04_calls.ipynb #766740b8
-def _hermes_body(body: str, tools: list[dict]) -> list[tuple[str, dict]]:
-    "One JSON call."
-    return [_json_call(loads_strict(body))]
-
-# %% ../../nbs/core/04_calls.ipynb #59428a4c
-def _llama_body(body: str, tools: list[dict]) -> list[tuple[str, dict]]:
-    "Calls up to the end of the message."
-    out, rest = [], body.strip()
-    while rest:
-        try:
-            call, end = json.JSONDecoder().raw_decode(rest)
-        except (ValueError, RecursionError) as e:
-            raise ValueError(f'not JSON ({e})') from None
-        out.append(_json_call(call))
-        rest = rest[end:].lstrip(' \n;')
-    return out
-
-# %% ../../nbs/core/04_calls.ipynb #f7799b39
-_FUNCTION = re.compile(r'\s*<function=([^>\n]+)>(.*)</function>\s*', re.S)
-_PARAMETER = re.compile(r'\s*<parameter=([^>\n]+)>(.*?)</parameter>(?=\s*(?:<parameter=|$))', re.S)
-
-def _coder_body(body: str, tools: list[dict]) -> list[tuple[str, dict]]:
-    "One call in XML."
-    call = _FUNCTION.fullmatch(body)
-    if not call: raise ValueError('<function=NAME>…</function> expected')
-    name, inner, arguments, read = call[1], call[2], {}, 0
-    props = (_function(tools, name).get('parameters') or {}).get('properties') or {}
-    while inner[read:].strip():
-        parameter = _PARAMETER.match(inner, read)
-        if not parameter:
-            raise ValueError(f'{name}: <parameter=NAME>…</parameter> expected at {inner[read:].strip()[:40]!r}')
-        text = parameter[2].removeprefix('\n').removesuffix('\n')
-        arguments[parameter[1]] = _value_of(text, props.get(parameter[1]))
-        read = parameter.end()
-    return [(name, arguments)]
-
-# %% ../../nbs/core/04_calls.ipynb #6c57864c
-def _function(tools: list[dict], name: str) -> dict:
-    "The function called `name`; empty where there is none."
-    functions = (tool.get('function', tool) for tool in tools)
-    return next((function for function in functions if function.get('name') == name), {})
-
-# %% ../../nbs/core/04_calls.ipynb #a5d07ccd
-_PYTHON = {'True': True, 'False': False, 'None': None}
-_KINDS = {bool: ('boolean',), int: ('integer', 'number'), float: ('number',), str: (), list: ('array',),
-          dict: ('object',), type(None): ('null',)}
-
-def _value_of(text: str, schema: dict | None):
-    "A parameter by its schema: JSON of a declared type, otherwise the text as it is."
-    kinds = schema_kinds(schema)
-    try:
-        v = _PYTHON[text.strip()] if text.strip() in _PYTHON else loads_strict(text)
-    except ValueError:
-        return text
-    if isinstance(v, float) and v.is_integer() and 'integer' in kinds:
-        v = int(v)
-    return v if kinds & set(_KINDS[type(v)]) else text
-
-# %% ../../nbs/core/04_calls.ipynb #f8778814
-@dataclass(frozen=True)
-class CallFormat:
-    "How a family of models writes a call."
-    open: str    # begins a call
-    close: str   # ends it; empty: the end of the message does
-    body: Callable[[str, list[dict]], list[tuple[str, dict]]]  # reads what stands between, given the tools; ValueError
-    inside: Callable[[str], bool] = lambda body: False  # after this much of a body, is a tag part of a value?
-
-# %% ../../nbs/core/04_calls.ipynb #8dd98cb4
-def _in_string(body: str) -> bool:
-    "Does this much JSON end inside a string?"
-    return re.sub(r'\\.', '', body, flags=re.S).count('"') % 2 == 1
-
-def _in_parameter(body: str) -> bool:
-    "Does this much XML end inside a parameter?"
-    return body.rfind('<parameter=') > body.rfind('</parameter>')
-
-# %% ../../nbs/core/04_calls.ipynb #d1f5b01b
-FORMATS = dict(
-    kat=CallFormat('<tool_call>', '</tool_call>', _kat_body),
-    hermes=CallFormat('<tool_call>', '</tool_call>', _hermes_body, _in_string),
-    qwen3_coder=CallFormat('<tool_call>', '</tool_call>', _coder_body, _in_parameter),
-    llama3=CallFormat('<|python_tag|>', '', _llama_body))
-
-# %% ../../nbs/core/04_calls.ipynb #31c3938b
-def write_call(
-    name: str, arguments: dict,  # of the call
-    format: str = 'hermes',      # a name in FORMATS
-    tools: list[dict] | None = None,  # OpenAI tool schemas; `kat` goes by their order, and needs them to leave one out
-) -> str:
-    "A call as a model of this format writes it, tags and all. ValueError for `kat` where it could not be read back."
-    schema = schemas_by_name(tools).get(name)
-    if format == 'kat': return f'<tool_call>{call_text(name, arguments, schema)}</tool_call>'
-    as_json = lambda x: json.dumps(x, ensure_ascii=False)
-    if format == 'llama3': return as_json(dict(name=name, parameters=arguments))
-    if format == 'hermes': return f'<tool_call>\n{as_json(dict(name=name, arguments=arguments))}\n</tool_call>'
-    text = lambda v: v if isinstance(v, str) else as_json(v)
-    inner = ''.join(f'<parameter={k}>\n{text(v)}\n</parameter>\n' for k, v in arguments.items())
-    return f'<tool_call>\n<function={name}>\n{inner}</function>\n</tool_call>'
-
-# %% ../../nbs/core/04_calls.ipynb #4d3f7829
-def open_call(
-    format: str,     # a name in FORMATS
-    name: str = '',  # of the tool; '': the model is to choose
-) -> str:            # for the model to go on from
-    "The beginning of a call, as `write_call` writes it. Source: *own design*."
-    if format == 'kat': return f'<tool_call>{name}'
-    if format == 'qwen3_coder': return f'<tool_call>\n<function={name}' + ('>\n' if name else '')
-    tag, args = ('', 'parameters') if format == 'llama3' else ('<tool_call>\n', 'arguments')
-    return f'{tag}{{"name": "{name}' + (f'", "{args}":' if name else '')
+__all__ = ['Reply', 'CallParser', 'in_thinking', 'parse_reply', 'call_format', 'Decoder']
 
 # %% ../../nbs/core/04_calls.ipynb #fbc53b5e
 @dataclass
@@ -232,10 +46,13 @@ class CallParser:
     ):
         self.tools, self.prefix, self.malformed = tools, prefix, []
         self.given = dict(text=[], reasoning=[], calls=[])
-        self.format = FORMATS[format] if format and tools else None
-        self.buf, self.state, self.at = '', 'think' if thinking else 'start', 0
+        form = FORMATS[format] if format else None
+        self.format = form if form and (tools or form.channels) else None
+        self.tags = _opening_tags(self.format, tools)
+        channels = self.format and self.format.channels
+        self.buf, self.state, self.at = '', 'header' if channels else 'think' if thinking else 'start', 0
         self.trim = thinking            # drop white space before what comes next?
-        self.space, self.opened = '', ''  # before the call that is open, and its tag
+        self.space, self.opened, self.close = '', '', ''  # before the call that is open, its tag, the tag that ends it
         self.joint = False              # does text that comes now follow a call?
 
     def feed(self, text: str) -> list[dict]:
@@ -252,6 +69,12 @@ class CallParser:
         return _reply(self)
 
 # %% ../../nbs/core/04_calls.ipynb #37ad0167
+def _opening_tags(form, tools: list[dict]) -> tuple[str, ...]:
+    "What may begin a call inside of text."
+    if not form: return ()
+    names = [tool.get('function', tool).get('name') for tool in tools if form.bare]
+    return (form.open, *(form.bare.format(name) for name in names))
+
 def _reply(parser: CallParser) -> Reply:
     given = parser.given
     return Reply(''.join(given['text']), ''.join(given['reasoning']), list(given['calls']), list(parser.malformed))
@@ -274,9 +97,9 @@ def in_thinking(
 def _give(parser: CallParser, kind: str, value) -> None:
     "Append a piece to the output and to the reply."
     if not value: return
-    if kind == 'text' and parser.joint and parser.given['text']:
+    if kind != 'calls' and parser.joint and parser.given[kind]:
         value = '\n' + value
-    if kind == 'text':
+    if kind != 'calls':
         parser.joint = False
     if parser.out and kind in parser.out[-1]:
         parser.out[-1][kind] = parser.out[-1][kind] + value
@@ -301,9 +124,9 @@ def _start(parser: CallParser, final: bool) -> bool:
     if not final and '<think>'.startswith(rest): return False
     if rest.startswith('<think>'):
         parser.buf, parser.state, parser.trim = rest[7:], 'think', True
-    elif parser.format and not parser.format.close and rest.startswith('{'):
+    elif parser.format and parser.format.first and rest.startswith(parser.format.first):
         parser.space = '' if parser.trim else parser.buf[:len(parser.buf) - len(rest)]
-        parser.buf, parser.opened, parser.state, parser.at = rest, '', 'call', 0
+        parser.buf, parser.opened, parser.close, parser.state, parser.at = rest, '', '', 'call', 0
     else:
         parser.state = 'text' if parser.format else 'raw'
     return True
@@ -313,30 +136,40 @@ def _think(parser: CallParser, final: bool) -> bool:
     "Reasoning, up to </think>."
     i = parser.buf.find('</think>')
     if i < 0:
-        _show(parser, 'reasoning', _settled(parser.buf, '</think>', final), final)
+        _show(parser, 'reasoning', _settled(parser.buf, ('</think>',), final), final)
         return False
     _show(parser, 'reasoning', i, True)
     parser.buf, parser.state, parser.trim = parser.buf[8:], 'start', True
     return True
 
-def _settled(text: str, tag: str, final: bool) -> int:
+def _settled(text: str, tags: tuple[str, ...], final: bool) -> int:
     "How many characters can be shown: all at the end, else what cannot be a tag or the space before it."
     if final: return len(text)
-    return len(text[:len(text) - _held(text, (tag,))].rstrip(_SPACE))
+    return len(text[:len(text) - _held(text, tags)].rstrip(_SPACE))
 
 # %% ../../nbs/core/04_calls.ipynb #faef1987
 def _text(parser: CallParser, final: bool) -> bool:
     "Text, up to a call."
-    tag = parser.format.open
-    i = parser.buf.find(tag)
-    if i < 0:
-        _show(parser, 'text', _settled(parser.buf, tag, final), False)
+    form = parser.format
+    found = re.search('|'.join(map(re.escape, parser.tags)), parser.buf)
+    if not found:
+        _show(parser, 'text', _settled(parser.buf, parser.tags, final), False)
         return False
-    before = parser.buf[:i]
+    before, tag = parser.buf[:found.start()], found[0]
     dropped = parser.trim and not before.strip(_SPACE)
     parser.space = '' if dropped else before[len(before.rstrip(_SPACE)):]
-    _show(parser, 'text', i, True)
-    parser.buf, parser.opened, parser.state, parser.at = parser.buf[len(tag):], tag, 'call', 0
+    _show(parser, 'text', found.start(), True)
+    parser.opened, parser.close = (tag, form.close) if tag == form.open else ('', form.bare_close)
+    parser.buf, parser.state, parser.at = parser.buf[len(parser.opened):], 'call', 0
+    return True
+
+def _after(parser: CallParser, final: bool) -> bool:
+    "The closing tag of a call that had no opening tag, if there is one."
+    rest, close = parser.buf.lstrip(_SPACE), parser.format.close
+    if not final and close.startswith(rest): return False
+    parser.state = 'text'
+    if rest.startswith(close):
+        parser.buf = rest[len(close):]
     return True
 
 def _raw(parser: CallParser, final: bool) -> bool:
@@ -347,52 +180,125 @@ def _raw(parser: CallParser, final: bool) -> bool:
 # %% ../../nbs/core/04_calls.ipynb #dde43e7c
 def _call(parser: CallParser, final: bool) -> bool:
     "A call, up to its end."
-    form = parser.format
-    tags = (form.open, form.close) if form.close else ()
+    form, close = parser.format, parser.close
+    tags = (form.open, close) if close else ()
     for found in re.finditer('|'.join(map(re.escape, tags)) or r'\Z\A.', parser.buf[parser.at:]):
         end = parser.at + found.start()
         if form.inside(parser.buf[:end]): continue
-        return _end_call(parser, end, form.close) if found[0] == form.close else _not_closed(parser, end)
+        return _end_call(parser, end, close) if found[0] == close else _not_closed(parser, end)
     if not final:
         parser.at = max(0, len(parser.buf) - max(map(len, tags), default=0))
         return False
-    end = parser.buf.find(form.close) if form.close else len(parser.buf)
-    return _end_call(parser, end, form.close) if end >= 0 else _not_closed(parser, len(parser.buf))
+    if not close: return _end_call(parser, len(parser.buf), '')
+    whole = form.ends and _read(parser, parser.buf)[0]
+    end = -1 if whole else parser.buf.find(close)
+    return _end_call(parser, end, close) if end >= 0 else _not_closed(parser, len(parser.buf))
 
-_STATES = dict(start=_start, think=_think, text=_text, call=_call, raw=_raw)
+def _read(parser: CallParser, body: str) -> tuple[list, str]:
+    "The calls of a body, and why there are none."
+    try:
+        found = parser.format.body(body, parser.tools)
+        check_json([arguments for _, arguments in found])
+        return found, ''
+    except ValueError as e:
+        return [], str(e)
 
 # %% ../../nbs/core/04_calls.ipynb #d066f1c7
 def _end_call(parser: CallParser, end: int, close: str) -> bool:
     "Read the body that ends at `end`; what cannot be read stays text."
     body, parser.buf, parser.state = parser.buf[:end], parser.buf[end + len(close):], 'text'
-    untagged = not parser.opened  # a Llama answer that began with {
-    try:
-        found = [] if untagged and '"name"' not in body else parser.format.body(body, parser.tools)
-        check_json([arguments for _, arguments in found])
-    except ValueError as e:
-        parser.malformed.append(str(e))
-        found = []
-    if found:
-        n, parser.trim, parser.joint = len(parser.given['calls']), True, True
-        calls = [dict(id=f'{parser.prefix}{i}', type='function', function=dict(name=name, arguments=arguments))
-                 for i, (name, arguments) in enumerate(found, n)]
-        _give(parser, 'calls', calls)
+    bare = close and not parser.opened
+    if close or parser.opened or _seems_call(body, parser.format.first):
+        found, why = _read(parser, body + close if bare else body)
+        _take_calls(parser, found, why, body + close)
+        if bare and found:
+            parser.state = 'after'
     else:
-        _as_text(parser, body + close)
-    return bool(parser.buf)
+        _as_text(parser, body)
+    return bool(parser.buf) or parser.state == 'after'
+
+def _seems_call(body: str, first: str) -> bool:
+    "Is a whole message that merely begins like a call meant as one?"
+    return '"name"' in body if first == '{' else bool(re.match(r'\[\s*\w[\w.]*\(', body))
+
+def _take_calls(parser: CallParser, found: list, why: str, body: str) -> None:
+    "Give out calls, or the text that could not be read as one."
+    if not found:
+        parser.malformed.append(why)
+        return _as_text(parser, body)
+    n, parser.trim, parser.joint = len(parser.given['calls']), True, True
+    calls = [dict(id=f'{parser.prefix}{i}', type='function', function=dict(name=name, arguments=arguments))
+             for i, (name, arguments) in enumerate(found, n)]
+    _give(parser, 'calls', calls)
 
 # %% ../../nbs/core/04_calls.ipynb #e5e0d06c
 def _not_closed(parser: CallParser, end: int) -> bool:
-    "A call that never ended stays text; go on at `end`."
+    "A call that never ended stays text, unless its body is complete by itself; go on at `end`."
     body, parser.buf, parser.state = parser.buf[:end], parser.buf[end:], 'text'
-    parser.malformed.append('not closed')
-    _as_text(parser, body)
+    found = _read(parser, body)[0] if parser.format.ends else []
+    _take_calls(parser, found, 'not closed', body)
     return bool(parser.buf)
 
 def _as_text(parser: CallParser, body: str) -> None:
     "Give out a call as the model wrote it."
     _give(parser, 'text', parser.space + parser.opened + body)
     parser.trim = False
+
+# %% ../../nbs/core/04_calls.ipynb #0bc46b1b
+_BEGINS = ('<|start|>', '<|channel|>', 'to=')
+
+def _header(parser: CallParser, final: bool) -> bool:
+    "The head of a message."
+    head, sign, rest = parser.buf.partition('<|message|>')
+    if not sign:
+        begin = parser.buf.lstrip(_SPACE)[:11]
+        if not final and any(b.startswith(begin) or begin.startswith(b) for b in _BEGINS): return False
+        parser.state = 'raw'
+        return bool(parser.buf)
+    to = re.search(r'to=(?:functions\.)?([^\s<]+)', head)
+    channel = re.search(r'<\|channel\|>(\w+)', head)
+    if not head.lstrip(_SPACE).startswith(_BEGINS) or not (to or channel):
+        parser.state = 'raw'
+        return True
+    parser.opened, parser.space, parser.buf = head + sign, '', rest
+    parser.state = 'addressed' if to else 'thought' if channel[1] == 'analysis' else 'said'
+    if parser.given['reasoning' if parser.state == 'thought' else 'text']:
+        parser.joint = True
+    return True
+
+# %% ../../nbs/core/04_calls.ipynb #22e4a1d5
+_ENDS = ('<|end|>', '<|call|>', '<|return|>', '<|start|>')
+_END = re.compile('|'.join(map(re.escape, _ENDS)))
+
+def _message(kind: str):
+    "The state in which a message's text is given out as it comes."
+    def state(parser: CallParser, final: bool) -> bool:
+        found = _END.search(parser.buf)
+        if found:
+            _show(parser, kind, found.start(), False)
+            parser.buf, parser.state = parser.buf[len('' if found[0] == '<|start|>' else found[0]):], 'header'
+            return bool(parser.buf)
+        _show(parser, kind, len(parser.buf) if final else len(parser.buf) - _held(parser.buf, _ENDS), False)
+        return False
+    return state
+
+def _addressed(parser: CallParser, final: bool) -> bool:
+    "A message to a function: a call, where it is whole."
+    ends = (m for m in _END.finditer(parser.buf) if not parser.format.inside(parser.buf[:m.start()]))
+    found = next(ends, None) or (_END.search(parser.buf) if final else None)
+    if not found and not final: return False
+    end = found.start() if found else len(parser.buf)
+    sign = found[0] if found and found[0] != '<|start|>' else ''
+    body, parser.buf, parser.state = parser.buf[:end], parser.buf[end + len(sign):], 'header'
+    if parser.tools:
+        _take_calls(parser, *_read(parser, parser.opened + body), body + sign)
+    else:
+        _as_text(parser, body + sign)
+    return bool(parser.buf)
+
+# %% ../../nbs/core/04_calls.ipynb #85a41543
+_STATES = dict(start=_start, think=_think, text=_text, call=_call, after=_after, raw=_raw, header=_header,
+               thought=_message('reasoning'), said=_message('text'), addressed=_addressed)
 
 # %% ../../nbs/core/04_calls.ipynb #70ad5eca
 def parse_reply(
@@ -415,7 +321,10 @@ _TOOL = dict(type='function', function=dict(name='probe', description='probe', p
         text=dict(type='string', description='.'), number=dict(type='integer', description='.'),
         flag=dict(type='boolean', description='.')))))
 _ASK, _PLAIN = dict(role='user', content='Qask'), dict(role='assistant', content='Qsaid')
-_CALLING = dict(role='assistant', content='', tool_calls=[dict(id='call00000', type='function', function=_CALL)])
+def _calling(arguments) -> dict:
+    "An answer that calls."
+    function = dict(name='probe', arguments=arguments)
+    return dict(role='assistant', content='', tool_calls=[dict(id='call00000', type='function', function=function)])
 
 def _rendered(template: str, messages: list[dict], tools: list[dict] | None) -> str:
     "A dialogue as the template writes it; '' where it refuses."
@@ -428,17 +337,19 @@ def _rendered(template: str, messages: list[dict], tools: list[dict] | None) -> 
         return ''
 
 # %% ../../nbs/core/04_calls.ipynb #df9cb76c
-def _write_probe(template: str) -> str:
-    "What an answer that calls has in place of one that only says something."
-    plain, called = (_rendered(template, [_ASK, answer], [_TOOL]) for answer in (_PLAIN, _CALLING))
+def _write_probe(template: str) -> list[str]:
+    "What an answer that calls has in place of one that only says something, with and without what follows it."
+    plain = _rendered(template, [_ASK, _PLAIN], [_TOOL])
+    called = _rendered(template, [_ASK, _calling(_CALL['arguments'])], [_TOOL]) or \
+        _rendered(template, [_ASK, _calling(json.dumps(_CALL['arguments']))], [_TOOL])  # some want text
     start = len(commonprefix([plain, called]))
     end = len(commonprefix([plain[start:][::-1], called[start:][::-1]]))
-    return called[start:len(called) - end]
+    return [called[start:len(called) - end], called[start:]] if called[start:] else []
 
 def _knows_tools(template: str) -> bool:
     "Does it show a tool, or a call?"
     bare, shown = (_rendered(template, [_ASK], tools) for tools in (None, [_TOOL]))
-    return bare != shown or 'probe' in _write_probe(template)
+    return bare != shown or any('probe' in written for written in _write_probe(template))
 
 # %% ../../nbs/core/04_calls.ipynb #18f885f9
 def call_format(
@@ -457,8 +368,7 @@ def call_format(
 @lru_cache(64)
 def _read_probe(template: str) -> tuple[str | None, bool]:
     "The format that reads back what the template writes, and whether the template knows tools at all."
-    written = _write_probe(template)
-    for name in FORMATS if written else ():
+    for written, name in product(_write_probe(template), FORMATS):
         reply = parse_reply(written, [_TOOL], name)
         if [call['function'] for call in reply.calls] == [_CALL] and not reply.content.strip(): return name, True
     return None, _knows_tools(template)

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from .io import json_lines, loads
-from .types import normalise, plain, without_nulls
+from .types import normalise, plain, whole_text, without_nulls
 
 # %% ../../nbs/core/05_logs.ipynb #0e729484
 @dataclass
@@ -321,7 +321,7 @@ def _objects(path) -> Iterator[tuple[str, dict]]:
     except ValueError:
         lines = False
     if lines:
-        yield from json_lines(path)
+        yield from ((where, whole_text(record)) for where, record in json_lines(path))
         return
     data = Path(path).read_bytes()
     if not data.strip(): raise ValueError(f'{path}: empty')
@@ -333,7 +333,7 @@ def _objects(path) -> Iterator[tuple[str, dict]]:
         raise ValueError(f'{path}: {e}') from None
     for i, x in enumerate(whole if isinstance(whole, list) else [whole]):
         if not isinstance(x, dict): raise ValueError(f'{path}[{i}]: an object expected, got {type(x).__name__}')
-        yield f'{path}[{i}]', x
+        yield f'{path}[{i}]', whole_text(x)
 
 # %% ../../nbs/core/05_logs.ipynb #8957ee4c
 def _kind(record: dict) -> str | None:

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['KINDS', 'GENERATED', 'SCHEMA', 'GROUP_SCHEMA', 'ROLES', 'plain', 'Segment', 'check_schema', 'Trajectory',
-           'session_numbers', 'normalise', 'schema_kinds', 'schemas_by_name', 'without_nulls', 'Group', 'groups_of']
+           'session_numbers', 'normalise', 'whole_text', 'schema_kinds', 'schemas_by_name', 'without_nulls', 'Group',
+           'groups_of']
 
 # %% ../../nbs/core/01_types.ipynb #2ac9e956
 import json, math
@@ -414,7 +415,7 @@ def _message(message: dict, where: str) -> dict:
         out['tool_calls'] = _calls(message, where)
     for key in ('tool_call_id', 'name', 'event'):
         if isinstance(message.get(key), str):
-            out[key] = message[key]
+            out[key] = _utf8(message[key], where)
     if thought := next((message[key] for key in _THINKING if message.get(key)), None):
         out['reasoning_content'] = _content(thought, where)  # for templates of thinking models
     return out
@@ -423,10 +424,10 @@ def _message(message: dict, where: str) -> dict:
 def _content(content, where: str) -> str:
     "Content as text; text blocks are joined."
     if content is None: return ''
-    if isinstance(content, str): return content
+    if isinstance(content, str): return _utf8(content, where)
     if not isinstance(content, (list, tuple)):
         raise ValueError(f'{where}: content must be text or a list of text blocks, got {str(content)[:60]!r}')
-    return ''.join(_block(block, f'{where}: content[{i}]') for i, block in enumerate(content))
+    return _utf8(''.join(_block(block, f'{where}: content[{i}]') for i, block in enumerate(content)), where)
 
 def _block(block, where: str) -> str:
     "The text of one block."
@@ -436,6 +437,26 @@ def _block(block, where: str) -> str:
     if isinstance(text, str): return text
     raise ValueError(f'{where}: content must be text or a list of text blocks, got a block of type {kind!r}: '
                      f'{str(block)[:60]!r}')
+
+# %% ../../nbs/core/01_types.ipynb #cc70ac39
+def whole_text(
+    value,  # of JSON types
+):          # the same
+    "The value with U+FFFD in place of each half of a surrogate pair."
+    if isinstance(value, str): return value if value.isascii() else _repaired(value)
+    if isinstance(value, dict): return {whole_text(k): whole_text(v) for k, v in value.items()}
+    return [whole_text(v) for v in value] if isinstance(value, list) else value
+
+def _repaired(text: str) -> str:
+    return text.encode('utf-16-le', 'surrogatepass').decode('utf-16-le', 'replace')
+
+def _utf8(text: str, where: str) -> str:
+    "The text. ValueError where UTF-8 cannot hold it."
+    try:
+        text.isascii() or text.encode()
+    except UnicodeEncodeError as e:
+        raise ValueError(f'{where}: half of a surrogate pair after {text[:e.start][-20:]!r}') from None
+    return text
 
 # %% ../../nbs/core/01_types.ipynb #1aeed0b3
 def _calls(message: dict, where: str) -> list[dict]:
@@ -468,6 +489,10 @@ def _call(call: dict, where: str) -> dict:
         arguments = {}
     if not isinstance(arguments, dict):
         raise ValueError(f'{where}: arguments must be an object, got {str(arguments)[:60]!r}')
+    try:
+        json.dumps([function['name'], arguments], ensure_ascii=False, allow_nan=False).encode()
+    except (ValueError, TypeError, RecursionError) as e:
+        raise ValueError(f'{where}: arguments are not JSON ({str(e)[:80]})') from None
     out = dict(type='function', function=dict(name=function['name'], arguments=arguments))
     return dict(id=call['id'], **out) if isinstance(call.get('id'), str) else out
 

@@ -13,12 +13,11 @@ from pathlib import Path
 import numpy as np
 
 from ..core.io import UserError, atomic
-from ..envs.base import ToolCall
 
 # %% auto #0
 __all__ = ['PACKAGES', 'DRILLS', 'INSTRUCTIONS', 'source_files', 'identifiers', 'view_line', 'drill_lines', 'drill_files',
-           'drill_pairs', 'drill_copy', 'base_documents', 'turns', 'reasoning', 'instruction', 'commit', 'dialogue',
-           'Walker', 'encode', 'save_pairs', 'load_pairs']
+           'drill_pairs', 'drill_copy', 'base_documents', 'turns', 'reasoning', 'instruction', 'dialogue', 'encode',
+           'save_pairs', 'load_pairs']
 
 # %% ../../nbs/data/01_corpus.ipynb #3536c6fc
 PACKAGES = ('networkx', 'rich', 'click', 'jinja2', 'fsspec', 'httpx', 'nbclient', 'papermill')
@@ -226,14 +225,6 @@ def instruction(rng: random.Random, words: list[str]) -> list[tuple[str, bool]]:
     return turns(*asked)
 
 # %% ../../nbs/data/01_corpus.ipynb #fb0f3ef8
-def commit(task) -> list[tuple[str, bool]]:
-    "A problem statement and the diff that settles it."
-    lines = []
-    for path, n, new in task.data['edits']:
-        old = task.data['files'][path].splitlines()[n - 1]
-        lines += [f"--- {path}", f"@@ {n} @@", f"-{old}", f"+{new}"]
-    return turns((task.data['issue'] + '\n' + '\n'.join(lines[:3]), '\n'.join(lines[3:])))
-
 def dialogue(messages: list[dict], max_chars: int = 900) -> list[tuple[str, bool]]:
     "The words of a real log's user and assistant, cut to a length."
     doc, n = [], 0
@@ -245,37 +236,6 @@ def dialogue(messages: list[dict], max_chars: int = 900) -> list[tuple[str, bool
         doc += [(f"<|im_start|>{role}\n", False), (text + '<|im_end|>', role == 'assistant'), ('\n', False)]
         if n > max_chars: break
     return doc
-
-# %% ../../nbs/data/01_corpus.ipynb #51abf749
-class Walker:
-    "Random but valid calls; what it edits it views again."
-    def __init__(self, task, seed):
-        self.rng, self.files = random.Random(f'{task.id}/{seed}/walk'), dict(task.data['files'])
-        self.left, self.again = self.rng.randint(3, 6), None
-
-    def act(self, text):
-        self.left -= 1
-        if self.left < 0: return [ToolCall('submit', {}, 'c')]
-        if self.again:
-            path, self.again = self.again, None
-            return [ToolCall('view', {'path': path}, 'c')]
-        name, arguments = self._pick()
-        return [ToolCall(name, arguments, 'c')]
-
-    def _pick(self) -> tuple[str, dict]:  # name and arguments of a call
-        rng, files = self.rng, self.files
-        path = rng.choice(sorted(files))
-        lines = files[path].splitlines()
-        n = rng.randrange(len(lines))
-        word = rng.choice(re.findall(r'[A-Za-z_]{2,}', files[path]) or ['?'])
-        other = rng.choice(files[rng.choice(sorted(files))].splitlines())
-        name = rng.choice(['list', 'view', 'view', 'search', 'search', 'edit', 'edit', 'test'])
-        if name == 'edit':
-            lines[n] = other
-            files[path], self.again = '\n'.join(lines) + '\n', path
-        arguments = {'view': {'path': path}, 'search': {'word': word},
-                     'edit': {'path': path, 'line': n + 1, 'text': other}}
-        return name, arguments.get(name, {})
 
 # %% ../../nbs/data/01_corpus.ipynb #d20a1734
 def encode(tokenizer, doc: list[tuple[str, bool]], max_len: int = 512) -> tuple[list[int], list[bool]]:

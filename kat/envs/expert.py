@@ -5,12 +5,13 @@
 # %% ../../nbs/envs/08_expert.ipynb #279ab1f5
 from __future__ import annotations
 import random
+import re
 from dataclasses import dataclass
 
 from .base import Task, ToolCall
 
 # %% auto #0
-__all__ = ['Style', 'draw_style', 'plan', 'Expert']
+__all__ = ['Style', 'draw_style', 'plan', 'Expert', 'Walker']
 
 # %% ../../nbs/envs/08_expert.ipynb #21c7cc65
 @dataclass(frozen=True)
@@ -100,3 +101,34 @@ class Expert:
             self.n += 1
             calls.append(ToolCall(name, args, f'c{self.n}'))
             if not (free and self.rng.random() < self.style.merge): return calls
+
+# %% ../../nbs/envs/08_expert.ipynb #700a4656
+class Walker:
+    "Random but valid calls; what it edits it views again."
+    def __init__(self, task: Task, seed: object):
+        self.rng, self.files = random.Random(f'{task.id}/{seed}/walk'), dict(task.data['files'])
+        self.left, self.again = self.rng.randint(3, 6), None
+
+    def act(self, text: str | None) -> list[ToolCall]:
+        self.left -= 1
+        if self.left < 0: return [ToolCall('submit', {}, 'c')]
+        if self.again:
+            path, self.again = self.again, None
+            return [ToolCall('view', {'path': path}, 'c')]
+        name, arguments = self._pick()
+        return [ToolCall(name, arguments, 'c')]
+
+    def _pick(self) -> tuple[str, dict]:  # name and arguments of a call
+        rng, files = self.rng, self.files
+        path = rng.choice(sorted(files))
+        lines = files[path].splitlines()
+        n = rng.randrange(len(lines))
+        word = rng.choice(re.findall(r'[A-Za-z_]{2,}', files[path]) or ['?'])
+        other = rng.choice(files[rng.choice(sorted(files))].splitlines())
+        name = rng.choice(['list', 'view', 'view', 'search', 'search', 'edit', 'edit', 'test'])
+        if name == 'edit':
+            lines[n] = other
+            files[path], self.again = '\n'.join(lines) + '\n', path
+        arguments = {'view': {'path': path}, 'search': {'word': word},
+                     'edit': {'path': path, 'line': n + 1, 'text': other}}
+        return name, arguments.get(name, {})

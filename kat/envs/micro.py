@@ -12,19 +12,20 @@ import random
 import re
 import secrets
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import replace
 
-from .base import Env, Grade, InfraError, Observation, Task, ToolCall, ToolResult, bad_call, register, tool
-from .grade import (
+from .base import (
+    Env, Grade, InfraError, Observation, Task, ToolCall, ToolResult, World, bad_call, register, tool)
+from .expert import Expert, Walker
+from .answers import (
     MACHINE, Check, Verdict, all_of, ask_job, checks_of, decoded, fair_run, grade_answers, holds, literal, together)
 from .micro_tasks import make_task, with_line
 from .sandbox import Job, Limits, MeteredPool, WarmPool
 
 # %% auto #0
 __all__ = ['RUNNER', 'LIMITS', 'QUICK_S', 'TIMER', 'OPERATIONS', 'RUN', 'SORTS', 'TOOLS', 'SYSTEM', 'test_job', 'verdicts',
-           'fixed', 'helper', 'lacks', 'rewritten', 'judge', 'verify', 'view', 'MicroEnv', 'world', 'heldout',
-           'train_task']
+           'fixed', 'helper', 'lacks', 'rewritten', 'judge', 'verify', 'view', 'MicroEnv', 'commit', 'Micro']
 
 # %% ../../nbs/envs/07_micro.ipynb #7ddccbe0
 _START = r"""
@@ -131,11 +132,14 @@ def test_job(
     return Job(RUNNER, {**files, **tests}, sorted(tests), LIMITS)
 
 def verdicts(res, tests: dict[str, str]) -> dict[str, str]:
-    "Outcome per test of a finished job; a job that died (time, memory) fails every test, with that as the reason."
-    if res.status == 'ok' and isinstance(res.value, dict): return res.value
+    "Outcome per test of a finished job; one that died (time, memory), or told something else, fails every test."
     names = [f'{path}::{name}' for path, text in sorted(tests.items())
              for name in re.findall(r'^def (test_\w+)', text, re.M)]
-    return {name: (res.error or res.status).splitlines()[-1][:60] for name in names}
+    told = res.value if res.status == 'ok' else None
+    if isinstance(told, dict) and {*names} <= {*told} and all(isinstance(said, str) for said in told.values()):
+        return told
+    said = res.error or ('the tests told nothing' if res.status == 'ok' else res.status)
+    return dict.fromkeys(names, said.splitlines()[-1][:60])
 
 # %% ../../nbs/envs/07_micro.ipynb #93d2d65a
 def fixed(task: Task) -> dict[str, str]:
@@ -379,10 +383,13 @@ class _Workspace(Env):
         self.files = {}
 
 # %% ../../nbs/envs/07_micro.ipynb #8d55e81a
-@register('micro')
 class MicroEnv(_Workspace):
     "One micro repository: six tools, real tests in the sandbox, graded by hidden ones. Outcomes are cached by content."
-    tools = TOOLS
+    tools, max_turns, max_len, max_tokens = TOOLS, 14, 1024, 48
+
+    @property
+    def sandbox_s(self):
+        return getattr(self.pool, 'seconds', 0.)   # of a `MeteredPool`
 
     async def step(self, calls: list[ToolCall]) -> Observation:
         "Run the calls of one turn in order; calls after `submit` are not run."
@@ -409,20 +416,41 @@ class MicroEnv(_Workspace):
         patch = {path: text for path, text in self.files.items() if text != given[path]}
         return (await self._run('grade')).grade(patch=patch)
 
+# %% ../../nbs/envs/07_micro.ipynb #70247bef
+def commit(task: Task) -> tuple[str, str]:
+    "A problem statement with the head of the diff that settles it, and the rest of the diff."
+    lines = []
+    for path, n, new in task.data['edits']:
+        old = task.data['files'][path].splitlines()[n - 1]
+        lines += [f"--- {path}", f"@@ {n} @@", f"-{old}", f"+{new}"]
+    return task.data['issue'] + '\n' + '\n'.join(lines[:3]), '\n'.join(lines[3:])
+
 # %% ../../nbs/envs/07_micro.ipynb #4b378afb
-@contextmanager
-def world(workers: int = 2):  # -> a function that makes environments
-    "Sandboxes and a shared cache of test outcomes; yields the factory of environments."
-    pool, cache = MeteredPool(workers=workers, trust='generated'), {}
-    try:
-        yield lambda: MicroEnv(pool, cache)
-    finally:
-        pool.close()
+@register('micro')
+class Micro(World):
+    "Micro repositories without end, an expert who mends them, and what mid-training reads of them."
+    env, graded = MicroEnv, 'visible and hidden tests in the sandbox'
 
-def heldout(n: int) -> list[Task]:
-    "The first `n` held-out tasks: the same for every stage, seed and run."
-    return [make_task('heldout', i) for i in range(n)]
+    def train_task(self, seed, i):
+        return make_task('train', seed * 10**6 + i)
 
-def train_task(seed: int, i: int) -> Task:
-    "The `i`-th training task of a run; runs with other seeds see other tasks."
-    return make_task('train', seed * 10**6 + i)
+    def heldout(self, n):
+        return [make_task('heldout', i) for i in range(n)]
+
+    @contextmanager
+    def open(self, workers=2):
+        pool, cache = MeteredPool(workers=workers, trust='generated'), {}
+        try:
+            yield lambda task: MicroEnv(pool, cache)
+        finally:
+            pool.close()
+
+    def expert(self, task, seed):
+        return Expert(task, seed)
+    def walker(self, task, seed):
+        return Walker(task, seed)
+    def solution(self, task):
+        return commit(task)
+    def untrue(self, tasks):
+        with closing(WarmPool(workers=2, trust='generated')) as pool:
+            return verify(tasks, pool)

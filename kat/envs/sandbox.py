@@ -29,6 +29,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path, PurePosixPath
 
+from ..core.types import whole_text
 from . import zygote
 from .base import InfraError
 from .walls import ENVIRON, Box, PidsGroup, bare_python, bwrap_candidates, memfd, seccomp_filter, start_boxed
@@ -177,7 +178,7 @@ def _exchange(ctl, job: bytes, lim, stop=True) -> tuple:
 def _told(lines: bytes):
     "The value and the end that the child told; (None, None) when it never told an end."
     try:
-        said = {name: value for line in lines.splitlines() for name, value in json.loads(line).items()}
+        said = {name: value for line in lines.splitlines() for name, value in whole_text(json.loads(line)).items()}
     except Exception:
         return None, dict(end='error', error='the result is damaged')
     return said.get('value'), said if said.get('end') in ('ok', 'memory', 'error') else None

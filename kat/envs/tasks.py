@@ -95,7 +95,7 @@ def _store(where: Path) -> str:
     (where / 'info/attributes').write_text('* -text !eol -ident !filter !diff !working-tree-encoding\n')
     return f'--git-dir={where}'
 
-# %% ../../nbs/envs/09_tasks.ipynb #27927a3f
+# %% ../../nbs/envs/09_tasks.ipynb #ce0e4538
 def tree_patch(
     before: dict,  # tree, see `read_tree`
     after: dict,
@@ -111,8 +111,16 @@ def tree_patch(
             trees.append(_done(_git(home, store, 'write-tree'), 'git write-tree').decode().strip())
             shutil.rmtree(folder)
         flags = ['--binary', '--full-index', '--no-renames', '--no-color', '--no-ext-diff', '--no-textconv']
-        return _done(_git(home, store, 'diff', *flags, *trees), 'git diff').decode(errors='surrogateescape')
+        text = _done(_git(home, store, 'diff', *flags, *trees), 'git diff')
+        if not _is_text(text):
+            (Path(home, 'store/info/attributes')).write_text('* -diff\n')  # all files as binary ones, in ASCII
+            text = _done(_git(home, store, 'diff', *flags, *trees), 'git diff')
+        return text.decode()
 
+def _is_text(data: bytes) -> bool:
+    return data.decode(errors='ignore').encode() == data
+
+# %% ../../nbs/envs/09_tasks.ipynb #5e0c7a91
 def patched(
     before: dict,  # tree
     patch: str,
@@ -123,7 +131,8 @@ def patched(
         folder = Path(home, 'tree')
         folder.mkdir()
         write_tree(before, folder)
-        ran = _git(folder, _store(Path(home, 'store')), f'--work-tree={folder}', 'apply', '--whitespace=nowarn', '-', given=patch.encode(errors='surrogateescape'))
+        place = _store(Path(home, 'store')), f'--work-tree={folder}'
+        ran = _git(folder, *place, 'apply', '--whitespace=nowarn', '-', given=patch.encode(errors='surrogateescape'))
         if ran.returncode:
             raise ValueError(f'the patch does not apply: {ran.stderr.decode(errors="replace").strip()[:300]}')
         return read_tree(folder)
@@ -228,7 +237,7 @@ def site_folder(
     "Where the packages of a task are installed. Raises `InfraError` where they aren't."
     site = read_task(folder).site
     if not site: return None
-    where = Path(folder).resolve().parent / 'sites' / site
+    where = (Path(folder).resolve().parent / 'sites' / site).resolve()
     if not where.is_dir(): raise InfraError(f'{folder}: its packages are not installed ({where} is missing); '
                                             '`kat tasks fetch` installs them')
     return where

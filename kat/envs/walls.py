@@ -48,6 +48,12 @@ def _shown() -> list:
             seen.append(path)
     return args
 
+def _packages() -> list:
+    "Folders of packages installed for the interpreters that are shown; they are hidden, but where they are asked for."
+    tops = {f'{os.path.realpath(sys.base_prefix)}/lib', '/usr/lib', '/usr/lib64', '/usr/local/lib'}
+    found = [path for top in sorted(tops) for path in Path(top).glob('python*/*-packages')]
+    return [str(path) for path in found if path.is_dir() and not path.is_symlink()]
+
 # %% ../../nbs/envs/02_walls.ipynb #e0ae8368
 _DENIED = dict(  # system call -> its number on x86-64, on arm64; answered with "not permitted"
     add_key=(248, 217), request_key=(249, 218), keyctl=(250, 219), shmget=(29, 194), semget=(64, 190), msgget=(68, 186),
@@ -152,7 +158,10 @@ class Box:
                 '--cap-drop', 'ALL', '--uid', '0', '--gid', '0', '--hostname', 'sandbox', '--clearenv']
         for right in _RIGHTS:
             args += ['--cap-add', f'CAP_{right}']
+        hidden = _packages()
         args += [*_shown(), '--proc', '/proc', '--dev', '/dev', '--tmpfs', '/tmp']
+        for path in hidden:
+            args += ['--tmpfs', path]
         for path in _ETC:
             args += ['--ro-bind-data', str(fds[path]), path]
         for name, value in ENVIRON.items():
@@ -161,7 +170,9 @@ class Box:
             args += ['--ro-bind', path, path]
         if self.workspace:
             args += ['--bind' if self.mode == 'write' else '--ro-bind', self.workspace, '/workspace']
-        return [*args, '--remount-ro', '/dev', '--remount-ro', '/', '--chdir', '/tmp', '--']
+        for path in [*hidden, '/dev', '/']:
+            args += ['--remount-ro', path]
+        return [*args, '--chdir', '/tmp', '--']
 
     def walls(self) -> dict:
         "What the zygote needs to furnish rooms."

@@ -110,6 +110,8 @@ def write_model(
     "Write a folder for vLLM to serve: like `save_pretrained`, but untied and in one file."
     config = copy.deepcopy(model.config)
     config.tie_word_embeddings = config.get_text_config().tie_word_embeddings = False
+    for settings in (config, config.get_text_config()):
+        settings.use_cache = True  # training turned it off, and generation without is many times slower
     # as `save_pretrained` of a model notes them
     config.architectures, config.dtype = [type(model).__name__], model.dtype
     tokenizer.save_pretrained(folder)

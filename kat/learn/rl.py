@@ -20,6 +20,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..compute.cost import token_flops
 from ..compute.engine import Edges, TreeEngine
+from ..compute.ranks import clip_gradients
 from ..core.io import read_records, write_records
 from ..core.types import Group, Trajectory
 from .advantage import MASK_REASONS, SessionRewards, group_advantages, is_live, session_rewards
@@ -461,7 +462,7 @@ def _update(trainer, rows):  # all updates of a batch; `rows`: of each live grou
 # %% ../../nbs/learn/08_rl.ipynb #3f942aa0
 def _one_update(trainer, parts):  # -> loss, grad_norm, lr, tokens, clipped, kl
     done = _done([part.backward() for part in parts])
-    norm = torch.nn.utils.clip_grad_norm_(trainer.model.parameters(), trainer.max_grad_norm).item()
+    norm = clip_gradients(trainer.model, trainer.max_grad_norm).item()
     if not np.isfinite(norm):
         raise FloatingPointError(f"step {trainer.version + 1}: the gradient's norm is {norm}: lower the learning rate")
     factor = lr_factor(trainer.updates, 1, trainer.warmup, decay=0)

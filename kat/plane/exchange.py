@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ..core.calls import FORMATS
+from ..core.formats import FORMATS
 from ..core.io import need
 from ..infer.requests import Completion, Request
 from .manager import Plan
@@ -233,7 +233,7 @@ def engine_request(
 def _first_call_ends(call: ApiCall, format: str | None) -> tuple[str, ...]:
     "What to stop at where only one call is wanted. BadRequest for a model whose calls end with its answer."
     if call.parallel or not call.callables or format is None: return ()
-    end = FORMATS[format].close
+    end = FORMATS[format].call_end
     if end: return (end,)
     raise BadRequest('parallel_tool_calls: this model writes its calls up to the end of its answer, '
                      'so they cannot be limited to one', 'parallel_tool_calls')

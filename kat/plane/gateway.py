@@ -11,7 +11,7 @@ import asyncio, gc, signal, socket
 from contextlib import asynccontextmanager, contextmanager, nullcontext
 
 from ..core.calls import call_format
-from ..core.chat import end_tokens
+from ..core.endings import end_tokens
 from ..core.io import need
 from ..infer.requests import Completion, Request
 from .access import Access, check_browser, session_and_task

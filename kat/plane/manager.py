@@ -12,7 +12,8 @@ from functools import cached_property
 
 import numpy as np
 
-from ..core.chat import end_tokens, generation_segments, ids_of
+from ..core.chat import generation_segments, ids_of
+from ..core.endings import end_tokens
 from ..core.types import Segment, Trajectory
 from ..infer.requests import Completion
 from .turns import (CLEAN, Turn, answer_ids, changes, context_segments, digest, keys_of, new_id, split,

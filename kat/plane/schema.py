@@ -7,7 +7,8 @@ __all__ = ['FLOATS', 'MIGRATIONS', 'pack', 'unpack', 'turn_row', 'row_turn', 'se
            'migrate', 'connect']
 
 # %% ../../nbs/plane/04_schema.ipynb #793f2d28
-import time
+import os, time
+from contextlib import suppress
 
 import numpy as np
 
@@ -161,11 +162,18 @@ def connect(
     if url.database in (None, '', ':memory:'):
         raise ValueError('store: a SQLite store needs a file; one in memory would not last')
     engine = sa.create_engine(url)
+    sa.event.listen(engine, 'do_connect', _private)
     sa.event.listen(engine, 'connect', _on_connect)
     sa.event.listen(engine, 'begin', _on_begin)
     return engine
 
 # %% ../../nbs/plane/04_schema.ipynb #b791706a
+def _private(dialect, record, args, more) -> None:
+    "Before SQLite makes the file: one that its owner alone can read. Its journals get the same mode."
+    with suppress(OSError):  # it is there already, or SQLite will say why it can't be made
+        if not more.get('uri'):
+            os.close(os.open(args[0], os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600))
+
 def _on_connect(raw, record) -> None:
     "Settings of a SQLite connection."
     raw.isolation_level = None

@@ -16,7 +16,8 @@ from itertools import count
 
 import numpy as np
 
-from ..core.chat import extend_segments, ids_of, render
+from ..core.chat import ids_of, render
+from ..core.extension import extend_segments
 from ..core.types import Segment
 from ..wire.dialects import canonical_key, explain
 

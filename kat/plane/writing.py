@@ -11,7 +11,8 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from ..core.calls import CallParser, Decoder, open_call
+from ..core.calls import CallParser, Decoder
+from ..core.formats import open_call
 from ..infer.requests import Completion
 from .manager import Plan
 from .turns import Turn, new_id

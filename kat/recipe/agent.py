@@ -6,7 +6,7 @@
 from __future__ import annotations
 import json
 
-from ..envs.base import Env, Task, ToolCall
+from ..envs.base import Env, Task, ToolCall, answered
 
 # %% auto #0
 __all__ = ['KEEP', 'Refused', 'ask', 'calls_of', 'replies', 'play']
@@ -54,7 +54,7 @@ async def play(client,             # httpx2.AsyncClient
                url: str,           # of the API, up to and with /v1
                env: Env,           # where calls run
                task: Task,         # to work on
-               max_turns: int = 14,       # answers at most
+               max_turns: int | None = None,  # answers at most; None: the environment's own cap
                seed: int | None = None,   # of the sampling noise: answer i asks with (seed, i)
                **body,             # more of each request: model, temperature, max_tokens …
               ) -> tuple[str, list[dict]]:  # how it ended, and the dialogue
@@ -62,10 +62,11 @@ async def play(client,             # httpx2.AsyncClient
 
     It ends with 'submit', with 'cap', or as 'lost': after three answers without a call that ran."""
     messages, idle = list((await env.reset(task)).messages), 0
-    for turn in range(max_turns):
+    for turn in range(env.max_turns if max_turns is None else max_turns):
         noise = {} if seed is None else dict(seed=hash((seed, turn)) % 2**31)
         said = await ask(client, url, dict(messages=messages, tools=env.tools) | noise | body)
-        obs = await env.step(calls_of(said))
+        calls = calls_of(said)
+        obs = answered(env, calls, await env.step(calls))
         messages.append({k: said[k] for k in KEEP if k in said})
         if obs.done: return 'submit', messages
         messages += replies(said, obs.results)

@@ -12,39 +12,40 @@ from typing import Callable
 import numpy as np
 import torch
 
-from ..core.io import write_parquet
+from ..core.io import UserError, write_parquet
 from ..core.types import Trajectory
-from ..envs.base import Task
-from ..envs.micro import heldout, world
+from ..envs.base import Task, World
 from ..infer.engines import HFEngine
-from .rollouts import ModelPolicy, rollout
+from .rollouts import ModelPolicy, context_of, rollout, slots_for
 from ..study.evaluate import eval_record, load_eval, save_eval, wilson
 
 # %% ../../nbs/recipe/03_evaluation.ipynb #0c5328d8
 def evaluate(model, tokenizer,
-             stage: str,           # names the files
-             run_dir: str | Path,  # a run's folder
-             n: int,               # tasks
-             seed: int,            # of the sampling noise
-             max_turns: int,       # cap on turns
-             make_env,             # from `world`
+             stage: str,                     # names the files
+             run_dir: str | Path,            # a run's folder
+             world: World,                   # whose held-out tasks are played
+             n: int,                         # tasks
+             seed: int = 0,                  # of the sampling noise
+             max_turns: int | None = None,   # cap on turns; None: each environment's own
+             max_len: int | None = None,     # cap on tokens; None: each environment's own
              progress: Callable | None = None,  # told how many episodes are done
-            ) -> dict:             # the record, as in `eval/<stage>.json`
-    "Play `n` held-out tasks sampled and greedy; writes the record and both sets of trajectories into `eval/`."
-    folder = Path(run_dir) / 'eval'
+            ) -> dict:                       # the record, as in `eval/<stage>.json`
+    "Play `n` held-out tasks sampled and greedy; writes record and trajectories into `eval/`. UserError for fewer."
+    folder, tasks, got = Path(run_dir) / 'eval', world.heldout(n)[:n], {}
     path = folder / f'{stage}.json'
     if path.exists(): return load_eval(path)
+    if not 0 < n <= len(tasks): raise UserError(f'n_eval={n}: {world.name} has {len(tasks)} held-out tasks')
     folder.mkdir(parents=True, exist_ok=True)
-    engine = HFEngine(model, max_len=1024, slots=min(n, 256), dtype=torch.bfloat16)
-    tasks, got = heldout(n), {}
-    for mode, temperature in (('sampled', 1.0), ('greedy', 0.0)):
-        policy = ModelPolicy(engine, temperature)
-        got[mode] = []
-        for start in range(0, n, 256):
-            noise = 10**6 + 1000 * seed + start
-            got[mode] += rollout(policy, tokenizer, tasks[start:start + 256], make_env, noise, max_turns)
-            if progress:
-                progress(sum(map(len, got.values())))
+    context = context_of(world, model, max_len, max_turns)
+    engine = HFEngine(model, max_len=context, slots=slots_for(min(n, 256), context), dtype=torch.bfloat16)
+    with world.open() as make_env:
+        for mode, temperature in (('sampled', 1.0), ('greedy', 0.0)):
+            policy, got[mode] = ModelPolicy(engine, temperature), []
+            for start in range(0, n, 256):
+                noise = 10**6 + 1000 * seed + start
+                got[mode] += rollout(policy, tokenizer, tasks[start:start + 256], make_env, noise, max_turns, max_len)
+                if progress:
+                    progress(sum(map(len, got.values())))
     engine.close()
     write_parquet(folder / f'{stage}.parquet', got['sampled'])
     write_parquet(folder / f'{stage}.greedy.parquet', got['greedy'])
@@ -53,15 +54,18 @@ def evaluate(model, tokenizer,
     return record
 
 # %% ../../nbs/recipe/03_evaluation.ipynb #83aac835
-def evaluate_stage(kit, stage: str, run_dir, n: int, seed: int, max_turns: int) -> dict:
-    "Evaluate `(model, tokenizer)` and print the line that people look for."
-    with world() as make_env:
-        record = evaluate(*kit, stage, run_dir, n, seed, max_turns, make_env)
+def evaluate_stage(kit, stage: str, run_dir, world: World, n: int, seed: int, max_turns: int | None = None,
+                   max_len: int | None = None) -> dict:
+    "Evaluate `(model, tokenizer)` and print the line that people look for, and one per domain of a mixture."
+    record = evaluate(*kit, stage, run_dir, world, n, seed, max_turns, max_len)
     for mode in ('sampled', 'greedy'):
         measured = record[mode]
         print(f"{stage}: solved {measured['rate']:.3f} [{measured['lo']:.3f}, {measured['hi']:.3f}] "
               f"of {n} held-out tasks {mode}; {measured['turns']:.2f} turns a task, "
               f"{measured['parallel']:.3f} of tool turns parallel")
+    for name, measured in record.get('domains', {}).items():
+        print(f"  {name}: {measured['rate']:.3f} [{measured['lo']:.3f}, {measured['hi']:.3f}] "
+              f"of {measured['n']} sampled")
     return record
 
 # %% ../../nbs/recipe/03_evaluation.ipynb #a26468a2
@@ -69,10 +73,11 @@ def finish_stopped(policy,                     # who goes on, without a monitor
                    tokenizer,
                    tasks: dict[str, Task],     # by id
                    stopped: list[Trajectory],  # rollouts with finish 'stopped'
-                   make_env,                   # from `world`
+                   make_env,                   # from `World.open`
                    n: int = 64,                # finish at most this many, drawn at random
                    seed: int = 0,              # of the draw and of the sampling noise
-                   max_turns: int = 14,        # cap on turns, the recorded ones included
+                   max_turns: int | None = None,  # cap on turns, the recorded ones included
+                   max_len: int | None = None,    # cap on tokens; None: each environment's own, as for turns
                   ) -> dict:
     """What stopping saved on a sample, and how often it was wrong; intervals are Wilson's (95 %).
 
@@ -80,14 +85,15 @@ def finish_stopped(policy,                     # who goes on, without a monitor
     `sandbox_s` are the seconds of sandbox jobs, gradings at the end included, whose outcome wasn't known already.
     *Own design.*"""
     drawn = sorted(np.random.default_rng(seed).permutation(len(stopped))[:n])
-    begin, pool = [stopped[i] for i in drawn], make_env().pool
-    before, done = pool.seconds, []
-    if begin:
-        done = rollout(policy, tokenizer, [tasks[t.task] for t in begin], make_env, seed, max_turns, begin=begin)
+    begin = [stopped[i] for i in drawn]
+    todo = [tasks[t.task] for t in begin]
+    meters = [make_env(task) for task in {task.env: task for task in todo}.values()]   # one for each domain
+    before = sum(meter.sandbox_s for meter in meters)
+    done = rollout(policy, tokenizer, todo, make_env, seed, max_turns, max_len, begin=begin)
     pairs = [(start, whole) for start, whole in zip(begin, done) if whole.info['finish'] != 'infra']
     passed = sum(whole.reward == 1 for _, whole in pairs)
     after = [whole.info['turns'][len(start.info['turns']):] for start, whole in pairs]
     lo, hi = wilson(passed, len(pairs))
     return dict(stopped=len(stopped), finished=len(pairs), passed=passed, lo=lo, hi=hi, turns=sum(map(len, after)),
                 tokens=sum(turn['tokens'] for turns in after for turn in turns),
-                sandbox_s=round(pool.seconds - before, 3))
+                sandbox_s=round(sum(meter.sandbox_s for meter in meters) - before, 3))

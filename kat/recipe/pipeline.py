@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Callable
 
 from ..core.io import UserError, append_jsonl, atomic, dumps, loads, one_line, read_log
+from ..envs.base import make_world
 from ..cluster.launch import (check_parameters, full_disk, parse_value, read_notebook, read_parameters, run_notebook,
                                 split_pair, unknown)
 from .presets import PRESETS
@@ -280,7 +281,11 @@ def make_plan(
             raise UserError(f'{stage}.ipynb declares no parameter run_dir')
     for pair in overrides:
         _override(plan, declared, pair)
-    return {stage: check_parameters(declared[stage], values, stage) for stage, values in plan.items()}
+    for stage, values in plan.items():
+        check_parameters(declared[stage], values, stage)
+        if 'envs' in values:
+            make_world(values['envs'])   # a world that isn't there is told now, not in the middle of a run
+    return plan
 
 # %% ../../nbs/recipe/06_pipeline.ipynb #8d0f5644
 def machine() -> dict:

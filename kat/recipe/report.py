@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['MODES', 'NUMBERS', 'HEIGHT', 'STYLE', 'PAGE', 'WORDS', 'read_json', 'stage_of', 'read_evals', 'command_of',
-           'learning_rows', 'chart', 'write_report', 'stage_figure']
+           'learning_rows', 'chart', 'html_table', 'embedded_figures', 'write_report', 'stage_figure']
 
 # %% ../../nbs/recipe/05_report.ipynb #7209e1fc
 import base64
@@ -112,7 +112,7 @@ def chart(
     return ''.join(out) + '</svg>'
 
 # %% ../../nbs/recipe/05_report.ipynb #1654ae48
-def _table(
+def html_table(
     head: list[str],        # column names; '>' in front: numbers, to the right
     rows: list[list[str]],  # cells, already HTML
 ) -> str:
@@ -149,8 +149,8 @@ def _results(evals: list[dict], stages: list, done: dict) -> str:
         time = _time(done[stage]['wall_s']) if stage in done else '–'
         rates = [_rate(measured) if measured else '–' for measured in both]
         rows.append([f'<b>{escape(record["stage"])}</b>', *rates, *numbers, str(record['n']), time])
-    return _table(['after', 'solved, T = 1', 'solved, greedy', '>turns, T = 1', '>parallel, T = 1', '>turns, greedy',
-                   '>parallel, greedy', '>tasks', '>wall time'], rows)
+    return html_table(['after', 'solved, T = 1', 'solved, greedy', '>turns, T = 1', '>parallel, T = 1',
+                       '>turns, greedy', '>parallel, greedy', '>tasks', '>wall time'], rows)
 
 
 def _stages(run_dir: Path, stages: list, done: dict) -> str:
@@ -166,10 +166,22 @@ def _stages(run_dir: Path, stages: list, done: dict) -> str:
         memory = f'{mark["peak_rss_mb"]/1024:.2f} GiB' if mark.get('peak_rss_mb') else '–'
         rows.append([link, 'finished, resumed' if mark.get('resumed') else 'finished', _time(mark['wall_s']), memory])
     rows.append(['<b>all</b>', '', f'<b>{_time(sum(mark["wall_s"] for mark in done.values()))}</b>', ''])
-    return _table(['notebook', 'state', '>wall time', '>peak memory'], rows)
+    return html_table(['notebook', 'state', '>wall time', '>peak memory'], rows)
+
+# %% ../../nbs/recipe/05_report.ipynb #b3a2d7d1
+def _domains(evals: list[dict]) -> str:
+    "Rates by domain, '' where no evaluation tells domains apart."
+    names = list(dict.fromkeys(name for record in evals for name in record.get('domains', ())))
+    if not names: return ''
+    rows = []
+    for record in evals:
+        known = record.get('domains', {})
+        cells = [f'{_rate(known[name])} of {known[name]["n"]}' if name in known else '–' for name in names]
+        rows.append([f'<b>{escape(record["stage"])}</b>', *cells])
+    return '<h2>By domain, T = 1</h2>' + html_table(['after', *map(escape, names)], rows)
 
 # %% ../../nbs/recipe/05_report.ipynb #4ad0028a
-def _figures(run_dir: Path) -> str:
+def embedded_figures(run_dir: Path) -> str:
     "Every picture with its caption, inside the page."
     out = []
     for png in sorted((run_dir/'figures').glob('*.png')):
@@ -275,7 +287,7 @@ def _parts(run_dir: Path, config: dict, done: dict, evals: list[dict], figures: 
         key = '<span class="key sampled"></span>T = 1<span class="key greedy"></span>greedy'
         parts += ['<h2>What each stage bought</h2>', chart(evals),
                   f'<p class="note">Share of held-out tasks solved{key}</p>', _results(evals, stages, done),
-                  f'<p class="note">{WORDS}</p>']
+                  f'<p class="note">{WORDS}</p>', _domains(evals)]
     if figures:
         parts += ['<h2>Figures</h2>', figures]
     parts += ['<h2>Stages</h2>', _stages(run_dir, stages, done), '<h2>Settings</h2>', _settings(config),
@@ -293,7 +305,7 @@ def write_report(
     stages = list(config['stages'])
     marks = {stage: read_json(run_dir/f'{stage}.done.json', 'delete it, and the stage runs again') for stage in stages}
     done = {stage: mark for stage, mark in marks.items() if mark}
-    body = '\n'.join(_parts(run_dir, config, done, read_evals(run_dir, stages), _figures(run_dir)))
+    body = '\n'.join(_parts(run_dir, config, done, read_evals(run_dir, stages), embedded_figures(run_dir)))
     page = PAGE.format(title=escape(run_dir.name), style=STYLE, body=body)
     with atomic(run_dir/'report.html') as tmp:
         tmp.write_text(page, encoding='utf-8')

@@ -13,20 +13,23 @@ from typing import Callable, Protocol
 
 import numpy as np
 
-from ..core.chat import end_tokens, ids_of, render
+from ..core.chat import ids_of, render
+from ..core.endings import end_tokens
+from ..core.io import UserError
 from ..core.types import GENERATED, Segment, Trajectory
 from ..infer.requests import Completion, Engine, Request
 from ..plane.gateway import Gateway
 from ..plane.manager import Manager, Session, Turn, show
 from ..plane.writing import Writing
-from ..envs.base import Env, InfraError, Observation, Task, ToolCall
-from ..envs.expert import Expert
+from ..envs.base import Env, InfraError, Observation, Task, ToolCall, World, act, answered, judged, within
 from .agent import Refused, play
+from ..study.evaluate import rates_by
 
 # %% auto #0
-__all__ = ['Episode', 'ended', 'recorded_turns', 'heed', 'Policy', 'ModelPolicy', 'ScriptPolicy', 'NoStore', 'Waves',
-           'segments_of', 'finished', 'check_replay', 'rollout', 'LocalResponse', 'Local', 'asyncio_run', 'expert_data',
-           'turn_facts']
+__all__ = ['SLOT_TOKENS', 'Episode', 'ended', 'recorded_turns', 'heed', 'Policy', 'ModelPolicy', 'ScriptPolicy', 'NoStore',
+           'asked_for', 'room', 'Waves', 'segments_of', 'finished', 'check_replay', 'check_caps', 'rollout',
+           'LocalResponse', 'Local', 'asyncio_run', 'context_of', 'slots_for', 'teacher', 'teachable', 'expert_data',
+           'turn_facts', 'domain_facts']
 
 # %% ../../nbs/recipe/02_rollouts.ipynb #1e65ae79
 @dataclass(eq=False)
@@ -43,6 +46,7 @@ class Episode(Env):
     finish: str | None = None       # 'submit', 'cap', 'length', 'lost', 'stopped', 'infra'; None while it runs
     given: list[Completion] = field(default_factory=list)  # turns to play before the policy acts again
     request: Request | None = None  # what is to be sampled now
+    max_len: int | None = None      # its cap on tokens; None: the gateway's
 
     @property
     def ids(self) -> np.ndarray:
@@ -50,21 +54,28 @@ class Episode(Env):
     @property
     def tools(self) -> list[dict]:
         return self.env.tools
+    @property
+    def max_turns(self) -> int:
+        return self.env.max_turns
     async def reset(self, task: Task) -> Observation:
-        return await self.env.reset(task)
+        return await _asked(self, 'reset', self.env.reset(task))
     async def step(self, calls: list[ToolCall]) -> Observation:
         return await _step(self, calls)
 
 # %% ../../nbs/recipe/02_rollouts.ipynb #f6fc755c
+async def _asked(episode: Episode, what: str, work) -> Observation:
+    "What the environment answers. An `InfraError`, its own or because it hangs, ends the episode."
+    try:
+        return await within(episode.env.patience_s, f'{episode.task.id}: {what}', work)
+    except InfraError:
+        episode.finish = 'infra'
+        raise
+
 async def _step(episode: Episode, calls: list[ToolCall]) -> Observation:
     "Note the turn just recorded, and run its calls."
     noted = _noted(next(reversed(episode.session.turns.values())))
     episode.turns.append(noted)
-    try:
-        obs = await episode.env.step(calls)
-    except InfraError:
-        episode.finish = 'infra'
-        raise
+    obs = answered(episode.env, calls, await _asked(episode, 'step', episode.env.step(calls)))
     noted['calls'] = [dict(name=call.name, arguments=call.arguments, ok=result.ok)
                       for call, result in zip(calls, obs.results)]
     noted['errors'] += sum(not result.ok for result in obs.results)
@@ -135,7 +146,7 @@ class ModelPolicy:
     "A model behind an engine."
     engine: Engine
     temperature: float = 1.0    # 0: greedy
-    max_tokens: int = 48        # per turn
+    max_tokens: int | None = None   # of an answer; None: as many as the environment allows
     @property
     def sampling(self):
         return dict(temperature=self.temperature, max_tokens=self.max_tokens)
@@ -155,7 +166,7 @@ class ScriptPolicy:
     def _turn(self, episode):
         if episode.name not in self.agents:
             self.agents[episode.name] = self.make(episode)
-        ids = _written(self.agents[episode.name].act(episode.last), self.tokenizer, episode.tools)
+        ids = _written(act(self.agents[episode.name], episode.last, episode.task), self.tokenizer, episode.tools)
         zeros = np.zeros(len(ids), np.float32)
         return Completion(ids, zeros, zeros, 'stop', 0)
 
@@ -172,6 +183,17 @@ class NoStore:
         pass
     async def write(self, session: Session, turns: list) -> None:
         pass
+
+# %% ../../nbs/recipe/02_rollouts.ipynb #80049a91
+def asked_for(policy: Policy, env: Env) -> dict:
+    "What an agent asks for: the policy's sampling, with the environment's cap on an answer where the policy has none."
+    unset = 'max_tokens' in policy.sampling and policy.sampling['max_tokens'] is None
+    return policy.sampling | (dict(max_tokens=env.max_tokens) if unset else {})
+
+def room(policy: Policy | None, env: Env) -> int:
+    "Tokens of context to keep free for one more answer: the policy's, or the longest that the environment allows."
+    longest = env.max_tokens if policy is None else asked_for(policy, env).get('max_tokens', env.max_tokens)
+    return max(64, longest + 16)
 
 # %% ../../nbs/recipe/02_rollouts.ipynb #5829c881
 class Waves(Gateway):
@@ -190,7 +212,7 @@ class Waves(Gateway):
     async def sample(self, w: Writing, request: Request) -> Completion:
         "Wait for the others. ValueError for an episode that is over."
         episode = self.episodes[w.plan.session.name]
-        if episode.turns and len(request.ids) > self.max_len - 64:
+        if episode.turns and len(request.ids) > (episode.max_len or self.max_len) - room(self.policy, episode.env):
             episode.finish = episode.finish or 'length'
         if episode.finish: raise ValueError(f'the episode is over: {episode.finish}')
         episode.request, self.wave[episode.name] = request, (mine := asyncio.get_running_loop().create_future())
@@ -247,19 +269,22 @@ def segments_of(e: Episode) -> list[Segment]:
 
 # %% ../../nbs/recipe/02_rollouts.ipynb #02273cdb
 async def finished(e: Episode, sampling: dict) -> Trajectory:
-    "Grade an episode and give its environment back."
+    "Grade an episode and give its environment back. What the infrastructure failed at is no outcome."
     data = e.task.data
     info = dict(data.get('info', {}), family=data.get('family'), kind=e.task.kind, difficulty=data.get('level'),
                 turns=e.turns, finish=e.finish)
     reward = None
-    if e.finish != 'infra':
-        try:
-            grade = await e.env.grade()
+    try:
+        if e.finish != 'infra':
+            grade = await judged(e.env, e.task)
             reward = grade.reward if e.finish == 'submit' else 0.0
             info |= dict(tests=grade.tests, **grade.info)
-        except InfraError:
-            info['finish'] = 'infra'
-    await e.env.close()
+    except InfraError:
+        info['finish'] = 'infra'
+    try:
+        await within(e.env.patience_s, f'{e.task.id}: close', e.env.close())
+    except InfraError:
+        info['finish'], reward = 'infra', None
     return Trajectory(e.task.id, segments_of(e), reward, dict(sampling), info)
 
 # %% ../../nbs/recipe/02_rollouts.ipynb #ec41c547
@@ -270,38 +295,66 @@ def check_replay(t: Trajectory, begin: Trajectory) -> None:
         raise ValueError(f'task {t.task}: its replay gave other tokens than the record; '
                          'other tools, tokenizer or results than then?')
 
+# %% ../../nbs/recipe/02_rollouts.ipynb #1263fe1e
+def check_caps(max_turns: int | None, max_len: int | None) -> None:
+    "UserError for a cap that leaves nothing to play."
+    for name, cap in dict(max_turns=max_turns, max_len=max_len).items():
+        if cap is not None and cap < 1: raise UserError(f"{name}={cap}: at least 1, or None for the environment's own")
+
 # %% ../../nbs/recipe/02_rollouts.ipynb #b4b9c51c
 def rollout(policy: Policy,                   # who acts
             tokenizer,                        # with its chat template
             tasks: list[Task],                # one episode each
-            make_env: Callable[[], Env],      # a fresh environment per episode
+            make_env: Callable[[Task], Env],  # a fresh environment per episode, as from `World.open`
             seed: int = 0,                    # of the sampling noise; episode i uses (seed, i)
-            max_turns: int = 14,              # cap on turns
-            max_len: int = 1024,              # cap on tokens
+            max_turns: int | None = None,     # cap on turns; None: each environment's own
+            max_len: int | None = None,       # cap on tokens; None: each environment's own
             watch: Callable[[Episode], str | np.ndarray | None] | None = None,  # after each turn, see `heed`
-            progress: Callable[[int, int], None] | None = None,  # told (episodes done, all)
+            progress: Callable[[int, int], None] | None = None,  # told (episodes done, all) of a wave
             train_corrections: bool = False,  # are a watcher's turns trained on? Their log-probs must then be added
             begin: list[Trajectory] | None = None,  # recorded beginnings, one per task, from which the policy goes on
+            retries: int = 2,                 # more tries of an episode that the infrastructure lost
            ) -> list[Trajectory]:
     """Play `tasks` in waves and grade them; `info` holds task facts, `turns`, `finish`, `tests`, `patch`. *Own design.*
 
-    Where the sandbox failed, the reward is None and finish 'infra'. ValueError when a beginning can't be replayed."""
+    Where the sandbox failed to the last, the reward is None and finish 'infra'; `info['faults']` counts lost tries.
+    ValueError when a beginning can't be replayed."""
     if begin is not None and watch:
         raise ValueError('rollout: a replayed beginning is not watched; leave out `watch` or `begin`')
-    mind = partial(_mind, watch, tokenizer, train_corrections)
-    episodes = [_episode(task, make_env(), (seed, i), tokenizer, mind) for i, task in enumerate(tasks)]
-    for episode, beginning in zip(episodes, begin or [], strict=begin is not None):
-        episode.given = recorded_turns(beginning, tokenizer)
-    out = asyncio_run(_rollout(Waves(policy, tokenizer, max_len, episodes, progress), max_turns))
-    for played, beginning in zip(out, begin or []):
-        check_replay(played, beginning)
-    return out
+    if begin is not None and len(begin) != len(tasks):
+        raise ValueError(f'rollout: {len(begin)} beginnings for {len(tasks)} tasks')
+    if retries < 0: raise ValueError(f'rollout: retries={retries}, from 0')
+    check_caps(max_turns, max_len)
+    mind, out, todo = partial(_mind, watch, tokenizer, train_corrections), {}, range(len(tasks))
+    for again in range(retries + 1):
+        if not todo: break
+        episodes = [_episode(tasks[i], make_env(tasks[i]), (seed, i), again, tokenizer, mind, max_len) for i in todo]
+        for i, episode in zip(todo, episodes):
+            episode.given = recorded_turns(begin[i], tokenizer) if begin else []
+        out |= zip(todo, asyncio_run(_rollout(_waves(policy, tokenizer, episodes, progress), max_turns)))
+        todo = [i for i in todo if _lost(out[i], again + 1)]
+    for i, beginning in enumerate(begin or []):
+        check_replay(out[i], beginning)
+    return [out[i] for i in range(len(tasks))]
 
 # %% ../../nbs/recipe/02_rollouts.ipynb #01fafb07
-def _episode(task: Task, env: Env, key: tuple[int, int], tokenizer, mind: Callable) -> Episode:
-    "An attempt that has not begun; `key` names its session and seeds its noise."
-    name = '{}-{}'.format(*key)
-    return Episode(task, env, hash(key) % 2**31, name, Session(tokenizer, name, task=task.id), mind)
+def _episode(task: Task, env: Env, key: tuple[int, int], again: int, tokenizer, mind: Callable,
+             max_len: int | None) -> Episode:
+    "An attempt that has not begun; `key` names its session and seeds its noise, also when it is tried again."
+    name = '{}-{}'.format(*key) + f'-again{again}' * (again > 0)
+    return Episode(task, env, hash(key) % 2**31, name, Session(tokenizer, name, task=task.id), mind,
+                   max_len=max_len or env.max_len)
+
+def _waves(policy: Policy, tokenizer, episodes: list[Episode], progress: Callable | None) -> Waves:
+    return Waves(policy, tokenizer, max(episode.max_len for episode in episodes), episodes, progress)
+
+def _lost(t: Trajectory, tries: int) -> bool:
+    "Was it lost to the infrastructure? Then that is counted."
+    if t.info['finish'] == 'infra':
+        t.info['faults'] = tries
+    elif tries > 1:
+        t.info['faults'] = tries - 1
+    return t.info['finish'] == 'infra'
 
 def _mind(watch: Callable | None, tokenizer, trainable: bool, episode: Episode) -> None:
     "After a turn: ask the watcher, if there is one, and do what it says."
@@ -355,17 +408,17 @@ class Local:
         return reply
 
 # %% ../../nbs/recipe/02_rollouts.ipynb #87b8112a
-async def _rollout(gateway: Waves, max_turns: int) -> list[Trajectory]:
-    client, episodes = Local(gateway.app), gateway.episodes.values()
+async def _rollout(gateway: Waves, max_turns: int | None) -> list[Trajectory]:
+    client, episodes, policy = Local(gateway.app), gateway.episodes.values(), gateway.policy
     await asyncio.gather(*[_play(gateway, episode, client, max_turns) for episode in episodes])
-    return list(await asyncio.gather(*[finished(episode, gateway.policy.sampling) for episode in episodes]))
+    return list(await asyncio.gather(*[finished(episode, asked_for(policy, episode.env)) for episode in episodes]))
 
-async def _play(gateway: Waves, episode: Episode, client, max_turns: int) -> None:
+async def _play(gateway: Waves, episode: Episode, client, max_turns: int | None) -> None:
     "One agent, from its first request to its end."
     url = f'{gateway.address}/s/{episode.name}/v1'
     try:
         finish, _ = await play(client, url, episode, episode.task, max_turns, episode.seed, model=gateway.model,
-                               **gateway.policy.sampling)
+                               **asked_for(gateway.policy, episode.env))
         episode.finish = episode.finish or finish
     except Exception as error:
         if episode.turns and isinstance(error, Refused) and 'context_length_exceeded' in str(error):
@@ -387,14 +440,52 @@ def asyncio_run(coro):
     with ThreadPoolExecutor(1) as one:
         return one.submit(asyncio.run, coro).result()
 
+# %% ../../nbs/recipe/02_rollouts.ipynb #46b7171b
+SLOT_TOKENS = 2**20   # that an engine keeps at most, over all its slots
+
+def context_of(
+    world: World,
+    model,                          # a Hugging Face model
+    max_len: int | None = None,     # cap on tokens; None: the longest of the world's own
+    max_turns: int | None = None,   # cap on turns, only looked at
+) -> int:                           # tokens that an engine must hold
+    "The context that a world's episodes need. UserError where the model or an answer doesn't fit."
+    check_caps(max_turns, max_len)
+    caps = {name: max_len or part.env.max_len for name, part in world.domains.items()}
+    need, positions = max(caps.values()), model.config.get_text_config().max_position_embeddings
+    if need > positions:
+        raise UserError(f'envs={world.name}: max_len={need}, but the model has {positions} positions; '
+                        f'set max_len to at most {positions}')
+    for name, part in world.domains.items():
+        if caps[name] <= (free := room(None, part.env)):
+            raise UserError(f'max_len={caps[name]} leaves no room for an answer of {name} ({free} tokens); '
+                            'set a larger max_len')
+    return need
+
+def slots_for(episodes: int, context: int) -> int:
+    "Slots of an engine that plays so many episodes of such a context."
+    return max(1, min(episodes, SLOT_TOKENS // context))
+
 # %% ../../nbs/recipe/02_rollouts.ipynb #8e91daef
-def expert_data(tokenizer, tasks: list[Task], make_env, seed: int, told: Callable | None = None,
-                chunk: int = 200) -> list[Trajectory]:
-    "One expert trajectory per task, played in the real environment, solved or not."
-    out = []
+def teacher(world: World, tokenizer) -> ScriptPolicy:
+    "The world's experts as a policy."
+    return ScriptPolicy(tokenizer, lambda episode: world.expert(episode.task, episode.seed))
+
+def teachable(world: World, tasks: list[Task], use: str) -> list[Task]:
+    "The tasks that somebody can show. UserError where there are tasks and nobody can show one."
+    found = [task for task in tasks if world.expert(task, 0) is not None]
+    if tasks and not found:
+        raise UserError(f'envs={world.name}: no expert shows its tasks, so there are no {use}; '
+                        f'ask for none, or mix in an environment that has one')
+    return found
+
+def expert_data(world: World, tokenizer, tasks: list[Task], make_env, seed: int, told: Callable | None = None,
+                chunk: int = 200, **caps) -> list[Trajectory]:
+    "An expert's trajectory of each task that has one, solved or not; `told` hears how many. UserError for none."
+    out, tasks = [], teachable(world, tasks, 'expert trajectories')
     for start in range(0, len(tasks), chunk):
-        policy = ScriptPolicy(tokenizer, lambda episode: Expert(episode.task, episode.seed))
-        out += rollout(policy, tokenizer, tasks[start:start + chunk], make_env, seed=seed * 1000 + start)
+        out += rollout(teacher(world, tokenizer), tokenizer, tasks[start:start + chunk], make_env,
+                       seed=seed * 1000 + start, **caps)
         if told:
             told(min(start + chunk, len(tasks)))
     return out
@@ -409,3 +500,9 @@ def turn_facts(played: list[Trajectory]) -> dict:
         return sum(trajectory.info['finish'] == finish for trajectory in played) / len(played)
     return dict(turns=len(turns) / len(played), parallel=parallel / max(1, acting), capped=share('cap'),
                 stopped=share('stopped'), sampled_tokens=sum(turn['tokens'] for turn in turns))
+
+# %% ../../nbs/recipe/02_rollouts.ipynb #f200ba55
+def domain_facts(played: list[Trajectory]) -> dict:
+    "Of a mixture's rollouts, per domain: how many count, and the share solved with its Wilson interval; else nothing."
+    return {f'{domain}/{name}': value for domain, row in rates_by(played, 'domain').items()
+            for name, value in row.items()}

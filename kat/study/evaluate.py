@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['METRICS', 'wilson', 'pass_at_k', 'turns_of', 'solved', 'masked', 'count_episode', 'summary', 'solve_table',
-           'markdown_table', 'eval_record', 'save_eval', 'load_eval']
+           'markdown_table', 'rates_by', 'eval_record', 'save_eval', 'load_eval']
 
 # %% ../../nbs/study/01_evaluate.ipynb #5c8abfcb
 import json
@@ -160,18 +160,24 @@ def markdown_table(
     return '\n'.join('| ' + ' | '.join(line) + ' |' for line in lines)
 
 # %% ../../nbs/study/01_evaluate.ipynb #af154e32
+def rates_by(
+    trajectories: list,  # episodes of one model
+    key: str,            # of `info`: 'family', 'domain', …
+) -> dict:               # value: n, solved, rate, lo, hi
+    "Solve rate with interval for each value of one key; empty where no episode has it."
+    return {row['value']: {k: row[k] for k in ('n', 'solved', 'rate', 'lo', 'hi')}
+            for row in solve_table(trajectories, by=(key,))[1:]}
+
 def eval_record(
     stage: str,         # 'base', 'mid', 'sft', 'rft', 'rl' …
     sampled: list,      # episodes at temperature 1
     greedy: list = (),  # episodes at temperature 0, may be absent
     **extra,            # anything worth keeping: seed, step, checkpoint …
-) -> dict:              # stage, n, sampled, greedy (None when absent), families, and `extra`
+) -> dict:              # stage, n, sampled, greedy (None when absent), families, of a mixture domains, and `extra`
     "What one evaluation of one stage found, ready for `save_eval`."
-    families = {row['value']: {k: row[k] for k in ('n', 'solved', 'rate', 'lo', 'hi')}
-                for row in solve_table(sampled, by=('family',))[1:]}
-    said = summary(sampled)
+    said, domains = summary(sampled), rates_by(sampled, 'domain')
     return dict(stage=stage, n=said['n'], sampled=said, greedy=summary(greedy) if greedy else None,
-                families=families, **extra)
+                families=rates_by(sampled, 'family'), **(dict(domains=domains) if domains else {}), **extra)
 
 # %% ../../nbs/study/01_evaluate.ipynb #c79cb716
 def save_eval(

@@ -4,12 +4,13 @@
 
 # %% auto #0
 __all__ = ['STAGES', 'PANELS', 'stage_order', 'rate_marks', 'plot_stages', 'plot_families', 'curve', 'moving_mean', 'draw_curve',
-           'plot_learning', 'plot_loss', 'pair', 'plot_emergence']
+           'plot_learning', 'domains_of', 'plot_domains', 'plot_loss', 'pair', 'plot_emergence']
 
 # %% ../../nbs/study/03_plots.ipynb #598f9b00
 import numpy as np
 
 from ..core.figures import use_style
+from .evaluate import wilson
 from .emergence import compare_models, pattern_table
 
 # %% ../../nbs/study/03_plots.ipynb #e720dbea
@@ -66,17 +67,19 @@ def plot_stages(
 def plot_families(
     evals: list[dict],                        # records as for `plot_stages`; sampled episodes
     title: str = 'Solve rate by family of tasks',  # of the figure
+    by: str = 'families',                     # or 'domains', of a mixture
 ):
     "A panel per family: solve rate over the stages with Wilson intervals; several seeds as points, their mean as line."
-    names = sorted({family for record in evals for family in record['families']})
-    if not names: raise ValueError("plot_families: the records hold no families; episodes need info['family']")
+    names = sorted({name for record in evals for name in record.get(by, ())})
+    if not names: raise ValueError(f'plot_families: the records hold no {by}; episodes need them in their info')
     plt, sns = use_style()
     stages, lines = stage_order(evals), -(-len(names) // 4)
     columns = -(-len(names) // lines)
     fig, axes = plt.subplots(lines, columns, sharex=True, sharey=True, squeeze=False,
                              figsize=(1.95 * columns + .7, 1.75 * lines + .7))
     for ax, name in zip(axes.flat, names):
-        _family_panel(ax, evals, name, stages)
+        _family_panel(ax, [(record["stage"], record[by][name]) for record in evals if name in record.get(by, ())],
+                      name, stages)
     for ax in axes.flat[len(names):]:
         ax.set_visible(False)
     labels = [STAGES.get(stage, stage).split('-')[0] for stage in stages]
@@ -88,11 +91,10 @@ def plot_families(
     return fig
 
 # %% ../../nbs/study/03_plots.ipynb #fafd9fae
-def _family_panel(ax, evals, name, stages) -> None:
-    known = [record for record in evals if name in record['families']]
+def _family_panel(ax, known: list[tuple[str, dict]], name: str, stages: list[str]) -> None:  # known: stage, rate
     means = []
     for i, stage in enumerate(stages):
-        results = [record['families'][name] for record in known if record['stage'] == stage]
+        results = [result for at, result in known if at == stage]
         rate = np.array([100 * result['rate'] for result in results])
         error = np.array([[100 * (result['rate'] - result['lo']), 100 * (result['hi'] - result['rate'])]
                           for result in results]).reshape(-1, 2).T
@@ -100,7 +102,7 @@ def _family_panel(ax, evals, name, stages) -> None:
         ax.errorbar(at, rate, error.clip(0), fmt='o', ms=4, lw=1, capsize=2, color='C0')
         means.append(rate.mean() if len(rate) else np.nan)
     ax.plot(range(len(stages)), means, color='C0', lw=1, alpha=.6)
-    n = max(record['families'][name]['n'] for record in known)
+    n = max(result['n'] for _, result in known)
     ax.set_title(f'{name} (n = {n})', fontsize=9.5, weight='normal')
     ax.set(ylim=(-4, 104), xlim=(-.4, len(stages) - .6), yticks=[0, 50, 100])
 
@@ -142,6 +144,33 @@ def plot_learning(
         ax.set(xlabel='step', ylabel=label)
         ax.set_ylim(bottom=min(0, ax.get_ylim()[0]))
     axes[0, 0].set_title(f'{title} (line: mean over {window} steps)')
+    return fig
+
+# %% ../../nbs/study/03_plots.ipynb #3adace4b
+def domains_of(rows: list[dict]) -> list[str]:
+    "The domains that rows of a metrics.jsonl tell apart; none where one world is played."
+    return sorted({name.removesuffix('/rate') for row in rows for name in row if name.endswith('/rate')})
+
+def plot_domains(
+    rows: list[dict],  # of a metrics.jsonl: step and, per domain, `<domain>/n` and `<domain>/solved`
+    window: int = 9,   # updates pooled around each
+    title: str = 'Rollouts solved, by domain',  # of the figure
+):
+    "A curve per domain with the Wilson interval of the pooled rollouts. Returns the figure."
+    if not (names := domains_of(rows)): raise ValueError('plot_domains: the rows tell no domains apart')
+    plt, _ = use_style()
+    fig, ax = plt.subplots(figsize=(5.4, 3.2))
+    for i, name in enumerate(names):
+        x, n = curve(rows, f'{name}/n')
+        k = curve(rows, f'{name}/solved')[1]
+        k, n = (np.convolve(y, np.ones(min(window, len(y))), 'same').round() for y in (k, n))
+        x, k, n = x[n > 0], k[n > 0], n[n > 0]
+        ends = np.array([wilson(int(solved), int(all_)) for solved, all_ in zip(k, n)])
+        ax.plot(x, 100 * k / n, color=f'C{i}', ls=('-', '--', ':', '-.')[i % 4], lw=1.8, label=name)
+        ax.fill_between(x, *(100 * ends.T), color=f'C{i}', alpha=.2, lw=0)
+    ax.set(xlabel='step', ylabel='solved (%)', ylim=(0, 104))
+    ax.set_title(f'{title} (over {window} steps, 95 % Wilson)')
+    ax.legend()
     return fig
 
 # %% ../../nbs/study/03_plots.ipynb #e19abd6f

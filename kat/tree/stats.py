@@ -16,7 +16,8 @@ from pathlib import Path
 import numpy as np
 from rich.table import Table
 
-from ..core.chat import KAT_TEMPLATE, render
+from ..core.chat import render
+from ..core.template import KAT_TEMPLATE
 from ..core.logs import Conversation, import_log
 from ..core.io import read_records
 from ..core.types import GENERATED, Group, Segment, Trajectory

@@ -6,7 +6,7 @@
 from __future__ import annotations
 from dataclasses import dataclass
 
-from ..core.calls import check_json, loads_strict
+from ..core.formats import check_json, loads_strict
 
 # %% auto #0
 __all__ = ['BadRequest', 'RequestLimits', 'parse_body', 'check_body', 'kind_name', 'refuse_field', 'want', 'get_field',

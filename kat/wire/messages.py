@@ -7,7 +7,7 @@ from __future__ import annotations
 import json, re
 from collections import Counter
 
-from ..core.calls import check_json, loads_strict
+from ..core.formats import check_json, loads_strict
 from .fields import RequestLimits, get_field, note_unknown, refuse_field, want
 from .normalise import drop_billing, fold_reminders, merge_turns, order_results
 

@@ -4,9 +4,11 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import CheckpointImpl, checkpoint_wrapper
 from tree_models import gradients, make, sequences, worst
 
 from kat.compute.engine import TreeEngine
+from kat.compute.forward import check_training
 from kat.compute.logprob import tree_logprobs
 from kat.tree.trie import TokenTree
 
@@ -131,6 +133,17 @@ def test_pullback_is_the_backward_of_forward_backward(size):
     for _ in range(2):  # as often as one likes
         back(weight[edges.index], weight[edges.index], None)
         assert worst(want, gradients(model)) < 1e-9
+
+
+@pytest.mark.parametrize("how", [dict(preserve_rng_state=False), dict(checkpoint_impl=CheckpointImpl.REENTRANT)])
+def test_checkpoint_wrappers_that_draw_anew_are_refused_too(how):
+    model = make("llama").train()
+    model.model.layers[1] = checkpoint_wrapper(model.model.layers[1], **how)
+    with pytest.raises(ValueError, match="activation checkpointing with"):
+        check_training(model)
+    model.model.layers[1] = checkpoint_wrapper(model.model.layers[1]._checkpoint_wrapped_module)
+    check_training(model)
+    check_training(model.eval())
 
 
 @pytest.mark.parametrize("how", [dict(use_reentrant=True), dict(use_reentrant=False, preserve_rng_state=False)],

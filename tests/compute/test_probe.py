@@ -11,6 +11,7 @@ from transformers import (BertConfig, BertLMHeadModel, CohereConfig, CohereForCa
                           ModernBertDecoderForCausalLM, Phi3Config, Phi3ForCausalLM, PhiConfig, PhiForCausalLM,
                           PhimoeConfig, PhimoeForCausalLM, Qwen3Config, Qwen3ForCausalLM, RecurrentGemmaConfig,
                           RecurrentGemmaForCausalLM, SmolLM3Config, SmolLM3ForCausalLM)
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 from tree_models import KINDS, make
 
 from kat.compute import forward, probe, score
@@ -85,6 +86,43 @@ def test_supported_kinds_pass_at_any_length(kind, dtype):
     assert check_exact(make(kind, dtype), dtype=dtype) == {}
 
 
+class ShiftingLayer(LlamaDecoderLayer):
+    "Mixes in the token before, by a share that is this layer's own"
+    def __init__(self, config, number):
+        super().__init__(config, number)
+        self.share = config.shares[number]
+    def forward(self, hidden, *args, **kwargs):
+        out = super().forward(hidden, *args, **kwargs)
+        return out + self.share * torch.nn.functional.pad(out, (0, 0, 1, 0))[:, :-1]
+
+
+class ShiftingModel(LlamaForCausalLM):
+    def __init__(self, config):
+        super().__init__(config)
+        self.model.layers = torch.nn.ModuleList(ShiftingLayer(config, i) for i in range(config.num_hidden_layers))
+
+
+class CappedModel(LlamaForCausalLM):
+    def forward(self, *args, **kwargs):
+        out = super().forward(*args, **kwargs)
+        out.logits = self.config.cap * torch.tanh(out.logits / self.config.cap)
+        return out
+
+
+@pytest.mark.parametrize("shares", [[0.0, 0.3], [0.0, 0.0, 0.0, 0.3], [0.3, 0.0]])
+def test_layers_that_differ_by_a_number_are_of_two_kinds(shares):
+    "The copy had the first of them only"
+    config = LlamaConfig(**GQA | dict(num_hidden_layers=len(shares)), shares=shares)
+    with pytest.raises(ValueError, match="something besides attention looks along the sequence"):
+        check_exact(ShiftingModel(config))
+
+
+@pytest.mark.parametrize("cap", [30.0, 1000.0, 5000.0])
+def test_a_cap_that_small_logits_hardly_touch_is_seen(cap):
+    with pytest.raises(ValueError, match="its logits aren't a linear map of its final states"):
+        check_exact(CappedModel(LlamaConfig(**GQA, cap=cap)))
+
+
 # --- kat's side, one piece less each
 
 def ignoring(monkeypatch, *names):
@@ -128,6 +166,12 @@ def branches_see_each_other(monkeypatch):
     monkeypatch.setattr(forward, "pack_layout", pack_layout)
 
 
+def boundary_of_layer_1(monkeypatch):
+    whole = forward._join
+    monkeypatch.setattr(forward, "_join", lambda *args: {
+        layer: [0.9 * x for x in pair] if layer == 1 else pair for layer, pair in whole(*args).items()})
+
+
 LESS = {
     "softcap of 50": (gemma2, ignoring),
     "softcap of 30": (lambda: gemma2(attn_logit_softcapping=30.0), ignoring),
@@ -139,6 +183,7 @@ LESS = {
     "window": (lambda: make("mistral", torch.float32), attention(lambda q, k, v, x, s, w, b: (q, k, v, x, s, None, b))),
     "window off by one": (lambda: make("gemma3", torch.float32),
                           attention(lambda q, k, v, x, s, w, b: (q, k, v, x, s, w and w + 1, b))),
+    "boundary of one layer": (lambda: make("llama", torch.float32), boundary_of_layer_1),
     "gradient to the boundary": (lambda: make("llama", torch.float32), no_gradient_to_boundary),
     "positions": (lambda: make("llama", torch.float32), counted_positions),
     "paths": (lambda: make("llama", torch.float32), branches_see_each_other),

@@ -159,3 +159,30 @@ def test_ten_updates_are_those_of_one_process(world, tmp_path):
     "FSDP2 and whole, clipped: float32 to 1e-6 of the weights, bf16 no worse than one process in bf16."
     first, *others = ranks(tmp_path, f"ten_updates(int(sys.argv[1]), {world}, sys.argv[2])", world)
     assert first.count("equal") == 5, first[-3000:] + "".join(others)[-3000:]
+
+
+def test_norms_over_meshes_of_two_dimensions(tmp_path):
+    "Pieces on one dimension, copies on the other; what is still to be summed has no norm"
+    import torch.distributed as dist
+    from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
+    from kat.compute.ranks import clip_gradients
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        mesh = dist.device_mesh.init_device_mesh("cpu", (1, 1), mesh_dim_names=("copies", "pieces"))
+        model = torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.Linear(2, 1))
+        whole = sum(p.numel() for p in model.parameters()) ** .5
+        def place(*places):
+            for p in model.parameters():
+                p.grad = torch.ones_like(p)
+            weight = torch.nn.Parameter(DTensor.from_local(model[0].weight.detach(), mesh, places))
+            weight.grad = DTensor.from_local(torch.ones_like(model[0].weight.detach()), mesh, places)
+            model[0].weight = weight
+        place(Replicate(), Shard(0))
+        assert clip_gradients(model, .5).item() == pytest.approx(whole)
+        assert model[0].weight.grad.to_local().flatten()[0].item() == pytest.approx(.5 / whole, rel=1e-5)
+        model[0].weight = torch.nn.Parameter(torch.zeros(2, 3))
+        place(Replicate(), Partial())
+        with pytest.raises(ValueError, match="isn't summed over ranks yet"):
+            clip_gradients(model, .5)
+    finally:
+        dist.destroy_process_group()

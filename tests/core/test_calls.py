@@ -1,24 +1,17 @@
-"Calls in a model's answer: four formats, whole or in any pieces, nothing lost, second opinions where there are any."
+"Calls in a model's answer: every format, whole or in any pieces, nothing lost, second opinions where there are any."
 
 import json
 import random
+import re
 
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from transformers.utils.chat_parsing import parse_response
 
-from kat.core.calls import (
-    FORMATS,
-    CallParser,
-    Decoder,
-    Reply,
-    check_json,
-    loads_strict,
-    parse_reply,
-    write_call,
-)
-from kat.core.chat import parse_calls, train_tokenizer
+from kat.core.calls import CallParser, Decoder, Reply, parse_reply
+from kat.core.formats import FORMATS, check_json, loads_strict, write_call
+from kat.core.template import parse_calls, train_tokenizer
 
 many = settings(max_examples=200, deadline=None)
 few = settings(max_examples=60, deadline=None)
@@ -74,6 +67,7 @@ def in_pieces(text, cuts, *args, **kw):
 # --- formats (which one a template writes: test_templates.py)
 
 
+TAGGED = [f for f, form in FORMATS.items() if form.close and not form.channels]  # calls and text in any order
 words = st.text('ab1 é𝄞"\\\n<>/{}', max_size=6)
 values = dict(
     a=st.integers(-99, 99), b=st.floats(-9, 9) | st.integers(-9, 9), c=st.booleans(),
@@ -84,7 +78,7 @@ mixed = st.fixed_dictionaries(values)
 
 
 @many
-@given(mixed, st.sampled_from(['hermes', 'qwen3_coder', 'llama3']), st.lists(st.integers(0, 400), max_size=8))
+@given(mixed, st.sampled_from(sorted({*FORMATS} - {'kat'})), st.lists(st.integers(0, 400), max_size=8))
 def test_what_a_model_writes_is_read_back(args, format, cuts):
     text = write_call('mix', args, format)
     r = in_pieces(text, cuts, TOOLS, format)
@@ -94,7 +88,7 @@ def test_what_a_model_writes_is_read_back(args, format, cuts):
 
 
 def test_several_calls_text_and_thinking():
-    for f in ('kat', 'hermes', 'qwen3_coder'):
+    for f in TAGGED:
         a, b = write_call('view', dict(path='a', line=1), f), write_call('view', dict(path='b', line=2), f)
         want = [('view', dict(path='a', line=1)), ('view', dict(path='b', line=2))]
         for text, content, reasoning in [
@@ -141,11 +135,32 @@ def test_without_tools_or_a_format_everything_is_text():
             'nested more than 100',
         ),
         ('hermes', '<tool_call>' + '[' * 100_000 + '</tool_call>', 'not JSON'),
-        ('hermes', '<tool_call>{"name": "view"}', 'not closed'),
+        ('hermes', '<tool_call>{"name": "view"', 'not closed'),
+        ('hermes', '<tool_call>{"name": "view"} and more', 'not closed'),
+        ('kat', '<tool_call>view a.py 3', 'not closed'),
+        ('glm', '<tool_call>view\n<arg_key>path</arg_key><arg_value>a</arg_value>', 'not closed'),
+        ('glm', '<tool_call>view\n<arg_key>path</arg_key></tool_call>', '<arg_key>…<arg_value>… expected'),
+        ('glm', '<tool_call>{"name": "view"}</tool_call>', 'a name expected'),
+        ('minimax', '<minimax:tool_call>view</minimax:tool_call>', '<invoke name='),
+        ('kimi', '<|tool_calls_section_begin|>view<|tool_calls_section_end|>', '<|tool_call_begin|>'),
+        ('deepseek_v31', '<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>view<｜tool▁sep｜>{<｜tool▁call▁end｜>'
+         '<｜tool▁calls▁end｜>',
+         'not JSON'),
+        ('mistral', '[TOOL_CALLS][]', 'a list of calls'),
+        ('mistral_args', '[TOOL_CALLS]view[ARGS]{"path": "a"} and more', 'NAME[ARGS]'),
+        ('pythonic', '[view("a")]', 'arguments by name'),
+        ('pythonic', '[view(path=open("x"))]', 'literal arguments'),
+        ('pythonic', '[view(path="a", path="b")]', 'literal arguments'),
+        ('pythonic', '[view(**{"path": "a"})]', 'unpacked'),
+        ('qwen3_coder', '<tool_call><function=view><parameter=odd>a</function></tool_call>', '</parameter> expected'),
+        ('qwen3_coder', '<tool_call><function=view><parameter=path>a<parameter=odd>b</parameter></function>'
+         '</tool_call>',
+         '</parameter> expected'),
+        ('qwen3_coder', '<tool_call><function=view><parameter=path>a</parameter><parameter=path>b</parameter>'
+         '</function></tool_call>', 'given twice'),
         ('hermes', 'a <tool_call> b', 'not closed'),
         ('qwen3_coder', '<tool_call>\n<function=view>\n</tool_call>', '<function=NAME>'),
         ('qwen3_coder', '<tool_call><function=view>path</function></tool_call>', "expected at 'path'"),
-        ('qwen3_coder', '<tool_call><function=view><parameter=path>a</function></tool_call>', 'view: <parameter=NAME>'),
         ('kat', '<tool_call>open x</tool_call>', "unknown tool 'open'"),
         ('kat', '<tool_call>view a.py two</tool_call>', 'view: line must be a whole number'),
         ('llama3', '<|python_tag|>view.call(path="a")', 'not JSON'),
@@ -175,9 +190,9 @@ def test_json_that_is_no_call_is_text():
 
 def test_a_tag_inside_a_value_is_data():
     doc = '<tool_call> {"x"} </tool_call> \\" </think> <|python_tag|>'
-    for f in ('hermes', 'qwen3_coder', 'llama3'):
+    for f in sorted({*FORMATS} - {'kat'}):
         one = write_call('write', dict(path='a', text=doc), f)
-        r = parse_reply(one if f == 'llama3' else f'{one} {one}', TOOLS, f)
+        r = parse_reply(f'{one} {one}' if f in TAGGED else one, TOOLS, f)
         assert (
             set(json.dumps(x) for x in functions(r)) == {json.dumps(['write', dict(path='a', text=doc)])}
             and r.malformed == []
@@ -212,6 +227,107 @@ def test_values_of_the_xml_format_go_by_the_schema():
     ]
 
 
+# --- forgiving where nothing is ambiguous
+
+
+def call(r):
+    return functions(r), r.content, r.malformed
+
+
+def test_a_forgotten_closing_tag_does_no_harm_where_the_body_is_whole():
+    want = [('view', dict(path='a', line=1))]
+    for f in TAGGED:
+        form, one = FORMATS[f], write_call(*GOOD[0], f)
+        cut = one[:-len(form.close)]
+        assert call(parse_reply(cut, TOOLS, f)) == ((want, '', []) if form.ends else ([], cut, ['not closed'])), f
+        if form.ends:  # also where another call follows
+            got = call(parse_reply(f'So.\n{cut}\n{one}', TOOLS, f))
+            assert got == (want * 2, 'So.', []), f
+        end = len(cut.rstrip().removesuffix(form.one or '}'))
+        for n in range(len(form.open) + 1, end):  # cut earlier: never a call
+            r = parse_reply(one[:n], TOOLS, f)
+            assert functions(r) in ([], want) and (r.calls or r.content == one[:n]), (f, n)
+
+
+def test_every_way_to_cut_a_call_gives_that_call_or_none():
+    "Another call than the one that was meant is worse than none."
+    meant = dict(path='a b', text='x = 1\ny = 2\n')
+    for f in FORMATS:
+        one = write_call('write', meant, f)
+        for n in range(len(one)):
+            assert functions(parse_reply(one[:n], TOOLS, f)) in ([], [('write', meant)])
+
+
+def test_a_call_without_its_opening_tag():
+    bare = '<function=view>\n<parameter=path>\na\n</parameter>\n<parameter=line>\n1\n</parameter>\n</function>'
+    for text in (bare, f'{bare}\n</tool_call>', f'{bare}</tool_call>'):
+        assert call(parse_reply(f'Look.\n{text} so', TOOLS, 'qwen3_coder')) == ([GOOD[0]], 'Look.\nso', [])
+        two = parse_reply(f'{text}\n{write_call(*GOOD[1], "qwen3_coder")}', TOOLS, 'qwen3_coder')
+        assert call(two) == (GOOD, '', [])
+    unknown = 'write <function=other> and </function>'
+    assert parse_reply(unknown, TOOLS, 'qwen3_coder') == Reply(unknown)
+
+
+def test_a_parameter_without_its_closing_tag():
+    def read(inner):
+        return parse_reply(f'<tool_call>\n<function=view>\n{inner}</function>\n</tool_call>', TOOLS, 'qwen3_coder')
+
+    assert functions(read('<parameter=path>\na\n<parameter=line>\n1\n</parameter>\n')) == [GOOD[0]]
+    assert functions(read('<parameter=line>\n1\n</parameter>\n<parameter=path>\na\n')) == [GOOD[0]]
+    about = '<parameter=path>\nsee <parameter=line>3</parameter> there\n</parameter>\n'
+    assert functions(read(about)) == [('view', dict(path='see <parameter=line>3</parameter> there'))]
+    odd = read('<parameter=path>\na\n<parameter=other>\n1\n</parameter>\n')
+    assert odd.calls == [] and len(odd.malformed) == 1
+    two = write_call('view', dict(path='a'), 'qwen3_coder').replace('</parameter>\n', '') + '\n' + write_call(
+        'write', dict(text='y'), 'qwen3_coder')
+    r = parse_reply(two, TOOLS, 'qwen3_coder')
+    assert functions(r) in ([], [('view', dict(path='a')), ('write', dict(text='y'))]) and (r.calls or r.content == two)
+
+
+# --- sections, lists and channels
+
+
+def test_sections_hold_several_calls_or_none():
+    kimi = ('<|tool_calls_section_begin|><|tool_call_begin|>functions.view:0<|tool_call_argument_begin|>{"path": "a"}'
+            '<|tool_call_end|>\n<|tool_call_begin|>functions.submit:1<|tool_call_argument_begin|>{}<|tool_call_end|>'
+            '<|tool_calls_section_end|>')
+    want = [('view', dict(path='a')), ('submit', {})]
+    assert call(parse_reply(f'Look.\n{kimi}', TOOLS, 'kimi')) == (want, 'Look.', [])
+    broken = kimi.replace('{}', '{')
+    r = parse_reply(broken, TOOLS, 'kimi')
+    assert (r.calls, r.content, len(r.malformed)) == ([], broken, 1)
+    xml = ('<minimax:tool_call>\n<invoke name="view">\n<parameter name="path">a</parameter>\n</invoke>\n'
+           '<invoke name="submit">\n</invoke>\n</minimax:tool_call>')
+    assert call(parse_reply(xml, TOOLS, 'minimax')) == (want, '', [])
+    v3 = ('<｜tool▁calls▁begin｜>' + '\n'.join(
+        f'<｜tool▁call▁begin｜>function<｜tool▁sep｜>{name}\n```json\n{json.dumps(args)}\n```<｜tool▁call▁end｜>'
+        for name, args in want) + '<｜tool▁calls▁end｜>')
+    assert call(parse_reply(v3, TOOLS, 'deepseek_v3')) == (want, '', [])
+    listed = ('[TOOL_CALLS][{"name": "view", "arguments": {"path": "a"}, "id": "abc123def"}, '
+              '{"name": "submit", "arguments": {}}]')
+    assert call(parse_reply(f'Hm {listed}', TOOLS, 'mistral')) == (want, 'Hm', [])
+    named = '[TOOL_CALLS]view[CALL_ID]x1y2[ARGS]{"path": "a"}[TOOL_CALLS]submit{}'
+    assert call(parse_reply(named, TOOLS, 'mistral_args')) == (want, '', [])
+    assert call(parse_reply("[view(path='a'), submit()]", TOOLS, 'pythonic')) == (want, '', [])
+    assert parse_reply('[1] see the notes', TOOLS, 'pythonic') == Reply('[1] see the notes')
+
+
+def test_channels():
+    text = ('<|channel|>analysis<|message|>Which file?<|end|><|start|>assistant<|channel|>commentary<|message|>'
+            'I look.<|end|><|start|>assistant<|channel|>commentary to=functions.view <|constrain|>json'
+            '<|message|>{"path": "<|end|>"}<|call|>')
+    r = parse_reply(text, TOOLS, 'harmony')
+    assert r == Reply('I look.', 'Which file?', r.calls)
+    assert functions(r) == [('view', dict(path='<|end|>'))]
+    other = ' to=functions.view<|channel|>commentary json<|message|>{"path": "a"}'  # as the template writes it
+    assert call(parse_reply(other, TOOLS, 'harmony')) == ([('view', dict(path='a'))], '', [])
+    assert parse_reply('<|channel|>final<|message|>Done.<|return|>', [], 'harmony') == Reply('Done.')
+    assert parse_reply('just text', TOOLS, 'harmony') == Reply('just text')
+    bad = '<|channel|>commentary to=functions.view<|message|>{"path": '
+    assert call(parse_reply(bad, TOOLS, 'harmony'))[:2] == ([], bad)
+    assert call(parse_reply(other, [], 'harmony'))[:2] == ([], other)
+
+
 # --- in pieces
 
 FRAGMENTS = [
@@ -221,7 +337,11 @@ FRAGMENTS = [
     'view a.py 3', 'submit', 'open x', '"name"',
     '<function=view>', '<parameter=path>', '</parameter>', '</function>', '<tool_call>submit</tool_call>',
     *(write_call('write', dict(path='p', text='</tool_call>x<tool_call>'), form)
-      for form in ('hermes', 'qwen3_coder', 'llama3')),
+      for form in sorted({*FORMATS} - {'kat'})),
+    '<|channel|>', 'analysis', 'final', '<|message|>', '<|end|>', '<|start|>assistant', ' to=functions.view',
+    '<|call|>',
+    '<arg_key>', '</arg_value>', '[TOOL_CALLS]', '[ARGS]', '[', '<|tool_call_begin|>', '<｜tool▁calls▁begin｜>',
+    '<invoke name="view">',
 ]  # fmt: skip
 answers = st.lists(st.sampled_from(FRAGMENTS), max_size=9).map(''.join)
 
@@ -236,7 +356,16 @@ def test_any_cut_gives_the_same_reply_and_nothing_is_lost(text, format, thinking
     for cuts in (range(len(text)), [rng.randrange(len(text) + 1) for _ in range(4)]):
         assert in_pieces(text, cuts, TOOLS, format, thinking) == whole
     starts = thinking or text.lstrip(' \t\r\n').startswith('<think>')
-    assert starts or whole.calls or whole.content == text
+    assert starts or whole.calls or format == 'harmony' or whole.content == text
+    if format == 'harmony':  # headers and the marks between messages are all that may go
+        words = [word for word in ('Look.', 'é', '𝄞', 'view a.py 3', 'open x') if word in text]
+        assert whole.calls or all(word in whole.content + whole.reasoning or _in_header(word, text) for word in words)
+
+
+def _in_header(word, text):
+    "May a word stand in a message's header?"
+    heads = re.findall(r'(?:<\|channel\|>|<\|start\|>|to=).*?(?:<\|message\|>|$)', text, re.S)
+    return any(word in part for part in heads)
 
 
 GOOD = [('view', dict(path='a', line=1)), ('submit', {})]
@@ -250,7 +379,7 @@ BAD = [
 @many
 @given(
     st.lists(st.sampled_from(['Look.', 'é', 'a <b', 0, 1, *BAD]), max_size=7),
-    st.sampled_from(['kat', 'hermes', 'qwen3_coder']),
+    st.sampled_from(['kat', 'hermes', 'qwen3_coder', 'glm']),
     st.integers(0, 2**32),
 )
 def test_text_calls_and_broken_calls_in_any_order(parts, format, seed):

@@ -11,22 +11,9 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
-from kat.core.chat import (
-    KAT_TEMPLATE,
-    SPECIAL,
-    call_text,
-    encode_prompt,
-    error_mask,
-    extend,
-    extend_segments,
-    generation_segments,
-    ids_of,
-    parse_calls,
-    render,
-    to_trajectories,
-    tool_ids,
-    train_tokenizer,
-)
+from kat.core.chat import encode_prompt, error_mask, generation_segments, ids_of, render, to_trajectories
+from kat.core.extension import extend, extend_segments, tool_ids
+from kat.core.template import KAT_TEMPLATE, SPECIAL, call_text, parse_calls, train_tokenizer
 from kat.core.logs import Conversation, import_log
 from kat.core.types import Segment, Trajectory, normalise
 
@@ -335,6 +322,10 @@ def test_parsing_never_raises_and_accounts_for_every_call(text):
         ('<tool_call>mix a b true [] {} 1</tool_call>', "mix: b must be a number, got 'b'"),
         ('<tool_call>mix a 1 yes [] {} 1</tool_call>', 'mix: c must be true or false'),
         ('<tool_call>mix a 1 true {} {} 1</tool_call>', 'mix: d must be a JSON array'),
+        ('<tool_call>mix a NaN true [] {} 1</tool_call>', 'mix: b is not JSON'),
+        ('<tool_call>mix a 1e999 true [] {} 1</tool_call>', 'mix: b is not JSON'),
+        ('<tool_call>mix a 1 true [] {"x":[-Infinity]} 1</tool_call>', 'mix: e is not JSON'),
+        ('<tool_call>edit "\\ud800" 1 x</tool_call>', 'edit: path is not JSON'),
     ],
 )
 def test_a_malformed_call_is_an_error_text(text, says):
@@ -670,3 +661,13 @@ def test_failed_turns_stay_in_context_and_leave_the_loss(tok):
     )
     s = Segment([1], 'tool_call', 0, True, event='error')  # marked on the call itself
     assert not error_mask(Trajectory('t', [s])).mask.any()
+
+
+def test_logs_with_text_cut_within_a_character_are_read(tok, tmp_path):
+    "What programs in JavaScript leave of a character that they cut in the middle"
+    said = [dict(role='user', content='q \ud83d'), dict(role='assistant', content='\ud83d\ude00 a\ud83d')]
+    (tmp_path / 'log.jsonl').write_text(json.dumps(dict(messages=said)) + '\n')
+    (conv,) = import_log(tmp_path / 'log.jsonl')
+    assert [m['content'] for m in conv.messages] == ['q \ufffd', '\U0001f600 a\ufffd']
+    (one,) = to_trajectories(conv, tok)
+    assert tok.decode(one.ids[one.mask]) == '\U0001f600 a\ufffd<|im_end|>'

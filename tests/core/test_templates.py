@@ -13,17 +13,10 @@ from templates import tokenizer_for, trl_templates
 from transformers import AutoTokenizer, GenerationConfig
 
 from kat.core.calls import call_format
-from kat.core.chat import (
-    KAT_TEMPLATE,
-    encode_prompt,
-    end_tokens,
-    extend,
-    ids_of,
-    render,
-    to_trajectories,
-    tool_ids,
-    train_tokenizer,
-)
+from kat.core.chat import encode_prompt, ids_of, render, to_trajectories
+from kat.core.endings import end_tokens
+from kat.core.extension import extend, tool_ids
+from kat.core.template import KAT_TEMPLATE, train_tokenizer
 from kat.core.logs import Conversation
 
 TRL = trl_templates()
@@ -340,6 +333,52 @@ def test_real_templates_keep_or_refuse(name, message, says):
         assert ids[-1] in end_tokens(tok)
 
 
+EACH = "{% for k, v in c.function.arguments.items() IF %}{{ ' ' + k + '=' }}{{ V }}{% endfor %}"
+FULL_CALL = dict(path='a.py', limit=3, flag=False, zero=0, empty='', none=None, share=1.5, more=dict(x=[1, {'y': 7}]))
+
+
+@pytest.mark.parametrize(
+    'write, what',
+    [
+        (EACH.replace('IF', 'if v is string').replace('V', 'v'), "argument 'limit'"),
+        (EACH.replace('IF', 'if v').replace('V', 'v | tojson'), "argument 'flag'"),
+        (EACH.replace('IF', 'if v is not none').replace('V', 'v | tojson'), "argument 'none'"),
+        (EACH.replace('IF', "if v != ''").replace('V', 'v | tojson'), "argument 'empty'"),
+        (EACH.replace('IF', 'if v is not mapping').replace('V', 'v | tojson'), "argument 'more'"),
+        (EACH.replace('IF', '').replace('V', '(v | int) if v is number else v | tojson'), "argument 'share'"),
+        (EACH.replace('IF', '').replace('V', "v | tojson | replace('7', '')"), "argument 'limit'"),
+        (EACH.replace('IF', '').replace('V', 'v | tojson'), None),
+        ("{{ ' ' + c.function.arguments | tojson }}", None),
+        ("{{ ' ' + c.function.arguments | tojson | tojson }}", None),
+        ("{{ ' ' + (c.function.arguments | string) }}", None),
+        ("{{ c.function.arguments.values() | list | tojson }}", None),  # by place
+    ],
+)
+def test_arguments_that_are_no_text_are_in_the_mask_too(write, what):
+    tok = tokenizer_for(template(answer=ANSWER.replace('CALL', '{{ c.function.name }}' + write)))
+    messages = [user(), said(**FULL_CALL)]
+    if what is None:
+        assert trained(tok, messages)
+        return
+    with pytest.raises(ValueError, match=f'drops {what} of '):
+        trained(tok, messages)
+
+
+CHANGES = ["replace('é', 'e')", "replace('+', '')", "replace('\n', ' ')", "lower", "truncate(9)"]
+
+
+@pytest.mark.parametrize('change', CHANGES)
+def test_a_template_that_changes_a_text_is_not_trained_on_nor_extended_with(change):
+    text = 'é = A + 1\nreturn é'
+    tok = tokenizer_for(template(answer=ANSWER.replace('m.content', f'm.content | {change}')))
+    with pytest.raises(ValueError, match='drops the text'):
+        trained(tok, [user(), said(text)])
+    odd = tokenizer_for(template(tool=f"{{{{ '<|im_start|>tool\n' + (m.content | {change}) + '<|im_end|>\n' }}}}"))
+    with pytest.raises(ValueError, match='is not whole|leaves out'):
+        extend(odd, [odd.convert_tokens_to_ids('<|im_end|>')], [result(text)])
+    assert trained(tokenizer_for(PLAIN), [user(), said(text)])
+
+
 # --- no tools
 
 
@@ -484,8 +523,11 @@ def test_a_format_is_what_the_template_writes():
     llama = "{{ {'name': c.function.name, 'parameters': c.function.arguments} | tojson }}"
     kat = "{{ '<tool_call>' + c.function.name }}{% for v in c.function.arguments.values() %}{{ ' ' + v | tojson }}" \
           "{% endfor %}{{ '</tool_call>' }}"  # fmt: skip
-    for call, name in [(HERMES, 'hermes'), (coder, 'qwen3_coder'), (llama, 'llama3'), (kat, 'kat')]:
+    listed = "{{ '[TOOL_CALLS][' + c.function | tojson + ']' }}"
+    for call, name in [(HERMES, 'hermes'), (coder, 'qwen3_coder'), (llama, 'llama3'), (kat, 'kat'), (GLM, 'glm'),
+                       (listed, 'mistral')]:
         assert call_format(template(call=call)) == name == call_format(template(call=call, marks=True))
+    assert (call_format(OPEN), call_format(HARMONY)) == ('glm', 'harmony')
     assert call_format(dict(default=PLAIN, tool_use=template(call=coder))) == 'qwen3_coder'
     assert call_format(KAT_TEMPLATE) == 'kat' and call_format(None) is None and call_format('') is None
     with warnings.catch_warnings():
@@ -496,19 +538,16 @@ def test_a_format_is_what_the_template_writes():
 @pytest.mark.parametrize(
     'text',
     [
-        template(call=GLM),
-        OPEN,
-        HARMONY,
         template(call="{{ '<tool_call>' + c.function.arguments | tojson + '</tool_call>' }}"),
         template(call="{{ '<tool_call>' + c | string + '</tool_call>' }}"),
         template(call=HERMES.replace('c.function.name', "c.function.name | upper")),
-        template(call="{{ '[TOOL_CALLS][' + c.function | tojson + ']' }}"),
+        template(call="{{ '[CALLS][' + c.function | tojson + ']' }}"),
         '{% if tools %}<tool_call>{name}\n<arg_key>k</arg_key>\n</tool_call>{% endif %}',
         '{% if tools %}[AVAILABLE_TOOLS]{% endif %}{# <function= <|python_tag|> #}',
     ],
 )
 def test_a_template_that_is_not_understood_has_no_format_and_a_line_says_so(text):
-    with pytest.warns(UserWarning, match='none of the formats kat, hermes, qwen3_coder, llama3'):
+    with pytest.warns(UserWarning, match='none of the formats kat, hermes, qwen3_coder, glm'):
         assert call_format(text) is None
 
 
@@ -517,11 +556,11 @@ def test_formats_of_real_templates():
     want = dict(
         hermes='qwen2_5 qwen3 qwen3_training qwen3_instruct_2507 qwen3_vl',
         qwen3_coder='qwen3_5_think qwen3_5_nothink qwen3_6 qwen3_8 nemotron_3_nano nemotron_3_ultra',
-        llama3='llama3_1 llama3_2',
+        llama3='llama3_1 llama3_2', glm='glm4moe', harmony='gptoss', deepseek_v3='deepseekv3', lfm2='lfm2_v2',
     )
     for name, templates in want.items():
         assert {t: call_format(TRL[t]) for t in templates.split()} == dict.fromkeys(templates.split(), name)
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')
-        none = 'glm4moe gptoss deepseekv3 gemma4 phi3 cohere2 lfm2_v2 muse_glimmer'.split()
+        none = 'gemma4 phi3 cohere2 muse_glimmer'.split()
         assert {t: call_format(TRL[t]) for t in none} == dict.fromkeys(none)

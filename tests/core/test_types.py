@@ -278,6 +278,13 @@ def test_messages_in_one_form():
             {'role': 'assistant', 'tool_calls': [{'function': {'name': 'f', 'arguments': '{'}}]},
             'arguments are not JSON',
         ),
+        (
+            {'role': 'assistant', 'tool_calls': [{'function': {'name': 'f', 'arguments': '{"a": NaN}'}}]},
+            'arguments are not JSON',
+        ),
+        ({'role': 'assistant', 'tool_calls': [{'function': {'name': 'f', 'arguments': {'a': '\ud800'}}}]}, 'not JSON'),
+        ({'role': 'tool', 'content': 'cut \ud83d'}, r"messages\[0\]: half of a surrogate pair after 'cut '"),
+        ({'role': 'assistant', 'reasoning': [{'text': '\ude00'}]}, 'half of a surrogate pair'),
     ],
 )
 def test_a_bad_message_says_where(m, says):

@@ -5,10 +5,9 @@ import re
 
 import pytest
 
-from kat.core.chat import train_tokenizer
-from kat.data.corpus import (DRILLS, INSTRUCTIONS, base_documents, commit, encode, identifiers, instruction, reasoning,
+from kat.core.template import train_tokenizer
+from kat.data.corpus import (DRILLS, INSTRUCTIONS, base_documents, encode, identifiers, instruction, reasoning,
                              source_files, drill_pairs)
-from kat.envs.micro_tasks import make_task
 
 WORDS = 'total price count area speed level margin offset width height depth power'.split()
 
@@ -59,12 +58,6 @@ def test_reasoning_is_right():
                 assert eval(q.replace('?', a).replace('=', '=='))
             elif learn and 'f(' not in q:
                 assert str(eval(q)) == a
-
-
-def test_commit_shows_the_fix():
-    t = make_task('train', 0, 'operator')
-    text = ''.join(x for x, _ in commit(t))
-    assert t.data['issue'] in text and '+' + t.data['edits'][0][2] in text
 
 
 def test_encode_cuts_and_marks():

@@ -10,19 +10,18 @@ import numpy as np
 import torch
 
 from kat.core.io import read_log
-from kat.envs.expert import Expert
-from kat.envs.micro import train_task, world
+from kat.envs.base import make_world
 from kat.learn.rft import with_logprobs
 from kat.learn.training import load_model
-from kat.recipe.rollouts import ScriptPolicy, rollout
+from kat.recipe.rollouts import rollout, teacher
 
 
 def better_answers(tokenizer, n=4):
     "The expert's trajectories of the first update's tasks that passed"
-    tasks = [train_task(0, 6 * 10**5 + i) for i in range(n)]
-    with world() as make_env:
-        expert = ScriptPolicy(tokenizer, lambda episode: Expert(episode.task, episode.seed))
-        played = rollout(expert, tokenizer, tasks, make_env, seed=6 * 10**4)
+    world = make_world('micro')
+    tasks = [world.train_task(0, 6 * 10**5 + i) for i in range(n)]
+    with world.open() as make_env:
+        played = rollout(teacher(world, tokenizer), tokenizer, tasks, make_env, seed=6 * 10**4)
     return [t for t in played if t.reward == 1]
 
 

@@ -8,14 +8,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kat.envs import base
+from kat.core.io import UserError
 from kat.envs.base import (
-    Env, Grade, InfraError, Observation, Task, ToolCall, ToolResult, bad_call, make_env, register, tool)
+    Env, Grade, InfraError, Observation, Task, ToolCall, ToolResult, World, bad_call, find_world, register, tool)
 
 TOOLS = [tool('view', 'Show a file', path='string', line='integer?'), tool('wait', 'Wait', s='number', loud='boolean?'),
          tool('submit', 'End')]
 
 
-@register('test-count')
 class Count(Env):
     "Call `add` until the total is right."
     tools = [tool('add', 'Add a number', n='integer')]
@@ -43,9 +43,14 @@ class Count(Env):
         self.closed += 1
 
 
+@register('test-count')
+class Counting(World):
+    env = Count
+
+
 def test_an_episode_of_parallel_calls():
     async def episode():
-        async with make_env('test-count', start=1) as env:
+        async with Count(start=1) as env:
             obs = await env.reset(Task('t', 'test-count', data=dict(goal=6)))
             assert obs.messages == [dict(role='user', content='Reach 6.')] and not obs.done
             arguments = dict(a=dict(n=2), b={}, c=dict(n=3))
@@ -115,16 +120,24 @@ def test_grade_must_be_finite(x):
 
 
 def test_registry():
-    assert make_env('test-count').start == 0
-    assert register('test-count')(Count) is Count  # a module imported twice registers the same class again
+    assert find_world('test-count').env is Count and find_world('test-count').name == 'test-count'
+    assert register('test-count')(Counting) is Counting  # a module imported twice registers the same class again
     with pytest.raises(ValueError, match='already'):
-        register('test-count')(type('Other', (Env,), {}))
+        register('test-count')(type('Other', (World,), {}))
+    with pytest.raises(ValueError, match='derived from World'):
+        register('test-env')(Count)
+    for name in ('', 'a b', 'a/b', 'a:b', 'a,b', '1a'):
+        with pytest.raises(ValueError, match='is no name'):
+            register(name)(Counting)
     for name in ('nothing-such', 'nothing_such', 'a.b', ''):
-        with pytest.raises(ValueError, match='known:.*test-count'):
-            make_env(name)
-    assert 'base' not in base.ENVS
-    with pytest.raises(ValueError, match="no environment 'base'"):
-        make_env('base')  # a module, but no environment
+        with pytest.raises(UserError, match='known:.*micro.*test-count'):
+            find_world(name)
+    assert 'base' not in base.WORLDS
+    with pytest.raises(UserError, match="no environment 'base'"):
+        find_world('base')  # a module, but no environment
+    for method in (lambda world: world.train_task(0, 0), lambda world: world.heldout(1)):
+        with pytest.raises(NotImplementedError, match='Counting'):
+            method(Counting())
 
 
 def test_infra_error_is_no_user_error():

@@ -1,7 +1,6 @@
-"The grader: one rule for limits, tests as data, trees, canaries, and what is believed"
+"Tests that are code: trees, canaries, and what is believed"
 import ast
 import asyncio
-import json
 import os
 import random
 import textwrap
@@ -11,179 +10,17 @@ from pathlib import Path
 
 import pytest
 from grade_attacks import EXPECTED, FIX, REPO, TEST_ADD
-from grade_world import StallingPool
 from hypothesis import given
 from hypothesis import strategies as st
 
 from kat.envs.base import InfraError
 from kat.envs.grade import (
-    PASSED, Check, Suite, Verdict, all_of, ask_job, checks_of, decides, decoded, encoded, fair_run, grade_answers,
-    grade_tests, hides, holds, judge_answers, judge_tests, known_modules, merge_trees, plant, prepare_tree,
-    read_reports, read_tree, together, write_tree)
-from kat.envs.sandbox import CAUSES, Bubblewrap, JobResult, Limits, WarmPool, features
+    PASSED, Suite, Verdict, decides, grade_tests, hides, import_folders, judge_tests, known_modules, merge_trees,
+    plant, prepare_tree, read_reports, read_tree, write_tree)
+from kat.envs.sandbox import Bubblewrap, Limits, features
 
 bwrap = pytest.mark.skipif(not features().works, reason=f'bubblewrap does not work here: {features().reason}')
 CODE_LIMITS = Limits(memory_mb=2048, cpu_s=20, wall_s=120, processes=32, output_kb=256, files_mb=64)
-
-
-@pytest.fixture(scope='module')
-def pool():
-    with WarmPool(workers=2, trust='generated') as made:
-        yield made
-
-
-# ---- limits
-
-def ended(cause):
-    return JobResult('ok' if cause is None else 'killed', cause=cause, error=cause)
-
-
-@pytest.mark.parametrize('cause', [None, *CAUSES])
-@pytest.mark.parametrize('again', [None, *CAUSES])
-def test_who_is_to_blame(cause, again):
-    for honest in (None, *CAUSES):
-        blamed(cause, again, honest)
-
-
-def blamed(cause, again, honest):
-    runs, controls = iter([ended(cause), ended(again)]), []
-    async def attempt():
-        return next(runs)
-    async def control():
-        controls.append(1)
-        return ended(honest)
-    machine = {'wall', 'killed', 'worker'}
-    if cause in machine and again in machine and honest:
-        with pytest.raises(InfraError, match='honest control job'):
-            asyncio.run(fair_run(attempt, control))
-    else:
-        assert asyncio.run(fair_run(attempt, control)) == ended(again if cause in machine else cause)
-    assert len(controls) == (cause in machine)
-
-
-def test_an_error_waits_for_what_runs_beside_it():
-    done = []
-    async def fails():
-        raise InfraError('first')
-    async def slow():
-        for _ in range(5):
-            await asyncio.sleep(0)
-        done.append(1)
-    with pytest.raises(InfraError, match='first'):
-        asyncio.run(all_of([fails(), slow()]))
-    assert done
-
-
-WALL = Limits(memory_mb=256, cpu_s=1, wall_s=3)
-
-
-def grade_one(pool, code, limits=WALL, right='def f(x): return x + 1'):
-    checks = checks_of('t.py', 'from m import f\ndef test_1():\n    assert f(1) == 2\n')
-    return asyncio.run(grade_answers(pool, {'m.py': code}, checks, {'m.py': right}, limits))
-
-
-@pytest.mark.parametrize('code, cause', [
-    ('import threading\ndef f(x): threading.Event().wait()', 'wall'),
-    ('def f(x):\n    while True: pass', 'cpu'),
-    ('def f(x): return "x" * 10**9', None),
-    ('def f(x): print("x" * 10**6)', 'output'),
-    ('import os\ndef f(x):\n    while True: os.fork()', None),   # the next fork is refused: an error of its own
-    ('import os\ndef f(x): os.kill(os.getpid(), 9)', 'killed'),
-    ('import os\ndef f(x): os.abort()', 'signal'),
-])
-def test_limits_that_the_code_spends_are_its_failure(pool, code, cause):
-    limits = replace(WALL, wall_s=20) if cause != 'wall' else WALL
-    verdict = grade_one(pool, code, limits)
-    assert verdict.tests == {'t.py::test_1': False} and not verdict.passed and not verdict.tampered
-    assert verdict.certain == (cause not in ('wall', 'killed')) and bool(verdict.failed) == (cause is not None)
-
-
-def test_a_machine_that_stalls_gives_no_reward(pool):
-    good = 'def f(x): return 1 + x'
-    with pytest.raises(InfraError, match='control job'):
-        grade_one(StallingPool(pool, lambda job: True), good)
-    mine = StallingPool(pool, lambda job: job.files['m.py'] == good)
-    assert grade_one(mine, good).failed == 'longer than 3 s' and not grade_one(mine, good).certain
-    once = iter([True])
-    assert grade_one(StallingPool(pool, lambda job: next(once, False)), good) == Verdict({'t.py::test_1': True})
-
-
-# ---- tests that are data
-
-@pytest.mark.parametrize('source, says', [
-    ('x = 1\ndef test_1(): assert f() == 1', ':1: a test that is data'),
-    ('def test_1():\n    x = f()\n    assert x == 1', 'test_1 must be one assertion'),
-    ('def test_1(): f()', 'test_1 must be one assertion'),
-    ('def test_1(): assert f() == g()', 'one expression with one literal'),
-    ('def test_1(): assert 1 < f() < 3', 'one expression with one literal'),
-    ('def test_1(): assert not f() == 3', 'one expression with one literal'),
-])
-def test_tests_that_are_not_data_are_refused(source, says):
-    with pytest.raises(ValueError, match=says) as seen:
-        checks_of('t.py', source)
-    assert 't.py:' in str(seen.value)
-
-
-VALUES = st.recursive(st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(),
-                      lambda x: st.lists(x) | st.lists(x).map(tuple) | st.dictionaries(st.text() | st.integers(), x),
-                      max_leaves=6)
-
-
-@given(VALUES, VALUES)
-def test_answers_are_equal_in_type_and_value(a, b):
-    sent = json.loads(json.dumps(encoded(a)))
-    assert decoded(sent) == a
-    assert holds(Check('', '', 'x', '==', a), sent)
-    same = json.dumps(encoded(a)) == json.dumps(encoded(b))
-    assert holds(Check('', '', 'x', '==', b), sent) == same and holds(Check('', '', 'x', '!=', b), sent) != same
-    assert not same or a == b
-
-
-@pytest.mark.parametrize('compare, want, before, answer, good', [
-    ('<', 9, False, 8, True), ('<', 9, False, 9, False), ('<', 9, True, 10, True), ('>=', 2, False, 2.5, True),
-    ('<', 9, False, True, False), ('<', 9, False, '8', False), ('<', 9, False, None, False),
-    ('in', 'a', True, 'cat', True), ('in', 'a', True, 'dog', False), ('in', [1, 2], False, 2, True),
-    ('not in', [1, 2], False, 3, True), ('in', 'a', True, 7, False), ('in', 'a', True, {'object': 'str'}, False),
-    ('is', None, False, None, True), ('is', True, False, 1, False), ('is not', None, False, {'object': 'E'}, False),
-    ('truth', True, False, {'list': [0]}, True), ('truth', False, False, '', True),
-    ('truth', True, False, {'object': 'E'}, False),
-    ('==', 1, False, {'int': 1}, False), ('==', 1, False, {}, False), ('==', [], False, {'list': 3}, False),
-    ('==', 1, False, {'list': [1], 'x': 2}, False), ('!=', 1, False, {'dict': 5}, False),
-])
-def test_comparisons(compare, want, before, answer, good):
-    assert holds(Check('', '', 'x', compare, want, before), answer) is good
-
-
-def test_deep_answers_do_not_break_the_grader():
-    deep = []
-    for _ in range(900):
-        deep = {'list': [deep]}
-    assert not holds(Check('', '', 'x', '==', 1), deep)
-
-
-def test_expected_values_stay_here():
-    tests = "from m import f\ndef test_1():\n    assert f(3) == 918273\ndef test_2():\n    assert f(4) == 'k9q'\n"
-    checks = checks_of('t.py', tests)
-    job = ask_job({'m.py': ''}, checks, WALL)
-    sent = json.dumps([job.main, job.files, job.args])
-    assert '918273' not in sent and 'k9q' not in sent and 'f(3)' in sent
-
-
-def test_answers_that_nobody_asked_for_contradict_a_pass():
-    checks = [Check('a', '', 'x', '==', 1), Check('b', '', 'y', '==', 2)]
-    ok = lambda value: judge_answers(checks, JobResult('ok', value))
-    assert ok({'0': 1, '1': 2}).passed
-    assert ok({'0': 1, '1': 2, '2': 3}).tampered and not ok({'0': 1, '1': 2, '2': 3}).passed
-    for value in ({'0': 1}, {'0': 1, '1': 3, '7': 1}, {}, None, [1, 2], 'ok', {'a': 1, 'b': 2}):
-        assert not ok(value).passed and not ok(value).tampered
-    assert not Verdict({}).passed and Verdict({}).grade().reward == 0
-
-
-def test_verdicts_together():
-    good, bad = Verdict({'b': True}), Verdict({'a': False}, failed='slow', certain=False)
-    both = together([good, bad])
-    assert list(both.tests) == ['a', 'b'] and not both.passed and both.failed == 'slow' and not both.certain
-    assert together([good, Verdict({'c': True}, tampered='x')]).grade(patch={}).info == {'patch': {}, 'tampered': 'x'}
 
 
 # ---- trees
@@ -231,6 +68,47 @@ def test_trees_are_read_and_written(tmp_path):
 def test_new_modules_may_not_hide_known_ones(path, wanted):
     known = known_modules([]) | {'pytest', '_pytest', 'attr'}
     assert hides(path, known, ('.', 'src'), {'attr/__init__.py': (b'', 'file')}) == wanted
+
+
+@bwrap
+def test_a_module_beside_a_test_may_not_hide_a_known_one_either(tmp_path):
+    "pytest puts the folder of a test file before all others"
+    test = 'import statistics\nfrom calc import add\ndef test_a():\n    assert statistics.mean([add(1, 2), 3]) == 3\n'
+    repo = {'lib/calc.py': 'def add(a, b): return a - b\n', 'lib/test_calc.py': test,
+            'pkg/__init__.py': '', 'pkg/sub/__init__.py': '', 'pkg/sub/test_b.py': ''}
+    files = lambda **more: {p: (x.encode(), 'file') for p, x in {**repo, **more}.items()}
+    write_tree(files(), tmp_path)
+    suite = Suite(tmp_path, ('lib/test_calc.py::test_a',), limits=CODE_LIMITS)
+    gold = files(**{'lib/calc.py': 'def add(a, b): return a + b\n', 'pkg/sub/statistics.py': ''})
+    forged = files(**{'lib/statistics.py': 'mean = lambda x: 3\n'})
+    right, wrong = (asyncio.run(grade_tests(suite, tree, gold, Bubblewrap())) for tree in (gold, forged))
+    assert right.passed and not right.restored
+    assert not wrong.passed and wrong.restored == ('lib/statistics.py',)
+    shape = {p: t for p, t in files().items() if p != 'pkg/sub/__init__.py'}
+    assert import_folders(shape, ['pkg/sub/test_b.py']) == {'pkg/sub'}
+    assert import_folders(files(), ['pkg/sub/test_b.py']) == {'.'}
+
+
+def test_what_cannot_be_read_does_not_cross(tmp_path, monkeypatch):
+    "Files without end, files that nobody may read, names that are no text"
+    (tmp_path/'base').mkdir()
+    (tmp_path/'agent').mkdir()
+    tree = {'a.py': (b'1', 'file'), 'test_a.py': (b'def test_a():\n    assert 1 == 1\n', 'file')}
+    write_tree(tree, tmp_path/'base')
+    write_tree(tree, tmp_path/'agent')
+    with open(tmp_path/'agent/a.py', 'wb') as file:
+        file.truncate(1 << 40)
+    (tmp_path/'agent/closed').write_text('x')
+    (tmp_path/'agent/closed').chmod(0)
+    Path(os.fsdecode(os.fsencode(tmp_path/'agent') + b'/\xff_conftest.py')).write_text('')
+    left = read_tree(tmp_path/'agent')
+    assert left['a.py'] == (b'', 'unread') and left['closed'][1] == ('file' if os.geteuid() == 0 else 'unread')
+    suite = Suite(tmp_path/'base', ('test_a.py::test_a',))
+    done = prepare_tree(suite, left, [], random.Random(0))
+    assert done.tree['a.py'] == (b'1', 'file') and 'a.py' in done.restored
+    monkeypatch.setattr('kat.envs.grade.TREE_MB', 0)
+    with pytest.raises(InfraError, match='a.py of the task may not be read, or the task has more than 0 MB'):
+        prepare_tree(suite, left, [], random.Random(0))
 
 
 # ---- canaries
@@ -376,6 +254,22 @@ def test_tests_of_other_shapes_get_canaries_too():
         new, canaries, moved = plant(source, {'test_a', 'TestB::test_c'}, random.Random(seed))
         ast.parse(new)
         assert len(canaries) == 1 and not moved and new.count('parametrize') + new.count('staticmethod') == 3
+
+
+def test_a_test_that_other_classes_inherit_keeps_its_name():
+    source = 'class TestA:\n    def test_b(self):\n        assert 1 == 1\n\nclass TestC(TestA):\n    pass\n'
+    for seed in range(20):
+        for taken, wanted in (((), {'TestA::test_b', 'TestC::test_b'}), (('test_b',), {'TestA::test_b'})):
+            new, canaries, moved = plant(source, wanted, random.Random(seed), taken)
+            assert canaries and not moved and new.count('def test_b(') == 1
+    assert plant(source, {'TestA::test_b'}, random.Random(0))[2]
+
+
+def test_names_that_are_drawn_differ_in_a_file_of_few_words():
+    source = 'def test_a():\n    assert 1\n'
+    for seed in range(50):
+        new, canaries, moved = plant(source, {'test_a'}, random.Random(seed))
+        assert len({*canaries, *moved.values()}) == 3 == new.count('def test_a')
 
 
 # ---- what is believed

@@ -302,3 +302,13 @@ def test_right_code_that_fails_is_no_reward(pool):
     broken = replace(task, data={**task.data, 'edits': [(*task.data['edits'][0][:2], '    return 1 +')]})
     with pytest.raises(InfraError, match='the right code does not answer'):
         asyncio.run(judge(pool, broken, task.data['files']))
+
+
+@pytest.mark.parametrize('told', ['{"value": {}}', '{"value": null}', '{"value": {"0": NaN}}', '{}'])
+def test_tests_that_told_nothing_are_no_pass(env, told):
+    task = make_task('train', 0, 'operator', 1)
+    path, line, _ = task.data['edits'][0]
+    lines = (told + '\n{"end": "ok"}\n').encode()
+    forged = f'    import os\n    os.write(3, {lines!r})\n    os._exit(0)'
+    obs, grade, _ = steps(env, task, [('edit', dict(path=path, line=line, text=forged))], [('test', {})])
+    assert obs[1].results[0].text == 'fail: the tests told nothing' and grade.reward == 0

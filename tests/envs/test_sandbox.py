@@ -248,6 +248,13 @@ def test_output_is_capped(pool):
     assert pool.run(Job(r'print("\udc80 ok"); import os; os.write(1, b"\xff")')).stdout == '\\udc80 ok\n\ufffd'
 
 
+def test_what_a_job_tells_is_text(pool):
+    "Half of a surrogate pair would end whoever writes it, or makes tokens of it"
+    told = pool.run(Job(r'result({"\ud800": ["\udfff a", "\ud83d\ude00"]})')).value
+    assert told == {'\ufffd': ['\ufffd a', '\U0001f600']}
+    assert pool.run(Job(r'raise ValueError("\udc80")')).error.endswith('ValueError: \ufffd\n')
+
+
 def test_files_are_capped(pool):
     done = pool.run(Job('f = open("x", "wb", 0)\nfor i in range(20): f.write(bytes(10**6))'))
     assert done.status == 'error' and ('File too large' in done.error or 'No space left' in done.error)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from plane_world import say, tokenizer
 
-from kat.core.calls import write_call
+from kat.core.formats import write_call
 from kat.plane.gateway import Gateway, running
 from kat.infer.scripted import ScriptEngine
 from kat.plane.store import Store

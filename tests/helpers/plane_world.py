@@ -5,7 +5,7 @@ from functools import cache
 
 import numpy as np
 
-from kat.core.chat import train_tokenizer
+from kat.core.template import train_tokenizer
 from kat.plane.gateway import Gateway
 from kat.plane.scenarios import SCENARIO_TOOLS, answer_of, cut_off, messages_of, spelled
 from kat.infer.scripted import ScriptEngine

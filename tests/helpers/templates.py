@@ -3,7 +3,7 @@
 import re
 from pathlib import Path
 
-from kat.core.chat import train_tokenizer
+from kat.core.template import train_tokenizer
 
 CORPUS = ['def add(a, b):\n    return a + b  # 12\n', 'view calc.py and fix add, then run the tests'] * 9
 SPELLED = re.compile(

@@ -156,6 +156,12 @@ def folder(tmp_path):
     write_model(model(0), SimpleNamespace(save_pretrained=lambda f: None), tmp_path)
     return tmp_path
 
+def test_a_folder_for_generation_says_use_cache(tmp_path):
+    trained = model(0)
+    trained.config.use_cache = False  # as training leaves it
+    write_model(trained, SimpleNamespace(save_pretrained=lambda f: None), tmp_path)
+    assert json.loads((tmp_path/'config.json').read_text())['use_cache'] is True and not trained.config.use_cache
+
 def model(seed):
     torch.manual_seed(seed)
     return Qwen3ForCausalLM(Qwen3Config(

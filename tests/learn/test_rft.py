@@ -10,7 +10,8 @@ import pytest
 import torch
 from hypothesis import given, settings, strategies as st
 
-from kat.core.chat import ids_of, render, train_tokenizer
+from kat.core.chat import ids_of, render
+from kat.core.template import train_tokenizer
 from kat.core.io import write_jsonl
 from kat.core.types import Segment, Trajectory
 from kat.envs.base import ToolCall
@@ -478,7 +479,7 @@ def tok():
 @pytest.fixture(scope='module')
 def make_env():
     pool, cache = MeteredPool(workers=1, trust='generated'), {}
-    yield lambda: MicroEnv(pool, cache)
+    yield lambda _: MicroEnv(pool, cache)
     pool.close()
 
 
@@ -531,7 +532,7 @@ def test_a_corrected_rollout_solves_the_task_and_stays_token_exact(tok, make_env
     assert sum(map(len, own)) == sum(u['tokens'] for u in t.info['turns']) and len(own) == policy.calls
     # what the template would write
     dialogue = [dict(role='system', content=SYSTEM), dict(role='user', content=task.data['issue'])]
-    env = make_env()
+    env = make_env(task)
     asyncio.run(env.reset(task))
     for u in t.info['turns']:
         calls = [dict(type='function', function=dict(name=c['name'], arguments=c['arguments'])) for c in u['calls']]

@@ -16,7 +16,7 @@ from plane_world import PATH, World, ask, chat_body, full_store, heard, messages
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from kat import cli
-from kat.core.calls import write_call
+from kat.core.formats import write_call
 from kat.core.io import read_records
 from kat.core.types import Trajectory
 from kat.wire.fields import BadRequest, RequestLimits
@@ -820,7 +820,8 @@ def test_kat_serve_and_kat_sessions(tmp_path, capsys, monkeypatch):
 
 
 def test_every_end_token_of_the_model_ends_an_answer(tmp_path):
-    from kat.core.chat import end_tokens, train_tokenizer
+    from kat.core.endings import end_tokens
+    from kat.core.template import train_tokenizer
     tok = train_tokenizer(['def total(items):\n'] * 3, 300)
     tok.eos_token = '<|endoftext|>'     # the template closes with <|im_end|>
     w = World(tmp_path/'s.db')

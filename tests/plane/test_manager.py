@@ -11,7 +11,8 @@ import pytest
 from hypothesis import given, settings, strategies as st
 from plane_world import say, tokenizer, z
 
-from kat.core.chat import encode_prompt, ids_of, train_tokenizer
+from kat.core.chat import encode_prompt, ids_of
+from kat.core.template import train_tokenizer
 from kat.wire.dialects import canonical_key, explain
 from kat.infer.requests import Completion
 from kat.plane.manager import COMPLETED, Manager, Session, _key, plan_text, show

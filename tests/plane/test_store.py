@@ -67,6 +67,22 @@ def test_a_turn_comes_back():
         assert turn_row(s, new[t.id]) | dict(created=0) == turn_row(s, t) | dict(created=0)
 
 
+# --- the file
+
+def test_a_new_file_is_its_owners_alone(tmp_path):
+    old = os.umask(0)
+    try:
+        with Opened(tmp_path/'s.db') as store:
+            store.sessions()
+            modes = {path.name: path.stat().st_mode & 0o777 for path in tmp_path.iterdir()}
+    finally:
+        os.umask(old)
+    assert modes == dict.fromkeys(['s.db', 's.db-wal', 's.db-shm'], 0o600)
+    (tmp_path/'s.db').chmod(0o640)  # shared on purpose
+    with Opened(tmp_path/'s.db') as store:
+        assert store.sessions() == [] and (tmp_path/'s.db').stat().st_mode & 0o777 == 0o640
+
+
 # --- writing and reading
 
 @pytest.mark.parametrize('name', ['compaction', 'two sub-agents side by side', 'old results elided, again and again',

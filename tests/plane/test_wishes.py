@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 from plane_world import BODY, PATH, World, heard, say, tokenizer, until
 
-from kat.core.calls import FORMATS, open_call, parse_reply, write_call
+from kat.core.calls import parse_reply
+from kat.core.formats import FORMATS, open_call, write_call
 from kat.core.chat import ids_of
 from kat.wire.dialects import parse_call, without_reminders
 from kat.plane.scenarios import SCENARIO_TOOLS

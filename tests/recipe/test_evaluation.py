@@ -7,12 +7,13 @@ from kat.core.io import read_parquet
 from kat.infer.engines import HFEngine
 from kat.learn.rft import with_logprobs
 from kat.learn.training import load_model
-from kat.envs.micro import heldout, train_task, world
-from kat.envs.micro_tasks import make_task
+from kat.envs.base import make_world
 from kat.data.corpus import load_pairs, save_pairs
 from kat.recipe.evaluation import evaluate
 from kat.recipe.pipeline import ROOT, UserError
 from kat.recipe.rollouts import ModelPolicy, expert_data, rollout, turn_facts
+
+MICRO = make_world('micro')
 
 
 @pytest.fixture(scope='module')
@@ -50,9 +51,9 @@ def test_damaged_checkpoints_are_named(tmp_path, base):
 def test_ground_truths_get_the_models_own_log_probs(base):
     "The engine's record of a sample and the trainer's log-probs of the same tokens agree."
     model, tok = base
-    with world(1) as make_env:
+    with MICRO.open(1) as make_env:
         engine = HFEngine(model, max_len=1024, slots=4)
-        played = rollout(ModelPolicy(engine), tok, [make_task('train', i) for i in range(4)], make_env, max_turns=2)
+        played = rollout(ModelPolicy(engine), tok, [MICRO.train_task(0, i) for i in range(4)], make_env, max_turns=2)
     recorded = [t.logprobs.copy() for t in played]
     for before, t in zip(recorded, with_logprobs(model, played, torch.float32)):
         assert np.abs(before[t.mask] - t.logprobs[t.mask]).max() < 1e-4 and t.sampling == dict(temperature=1.0)
@@ -60,23 +61,23 @@ def test_ground_truths_get_the_models_own_log_probs(base):
 
 def test_expert_data_is_repeatable_and_seeds_differ(base):
     _, tok = base
-    with world(1) as make_env:
-        first, again, other = (expert_data(tok, [train_task(0, i) for i in range(6)], make_env, seed)
+    with MICRO.open(1) as make_env:
+        first, again, other = (expert_data(MICRO, tok, [MICRO.train_task(0, i) for i in range(6)], make_env, seed)
                                for seed in (0, 0, 1))
     assert first == again != other
-    assert {t.id for t in heldout(5)}.isdisjoint({train_task(seed, i).id for seed in range(3) for i in range(5)})
+    trained = {MICRO.train_task(seed, i).id for seed in range(3) for i in range(5)}
+    assert {t.id for t in MICRO.heldout(5)}.isdisjoint(trained)
     assert set(turn_facts(first)) == {'turns', 'parallel', 'capped', 'stopped', 'sampled_tokens'}
 
 
 def test_evaluation_is_kept(tmp_path, base):
     model, tok = base
-    with world(1) as make_env:
-        record = evaluate(model, tok, 'base', tmp_path, 4, 0, 3, make_env)
-        stamp = (tmp_path / 'eval/base.json').stat().st_mtime_ns
-        assert evaluate(model, tok, 'base', tmp_path, 4, 0, 3, make_env) == record
+    record = evaluate(model, tok, 'base', tmp_path, MICRO, 4, 0, 3)
+    stamp = (tmp_path / 'eval/base.json').stat().st_mtime_ns
+    assert evaluate(model, tok, 'base', tmp_path, MICRO, 4, 0, 3) == record
     assert (tmp_path / 'eval/base.json').stat().st_mtime_ns == stamp
     assert record['n'] == 4 and record['sampled']['rate'] == 0
     for name, temperature in (('base', 1.0), ('base.greedy', 0.0)):   # both sets can be read, and say what they are
         kept = list(read_parquet(tmp_path / f'eval/{name}.parquet'))
-        assert [t.task for t in kept] == [t.id for t in heldout(4)]
+        assert [t.task for t in kept] == [t.id for t in MICRO.heldout(4)]
         assert {t.sampling['temperature'] for t in kept} == {temperature}

@@ -9,7 +9,9 @@ import numpy as np
 import pytest
 import torch
 
-from kat.core.chat import extend_segments, generation_segments, parse_calls, render, train_tokenizer
+from kat.core.chat import generation_segments, render
+from kat.core.extension import extend_segments
+from kat.core.template import parse_calls, train_tokenizer
 from kat.core.types import Segment, Trajectory
 from kat.infer.engines import HFEngine
 from kat.infer.requests import Completion, Request
@@ -55,7 +57,7 @@ def script(tok):
 
 def test_prompts_extend_the_record(tok, pool):
     policy = Recorder(script(tok))
-    out = rollout(policy, tok, [make_task('train', i) for i in range(12)], lambda: MicroEnv(pool), max_len=10**5)
+    out = rollout(policy, tok, [make_task('train', i) for i in range(12)], lambda _: MicroEnv(pool), max_len=10**5)
     for t, prompts in zip(out, policy.seen.values()):
         for prompt in prompts:
             assert np.array_equal(t.ids[:len(prompt)], prompt)
@@ -66,7 +68,7 @@ def test_prompts_extend_the_record(tok, pool):
 
 def test_repeatable(tok, pool):
     tasks = [make_task('train', i) for i in range(8)]
-    once, again = (rollout(script(tok), tok, tasks, lambda: MicroEnv(pool), seed=3, max_len=10**5) for _ in range(2))
+    once, again = (rollout(script(tok), tok, tasks, lambda _: MicroEnv(pool), seed=3, max_len=10**5) for _ in range(2))
     assert once == again
 
 
@@ -81,7 +83,7 @@ class Fixed:
 
 
 def test_cap_and_versions(tok, pool):
-    t, = rollout(Fixed(tok, LIST), tok, [make_task('train', 0)], lambda: MicroEnv(pool), max_turns=4, max_len=10**5)
+    t, = rollout(Fixed(tok, LIST), tok, [make_task('train', 0)], lambda _: MicroEnv(pool), max_turns=4, max_len=10**5)
     assert t.info['finish'] == 'cap' and t.n_turns == 4 and t.reward == 0 and set(t.version[t.mask]) == {7}
 
 
@@ -92,14 +94,14 @@ def test_trajectories_say_how_they_were_sampled(tok, pool):
     greedy.act = say.act
     for policy, want in ((say, dict(temperature=0.5)), (script(tok), {}),
                          (greedy, dict(temperature=0.0, max_tokens=48))):
-        t, = rollout(policy, tok, [make_task('train', 0)], lambda: MicroEnv(pool), max_turns=4, max_len=10**5)
+        t, = rollout(policy, tok, [make_task('train', 0)], lambda _: MicroEnv(pool), max_turns=4, max_len=10**5)
         assert t.sampling == want
 
 
 @pytest.mark.parametrize('text', ['hello<|im_end|>', '<tool_call>fly away</tool_call><|im_end|>',
                                   '<tool_call>edit a<|im_end|>'])
 def test_turns_without_a_readable_call_are_told_and_end_as_lost(tok, pool, text):
-    t, = rollout(Fixed(tok, text), tok, [make_task('train', 0)], lambda: MicroEnv(pool), max_len=10**5)
+    t, = rollout(Fixed(tok, text), tok, [make_task('train', 0)], lambda _: MicroEnv(pool), max_len=10**5)
     assert t.info['finish'] == 'lost' and t.n_turns == 3 and t.reward == 0
     heard = [(segment.event, segment.turn) for segment in t.segments if segment.kind == 'user']
     assert heard[1:] == [('error', 0), ('error', 1)]
@@ -107,13 +109,13 @@ def test_turns_without_a_readable_call_are_told_and_end_as_lost(tok, pool, text)
 
 def test_cut_turns_are_closed_before_the_results(tok, pool):
     cut = Fixed(tok, '<tool_call>list</tool_call>', 'length')
-    t, = rollout(cut, tok, [make_task('train', 0)], lambda: MicroEnv(pool), max_turns=2, max_len=10**5)
+    t, = rollout(cut, tok, [make_task('train', 0)], lambda _: MicroEnv(pool), max_turns=2, max_len=10**5)
     text = tok.decode(t.ids)
     assert '</tool_call><|im_end|>\n<|im_start|>tool\n' in text
 
 
 def test_context_limit(tok, pool):
-    t, = rollout(Fixed(tok, LIST), tok, [make_task('train', 0)], lambda: MicroEnv(pool), max_turns=99, max_len=600)
+    t, = rollout(Fixed(tok, LIST), tok, [make_task('train', 0)], lambda _: MicroEnv(pool), max_turns=99, max_len=600)
     assert t.info['finish'] == 'length' and len(t.ids) <= 600 + 200
 
 
@@ -130,7 +132,7 @@ class Wordy(Env):
 
 def test_a_result_longer_than_the_context_ends_its_episode_and_no_other(tok, pool):
     say, envs = Fixed(tok, LIST), iter([Wordy(), MicroEnv(pool)])
-    full, other = rollout(say, tok, [make_task('train', 0)] * 2, lambda: next(envs), max_turns=3, max_len=1000)
+    full, other = rollout(say, tok, [make_task('train', 0)] * 2, lambda _: next(envs), max_turns=3, max_len=1000)
     assert (full.info['finish'], full.n_turns, full.reward) == ('length', 1, 0)
     assert (other.info['finish'], other.n_turns) == ('cap', 3)
 
@@ -145,7 +147,7 @@ def test_sessions_of_any_size_stay_while_they_are_played(tok):
 
 
 def test_watch_stops(tok, pool):
-    t, = rollout(Fixed(tok, LIST), tok, [make_task('train', 0)], lambda: MicroEnv(pool), max_len=10**5,
+    t, = rollout(Fixed(tok, LIST), tok, [make_task('train', 0)], lambda _: MicroEnv(pool), max_len=10**5,
                  watch=lambda episode: 'stop' if len(episode.turns) == 2 else None)
     assert t.info['finish'] == 'stopped' and t.n_turns == 2
 
@@ -156,14 +158,14 @@ class Broken(MicroEnv):
 
 
 def test_infrastructure_failure_is_no_reward(tok, pool):
-    out = rollout(script(tok), tok, [make_task('train', i) for i in range(4)], lambda: Broken(pool), max_len=10**5)
+    out = rollout(script(tok), tok, [make_task('train', i) for i in range(4)], lambda _: Broken(pool), max_len=10**5)
     assert all(t.reward is None and t.info['finish'] == 'infra' for t in out)
 
 
 def test_recorded_text_equals_rendering(tok, pool):
     "What the record holds is what the chat template would write for the same dialogue."
     task = make_task('train', 2)
-    t, = rollout(Fixed(tok, LIST), tok, [task], lambda: MicroEnv(pool), max_turns=2, max_len=10**5)
+    t, = rollout(Fixed(tok, LIST), tok, [task], lambda _: MicroEnv(pool), max_turns=2, max_len=10**5)
     function = dict(name='list', arguments={})
     call = dict(role='assistant', content='', tool_calls=[dict(type='function', function=function)])
     result = dict(role='tool', content=' '.join(sorted(task.data['files'])))
@@ -176,7 +178,7 @@ def test_recorded_text_equals_rendering(tok, pool):
 
 async def lockstep(engine, tok, tasks, make_env, seed, max_turns, max_len, temperature, watch):
     "The slow twin: ids in, ids out, no server; returns trajectories without grades."
-    seeds, envs = [hash((seed, i)) % 2**31 for i in range(len(tasks))], [make_env() for _ in tasks]
+    seeds, envs = [hash((seed, i)) % 2**31 for i in range(len(tasks))], [make_env(task) for task in tasks]
     segs = [render(tok, (await env.reset(task)).messages, env.tools, add_generation_prompt=True)
             for env, task in zip(envs, tasks)]
     turns, ends, given = [[[] for _ in tasks] for _ in range(3)]
@@ -236,10 +238,10 @@ def test_the_same_tokens_as_a_loop_without_http(pool, temperature, max_len):
     for http in (False, True):
         engine = HFEngine(lm, max_len=1024, slots=8, dtype=torch.bfloat16, version=3)
         if http:
-            out.append(rollout(ModelPolicy(engine, temperature), tok, tasks, lambda: MicroEnv(pool), 7, 6, max_len,
+            out.append(rollout(ModelPolicy(engine, temperature), tok, tasks, lambda _: MicroEnv(pool), 7, 6, max_len,
                                watch=lambda episode: watch(int(episode.name.split('-')[1]), len(episode.turns))))
         else:
-            out.append(asyncio.run(lockstep(engine, tok, tasks, lambda: MicroEnv(pool), 7, 6, max_len, temperature,
+            out.append(asyncio.run(lockstep(engine, tok, tasks, lambda _: MicroEnv(pool), 7, 6, max_len, temperature,
                                             watch)))
         engine.close()
     for (segments, finish, turns), t in zip(*out):
@@ -261,7 +263,7 @@ def test_a_socket_makes_no_difference(tok, pool):
         async with running(gateway) as gateway.address, httpx2.AsyncClient() as client:
             await asyncio.gather(*[_play(gateway, episode, client, 14) for episode in episodes])
         return [await finished(episode, gateway.policy.sampling) for episode in episodes]
-    assert asyncio.run(over_tcp()) == rollout(script(tok), tok, tasks, lambda: MicroEnv(pool), seed=2, max_len=10**5)
+    assert asyncio.run(over_tcp()) == rollout(script(tok), tok, tasks, lambda _: MicroEnv(pool), seed=2, max_len=10**5)
 
 
 def test_an_error_of_the_policy_or_of_the_environment_is_raised_as_it_is(tok, pool):
@@ -269,7 +271,7 @@ def test_an_error_of_the_policy_or_of_the_environment_is_raised_as_it_is(tok, po
         def act(self, episodes):
             raise FloatingPointError('not finite')
     with pytest.raises(FloatingPointError, match='not finite'):
-        rollout(Sick(tok, 'x'), tok, [make_task('train', i) for i in range(3)], lambda: MicroEnv(pool), max_len=10**5)
+        rollout(Sick(tok, 'x'), tok, [make_task('train', i) for i in range(3)], lambda _: MicroEnv(pool), max_len=10**5)
     class Bug(MicroEnv):
         async def step(self, calls):
             if self.task.id == make_task('train', 1).id: raise KeyError('a bug')
@@ -281,10 +283,10 @@ def test_an_error_of_the_policy_or_of_the_environment_is_raised_as_it_is(tok, po
             waves.append(len(episodes))
             return say.act(episodes)
     with pytest.raises(KeyError, match='a bug'):
-        rollout(Counted(), tok, [make_task('train', i) for i in range(3)], lambda: Bug(pool), max_len=10**5)
+        rollout(Counted(), tok, [make_task('train', i) for i in range(3)], lambda _: Bug(pool), max_len=10**5)
     assert waves == [3]   # the others aren't played on
     with pytest.raises(RuntimeError, match='context_length_exceeded'):   # of the very first prompt
-        rollout(Fixed(tok, 'x'), tok, [make_task('train', 0)], lambda: MicroEnv(pool), max_len=20)
+        rollout(Fixed(tok, 'x'), tok, [make_task('train', 0)], lambda _: MicroEnv(pool), max_len=20)
 
 
 def test_a_session_that_is_not_one_clean_path_is_refused(tok):
@@ -300,14 +302,14 @@ def test_a_session_that_is_not_one_clean_path_is_refused(tok):
         async def grade(self):
             raise InfraError('nothing to grade')
     with pytest.raises(RuntimeError, match='not one clean path'):
-        rollout(Fixed(tok, 'x<|im_end|>'), tok, [make_task('train', 0)], Liar, max_len=10**5)
+        rollout(Fixed(tok, 'x<|im_end|>'), tok, [make_task('train', 0)], lambda _: Liar(), max_len=10**5)
 
 
 def test_sessions_are_dropped_and_progress_is_told(tok, pool):
     held, told = [], []
     def watch(episode):
         held.append(weakref.ref(episode.session))
-    rollout(script(tok), tok, [make_task('train', i) for i in range(4)], lambda: MicroEnv(pool), max_len=10**5,
+    rollout(script(tok), tok, [make_task('train', i) for i in range(4)], lambda _: MicroEnv(pool), max_len=10**5,
             watch=watch, progress=lambda *counts: told.append(counts))
     gc.collect()
     assert held and not any(session() for session in held) and told == [(i, 4) for i in (1, 2, 3, 4)]

@@ -10,8 +10,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kat.core.calls import CallParser, Decoder, parse_reply, write_call
-from kat.core.chat import train_tokenizer
+from kat.core.calls import CallParser, Decoder, parse_reply
+from kat.core.formats import write_call
+from kat.core.template import train_tokenizer
 from kat.wire.dialects import (
     Answer, Stream, TokenLogprob, call_prefix, canonical_key, core_messages, count_tokens_answer, explain,
     models_answer, parse_call, render_answer, render_error, too_long, tools_key)

@@ -1,0 +1,56 @@
+"""Claude Code and mini-swe-agent through `kat evaluate`, with a scripted model: `make clients` installs and runs them
+
+Each is its maker's program, in the sandbox, with the gateway as its only way out."""
+import json
+import os
+
+import pytest
+from benchmark_world import call, engine, evaluate, software_task
+from clients_world import HOME
+
+from kat.recipe.scores import load_run
+
+pytestmark = pytest.mark.skipif('KAT_CLIENTS' not in os.environ, reason='real agents: run them with `make clients`')
+FIX = "sed -i '0,/a - b/s//a + b/' calc.py"
+
+
+def on_path(monkeypatch, program):
+    if not (HOME / program).exists():
+        pytest.skip(f'{program} is not in {HOME}: it could not be installed')
+    monkeypatch.setenv('PATH', f'{(HOME / program).parent}:{os.environ["PATH"]}')
+
+
+def script(*steps):
+    "Says the steps one after the other; a request that isn't about the task gets a word."
+    def answer(text):
+        if 'add() must add' not in text: return 'calc'
+        n = text.count('<|im_start|>assistant') - 1
+        return steps[min(n, len(steps) - 1)]
+    return answer
+
+
+def mended(path, agent, *steps):
+    software_task(path / 'tasks')
+    made = engine(script(*steps))
+    run, said = evaluate(path, made, str(path / 'tasks'), agent, context=10**6, seconds=300., max_turns=30)
+    (one,) = load_run(run)[1]
+    assert one['category'] == 'resolved', (one, said)
+    assert one['turns'] >= len(steps) and one['read'] > 0 and one['session']
+    assert json.loads((run / 'predictions.jsonl').read_text())['model_patch'].count('+    return a + b') == 1
+    return one
+
+
+def test_claude_code(tmp_path, monkeypatch):
+    on_path(monkeypatch, 'npm/node_modules/.bin/claude')
+    bash = lambda line: call('Bash', command=line, description='work')
+    one = mended(tmp_path, 'claude-code', 'I look.\n' + bash('ls && cat calc.py'),
+                 call('Read', file_path='/workspace/calc.py'), bash(FIX), 'It adds now.')
+    assert one['calls'] == 3 and one['finish'] == 'submit'
+
+
+def test_mini_swe_agent(tmp_path, monkeypatch):
+    on_path(monkeypatch, 'mini/bin/mini')
+    bash = lambda line: call('bash', command=line)
+    one = mended(tmp_path, 'mini-swe-agent', 'I look.\n' + bash('ls && cat calc.py'), bash(FIX),
+                 bash('echo COMPLETE_TASK_AND_SUBMIT_FINAL_OUTPUT'))
+    assert one['calls'] == 3 and one['findings'] == []
