@@ -13,7 +13,7 @@ __all__ = ['LONGEST', 'PLAYER', 'SEARCH', 'PLAYS', 'TOGETHER', 'SERVE', 'NESTED'
            'gates', 'valid_rewrites', 'kill_table', 'smallest_cover', 'ask_writer', 'writer_prompt', 'written_in',
            'without_own', 'without_code', 'with_own', 'strengthen', 'settings_key', 'over_tasks', 'score_table']
 
-# %% ../../nbs/envs/21_testgen.ipynb #bae997ca
+# %% ../../nbs/envs/21_testgen.ipynb #2af608d8
 import ast
 import asyncio
 import hashlib
@@ -25,6 +25,7 @@ import statistics
 import time
 import urllib.request
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -1103,7 +1104,7 @@ def strengthen(
 
 OLD = 3  # tests that only the code before the fix fails
 
-# %% ../../nbs/envs/21_testgen.ipynb #61c83b60
+# %% ../../nbs/envs/21_testgen.ipynb #1cf079d6
 def _outcome(folder, measured: Measured, path: str, kept: dict, kinds: dict, box, funnel: Counter, rewrites) -> dict:
     "The new tests once more against all survivors, and under the grader."
     texts = {i: w.source for i, w in kept.items()}
@@ -1115,7 +1116,9 @@ def _outcome(folder, measured: Measured, path: str, kept: dict, kinds: dict, box
                  tests={path: written_file(list(texts.values()), list(texts))} if kept else {},
                  fail_to_pass=ids('fail_to_pass'), pass_to_pass=ids('pass_to_pass'), funnel=dict(funnel),
                  origins=dict(Counter(w.origin for w in kept.values())), settings=dict(rewrites=sorted(rewrites)))
-    if kept and (why := asyncio.run(_refused(folder, found, box))):
+    with ThreadPoolExecutor(1) as apart:  # a loop of its own: a notebook's is running already
+        why = apart.submit(asyncio.run, _refused(folder, found, box)).result() if kept else ''
+    if why:
         raise InfraError(f'{measured.bench.id}: the strengthened task {why}')
     return found
 
