@@ -40,7 +40,7 @@ from kat.core.logs import import_log
 from kat.core.types import Group, Segment
 from kat.learn.advantage import group_advantages
 from kat.learn.objective import Objective
-from kat.learn.rl import Row, graded_rewards, make_row
+from kat.learn.rl import Row, make_row
 from kat.recipe.pipeline import ROOT, machine
 from kat.infer.engines import HFEngine
 from kat.learn.training import load_model
@@ -72,6 +72,11 @@ def batch_of(run, batch, tasks=16, rollouts=8):
         write_parquet(path, played)
     played = list(read_parquet(path))
     return [Group(played[i].task, played[i:i + rollouts]) for i in range(0, len(played), rollouts)]
+
+
+def graded_rewards(group):
+    "float32[k], NaN for what isn't trained on."
+    return np.where([t.info.get("masked") is None for t in group], group.rewards, np.nan)
 
 
 def rows_of(groups):

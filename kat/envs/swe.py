@@ -34,7 +34,8 @@ from threading import BoundedSemaphore, Lock
 from ..core.io import UserError
 from .base import (
     Env, Grade, InfraError, Observation, Task, ToolCall, ToolResult, World, bad_call, register, tool)
-from .grade import CACHES, Verdict, all_of, package_folders, read_tree, write_tree
+from .answers import Verdict, all_of
+from .grade import CACHES, package_folders, read_tree, write_tree
 from .sandbox import Bubblewrap, Limits
 from .tasks import (
     base_tree, gold_tree, grade_state, plain_task, read_task, read_tasks, suite_of, tree_patch)

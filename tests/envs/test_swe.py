@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kat.core.chat import train_tokenizer
+from kat.core.template import train_tokenizer
 from kat.core.io import UserError
 from kat.envs import swe
 from kat.envs.base import InfraError, ToolCall, make_world

@@ -7,7 +7,7 @@ from pathlib import Path
 from plane_world import say, tokenizer
 from rich.console import Console
 
-from kat.core.calls import write_call
+from kat.core.formats import write_call
 from kat.envs.tasks import SoftwareTask, tree_patch, write_task
 from kat.infer.scripted import ScriptEngine
 from kat.recipe.benchmark import Evaluation, ModelSource, PlaySettings, run_evaluation
