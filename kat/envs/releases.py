@@ -501,9 +501,9 @@ NOT_OWN = {'test', 'tests', 'docs', 'examples', 'setup', 'conftest', 'noxfile', 
 SETTINGS_OF_TOOLS = ('.config.js', '.config.mjs', '.config.cjs')  # what they ask for, no test does
 
 def _needs_of_scripts(pair: Pair, box) -> list:
-    from kat.envs.node import detect
+    from kat.envs.node import detect_node
     try:
-        needs = detect({p: t for p, t in pair.new.items() if not p.endswith(SETTINGS_OF_TOOLS)}, box).needs
+        needs = detect_node({p: t for p, t in pair.new.items() if not p.endswith(SETTINGS_OF_TOOLS)}, box).needs
     except ValueError as error:
         raise Dropped(f'its tests are of another kind: {error}') from None
     wide = lambda spread: re.sub(r'^\^([1-9]\d*)\..*', r'^\1', spread)  # so that neighbours share one site
