@@ -8,6 +8,7 @@ import sysconfig
 import tarfile
 import threading
 import zipfile
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -65,7 +66,9 @@ def packed(files):
     return out.getvalue()
 
 
+@cache
 def wheel(name, version, *modules):
+    "A wheel; the same bytes each time"
     out = io.BytesIO()
     with zipfile.ZipFile(out, 'w') as archive:
         info = f'{name}-{version}.dist-info'
@@ -193,7 +196,8 @@ def test_two_releases_become_a_task_a_row_without_their_code_and_the_same_task_a
     index.files['runner-1.0-py3-none-any.whl'] = wheel('runner', '1.0')
     again = tmp_path / 'again'
     assert fetch_tasks(read_rows(rows), again, 1, quiet) == {}
-    for name in ('task.json', 'gold.patch', 'Dockerfile'):
+    assert read_task(again / 'toy-1.1') == task
+    for name in ('gold.patch', 'Dockerfile'):
         assert (again / 'toy-1.1' / name).read_bytes() == (built / 'toy-1.1' / name).read_bytes()
     assert sorted(p.name for p in (again / 'sites').glob('*/*.py')) == ['runner.py']
     asked = len(index.asked)
