@@ -212,6 +212,7 @@ def test_predictions_are_graded_and_infrastructure_is_no_failure(clone, tmp_path
     assert said['none']['why'] == 'no patch' and 'does not apply' in said['odd']['why']
     assert said['tests']['restored'] == ['test_new.py']
     class Gone:
+        python = '/usr/bin/python3'
         def exec(self, *given, **more):
             raise InfraError('sandbox: gone')
     said = asyncio.run(grade_predictions(dict(gold=row['patch']), dict(gold=where), Gone()))
