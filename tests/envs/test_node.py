@@ -16,7 +16,7 @@ from kat.envs.sandbox import Bubblewrap, Limits, features
 from kat.envs.tasks import SoftwareTask, base_tree, gold_tree, grade_state, tree_patch, write_task
 
 runs = pytest.mark.skipif(not (features().works and has_node()), reason='bubblewrap or node is not here')
-LIMITS = Limits(memory_mb=4096, cpu_s=6, wall_s=20, processes=64, output_kb=256, files_mb=64)
+LIMITS = Limits(memory_mb=4096, cpu_s=3, wall_s=12, processes=64, output_kb=256, files_mb=64)
 BY_A_DRAW = 'one assertion does nothing the first time'  # caught where a canary comes before what it is a copy of
 GOLD = tree(REPO, {'calc.js': FIX})
 
