@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['app', 'Pairs', 'Debug', 'Version', 'tree', 'Log', 'Tokenizer', 'StorePath', 'Served', 'Keys', 'Computes',
-           'VllmAddress', 'sessions', 'Owner', 'TaskOption', 'ModelPlace', 'Stages', 'Agent', 'Positive', 'TurnLimit',
-           'WrittenTokens', 'AnswerTokens', 'Warmth', 'CheckFirst', 'Parallel', 'Price', 'KeyFile', 'Show', 'tasks',
-           'Folder', 'FilterPairs', 'TaskSet', 'MutantBudget', 'Draw', 'Hands', 'TASK_SET', 'pipeline', 'run', 'report',
-           'stats', 'draw', 'serve_', 'list_', 'show_', 'export_', 'evaluate_', 'compare', 'cheats', 'collect_',
-           'funnel_', 'mutants_', 'strengthen_', 'build_', 'fetch_', 'main']
+           'VllmAddress', 'sessions', 'Owner', 'TaskOption', 'TaskPlace', 'ModelPlace', 'Staged', 'Agent', 'Positive',
+           'TurnLimit', 'WrittenTokens', 'AnswerTokens', 'Warmth', 'CheckFirst', 'Parallel', 'Price', 'KeyFile', 'Show',
+           'tasks', 'Folder', 'FilterPairs', 'TaskSet', 'MutantBudget', 'Draw', 'Hands', 'TASK_SET', 'pipeline', 'run',
+           'report', 'stats', 'draw', 'serve_', 'list_', 'show_', 'export_', 'evaluate_', 'compare', 'cheats',
+           'collect_', 'funnel_', 'mutants_', 'strengthen_', 'build_', 'fetch_', 'main']
 
 # %% ../nbs/cli.ipynb #bf1db84f
 import os
@@ -455,9 +455,11 @@ def export_(
     print(f'{_near(out)}: groups {n}')
 
 # %% ../nbs/cli.ipynb #e7a10002
+TaskPlace = Annotated[str, typer.Option('--tasks', metavar='FOLDER|ENV:N', help='Software tasks, or N held-out '
+                                       'ones of an environment.')]
 ModelPlace = Annotated[str, typer.Option('--model', metavar='FOLDER|URL', help='A model of ours, or an endpoint in '
                                          'the form of OpenAI.', show_default='the shipped base model')]
-Stages = Annotated[Path, typer.Option('--stages', metavar='RUN', help='Instead of a model: all models of a run of the '
+Staged = Annotated[Path, typer.Option('--stages', metavar='RUN', help='Instead of a model: all models of a run of the '
                                       'pipeline, base to RL, and their chart.')]
 Agent = Annotated[str, typer.Option(help='builtin, claude-code, mini-swe-agent, or a command with {prompt} in it; '
                                     'programs run in a sandbox, on a model of ours.')]
@@ -476,10 +478,9 @@ Show = Annotated[list[Path], typer.Option(metavar='FOLDER', help="Further folder
 # %% ../nbs/cli.ipynb #e7a10003
 @app.command('evaluate')
 def evaluate_(
-    tasks: Annotated[str, typer.Option(metavar='FOLDER|ENV:N', help='Software tasks, or N held-out ones of an '
-                                       'environment.')],
+    tasks: TaskPlace,
     model: ModelPlace = '',
-    stages: Stages = None,
+    stages: Staged = None,
     agent: Agent = 'builtin',
     out: Annotated[Path, typer.Option(help='Folder of the evaluation.', show_default='one in evals/')] = None,
     runs: Annotated[int, Positive('--runs', 'Of each task, for pass@k.')] = 1,
@@ -507,8 +508,6 @@ def evaluate_(
     `kat evaluate --model http://localhost:8000 --tasks data/tasks/small --runs 4`
 
     `kat evaluate --model models/Qwen3-8B --agent claude-code --tasks data/tasks/small`
-
-    `kat evaluate --stages data/runs/tiny --tasks micro:500`
     """
     _evaluate(**{name: value for name, value in locals().items() if name != 'debug'})
 

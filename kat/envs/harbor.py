@@ -198,7 +198,8 @@ def to_harbor(
     "A task of kat's as Harbor has it. Raises `ValueError` for a language without a verifier."
     folder, task = Path(folder), read_task(folder)
     if task.language != 'python': raise ValueError(f'task {task.id}: no Harbor verifier for {task.language}')
-    texts = {'instruction.md': task.statement, 'task.toml': task_toml(task), 'environment/Dockerfile': harbor_dockerfile(task),
+    texts = {'instruction.md': task.statement, 'task.toml': task_toml(task),
+             'environment/Dockerfile': harbor_dockerfile(task),
              'tests/verify.py': VERIFY}
     files = {path: (text.encode(), 'file') for path, text in texts.items()}
     files |= {'environment/base.tar': (tree_tar(base_tree(folder)), 'file'),

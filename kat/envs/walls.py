@@ -143,6 +143,7 @@ ENVIRON = dict(PATH='/usr/local/bin:/usr/bin:/bin', HOME='/tmp', TMPDIR='/tmp', 
 _RIGHTS = ('SYS_ADMIN', 'SYS_CHROOT', 'NET_ADMIN', 'SETUID', 'SETGID', 'SETFCAP', 'SYS_PTRACE', 'KILL',
            'CHOWN', 'DAC_OVERRIDE', 'FOWNER', 'FSETID')  # the last row is what a copy-on-write layer needs
 
+# %% ../../nbs/envs/02_walls.ipynb #7efaf47a
 @dataclass(frozen=True)
 class Box:
     "A kind of sandbox: which bubblewrap, how large all files together, what is /workspace, what else is shown."

@@ -114,6 +114,7 @@ class TaskRun:
     hash: str     # of the task
     run: int      # from 0
 
+# %% ../../nbs/recipe/07_benchmark.ipynb #c81d7456
 def make_jobs(
     tasks: list[Task],
     identity: dict,    # of the model: what makes its answers comparable

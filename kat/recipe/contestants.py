@@ -65,7 +65,7 @@ class Meter:
         "One answer, noted."
         if self.tokens and self.played.written >= self.tokens: raise LimitSpent('tokens')
         self.played.messages = json['messages']
-        response = await self._sent(url, json)
+        response = await _sent(self, url, json)
         if response.status_code == 200:
             _note(self.played, json['messages'], _body(response, url))
         elif response.status_code in (400, 413, 422) and _TOO_LONG.search(response.text):
@@ -74,21 +74,22 @@ class Meter:
             raise InfraError(f'{url}: {response.status_code} {one_line(response.text)[:200]}')
         return response
 
-    async def _sent(self, url: str, body: dict):
-        "A response that is no sign of a busy or broken server."
-        httpx2, why = need('httpx2', 'serve'), ''
-        for i in range(self.tries):
-            pause = self.wait * 2**i
-            try:
-                response = await self.client.post(url, json=body)
-                if response.status_code not in (408, 409, 425, 429) and response.status_code < 500: return response
-                why = f'{response.status_code} {one_line(response.text)[:200]}'
-                pause = _asked_pause(response, pause)
-            except httpx2.HTTPError as error:
-                why = f'{type(error).__name__} {one_line(error)}'.strip()
-            if i + 1 < self.tries:
-                await asyncio.sleep(pause)
-        raise InfraError(f'{url} did not answer in {self.tries} tries: {why}')
+# %% ../../nbs/recipe/08_contestants.ipynb #c74f6815
+async def _sent(meter: Meter, url: str, body: dict):
+    "A response that is no sign of a busy or broken server."
+    httpx2, why = need('httpx2', 'serve'), ''
+    for i in range(meter.tries):
+        pause = meter.wait * 2**i
+        try:
+            response = await meter.client.post(url, json=body)
+            if response.status_code not in (408, 409, 425, 429) and response.status_code < 500: return response
+            why = f'{response.status_code} {one_line(response.text)[:200]}'
+            pause = _asked_pause(response, pause)
+        except httpx2.HTTPError as error:
+            why = f'{type(error).__name__} {one_line(error)}'.strip()
+        if i + 1 < meter.tries:
+            await asyncio.sleep(pause)
+    raise InfraError(f'{url} did not answer in {meter.tries} tries: {why}')
 
 # %% ../../nbs/recipe/08_contestants.ipynb #fe48f3cd
 def _asked_pause(response, pause: float) -> float:
@@ -237,6 +238,7 @@ class House:
         httpx2 = need('httpx2', 'serve')
         return httpx2.AsyncClient(timeout=httpx2.Timeout(None, connect=10))
 
+# %% ../../nbs/recipe/08_contestants.ipynb #d4190f10
 @asynccontextmanager
 async def house(
     opened,          # an asynchronous context that yields (engine, tokenizer, tokens of context)
@@ -326,6 +328,7 @@ class Handed(Env):
     async def close(self):
         await self.env.close()
 
+# %% ../../nbs/recipe/08_contestants.ipynb #53046841
 class SoftwareFolder(Env):
     "A software task (`kat.envs.tasks`) whose work is handed in as a tree."
     def __init__(self, task: Task):
@@ -543,7 +546,7 @@ class Commanded:
             await asyncio.to_thread(_lay_out, env.base, work)
             try:
                 async with sockets(lines, self.house.address, budget) as stop:
-                    ended = await self._run(env.statement, key, work, lines, budget, stop)
+                    ended = await _run(self, env.statement, key, work, lines, budget, stop)
             finally:
                 await seen_of(self.house.gateway, played.session, played)
             env.leave(await asyncio.to_thread(read_tree, work))
@@ -552,24 +555,24 @@ class Commanded:
     async def graded(self, played: Seen, line: dict) -> None:
         await self.house.graded(played, line)
 
-    async def _run(self, statement: str, key: str, work: Path, lines: Path, budget: Budget, stop):
-        "The program from its start to its end, whoever ends it."
-        argv, env = self.program.filled(prompt=TOLD.format(statement=statement), url=f'http://127.0.0.1:{PORT}',
-                                        key=key,
-                                        model=self.house.gateway.model)
-        command = [*bare_python(), '-c', STARTER, str(lines), str(PORT), json.dumps(argv)]
-        limits = replace(ROOM, wall_s=self.seconds + 60)
-        start = lambda: Bubblewrap().exec(command, work, limits, env=env, show=(*self.program.show, str(lines)))
-        running_ = asyncio.get_running_loop().run_in_executor(self.house.at_once, start)
-        watching = asyncio.ensure_future(budget.over.wait())
-        try:
-            await asyncio.wait([running_, watching], return_when=asyncio.FIRST_COMPLETED)
-            stop()
-            return await asyncio.shield(running_)
-        finally:
-            watching.cancel()
-            stop()
-            await asyncio.wait([running_], timeout=30)
+# %% ../../nbs/recipe/08_contestants.ipynb #b28499b8
+async def _run(one: Commanded, statement: str, key: str, work: Path, lines: Path, budget: Budget, stop):
+    "The program from its start to its end, whoever ends it."
+    argv, env = one.program.filled(prompt=TOLD.format(statement=statement), url=f'http://127.0.0.1:{PORT}',
+                                    key=key, model=one.house.gateway.model)
+    command = [*bare_python(), '-c', STARTER, str(lines), str(PORT), json.dumps(argv)]
+    limits = replace(ROOM, wall_s=one.seconds + 60)
+    start = lambda: Bubblewrap().exec(command, work, limits, env=env, show=(*one.program.show, str(lines)))
+    running_ = asyncio.get_running_loop().run_in_executor(one.house.at_once, start)
+    watching = asyncio.ensure_future(budget.over.wait())
+    try:
+        await asyncio.wait([running_, watching], return_when=asyncio.FIRST_COMPLETED)
+        stop()
+        return await asyncio.shield(running_)
+    finally:
+        watching.cancel()
+        stop()
+        await asyncio.wait([running_], timeout=30)
 
 # %% ../../nbs/recipe/08_contestants.ipynb #2b006b03
 def _lay_out(tree: dict, work: Path) -> None:
