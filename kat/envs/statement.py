@@ -246,7 +246,7 @@ def failure(name: str, error: str) -> str:
     "A sentence about a test that fails, by its name and its error."
     words = re.sub(r'[_\W]+', ' ', re.sub(r'^test_?', '', name.split('[')[0].split('::')[-1])).strip()
     said = [line for line in error.split('\n') if not re.match(r'\s*(Use -v|Omitting|Full diff)', line)]
-    first = ' '.join(' '.join(said).split())[:240]
+    first = re.sub(r'0x[0-9a-f]{6,}', '0x…', ' '.join(' '.join(said).split()))[:240]  # addresses differ by run
     return f'A check of "{words or "the module"}" fails: `{first}`.'
 
 # %% ../../nbs/envs/16_statement.ipynb #98fe6dff
