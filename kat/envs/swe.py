@@ -586,6 +586,7 @@ class SharedBox:
         workers: int = 2,
     ):
         self.box, self.seconds, self.slots, self.lock = box, 0., BoundedSemaphore(workers), Lock()
+        self.python = box.python
 
     def exec(self, *given, **more):
         "As the box's own."
