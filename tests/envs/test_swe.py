@@ -156,7 +156,7 @@ def test_shell_is_bounded_and_leaves_nothing_running(room):
     assert (ok, text) == (False, 'out\nerr\n[exit code 3]')
     assert use(room, 'shell', command='true') == (True, '[no output]')
     ok, text = use(room, 'shell', command='echo first; yes | head -c 300000; echo last')
-    assert ok and text.startswith('first') and text.endswith('last') and len(text) < swe.ROOM + 100
+    assert ok and text.startswith('first') and text.endswith('last') and len(text) < swe.RESULT_ROOM + 100
     assert 'the rest is lost' in use(room, 'shell', command='yes | head -c 2000000')[1]
     ok, text = use(room, 'shell', command='(while true; do echo x >> ticks; sleep .05; done) & sleep .2; echo done')
     size = os.path.getsize(room.work / 'ticks')
@@ -321,7 +321,7 @@ def test_a_workspace_that_is_too_large_fails_and_is_not_read(command, said, fold
 
 def test_a_failing_sandbox_is_no_grade(folder, box):
     class Failing:
-        broken = False
+        broken, python = False, box.python
         def exec(self, argv, *given, **more):
             if Failing.broken: raise InfraError('sandbox: gone')
             return box.exec(argv, *given, **more)
