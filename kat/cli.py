@@ -798,9 +798,9 @@ def fetch_(
     `kat tasks fetch --only toolz-1.2.0 --out /tmp/tasks`
     """
     from kat.core.io import UserError
-    from kat.envs.releases import fetch_tasks, read_rows
+    from kat.envs.releases import fetch_tasks, read_release_rows
     with _mendable():
-        found = read_rows(rows)
+        found = read_release_rows(rows)
     if unknown := set(only) - {row['id'] for row in found}:
         raise UserError(f'{rows}: no task {", ".join(sorted(unknown))}')
     wanted = [row for row in found if not only or row['id'] in only]

@@ -7,7 +7,7 @@ __all__ = ['SOURCES', 'ENGLISH', 'FUNNEL_STAGES', 'CHEAP', 'Filters', 'read_filt
            'split_patch', 'patch_lines', 'clean_text', 'issue_texts', 'begun_at', 'hint_texts', 'common_run',
            'leak_report', 'enough_stars', 'free_licence', 'in_language', 'active', 'was_merged', 'in_period',
            'closes_issues', 'english_share', 'tells_enough', 'unchanged', 'touches_both', 'few_lines', 'whole_patch',
-           'gives_nothing_away', 'sift', 'Mined', 'mined', 'Funnel', 'restart', 'passed', 'funnel_counts',
+           'gives_nothing_away', 'sift', 'Mined', 'mined', 'Funnel', 'restart', 'has_passed', 'stage_counts',
            'funnel_table', 'draw_funnel', 'run_funnel', 'merged_counts', 'read_tokens', 'collect_into', 'funnel_into']
 
 # %% ../../nbs/envs/14_candidates.ipynb #eb7dfa8a
@@ -427,22 +427,22 @@ def restart(
                              (funnel.stages[at - 1], *funnel.stages[at:])).rowcount
 
 # %% ../../nbs/envs/14_candidates.ipynb #3338c4e3
-def passed(row: dict, stages, stage: str) -> bool:
+def has_passed(row: dict, stages, stage: str) -> bool:
     "Whether a row has passed `stage`."
     at = stages.index(row['stage'])
     return at > stages.index(stage) or row['stage'] == stage and row['reason'] == ''
 
 
-def funnel_counts(
+def stage_counts(
     rows: list,  # of `Funnel.rows`
     stages=tuple(FUNNEL_STAGES),
 ) -> list:       # of {stage, entered, passed, reasons: Counter, seconds}
     "How many enter and pass each stage, and why the others don't."
     counts = []
     for at, stage in enumerate(stages):
-        entered = [r for r in rows if at == 0 or passed(r, stages, stages[at - 1])]
+        entered = [r for r in rows if at == 0 or has_passed(r, stages, stages[at - 1])]
         ended = [r for r in entered if r['stage'] == stage and r['reason']]
-        counts.append(dict(stage=stage, entered=len(entered), passed=sum(passed(r, stages, stage) for r in entered),
+        counts.append(dict(stage=stage, entered=len(entered), passed=sum(has_passed(r, stages, stage) for r in entered),
                            reasons=Counter(r['reason'].partition(':')[0] for r in ended),
                            seconds=sum(r['seconds'] for r in rows if r['stage'] == stage)))
     return counts
@@ -451,7 +451,7 @@ def funnel_counts(
 def funnel_table(rows: list, stages=tuple(FUNNEL_STAGES)) -> str:
     "The funnel for reading, in columns."
     lines = [('stage', 'enter', 'pass', 'seconds', 'why not')]
-    for x in funnel_counts(rows, stages):
+    for x in stage_counts(rows, stages):
         reasons = sorted(x['reasons'].items(), key=lambda item: (-item[1], item[0]))
         why = ', '.join(f'{reason} {n}' for reason, n in reasons)
         lines.append((x['stage'], f"{x['entered']:,}", f"{x['passed']:,}", f"{x['seconds']:.0f}", why))
@@ -466,7 +466,7 @@ def draw_funnel(
 ):               # matplotlib figure
     "The funnel: a bar for what passes each stage, and beside it why the others don't."
     plt, sns = use_style()
-    counts, colours = funnel_counts(rows, stages), sns.color_palette('colorblind')
+    counts, colours = stage_counts(rows, stages), sns.color_palette('colorblind')
     figure, ax = plt.subplots(figsize=(8, .5 * len(counts) + 1.2))
     total = counts[0]['entered']
     names = ['collected', *(x['stage'] for x in counts)]
@@ -514,7 +514,7 @@ def _sift_one(funnel: Funnel, case: Case, filters: Filters, known: dict) -> Mine
     "One candidate from where it stands; the task if it went through."
     id, began, names = f"{case.repo.replace('/', '__')}-{case.number}", time.perf_counter(), tuple(FUNNEL_STAGES)
     row, key = known.get(id), _key(case, filters)
-    through = row and passed(row, funnel.stages, names[-1])
+    through = row and has_passed(row, funnel.stages, names[-1])
     if row and row['key'] == key:
         if through: return mined(case)
         if row['reason']: return None

@@ -7,7 +7,7 @@ __all__ = ['MOST', 'PIP', 'INDEXES', 'PYTEST', 'PLAN', 'NOT_OWN', 'SETTINGS_OF_T
            'archive_tree', 'python_releases', 'python_archive', 'node_releases', 'node_archive', 'archive_of',
            'prefetch', 'needs_of', 'resolve_pins', 'site_key', 'install_site', 'read_plan', 'neighbours',
            'candidate_sources', 'load_release', 'resolve_node', 'install_node', 'install_needs', 'tree_hash', 'grouped',
-           'ungrouped', 'task_hashes', 'release_row', 'read_rows', 'remake_task', 'fetch_tasks']
+           'ungrouped', 'task_hashes', 'release_row', 'read_release_rows', 'remake_task', 'fetch_tasks']
 
 # %% ../../nbs/envs/16_releases.ipynb #5eee7519
 import base64
@@ -501,9 +501,9 @@ NOT_OWN = {'test', 'tests', 'docs', 'examples', 'setup', 'conftest', 'noxfile', 
 SETTINGS_OF_TOOLS = ('.config.js', '.config.mjs', '.config.cjs')  # what they ask for, no test does
 
 def _needs_of_scripts(pair: Pair, box) -> list:
-    from kat.envs.node import detect
+    from kat.envs.node import detect_node
     try:
-        needs = detect({p: t for p, t in pair.new.items() if not p.endswith(SETTINGS_OF_TOOLS)}, box).needs
+        needs = detect_node({p: t for p, t in pair.new.items() if not p.endswith(SETTINGS_OF_TOOLS)}, box).needs
     except ValueError as error:
         raise Dropped(f'its tests are of another kind: {error}') from None
     wide = lambda spread: re.sub(r'^\^([1-9]\d*)\..*', r'^\1', spread)  # so that neighbours share one site
@@ -559,7 +559,7 @@ ROW_FIELDS = ('schema', 'id', 'language', 'package', 'old', 'new', 'pins', 'plai
               'fail_to_pass', 'pass_to_pass', 'hashes', 'info')
 
 # %% ../../nbs/envs/16_releases.ipynb #7f073437
-def read_rows(
+def read_release_rows(
     path: Path,  # releases.jsonl
 ) -> list:
     "The rows of a file. Raises `ValueError` naming line and field."
@@ -607,7 +607,7 @@ def remake_task(
 
 # %% ../../nbs/envs/16_releases.ipynb #151d69fc
 def fetch_tasks(
-    rows: list,  # see `read_rows`
+    rows: list,  # see `read_release_rows`
     folder: Path,  # of the task set
     workers: int = 2,
     tell=print,  # function, told a line for each task

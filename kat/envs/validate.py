@@ -156,9 +156,9 @@ def _run_scripts(tree: dict, files: list, how: Conditions, room: Workroom) -> Ou
 def test_files(tree: dict, language: str, box) -> list:
     "The test files of a tree, sorted."
     if language == 'python': return sorted(p for p in tree if is_test_file(p))
-    from kat.envs.node import detect
+    from kat.envs.node import detect_node
     try:
-        return list(detect(tree, box).files)
+        return list(detect_node(tree, box).files)
     except ValueError:
         return []
 

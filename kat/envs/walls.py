@@ -158,7 +158,7 @@ class Box:
                 '--cap-drop', 'ALL', '--uid', '0', '--gid', '0', '--hostname', 'sandbox', '--clearenv']
         for right in _RIGHTS:
             args += ['--cap-add', f'CAP_{right}']
-        hidden = _packages()
+        hidden = [path for path in _packages() if not any(Path(path).is_relative_to(up) for up in self.show)]
         args += [*_shown(), '--proc', '/proc', '--dev', '/dev', '--tmpfs', '/tmp']
         for path in hidden:
             args += ['--tmpfs', path]

@@ -30,7 +30,7 @@ from ..plane.store import Store
 from .agent import Refused, play
 
 # %% auto #0
-__all__ = ['AGENTS', 'TOLD', 'PORT', 'STARTER', 'ROOM', 'Seen', 'Spent', 'Meter', 'BuiltIn', 'endpoint', 'Budget', 'Judged',
+__all__ = ['AGENTS', 'TOLD', 'PORT', 'STARTER', 'ROOM', 'Seen', 'LimitSpent', 'Meter', 'BuiltIn', 'endpoint', 'Budget', 'Judged',
            'House', 'house', 'seen_of', 'Housed', 'Handed', 'SoftwareFolder', 'handed', 'AgentProgram', 'find_program',
            'program_folders', 'sockets', 'Commanded', 'hand_in_nothing', 'hand_in_gold']
 
@@ -45,7 +45,7 @@ class Seen:
     session: str = ''   # under which the gateway has recorded it, token by token
     note: str = ''      # what else there is to say, in one line
 
-class Spent(Exception):
+class LimitSpent(Exception):
     "A limit of the episode is reached: 'cap' (turns), 'tokens', or 'length' (the model's context)."
 
 # %% ../../nbs/recipe/08_contestants.ipynb #ec963a5e
@@ -53,7 +53,7 @@ _TOO_LONG = re.compile(r'context_length_exceeded|context length|context window|p
                        re.I)
 
 class Meter:
-    "The client that `kat.recipe.agent.play` posts with. Raises `InfraError`, and `Spent` at a limit."
+    "The client that `kat.recipe.agent.play` posts with. Raises `InfraError`, and `LimitSpent` at a limit."
     def __init__(self, client,        # httpx2.AsyncClient
                  played: Seen,      # where it notes
                  tokens: int | None = None,  # answers may have so many together
@@ -63,13 +63,13 @@ class Meter:
 
     async def post(self, url: str, json: dict):
         "One answer, noted."
-        if self.tokens and self.played.written >= self.tokens: raise Spent('tokens')
+        if self.tokens and self.played.written >= self.tokens: raise LimitSpent('tokens')
         self.played.messages = json['messages']
         response = await self._sent(url, json)
         if response.status_code == 200:
             _note(self.played, json['messages'], _body(response, url))
         elif response.status_code in (400, 413, 422) and _TOO_LONG.search(response.text):
-            raise Spent('length')
+            raise LimitSpent('length')
         else:
             raise InfraError(f'{url}: {response.status_code} {one_line(response.text)[:200]}')
         return response
@@ -136,7 +136,7 @@ class BuiltIn:
         try:
             finish, played.messages = await play(meter, self.url, env, task, turns, seed, **body)
             return finish
-        except Spent as spent:
+        except LimitSpent as spent:
             return str(spent)
         except Refused as refused:   # `Meter` lets only answers through
             raise InfraError(one_line(refused)) from None

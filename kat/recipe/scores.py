@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['CATEGORIES', 'EVAL_SCHEMA', 'category_of', 'passed', 'outcomes_of', 'score', 'share', 'score_lines', 'newest',
-           'load_run', 'write_predictions', 'plot_outcomes', 'plot_effort', 'draw_figures', 'write_page',
-           'compare_runs', 'write_stages']
+           'load_run', 'save_predictions', 'plot_outcomes', 'plot_effort', 'draw_figures', 'write_page', 'compare_runs',
+           'write_stages']
 
 # %% ../../nbs/recipe/09_scores.ipynb #3a0f18c5
 import json
@@ -142,7 +142,7 @@ def load_run(
     return config, [lines[key] for key in config['keys'] if key in lines]
 
 # %% ../../nbs/recipe/09_scores.ipynb #8fa40880
-def write_predictions(
+def save_predictions(
     folder: Path,          # of the run
     records: list[dict],   # its lines
     name: str,             # of what was evaluated
@@ -263,7 +263,7 @@ def write_page(
     config, records = load_run(folder)
     row = score(records, config['price'])
     write_json(folder / 'score.json', row)
-    write_predictions(folder, records, config['name'])
+    save_predictions(folder, records, config['name'])
     why = draw_figures(folder, records, config['command'])
     effort = html_table([f'>{name}' for name in ('turns', 'calls', 'width', 'read', 'written', 'cost, $', 'seconds')],
                         [[*(f'{row[name]:.2f}' for name in ('turns', 'calls', 'width', 'read', 'written')),

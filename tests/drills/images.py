@@ -22,10 +22,12 @@ def skip(why):
 
 def tools():
     "Install what is missing"
-    if os.geteuid() != 0: skip('podman is set up as root')
+    if os.geteuid() != 0:
+        skip('podman is set up as root')
     missing = [name for name in ('podman', 'runc', 'debootstrap') if not shutil.which(name)]
     if not missing: return
-    if not shutil.which('apt-get'): skip(f'{", ".join(missing)} missing, and no apt-get')
+    if not shutil.which('apt-get'):
+        skip(f'{", ".join(missing)} missing, and no apt-get')
     if subprocess.run(['apt-get', 'install', '-y', '-q', '--no-install-recommends', *missing]).returncode:
         skip(f'apt-get could not install {", ".join(missing)}')
 
@@ -69,14 +71,16 @@ def main(tasks):
         try:
             until = time.monotonic() + 60
             while not os.path.exists(address):
-                if time.monotonic() > until or service.poll() is not None: skip('podman does not serve its API here')
+                if time.monotonic() > until or service.poll() is not None:
+                    skip('podman does not serve its API here')
                 time.sleep(.1)
             os.environ.update(DOCKER_HOST=f'unix://{address}', KAT_IMAGE=BASE)
             from kat.envs.images import find_engine
             base_image(find_engine(), work)
             suite = str(ROOT/'tests/envs/test_boxes.py')
             subprocess.run([sys.executable, '-m', 'pytest', '-q', '-rs', suite], check=True)
-            if not tasks: skip('no folder of tasks was given (TASKS=…): none is graded in an image')
+            if not tasks:
+                skip('no folder of tasks was given (TASKS=…): none is graded in an image')
             from kat.envs.tasks import read_tasks
             for folder in list(read_tasks(tasks).values())[:2]:
                 asyncio.run(grade(folder, find_engine()))

@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from kat.envs.base import InfraError
-from kat.envs.images import LABEL, Engine, Images, _ended, find_engine, recipe
+from kat.envs.images import LABEL, DockerApi, Images, _ended, find_engine, recipe
 from kat.envs.sandbox import Bubblewrap, Limits, features
 
 IMAGE = os.environ.get('KAT_IMAGE')
@@ -176,7 +176,7 @@ def test_ends_are_told_apart():
 
 def test_engines_that_are_not_there(monkeypatch, tmp_path):
     with pytest.raises(InfraError, match='none.sock'):
-        Engine(str(tmp_path / 'none.sock')).ask('GET', '/info')
+        DockerApi(str(tmp_path / 'none.sock')).ask('GET', '/info')
     monkeypatch.setenv('DOCKER_HOST', 'tcp://127.0.0.1:1')
     with pytest.raises(InfraError, match='unix:// sockets only'):
         find_engine()

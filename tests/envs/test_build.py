@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sysconfig
 from dataclasses import replace
@@ -33,18 +34,19 @@ from kat.envs.validate import ROUNDS, Outcomes, outcome, sort_tests
 
 walls = pytest.mark.skipif(not features().works, reason='bubblewrap does not work here')
 TESTS = """
-import datetime, os, random
+import datetime, os, pytest
 from calc import add
-seen = []
 def test_add():
-    seen.append(1)
     assert add(1, 2) == 3
 def test_zero():
     assert add(4, 0) == 4
 def test_chance():
-    assert os.urandom(1)[0] % 2
-def test_order():
-    assert seen
+    assert os.urandom(1)[0] < 20
+order = []
+@pytest.mark.parametrize('number', range(6))
+def test_order(number):
+    order.append(number)
+    assert order == list(range(number + 1))
 def test_clock():
     assert datetime.date.today() < datetime.date.fromtimestamp(os.stat(__file__).st_mtime + 9e6)
 def test_never():
@@ -126,7 +128,7 @@ def test_every_candidate_ends_as_a_task_or_with_its_reason_and_a_killed_build_go
             raise Dropped(f'its packages cannot be installed: {pair.needs[1]}')
         return environment(pair, folder)
 
-    yard = yard_of(tmp_path, install=install)
+    yard = yard_of(tmp_path, install=install, rounds=ROUNDS[::2])
     with pytest.raises(KeyboardInterrupt):
         build_tasks(stages, replace(yard, describe=killed), 1, lambda text: None)
     assert not list(tmp_path.glob('*/task.json'))
@@ -152,9 +154,9 @@ def test_every_candidate_ends_as_a_task_or_with_its_reason_and_a_killed_build_go
         name.split('_')[-1]: why for why, names in stages.done(fix)['repeat'][1]['others'].items() for name in names
     }
     assert task.fail_to_pass == ('test_calc.py::test_add',) and 'test_calc.py::test_zero' in task.pass_to_pass
-    assert others['order'] == 'unstable: order' and others['clock'] == 'unstable: clock'
+    assert others['order[5]'] == 'unstable: order' and others['clock'] == 'unstable: clock'
     assert others['never'] == 'fails with the fix'
-    assert others.get('chance', 'lucky') in ('unstable: chance', 'unstable: several', 'fails with the fix', 'lucky')
+    assert re.match('unstable: |fails with the fix', others['chance'])  # by chance the one or the other
     assert '`add(1, 2)` returns `-1`; it should return `3`' in task.statement
     assert task.info['gates'] == dict(gold='passed', empty='passed', tests='passed', comment='passed')
     assert b'a + b' not in b''.join(p.read_bytes() for p in (tmp_path / fix / 'base').rglob('*') if p.is_file())

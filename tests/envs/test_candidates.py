@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from kat.core.io import UserError
 from kat.envs.candidates import (FUNNEL_STAGES, Filters, Funnel, clean_text, collect_into, common_run, draw_funnel,
-                                 english_share, funnel_counts, funnel_into, funnel_table, hint_texts, is_source_path,
+                                 english_share, stage_counts, funnel_into, funnel_table, hint_texts, is_source_path,
                                  is_test_path, leak_report, mined, read_filters, read_tokens, restart,
                                  run_funnel, sift, split_patch)
 from kat.envs.github import Case, Harvest, diff_files
@@ -305,7 +305,7 @@ def test_rows_go_on_where_they_were(tmp_path):
                               ('a-3', 'validate', 'flaky: 2'), ('a-5', 'files', 'no test file')):
         funnel.note(id, 'a', stage, reason, 1.5)
     funnel.note('a-3', 'a', 'validate', 'flaky: 3', 2)
-    counts = {x['stage']: x for x in funnel_counts(funnel.rows(), more)}
+    counts = {x['stage']: x for x in stage_counts(funnel.rows(), more)}
     assert [counts[s]['entered'] for s in more] == [5, 4, 4, 4, 4, 3, 3, 3, 2]
     assert [counts[s]['passed'] for s in more] == [4, 4, 4, 4, 3, 3, 3, 2, 1]
     assert counts['validate']['reasons'] == dict(flaky=1) and counts['validate']['seconds'] == 5
@@ -328,7 +328,7 @@ def test_rows_go_on_where_they_were(tmp_path):
 @given(st.lists(st.tuples(st.sampled_from(list(FUNNEL_STAGES)), st.sampled_from(['', 'a: 1', 'b']))))
 def test_the_funnel_loses_nobody(drawn):
     table = [dict(stage=stage, reason=reason, seconds=0) for stage, reason in drawn]
-    counts = funnel_counts(table)
+    counts = stage_counts(table)
     waiting = sum(stage != 'leak' and reason == '' for stage, reason in drawn)
     assert len(drawn) == sum(sum(x['reasons'].values()) for x in counts) + counts[-1]['passed'] + waiting
     for above, below in zip(counts, counts[1:]):

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from kat.envs.base import InfraError
 from kat.envs.foreign import (
-    SCHEMAS, commit_tree, foreign_task, grade_predictions, play_foreign, read_foreign, read_predictions,
+    SCHEMAS, clone_tree, foreign_task, grade_predictions, play_foreign, read_foreign, read_predictions,
     write_predictions)
 from kat.envs.sandbox import Bubblewrap, features
 from kat.envs.tasks import base_tree, gold_tree, read_task, tree_patch
@@ -129,7 +129,7 @@ def clone(tmp_path):
 
 
 def test_a_commit_is_read_byte_by_byte(clone):
-    tree = commit_tree(clone, git(clone, 'rev-parse', 'HEAD~1'))
+    tree = clone_tree(clone, git(clone, 'rev-parse', 'HEAD~1'))
     assert tree['README.md'] == (b'$Id$\n', 'file') and tree['to'] == (b'calc.py', 'link')
     assert tree['run'][1] == 'program' and tree['calc.py'][0].startswith(b'def add')
     assert not any('.git/' in path for path in tree)
@@ -137,7 +137,7 @@ def test_a_commit_is_read_byte_by_byte(clone):
 
 def row_of(clone, **changes):
     commit = git(clone, 'rev-parse', 'HEAD~1')
-    code = commit_tree(clone, commit)
+    code = clone_tree(clone, commit)
     fixed = {**code, 'calc.py': (b'def add(a, b):\n    return a + b\n', 'file')}
     tests = {**code, 'test_new.py': (b'from calc import add\ndef test_add():\n    assert add(1, 2) == 3\n', 'file')}
     row = OWN | dict(base_commit=commit, patch=tree_patch(code, fixed), test_patch=tree_patch(code, tests),
@@ -159,7 +159,7 @@ def test_a_bug_that_was_put_in_becomes_a_task(clone, tmp_path):
         (clone / path).write_bytes(content)
     git(clone, 'add', '-A')
     git(clone, 'commit', '-qm', 'three')
-    right = commit_tree(clone, head := git(clone, 'rev-parse', 'HEAD'))
+    right = clone_tree(clone, head := git(clone, 'rev-parse', 'HEAD'))
     broken = {**right, 'calc.py': code['calc.py']}
     row = dict(instance_id='x', repo=f'swesmith/o__n.{head[:8]}', patch=tree_patch(right, broken), image_name='i',
                FAIL_TO_PASS=['test_new.py::test_add'], PASS_TO_PASS=['test_old.py::test_old'], problem_statement='bad')
@@ -212,6 +212,7 @@ def test_predictions_are_graded_and_infrastructure_is_no_failure(clone, tmp_path
     assert said['none']['why'] == 'no patch' and 'does not apply' in said['odd']['why']
     assert said['tests']['restored'] == ['test_new.py']
     class Gone:
+        python = '/usr/bin/python3'
         def exec(self, *given, **more):
             raise InfraError('sandbox: gone')
     said = asyncio.run(grade_predictions(dict(gold=row['patch']), dict(gold=where), Gone()))

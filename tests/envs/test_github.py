@@ -397,11 +397,12 @@ def test_killed_anywhere_the_same_command_goes_on(tmp_path, seed):
     children.set_forkserver_preload(PRELOAD)
     kills, child = [0], None
     def before(server, number, what):
-        if child and kills[0] < 8 and rng.random() < .12:
+        one = child                             # its death is seen by the other thread too, which starts the next one
+        if one and kills[0] < 8 and rng.random() < .12:
             kills[0] += 1
-            child.kill()
+            one.kill()
             if rng.random() < .5:
-                wait([child.sentinel], 60)                                      # before the answer, or about with it
+                wait([one.sentinel], 60)                                        # before the answer, or about with it
     rates = faulty(seed, [('limit', 1), ('502',), ('cut',), ('drop',), ('html',)], .1)
     server = Server(world, script=rates, largest=100, before=before)
     ends = []

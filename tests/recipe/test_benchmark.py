@@ -490,7 +490,7 @@ def test_a_task_is_known_by_its_content(tmp_path):
 @pytest.mark.parametrize('said, reason', [
     ('micro', 'an environment and a number'), ('micro:0', 'an environment and a number'), ('micro:-1', 'and a number'),
     ('nothing:3', "no environment 'nothing'"), (':3', 'and a number'), ('', 'and a number'),
-    ('tests:3:4', 'no registered world')])
+    ('tests:3:4', "no environment 'tests:3'")])
 def test_tasks_that_are_none(said, reason):
     with pytest.raises(UserError, match=reason):
         find_tasks(said)

@@ -218,7 +218,7 @@ def test_recipe_and_study_import_no_world():
         cells = [''.join(cell['source']) for cell in notebook['cells'] if cell['cell_type'] == 'code']
         sources[stage] = '\n'.join(cells)
     known = {str(name): sorted(module for module in imports(source)
-                               if re.search(r'(^|\.)envs\.(?!base)', module)) for name, source in sources.items()}
+                               if re.search(r'(^|\.)envs\.(?!(base|grade|sandbox|tasks|walls)\b)', module)) for name, source in sources.items()}
     assert len(known) > 15 and {name: modules for name, modules in known.items() if modules} == {}
     number = re.compile(r'max_(len|turns)\s*(: int)?\s*=\s*\d')   # caps are the environment's, or given
     assert [str(name) for name, source in sources.items() if number.search(source)] == []
