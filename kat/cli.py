@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['app', 'Pairs', 'Debug', 'Version', 'tree', 'Log', 'Tokenizer', 'StorePath', 'Served', 'Keys', 'Computes',
-           'VllmAddress', 'sessions', 'Owner', 'TaskOption', 'ModelPlace', 'Stages', 'Agent', 'Positive', 'TurnLimit',
-           'WrittenTokens', 'AnswerTokens', 'Warmth', 'CheckFirst', 'Parallel', 'Price', 'KeyFile', 'Show', 'tasks',
-           'Folder', 'FilterPairs', 'TaskSet', 'MutantBudget', 'Draw', 'Hands', 'TASK_SET', 'pipeline', 'run', 'report',
-           'stats', 'draw', 'serve_', 'list_', 'show_', 'export_', 'evaluate_', 'compare', 'cheats', 'collect_',
-           'funnel_', 'mutants_', 'strengthen_', 'build_', 'fetch_', 'main']
+           'VllmAddress', 'sessions', 'Owner', 'TaskOption', 'ModelPlace', 'StagesRun', 'Agent', 'Positive',
+           'TurnLimit', 'WrittenTokens', 'AnswerTokens', 'Warmth', 'CheckFirst', 'Parallel', 'Price', 'KeyFile', 'Show',
+           'tasks', 'Folder', 'FilterPairs', 'TaskSet', 'MutantBudget', 'Draw', 'Hands', 'TASK_SET', 'pipeline', 'run',
+           'report', 'stats', 'draw', 'serve_', 'list_', 'show_', 'export_', 'evaluate_', 'compare', 'cheats',
+           'collect_', 'funnel_', 'mutants_', 'strengthen_', 'build_', 'fetch_', 'main']
 
 # %% ../nbs/cli.ipynb #bf1db84f
 import os
@@ -457,7 +457,7 @@ def export_(
 # %% ../nbs/cli.ipynb #e7a10002
 ModelPlace = Annotated[str, typer.Option('--model', metavar='FOLDER|URL', help='A model of ours, or an endpoint in '
                                          'the form of OpenAI.', show_default='the shipped base model')]
-Stages = Annotated[Path, typer.Option('--stages', metavar='RUN', help='Instead of a model: all models of a run of the '
+StagesRun = Annotated[Path, typer.Option('--stages', metavar='RUN', help='Instead of a model: all models of a run of the '
                                       'pipeline, base to RL, and their chart.')]
 Agent = Annotated[str, typer.Option(help='builtin, claude-code, mini-swe-agent, or a command with {prompt} in it; '
                                     'programs run in a sandbox, on a model of ours.')]
@@ -479,7 +479,7 @@ def evaluate_(
     tasks: Annotated[str, typer.Option(metavar='FOLDER|ENV:N', help='Software tasks, or N held-out ones of an '
                                        'environment.')],
     model: ModelPlace = '',
-    stages: Stages = None,
+    stages: StagesRun = None,
     agent: Agent = 'builtin',
     out: Annotated[Path, typer.Option(help='Folder of the evaluation.', show_default='one in evals/')] = None,
     runs: Annotated[int, Positive('--runs', 'Of each task, for pass@k.')] = 1,
