@@ -13,7 +13,7 @@ __all__ = ['LONGEST', 'PLAYER', 'SEARCH', 'PLAYS', 'TOGETHER', 'SERVE', 'NESTED'
            'valid_rewrites', 'kill_table', 'smallest_cover', 'ask_writer', 'writer_prompt', 'written_in', 'without_own',
            'without_code', 'with_own', 'strengthen', 'settings_key', 'over_tasks', 'score_table']
 
-# %% ../../nbs/envs/21_testgen.ipynb #2af608d8
+# %% ../../nbs/envs/21_testgen.ipynb #f924acfb
 import ast
 import asyncio
 import hashlib
@@ -31,7 +31,7 @@ from pathlib import Path
 
 from ..core.io import atomic, need, one_line
 from .base import InfraError
-from .grade import decides, exchange, grade_tests, read_tree
+from .grade import decides, exchange, grade_tests, read_tree, write_tree
 from .mutants import (
     OPERATORS, SLOW, Bench, Measured, Variant, bench_of, encoded_as, in_sandbox, measure_task, mutant_diff,
     mutation_row, fresh_copy, python_text, run_child, run_forked, run_selected, run_variants, shift_clock, source_of,
@@ -998,7 +998,7 @@ def _steady(func: ast.FunctionDef, imports: list) -> Written | None:
     made = ast.FunctionDef(NAME, func.args, [*needed, *func.body], [], None, None, lineno=1, col_offset=0)
     return Written(ast.unparse(ast.fix_missing_locations(made)) + '\n', 'a survivor', 'writer')
 
-# %% ../../nbs/envs/21_testgen.ipynb #b90ee721
+# %% ../../nbs/envs/21_testgen.ipynb #b956e9bb
 def without_own(
     folder: Path,  # of a task
 ) -> tuple:  # task, tree of its tests
@@ -1017,6 +1017,7 @@ def without_code(
     places = [f'{s["path"]}:{s["line"]} {s["operator"]}' for s in row['survivors']]
     return {**row, 'equivalent': len(row['equivalent']), 'survivors': places}
 
+# %% ../../nbs/envs/21_testgen.ipynb #cb27f535
 def with_own(
     folder: Path,  # of a task
     found: dict,  # see `strengthen`
@@ -1031,7 +1032,10 @@ def with_own(
         info['strengthened'] = own
     task = replace(plain, fail_to_pass=(*plain.fail_to_pass, *own['fail_to_pass']),
                    pass_to_pass=(*plain.pass_to_pass, *own['pass_to_pass']), info=info)
-    return write_task(task, Path(folder).parent, base_tree(folder), tests | text, gold_patch(folder))
+    more = {p: t for p, t in read_tree(Path(folder)).items() if '/' not in p and p not in ('task.json', 'gold.patch')}
+    where = write_task(task, Path(folder).parent, base_tree(folder), tests | text, gold_patch(folder))
+    write_tree(more, where)  # a Dockerfile, for one
+    return where
 
 # %% ../../nbs/envs/21_testgen.ipynb #691275da
 def _writers_tests(writer, folder: Path, measured: Measured) -> list:
