@@ -114,9 +114,9 @@ def term_of(value, objects: dict, depth: int = 0) -> dict | None:
         return None if None in items else dict(items=items, kind=type(value).__name__)
     return None
 
-# %% ../../nbs/envs/21_testgen.ipynb #5f2ac49e
+# %% ../../nbs/envs/21_testgen.ipynb #b2a0c2d7
 def named_code(frame) -> tuple | None:
-    "How a script calls the function in a frame ('function', 'static', 'init', 'method', 'class', 'get'), name, function."
+    "How a script calls a frame's function ('function', 'static', 'init', 'method', 'class', 'get'), name, function."
     import inspect
     import sys
     code = frame.f_code
