@@ -12,6 +12,7 @@ import sys
 import tempfile
 import time
 import xml.etree.ElementTree as ElementTree
+from dataclasses import replace
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]/'tests/helpers'))
@@ -23,7 +24,7 @@ from kat.envs.grade import Suite, grade_tests, package_folders, read_tree, write
 from kat.envs.micro import MicroEnv, fixed, judge, test_job
 from kat.envs.micro_tasks import make_task
 from kat.envs.sandbox import Bubblewrap, Limits, WarmPool
-from kat.envs.tasks import gold_tree, grade_state, read_task, read_tasks
+from kat.envs.tasks import gold_tree, read_task, read_tasks, suite_of
 
 LIMITS = Limits(memory_mb=2048, cpu_s=8, wall_s=60, processes=32, output_kb=256, files_mb=64)
 
@@ -89,12 +90,13 @@ async def real_attacks(folder, number):
     chosen = [n for i, (_, n) in enumerate(few) if tasks[n].repo not in {tasks[m].repo for _, m in few[:i]}][:number]
     for name in chosen:
         where = Path(folder)/name
-        gold, said = await grade_state(where, gold_tree(where), box), {}
+        suite, right, said = replace(suite_of(where), limits=replace(LIMITS, cpu_s=20)), gold_tree(where), {}
+        gold = await grade_tests(suite, right, right, box)
         print(f'{name}: the right fix: {word(gold)}', flush=True)
         for attack, (kind, _) in CODE.items():
             if kind == 'weak': continue
             try:
-                said[attack] = word(await grade_state(where, on_task(attack, where), box))
+                said[attack] = word(await grade_tests(suite, on_task(attack, where), right, box))
             except InfraError as error:
                 said[attack] = f'InfraError: {error}'
             if said[attack] == 'REWARDED':

@@ -376,7 +376,7 @@ def run_forked(work, cpu_s: float, wall_s: float) -> list:
         cause = 'cpu' if spent >= cpu_s else 'signal'
     return [json.loads(text) if not cause else None, cause, spent]
 
-# %% ../../nbs/envs/18_mutants.ipynb #31556eea
+# %% ../../nbs/envs/18_mutants.ipynb #3c955a56
 def run_child(work, end: int, cpu_s: float):
     "In the sandbox: the forked side of `run_forked`; it never returns, and takes its own children along."
     import json
@@ -385,7 +385,9 @@ def run_child(work, end: int, cpu_s: float):
     import signal
     try:
         os.setpgid(0, 0)
-        resource.setrlimit(resource.RLIMIT_CPU, (int(cpu_s) + 1, int(cpu_s) + 2))
+        most = resource.getrlimit(resource.RLIMIT_CPU)[1]  # the sandbox's own
+        cpu = min(int(cpu_s) + 2, most if most != resource.RLIM_INFINITY else int(cpu_s) + 2)
+        resource.setrlimit(resource.RLIMIT_CPU, (cpu - 1, cpu))
         for fd in range(3):
             os.dup2(os.open(os.devnull, os.O_RDWR), fd)
         told = json.dumps(work()).encode() + b'\n'

@@ -13,7 +13,7 @@ __all__ = ['LONGEST', 'PLAYER', 'SEARCH', 'PLAYS', 'TOGETHER', 'SERVE', 'NESTED'
            'valid_rewrites', 'kill_table', 'smallest_cover', 'ask_writer', 'writer_prompt', 'written_in', 'without_own',
            'without_code', 'with_own', 'strengthen', 'settings_key', 'over_tasks', 'score_table']
 
-# %% ../../nbs/envs/21_testgen.ipynb #2af608d8
+# %% ../../nbs/envs/21_testgen.ipynb #f924acfb
 import ast
 import asyncio
 import hashlib
@@ -31,7 +31,7 @@ from pathlib import Path
 
 from ..core.io import atomic, need, one_line
 from .base import InfraError
-from .grade import decides, exchange, grade_tests, read_tree
+from .grade import decides, exchange, grade_tests, read_tree, write_tree
 from .mutants import (
     OPERATORS, SLOW, Bench, Measured, Variant, bench_of, encoded_as, in_sandbox, measure_task, mutant_diff,
     mutation_row, fresh_copy, python_text, run_child, run_forked, run_selected, run_variants, shift_clock, source_of,
@@ -114,9 +114,9 @@ def term_of(value, objects: dict, depth: int = 0) -> dict | None:
         return None if None in items else dict(items=items, kind=type(value).__name__)
     return None
 
-# %% ../../nbs/envs/21_testgen.ipynb #e23f570e
+# %% ../../nbs/envs/21_testgen.ipynb #b2a0c2d7
 def named_code(frame) -> tuple | None:
-    "How a script calls the function in a frame: (kind, name); 'function', 'static', 'init', 'method', 'class', 'get'."
+    "How a script calls a frame's function ('function', 'static', 'init', 'method', 'class', 'get'), name, function."
     import inspect
     import sys
     code = frame.f_code
@@ -139,23 +139,16 @@ def named_code(frame) -> tuple | None:
     while found is not None and getattr(found, '__code__', None) is not code:
         found = getattr(found, '__wrapped__', None)
     if found is None or isinstance(holder, type) and name == '__new__': return None
-    return ('init', name) if name == '__init__' else (kind, name)
+    return 'init' if name == '__init__' else kind, name, found
 
-# %% ../../nbs/envs/21_testgen.ipynb #2f62bfda
-def given_arguments(frame, skip: int) -> tuple:
+# %% ../../nbs/envs/21_testgen.ipynb #dab9d53d
+def given_arguments(frame, skip: int, function) -> tuple:
     "Of a call that begins: positional values, values by name, and what was left at its default: {name: default}."
     import inspect
     code, names = frame.f_code, frame.f_code.co_varnames
     count, only = code.co_argcount, code.co_kwonlyargcount
-    holder = frame.f_globals.get(code.co_name)
-    function = getattr(holder, '__wrapped__', holder)
-    defaults, after = {}, count + only
-    if getattr(function, '__code__', None) is not code:
-        import gc
-        function = next((f for f in gc.get_referrers(code) if inspect.isfunction(f) and f.__code__ is code), None)
-    if function is not None:
-        first = count - len(function.__defaults__ or ())
-        defaults = dict(zip(names[first:count], function.__defaults__ or ())) | (function.__kwdefaults__ or {})
+    first, after = count - len(function.__defaults__ or ()), count + only
+    defaults = dict(zip(names[first:count], function.__defaults__ or ())) | (function.__kwdefaults__ or {})
     value = frame.f_locals
     free = {n: defaults[n] for n in names[skip:after] if n in defaults and value[n] is defaults[n]}
     rest = list(value[names[after]]) if code.co_flags & inspect.CO_VARARGS else []
@@ -180,7 +173,7 @@ def public_name(frame) -> list | None:
         found = getattr(found, part, None)
     return name_of_object(found)
 
-# %% ../../nbs/envs/21_testgen.ipynb #92b502b1
+# %% ../../nbs/envs/21_testgen.ipynb #ea8f51c0
 class CallSteps:
     "In the sandbox: a call that begins, as a step; see `CallRecorder`."
     def entry(self, frame):
@@ -197,9 +190,9 @@ class CallSteps:
             self.frames[frame] = len(self.steps) - 1
         return len(self.steps) - 1
 
-    def step(self, frame, kind: str, name: str):
+    def step(self, frame, kind: str, name: str, function):
         first = kind in ('init', 'method', 'class', 'get')
-        plain, by_name, free = given_arguments(frame, int(first))
+        plain, by_name, free = given_arguments(frame, int(first), function)
         owner = frame.f_locals[frame.f_code.co_varnames[0]] if first else None
         args = [term_of(v, self.objects) for v in plain]
         more = {n: term_of(v, self.objects) for n, v in by_name.items()}
@@ -1005,7 +998,7 @@ def _steady(func: ast.FunctionDef, imports: list) -> Written | None:
     made = ast.FunctionDef(NAME, func.args, [*needed, *func.body], [], None, None, lineno=1, col_offset=0)
     return Written(ast.unparse(ast.fix_missing_locations(made)) + '\n', 'a survivor', 'writer')
 
-# %% ../../nbs/envs/21_testgen.ipynb #b90ee721
+# %% ../../nbs/envs/21_testgen.ipynb #b956e9bb
 def without_own(
     folder: Path,  # of a task
 ) -> tuple:  # task, tree of its tests
@@ -1024,6 +1017,7 @@ def without_code(
     places = [f'{s["path"]}:{s["line"]} {s["operator"]}' for s in row['survivors']]
     return {**row, 'equivalent': len(row['equivalent']), 'survivors': places}
 
+# %% ../../nbs/envs/21_testgen.ipynb #cb27f535
 def with_own(
     folder: Path,  # of a task
     found: dict,  # see `strengthen`
@@ -1038,7 +1032,10 @@ def with_own(
         info['strengthened'] = own
     task = replace(plain, fail_to_pass=(*plain.fail_to_pass, *own['fail_to_pass']),
                    pass_to_pass=(*plain.pass_to_pass, *own['pass_to_pass']), info=info)
-    return write_task(task, Path(folder).parent, base_tree(folder), tests | text, gold_patch(folder))
+    more = {p: t for p, t in read_tree(Path(folder)).items() if '/' not in p and p not in ('task.json', 'gold.patch')}
+    where = write_task(task, Path(folder).parent, base_tree(folder), tests | text, gold_patch(folder))
+    write_tree(more, where)  # a Dockerfile, for one
+    return where
 
 # %% ../../nbs/envs/21_testgen.ipynb #691275da
 def _writers_tests(writer, folder: Path, measured: Measured) -> list:
