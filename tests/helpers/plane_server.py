@@ -3,10 +3,13 @@ ENGINE GRACE`
 
 ENGINE is the URL of a vLLM, `hf` (the embedded engine with a random model), or a scripted one that writes TOKENS tokens
 and then waits for ever: `quick`, `hangs` while it is closed, `deaf` to whoever doesn't want its answer any more,
-`flood` (writes on and on), `breaks` after its tokens."""
+`flood` (writes FLOOD tokens), `breaks` after its tokens.
+
+It prints its address; `said` once for each answer, streamed or not and whatever the engine, when the gateway has
+TOKENS of its tokens (FLOOD of a flood): whoever read that knows that the request has begun; and `ended`."""
 import asyncio
+import itertools
 import sys
-import threading
 
 from plane_world import tokenizer
 
@@ -14,7 +17,7 @@ from kat.plane import exchange
 from kat.plane.gateway import Gateway, run_server, serve
 from kat.plane.store import Store
 
-TOKENS = 20
+TOKENS, FLOOD = 20, 2_000_000
 
 
 def ids():
@@ -29,9 +32,8 @@ class Scripted:
         self.how = how
 
     async def generate(self, request, on_token=None):
-        loop, over = asyncio.get_running_loop(), threading.Event()
-        await asyncio.to_thread(self._tell, loop, on_token, over)
-        print('said', flush=True)
+        loop = asyncio.get_running_loop()
+        await asyncio.to_thread(self._tell, loop, on_token)
         if self.how == 'breaks': raise RuntimeError('out of memory')
         while True:
             try:
@@ -39,14 +41,28 @@ class Scripted:
             except asyncio.CancelledError:
                 if self.how != 'deaf': raise
 
-    def _tell(self, loop, on_token, over):
-        for i in ids() * (100_000 if self.how == 'flood' else 1):
+    def _tell(self, loop, on_token):
+        for i in ids() * (FLOOD // TOKENS if self.how == 'flood' else 1):
             loop.call_soon_threadsafe(on_token, i, -.5, 1., 0)
 
     async def close(self):
         print('closing', flush=True)
         if self.how == 'hangs':
             await asyncio.Event().wait()
+
+
+def telling(engine, enough):
+    "The engine, which prints `said` when an answer has `enough` tokens."
+    generate = engine.generate
+    async def told(request, on_token):
+        numbers = itertools.count(1)
+        def hear(*token):
+            on_token(*token)
+            if next(numbers) == enough:
+                print('said', flush=True)
+        return await generate(request, hear)
+    engine.generate = told
+    return engine
 
 
 async def engine(how):
@@ -68,7 +84,7 @@ async def engine(how):
 
 
 async def main(store, how, grace):
-    kept, computes = Store(store), await engine(how)
+    kept, computes = Store(store), telling(await engine(how), FLOOD if how == 'flood' else TOKENS)
     try:
         gateway = Gateway(computes, tokenizer(), kept, 20_000)
         await serve(gateway, '127.0.0.1', 0, lambda address: print(address, flush=True), float(grace))
