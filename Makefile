@@ -34,7 +34,7 @@ lab: install ## JupyterLab, opened on nbs/
 docs: install ## build the site and say where it is
 	$(PY) docs/build.py
 
-bench: install ## time the parts that the stages spend their minutes in, and trees against their rivals (about an hour), and trees against sequences (about an hour; tables and figures of trees in data/runs/bench)
+bench: install ## time the parts that the stages spend their minutes in, and trees against sequences and their rivals (about an hour; tables and figures of trees in data/runs/bench)
 	@test -d .venv/bench || $(PIP) --no-deps --target .venv/bench prefix_grouper==0.0.1.post1  # a rival of the trees, for this only
 	@for b in imports parts episodes engine attention prune; do echo "== $$b"; $(PY) benchmarks/$$b.py || exit 1; done
 	@for b in memory trees; do echo "== $$b"; PYTHONPATH=.venv/bench $(PY) benchmarks/$$b.py --out data/runs/bench || exit 1; done

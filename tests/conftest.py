@@ -1,6 +1,7 @@
 """Triton's kernels run in its interpreter where there is no GPU; that is chosen before anything imports triton.
 
-Also databases for the tests of the store: SQLite files, and a PostgreSQL server of our own where there is one."""
+Also databases for the tests of the store: SQLite files, and a PostgreSQL server of our own where there is one; and the
+command `kat`."""
 import os
 import shutil
 import signal
@@ -83,3 +84,15 @@ def url(request, tmp_path):
     with psycopg.connect(base, autocommit=True) as connection:
         connection.execute(f'CREATE DATABASE {name}')
     return base.rpartition('/')[0] + '/' + name
+
+
+@pytest.fixture
+def cli(capsys, monkeypatch, tmp_path):
+    "Runs `kat` with these arguments in an empty folder; (exit code, what it printed, what it complained)."
+    from kat.cli import main
+    monkeypatch.chdir(tmp_path)
+    def run(*args):
+        with pytest.raises(SystemExit) as ended:
+            main([*map(str, args)])
+        return ended.value.code, *capsys.readouterr()
+    return run

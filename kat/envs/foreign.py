@@ -14,7 +14,7 @@ import subprocess
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ..core.io import one_line
+from ..core.io import atomic, one_line
 from .base import InfraError
 from .tasks import SoftwareTask, base_tree, grade_state, inside, patched, tree_patch, write_task
 
@@ -254,11 +254,10 @@ def write_predictions(
     patches: dict,  # instance id -> patch
     model: str,  # who made them
 ):
-    "Write SWE-bench's predictions, in one piece."
+    "Write SWE-bench's predictions, in one piece, as ASCII: names of files that are no text are kept, too."
     rows = [dict(instance_id=name, model_name_or_path=model, model_patch=patch) for name, patch in patches.items()]
-    new = Path(f'{path}.new')
-    new.write_text(''.join(json.dumps(row) + '\n' for row in rows))
-    new.rename(path)
+    with atomic(path) as tmp:
+        tmp.write_text(''.join(json.dumps(row) + '\n' for row in rows))
 
 def read_predictions(
     path: Path,  # .jsonl, or .json: a list, or an object by id

@@ -17,8 +17,9 @@ from statistics import fmean
 import numpy as np
 
 from ..core.figures import save_figure, use_style
-from ..core.io import MissingExtra, UserError, atomic, dumps, one_line, read_log
+from ..core.io import MissingExtra, UserError, atomic, one_line, read_log
 from ..envs.base import Grade
+from ..envs.foreign import write_predictions
 from .pipeline import write_json
 from .report import PAGE, STYLE, embedded_figures, html_table, read_json
 from ..study.cheats import CHEATS, cheat_counts
@@ -147,14 +148,12 @@ def save_predictions(
     records: list[dict],   # its lines
     name: str,             # of what was evaluated
 ) -> list[Path]:           # a file per run of the tasks
-    "SWE-bench's predictions: `instance_id, model_name_or_path, model_patch`; the first run's are predictions.jsonl."
+    "SWE-bench's predictions (`kat.envs.foreign.write_predictions`); the first run's are predictions.jsonl."
     out = []
     for run in sorted({one['run'] for one in records}):
         path = folder / ('predictions.jsonl' if run == 0 else f'predictions.{run + 1}.jsonl')
-        rows = [dict(instance_id=one['task'], model_name_or_path=name, model_patch=one['patch'] or '')
-                for one in records if one['run'] == run and one['category'] != 'infrastructure']
-        with atomic(path) as tmp:
-            tmp.write_text(''.join(dumps(row) + '\n' for row in rows), encoding='utf-8')
+        played = [one for one in records if one['run'] == run and one['category'] != 'infrastructure']
+        write_predictions(path, {one['task']: one['patch'] or '' for one in played}, name)
         out.append(path)
     return out
 

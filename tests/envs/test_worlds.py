@@ -1,14 +1,13 @@
 "Worlds by name and mixed; many episodes at once, whose infrastructure fails"
 import asyncio
-import os
 import re
 import tempfile
 from collections import Counter
-from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from left_behind import descriptors, offspring
 from toy_world import Follow, KeyEnv, Keys
 
 from kat.core.io import UserError
@@ -200,33 +199,14 @@ def test_a_bug_ends_all_and_every_environment_is_closed():
     assert env.open == 0 and env.made == 5
 
 
-def open_files():
-    return sorted(os.readlink(f'/proc/self/fd/{fd}') for fd in os.listdir('/proc/self/fd')
-                  if os.path.lexists(f'/proc/self/fd/{fd}'))
-
-
-def offspring():
-    "Living processes below this one."
-    below, parents = {os.getpid()}, {}
-    for stat in Path('/proc').glob('[0-9]*/stat'):
-        try:
-            pid, rest = stat.read_text().split(' ', 1)
-        except (FileNotFoundError, ProcessLookupError):
-            continue
-        parents[int(pid)] = int(rest.rpartition(')')[2].split()[1])
-    for _ in parents:
-        below |= {pid for pid, parent in parents.items() if parent in below}
-    return below - {os.getpid()}
-
-
 def test_micro_episodes_leave_nothing_behind(monkeypatch, tmp_path):
     monkeypatch.setattr(tempfile, 'tempdir', str(tmp_path))
-    micro, before, running = find_world('micro'), open_files(), offspring()
+    micro, before, running = find_world('micro'), descriptors(), offspring()
     with micro.open(2) as make_env:
         ended = run([micro.train_task(0, i) for i in range(60)], make_env,
                     lambda env, task: scripted(env, task, micro.expert(task, 0)), at_once=60)
     assert {o.finish for o in ended} == {'submit'} and sum(o.reward for o in ended) > 40
-    assert open_files() == before and offspring() <= running and not list(tmp_path.iterdir())
+    assert descriptors() == before and offspring() <= running and not list(tmp_path.iterdir())
 
 
 # --- environments and agents under work

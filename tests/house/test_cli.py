@@ -7,18 +7,7 @@ import pytest
 from nbformat.v4 import new_code_cell, new_notebook
 
 import kat
-from kat.cli import main
 
-
-@pytest.fixture
-def cli(capsys, monkeypatch, tmp_path):
-    "Runs `kat` with these arguments in an empty folder; (exit code, what it printed, what it complained)."
-    monkeypatch.chdir(tmp_path)
-    def run(*args):
-        with pytest.raises(SystemExit) as ended:
-            main(list(args))
-        return ended.value.code, *capsys.readouterr()
-    return run
 
 @pytest.fixture
 def notebook(tmp_path):

@@ -3,23 +3,17 @@ import json
 import os
 import subprocess
 import sys
+from functools import partial
 
 import pytest
 from github_world import Server, World, check_pulls, serving
 
-from kat.cli import main
-
 
 @pytest.fixture
-def cli(capsys, monkeypatch, tmp_path):
+def cli(cli, monkeypatch):
     "Runs `kat tasks` with these arguments in an empty folder; (exit code, what it printed, and complained)."
-    monkeypatch.chdir(tmp_path)
     monkeypatch.setenv('GITHUB_TOKEN', 'hidden-word')
-    def run(*args):
-        with pytest.raises(SystemExit) as ended:
-            main(['tasks', *map(str, args)])
-        return ended.value.code, *capsys.readouterr()
-    return run
+    return partial(cli, 'tasks')
 
 
 def test_killed_it_goes_on_with_the_same_command(tmp_path, cli):

@@ -1,12 +1,12 @@
 "kat tree: the table, the picture, one line for a mistake"
 import json
+from functools import partial
 from pathlib import Path
 from shutil import copy
 
 import pytest
 
 import kat.recipe.pipeline
-from kat.cli import main
 from kat.core.io import write_records
 from kat.core.types import Segment, Trajectory
 
@@ -15,19 +15,14 @@ LOG = ROOT/'data'/'trajectories'/'swe_smith_pandas_53652.json'
 
 
 @pytest.fixture
-def cli(capsys, monkeypatch, tmp_path):
+def cli(cli, tmp_path):
     "Runs `kat tree` with these arguments in a folder with a log of ids; (exit code, what it printed, and complained)."
-    monkeypatch.chdir(tmp_path)
     segments = [Segment([1, 2], 'user'), Segment([3], 'assistant', 0, True), Segment([4], 'user', 1),
                 Segment([5], 'assistant', 1, True)]
     write_records('ids.parquet', [Trajectory('t', segments)])
     (tmp_path/'odd.jsonl').write_text('{"a": 1}\n')
     (tmp_path/'none.jsonl').write_text('')
-    def run(*args):
-        with pytest.raises(SystemExit) as ended:
-            main(['tree', *map(str, args)])
-        return ended.value.code, *capsys.readouterr()
-    return run
+    return partial(cli, 'tree')
 
 
 def test_stats_of_a_log(cli):

@@ -4,19 +4,8 @@ import json
 import pytest
 from benchmark_world import engine, evaluate, knows
 
-from kat.cli import main
 from kat.envs.base import find_world
 
-
-@pytest.fixture
-def cli(capsys, monkeypatch, tmp_path):
-    "Runs `kat` with these arguments in an empty folder; (exit code, what it printed, what it complained)."
-    monkeypatch.chdir(tmp_path)
-    def run(*args):
-        with pytest.raises(SystemExit) as ended:
-            main(list(args))
-        return ended.value.code, *capsys.readouterr()
-    return run
 
 
 @pytest.mark.parametrize('args, parts', [
