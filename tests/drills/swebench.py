@@ -19,7 +19,7 @@ import pytest
 
 from kat.envs.grade import merge_trees, package_folders, read_tree, write_tree
 from kat.envs.sandbox import Bubblewrap
-from kat.envs.swe import python_in_box
+from kat.envs.future import python_in_box
 from kat.envs.tasks import (
     SoftwareTask, base_tree, gold_tree, grade_state, read_task, read_tasks, suite_of, tree_patch, write_task)
 from kat.envs.testlogs import BEGIN, CODE, END, Ambiguous, grade_log

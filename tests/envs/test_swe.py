@@ -13,12 +13,13 @@ from hypothesis import strategies as st
 
 from kat.core.template import train_tokenizer
 from kat.core.io import UserError
-from kat.envs import swe
+from kat.envs import hands, swe
 from kat.envs.base import InfraError, ToolCall, make_world
+from kat.envs.future import future_in_base, future_in_git, lay_out
+from kat.envs.hands import SHELL, Workspace, fitted
 from kat.envs.sandbox import ExecResult, Limits, features
 from kat.envs.swe import (
-    SHELL, SharedBox, SoftwareEnv, SoftwareExpert, Workspace, bubblewrap, edits_between, fitted, future_in_base,
-    future_in_git, held_out, lay_out, left_tree, untrue)
+    SharedBox, SoftwareEnv, SoftwareExpert, bubblewrap, edits_between, held_out, left_tree, untrue)
 from kat.envs.tasks import SoftwareTask, patched, plain_task, read_task, tree_patch, write_task
 from kat.recipe.rollouts import ScriptPolicy, rollout
 
@@ -100,7 +101,7 @@ def test_search_is_a_regular_expression_that_cannot_hang(room, monkeypatch):
     assert use(room, 'search', pattern='def', path='tests') == (True, 'nothing found')
     assert not use(room, 'search', pattern='(')[0]
     use(room, 'shell', command='python -c "print(\'a\' * 40)" > long.txt')
-    monkeypatch.setattr(swe, 'HAND', replace(swe.HAND, cpu_s=1))
+    monkeypatch.setattr(hands, 'HAND', replace(hands.HAND, cpu_s=1))
     ok, text = use(room, 'search', pattern='(a+)+$b', path='long.txt')
     assert not ok and 'CPU' in text and room.spent['cpu'] == 1
 
@@ -156,7 +157,7 @@ def test_shell_is_bounded_and_leaves_nothing_running(room):
     assert (ok, text) == (False, 'out\nerr\n[exit code 3]')
     assert use(room, 'shell', command='true') == (True, '[no output]')
     ok, text = use(room, 'shell', command='echo first; yes | head -c 300000; echo last')
-    assert ok and text.startswith('first') and text.endswith('last') and len(text) < swe.RESULT_ROOM + 100
+    assert ok and text.startswith('first') and text.endswith('last') and len(text) < hands.RESULT_ROOM + 100
     assert 'the rest is lost' in use(room, 'shell', command='yes | head -c 2000000')[1]
     ok, text = use(room, 'shell', command='(while true; do echo x >> ticks; sleep .05; done) & sleep .2; echo done')
     size = os.path.getsize(room.work / 'ticks')
