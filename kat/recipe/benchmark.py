@@ -25,10 +25,10 @@ from ..envs.base import Outcome, Task, episodes, find_world, scripted
 from ..envs.grade import read_tree
 from ..envs.sandbox import features
 from ..envs.tasks import plain_task, read_tasks, tree_patch
-from .contestants import (BuiltIn, Commanded, Housed, Seen, endpoint, find_program, hand_in_gold,
-                                    hand_in_nothing,
-                                    handed, house)
+from .contestants import BuiltIn, Seen, endpoint
+from .house import Housed, house
 from .pipeline import Bars, Lines, locked, machine, write_json
+from .programs import Commanded, find_program, hand_in_gold, hand_in_nothing, handed
 from .report import read_json
 from .rollouts import asyncio_run
 from .scores import (EVAL_SCHEMA, category_of, load_run, newest, passed, score, score_lines,
