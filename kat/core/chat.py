@@ -18,7 +18,8 @@ import numpy as np
 from .endings import end_tokens, find_any, template_text, try_template
 from .logs import Conversation
 from .template import KAT_TEMPLATE, Codec, call_text, codec_of
-from .types import GENERATED, Segment, Trajectory, normalise, schemas_by_name, without_nulls
+from .messages import normalise, schemas_by_name, without_nulls
+from .types import GENERATED, Segment, Trajectory
 
 # %% ../../nbs/core/08_chat.ipynb #326af3a6
 class SegmentBuilder:

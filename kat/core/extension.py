@@ -16,7 +16,8 @@ from .chat import (
 from .endings import (
     ASKED, GIVEN, NEXT, PROBE_WORDS, SAID, answer_endings, end_tokens, template_text, try_template)
 from .template import codec_of
-from .types import Segment, normalise
+from .messages import normalise
+from .types import Segment
 
 # %% ../../nbs/core/09_extension.ipynb #8e1e4823
 def extend_segments(

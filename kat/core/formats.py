@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Callable
 
 from .template import call_text, parse_calls
-from .types import schema_kinds, schemas_by_name
+from .messages import schema_kinds, schemas_by_name
 
 # %% auto #0
 __all__ = ['FORMATS', 'check_json', 'loads_strict', 'CallFormat', 'write_call', 'open_call']

@@ -13,7 +13,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from .io import json_lines, loads
-from .types import normalise, plain, whole_text, without_nulls
+from .messages import normalise, whole_text, without_nulls
+from .types import plain
 
 # %% ../../nbs/core/05_logs.ipynb #0e729484
 @dataclass

@@ -10,7 +10,7 @@ import json, re
 from functools import lru_cache
 from weakref import WeakKeyDictionary
 
-from .types import schema_kinds, schemas_by_name
+from .messages import schema_kinds, schemas_by_name
 
 # %% ../../nbs/core/03_template.ipynb #57c0baf5
 SPECIAL = ('<|im_start|>', '<|im_end|>', '<|endoftext|>', '<tool_call>', '</tool_call>', '<tool_response>',

@@ -29,7 +29,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path, PurePosixPath
 
-from ..core.types import whole_text
+from ..core.messages import whole_text
 from . import zygote
 from .base import InfraError
 from .walls import ENVIRON, Box, PidsGroup, bare_python, bwrap_candidates, memfd, seccomp_filter, start_boxed

@@ -15,7 +15,8 @@ from kat.core.chat import encode_prompt, error_mask, generation_segments, ids_of
 from kat.core.extension import extend, extend_segments, tool_ids
 from kat.core.template import KAT_TEMPLATE, SPECIAL, call_text, parse_calls, train_tokenizer
 from kat.core.logs import Conversation, import_log
-from kat.core.types import Segment, Trajectory, normalise
+from kat.core.messages import normalise
+from kat.core.types import Segment, Trajectory
 
 LOGS = Path(__file__).parents[2] / 'data' / 'trajectories'
 CORPUS = [

@@ -8,7 +8,8 @@ import torch
 from core_strategies import few, groups, segments, trajectories
 from hypothesis import given
 
-from kat.core.types import Group, Segment, Trajectory, _json_floats, groups_of, normalise, plain
+from kat.core.messages import normalise
+from kat.core.types import Group, Segment, Trajectory, _json_floats, groups_of, plain
 
 NAN = float('nan')
 
