@@ -6,6 +6,7 @@ from pathlib import Path
 
 from plane_world import say, tokenizer
 from rich.console import Console
+from testgen_world import small_site
 
 from kat.core.formats import write_call
 from kat.envs.tasks import SoftwareTask, tree_patch, write_task
@@ -69,10 +70,13 @@ TESTS = ('from calc import add, sub\n\n\ndef test_add():\n    assert add(2, 3) =
 
 
 def software_task(folder, name='demo__calc-1', gold='return a + b', base=CALC):
-    "A repository of one file, in a folder of tasks."
+    "A repository of one file, in a folder of tasks; its packages are few, so that its tests start faster."
+    folder.mkdir(exist_ok=True)
+    if not (folder / 'sites').exists():
+        (folder / 'sites').symlink_to(small_site())
     tree = lambda text: {'calc.py': (text.encode(), 'file')}
     fixed = CALC.replace('return a - b', gold, 1)
     task = SoftwareTask(name, 'demo/calc', 'add() must add; it subtracts.', ('test_calc.py::test_add',),
-                        ('test_calc.py::test_sub',))
+                        ('test_calc.py::test_sub',), site='small')
     tests = {'test_calc.py': (TESTS.encode(), 'file')}
     return write_task(task, folder, tree(base), tests, tree_patch(tree(base), tree(fixed)))
