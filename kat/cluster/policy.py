@@ -99,7 +99,8 @@ class Groups(Flow):
 
     def finish(self, group: int, accepted: bool) -> None:
         born = self.running.pop(group)
-        if accepted: self.stored.append((group, born))
+        if accepted:
+            self.stored.append((group, born))
 
     def take(self) -> tuple[int, ...]:
         "The oldest finished groups, to be trained on now."
@@ -133,6 +134,8 @@ class Costs:
     prefill: float = 20000  # tokens per second
     base: float = .012      # of a decoding step
     slope: float = .00025   # more of it per sequence
+    blocks: bool = True     # do its neighbours stand still while a sequence's context is computed?
+    crowd: float = 1.0      # episodes that may run per slot; while one is in its tools, another can have its slot
     turn: float = 200       # tokens of a turn, until turns have been seen
     margin: float = .2      # hysteresis: a switch must bring so much more than it costs
     patience: float = 30    # a job that has waited so long goes before those that have their keys and values here
@@ -234,8 +237,9 @@ class Places(Seats):
         home, best = job.home, self._emptiest(job.tag)
         at_home = home is not None and home.epoch == job.epoch and home.state == 'work' and home.owner == job.tag
         if not at_home or len(home.jobs) >= home.slots or best is home: return best
-        saved = (home.load - best.load)*self.costs.slope*self.turn
-        return best if saved > job.context/self.costs.prefill/best.speed else home
+        saved = 2*(home.load - best.load)*self.costs.slope*self.turn
+        stand = 1 + self.costs.blocks*len(best.jobs)
+        return best if saved > stand*job.context/self.costs.prefill/best.speed else home
 
     def _put(self, job: Held, seat: Seat) -> None:
         moved = job.home is not seat or job.epoch != seat.epoch
@@ -356,7 +360,8 @@ class Gang(Queues):
     def _assemble(self) -> None:
         if not self.active and not self.gang and self.groups.ready:
             self._call()
-        if self.active or not self.gang or self.missing: return
+        if self.active or not self.gang or self.missing:
+            return
         for seat in self.gang:
             seat.state, seat.owner, seat.reason = 'gang', self.train.tag, None
         self.active = True
@@ -436,7 +441,7 @@ class Lending(Roles):
 
     def _room(self) -> int:
         "Groups for whose episodes there are slots."
-        return max(self.slots//self.groups.size, 1) - len(self.groups.running)
+        return max(int(self.slots*self.costs.crowd)//self.groups.size, 1) - len(self.groups.running)
 
     def _begin(self) -> None:
         for _ in range(min(self.groups.capacity, self._room())):
@@ -450,7 +455,8 @@ class Lending(Roles):
             if self.waiting[tag] <= self.loading[tag]: continue
             idle = next((seat for seat in self.seats.values() if seat.state == 'work' and not seat.jobs
                          and seat.owner != tag and tag in seat.tags and not self.waiting[seat.owner]), None)
-            if idle: self._give(idle)
+            if idle:
+                self._give(idle)
 
 # %% ../../nbs/cluster/03_policy.ipynb #7f490b91
 class JobEvents(Lending):

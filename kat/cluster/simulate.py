@@ -89,6 +89,7 @@ class Machine:
     take: float = 6.0        # from training to rollout
     back: float = 4.0        # from rollout to training
     chunked: bool = False
+    crowd: float = 1.0       # episodes per slot
 
     def step(self, sequences: int) -> float:
         return self.base + self.slope*sequences
@@ -96,7 +97,8 @@ class Machine:
     @property
     def costs(self) -> Costs:
         "What the policy starts from."
-        return Costs(take=self.take, back=self.back, prefill=self.prefill, base=self.base, slope=self.slope)
+        return Costs(take=self.take, back=self.back, prefill=self.prefill, base=self.base, slope=self.slope,
+                     blocks=not self.chunked, crowd=self.crowd)
 
 # %% ../../nbs/cluster/04_simulate.ipynb #6bb76405
 class Replica:

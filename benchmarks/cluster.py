@@ -1,0 +1,179 @@
+"""Who works when: every mode, split, staleness and size under the policy of `kat.cluster`, on recorded episodes
+
+    python benchmarks/cluster.py record data/runs/tiny   # data/traces/micro.json, from the model after SFT (a minute)
+    python benchmarks/cluster.py generate                # data/traces/agentic.json and heavy.json
+    python benchmarks/cluster.py study                   # figures/cluster.json (about 25 CPU minutes; goes on where it was)
+    python benchmarks/cluster.py draw                    # figures/cluster_*.png and cluster.md from it
+
+The recordings are committed before the study is run. Each cell is one replay; what is computed is kept in
+data/runs/cluster. Every cell is reported. `crowd` is episodes per slot: what is best differs between modes, so each
+mode gets the better of 1 and 2."""
+import argparse
+import json
+import sys
+import time
+from pathlib import Path
+
+from kat.cluster.policy import Groups
+from kat.cluster.simulate import Machine, Recording, Replay, draw_gantt, generate_recording, read_recording
+from kat.cluster.tags import Ask, Device, colocated, disaggregated, multiplexed
+from kat.core.figures import save_figure, use_style
+from kat.core.io import atomic
+
+ROOT = Path(__file__).parents[1]
+TRACES, KEPT, FIGURES = ROOT/'data/traces', ROOT/'data/runs/cluster', ROOT/'figures'
+COMMAND = 'python benchmarks/cluster.py'
+
+
+def write(recording):
+    TRACES.mkdir(exist_ok=True)
+    body = dict(name=recording.name, source=recording.source, groups=recording.groups)
+    with atomic(TRACES/f'{recording.name}.json') as tmp:
+        tmp.write_text(json.dumps(body, separators=(',', ':')) + '\n')
+
+
+def record(run, tasks=48, size=8):
+    "Play training tasks with a run's model; per turn: tokens sampled, seconds in the sandbox, tokens read."
+    from kat.envs.base import make_world
+    from kat.infer.engines import HFEngine
+    from kat.learn.training import load_model
+    from kat.recipe.rollouts import ModelPolicy, rollout
+    model, tokenizer = load_model(run/'20_sft/model')
+    engine, world, taken = HFEngine(model, max_len=1024, slots=tasks*size), make_world('micro'), {}
+    todo = [world.train_task(0, 8*10**5 + i//size) for i in range(tasks*size)]
+    def timed(env, number):
+        step, taken[number] = env.step, []
+        async def measured(calls):
+            begun = time.perf_counter()
+            try:
+                return await step(calls)
+            finally:
+                taken[number].append(round(time.perf_counter() - begun, 4))
+        env.step = measured
+        return env
+    with world.open() as make_env:
+        played = rollout(ModelPolicy(engine), tokenizer, todo, lambda task: timed(make_env(task), len(taken)), seed=0,
+                         retries=0)
+    episodes = [episode(t, taken[i]) for i, t in enumerate(played)]
+    write(Recording('micro', f'{tasks} training tasks of the micro world, {size} rollouts each, by the model after SFT of '
+                    f'`kat pipeline --preset tiny`; tools run two at a time on two shared cores', 
+                    [episodes[i:i + size] for i in range(0, len(episodes), size)]))
+
+
+def episode(trajectory, seconds):
+    "Tokens per turn; what stands between two answers was read after the first."
+    turns, prompt, last = [], 0, None
+    for segment in trajectory.segments:
+        if segment.trainable:
+            if segment.turn != last:
+                turns.append([0, 0, 0])
+            turns[-1][0] += len(segment.ids)
+            last = segment.turn
+        elif turns:
+            turns[-1][2] += len(segment.ids)
+        else:
+            prompt += len(segment.ids)
+    for turn, took in zip(turns, seconds):
+        turn[1] = took
+    return dict(prompt=prompt, turns=turns)
+
+
+def generate():
+    write(generate_recording('agentic', seed=0))
+    write(generate_recording('heavy', seed=1, turns=(2.3, .9), tokens=(5.0, 1.3), tools=(.5, 1.8)))
+
+
+def cluster(mode, number, train, mix='equal'):
+    "Devices of a mode; `half`: every other one is half as fast."
+    made = dict(colocated=colocated, multiplexed=multiplexed, disaggregated=disaggregated)[mode]
+    devices = made(number) if mode == 'colocated' else made(number, train)
+    if mix == 'equal': return devices
+    # a split that knows its devices trains on the fast ones, which are `train` and what is left of the first half
+    slow = number//2
+    return [Device(d.name, d.tags, .5 if i >= number - slow else 1.0, d.slots) for i, d in enumerate(devices)]
+
+
+def cell(trace='agentic', mode='colocated', number=16, train=16, staleness=1, late='drop', crowd=1, per=6, mix='equal',
+         scaling=1.0, updates=4, warmup=2, **machine):
+    return dict(trace=trace, mode=mode, number=number, train=train, staleness=staleness, late=late, crowd=crowd, per=per,
+                mix=mix, scaling=scaling, updates=updates, warmup=warmup, machine=machine)
+
+
+def placements(number, static=(4, 5, 6, 7, 8, 9, 10), shared=(8, 10, 12, 14)):
+    "Train-tagged devices, in sixteenths."
+    yield 'colocated', number
+    yield from (('multiplexed', number*x//16) for x in shared)
+    yield from (('disaggregated', number*x//16) for x in static)
+
+
+def sweep(number=16, crowds=(1, 2), stalenesses=(0, 1, 2), static=(4, 5, 6, 7, 8, 9, 10), shared=(8, 10, 12, 14), **more):
+    return [cell(mode=mode, number=number, train=train, staleness=s, crowd=crowd, **more)
+            for s in stalenesses for crowd in crowds for mode, train in placements(number, static, shared)]
+
+
+def plan():
+    few = dict(static=(5, 6, 7, 8), shared=(12, 14))
+    cells = sweep() + sweep(trace='micro') + sweep(trace='heavy')
+    cells += sweep(stalenesses=(1, 2), late='keep') + sweep(stalenesses=(1,), chunked=True)
+    cells += sweep(stalenesses=(1,), mix='half', shared=(6, 8, 10, 12, 14))
+    cells += sweep(stalenesses=(1,), scaling=.9) + sweep(stalenesses=(1,), sync=12.0, take=18.0, back=12.0)
+    cells += sweep(number=64, per=2, crowds=(1,), updates=3, warmup=1)   # bound by latency: 16 sequences a device
+    cells += sweep(number=64, stalenesses=(1,), crowds=(1, 2), updates=3, warmup=1, **few)
+    cells += sweep(number=256, stalenesses=(1,), crowds=(2,), updates=2, warmup=1, **few)
+    cells += sweep(number=1024, stalenesses=(1,), crowds=(2,), updates=2, warmup=1, static=(6, 7), shared=(14,))
+    cells += [cell(mode=mode, number=4096, train=train, crowd=2, updates=1, warmup=1)
+              for mode, train in (('multiplexed', 3584), ('disaggregated', 1792), ('colocated', 4096))]
+    return cells
+
+
+def key(c):
+    return '-'.join(str(x) for x in [*list(c.values())[:-1], *(f'{k}={v}' for k, v in c['machine'].items())])
+
+
+def compute(c):
+    machine = Machine(crowd=c['crowd'], **c['machine'])
+    recording = read_recording(TRACES/f'{c["trace"]}.json')
+    begun = time.perf_counter()
+    replay = Replay(recording, cluster(c['mode'], c['number'], c['train'], c['mix']),
+                    Groups(c['per']*c['number'], c['staleness'], recording.size, c['late']), machine,
+                    (Ask('train', gang=0, scaling=c['scaling']), Ask('rollout')))
+    out = replay.run(c['updates'], c['warmup'])
+    return c | dict(result=rounded(out), took=round(time.perf_counter() - begun, 1))
+
+
+def rounded(x):
+    return {k: rounded(v) for k, v in x.items()} if isinstance(x, dict) else float(f'{x:.5g}') if isinstance(x, float) else x
+
+
+def study():
+    KEPT.mkdir(parents=True, exist_ok=True)
+    cells, begun, fresh = plan(), time.perf_counter(), 0
+    for i, c in enumerate(cells):
+        path = KEPT/f'{key(c)}.json'
+        if path.exists(): continue
+        done = compute(c)
+        with atomic(path) as tmp:
+            tmp.write_text(json.dumps(done))
+        fresh += 1
+        print(f'{i + 1}/{len(cells)} {key(c)}: {done["result"]["tokens_s"]:.0f} tokens/s, {done["took"]} s; '
+              f'{time.perf_counter() - begun:.0f} s so far', flush=True)
+        collect(cells)
+    collect(cells)
+
+
+def collect(cells):
+    rows = [json.loads(path.read_text()) for c in cells if (path := KEPT/f'{key(c)}.json').exists()]
+    with atomic(FIGURES/'cluster.json') as tmp:
+        tmp.write_text(json.dumps(dict(command=f'{COMMAND} study', planned=len(cells), cells=rows), indent=None,
+                                  separators=(',', ':')).replace('{"trace"', '\n{"trace"') + '\n')
+
+
+if __name__ == '__main__':
+    parser = argparse.ArgumentParser(description=__doc__.split('\n')[0])
+    parser.add_argument('what', choices=['record', 'generate', 'study', 'draw'])
+    parser.add_argument('run', nargs='?', type=Path)
+    given = parser.parse_args()
+    if given.what == 'record':
+        record(given.run or sys.exit('record needs the folder of a run, as data/runs/tiny'))
+    else:
+        globals()[given.what]()
