@@ -2,7 +2,7 @@
 
     python benchmarks/cluster.py record data/runs/tiny   # data/traces/micro.json, from the model after SFT (a minute)
     python benchmarks/cluster.py generate                # data/traces/agentic.json and heavy.json
-    python benchmarks/cluster.py study                   # figures/cluster.json (about 25 CPU minutes; goes on where it was)
+    python benchmarks/cluster.py study                   # figures/cluster.json (about 25 CPU minutes; resumable)
     python benchmarks/cluster.py draw                    # figures/cluster_*.png and cluster.md from it
 
 The recordings are committed before the study is run. Each cell is one replay; what is computed is kept in
@@ -15,7 +15,7 @@ import time
 from pathlib import Path
 
 from kat.cluster.policy import Groups
-from kat.cluster.simulate import Machine, Recording, Replay, draw_gantt, generate_recording, read_recording
+from kat.cluster.simulate import Hardware, Recording, Replay, draw_gantt, generate_recording, read_recording
 from kat.cluster.tags import Ask, Device, colocated, disaggregated, multiplexed
 from kat.core.figures import save_figure, use_style
 from kat.core.io import atomic
@@ -55,9 +55,9 @@ def record(run, tasks=48, size=8):
         played = rollout(ModelPolicy(engine), tokenizer, todo, lambda task: timed(make_env(task), len(taken)), seed=0,
                          retries=0)
     episodes = [episode(t, taken[i]) for i, t in enumerate(played)]
-    write(Recording('micro', f'{tasks} training tasks of the micro world, {size} rollouts each, by the model after SFT of '
-                    f'`kat pipeline --preset tiny`; tools run two at a time on two shared cores', 
-                    [episodes[i:i + size] for i in range(0, len(episodes), size)]))
+    source = (f'{tasks} training tasks of the micro world, {size} rollouts each, by the model after SFT of '
+              '`kat pipeline --preset tiny`; tools run two at a time on two shared cores')
+    write(Recording('micro', source, [episodes[i:i + size] for i in range(0, len(episodes), size)]))
 
 
 def episode(trajectory, seconds):
@@ -95,8 +95,8 @@ def cluster(mode, number, train, mix='equal'):
 
 def cell(trace='agentic', mode='colocated', number=16, train=16, staleness=1, late='drop', crowd=1, per=6, mix='equal',
          scaling=1.0, updates=4, warmup=2, **machine):
-    return dict(trace=trace, mode=mode, number=number, train=train, staleness=staleness, late=late, crowd=crowd, per=per,
-                mix=mix, scaling=scaling, updates=updates, warmup=warmup, machine=machine)
+    return dict(trace=trace, mode=mode, number=number, train=train, staleness=staleness, late=late, crowd=crowd,
+                per=per, mix=mix, scaling=scaling, updates=updates, warmup=warmup, machine=machine)
 
 
 def placements(number, static=(4, 5, 6, 7, 8, 9, 10), shared=(8, 10, 12, 14)):
@@ -106,23 +106,23 @@ def placements(number, static=(4, 5, 6, 7, 8, 9, 10), shared=(8, 10, 12, 14)):
     yield from (('disaggregated', number*x//16) for x in static)
 
 
-def sweep(number=16, crowds=(1, 2), stalenesses=(0, 1, 2), static=(4, 5, 6, 7, 8, 9, 10), shared=(8, 10, 12, 14), **more):
+def sweep(number=16, crowds=(1, 2), stalenesses=(0, 1, 2), static=(4, 5, 6, 7, 8, 9, 10), shared=(8, 10, 12, 14),
+          **more):
     return [cell(mode=mode, number=number, train=train, staleness=s, crowd=crowd, **more)
             for s in stalenesses for crowd in crowds for mode, train in placements(number, static, shared)]
 
 
 def plan():
-    few = dict(static=(5, 6, 7, 8), shared=(12, 14))
+    one, few = dict(stalenesses=(1,), crowds=(2,)), dict(static=(6, 7, 8, 9), shared=(10, 12, 14))
     cells = sweep() + sweep(trace='micro') + sweep(trace='heavy')
-    cells += sweep(stalenesses=(1, 2), late='keep') + sweep(stalenesses=(1,), chunked=True)
-    cells += sweep(stalenesses=(1,), mix='half', shared=(6, 8, 10, 12, 14))
-    cells += sweep(stalenesses=(1,), scaling=.9) + sweep(stalenesses=(1,), sync=12.0, take=18.0, back=12.0)
-    cells += sweep(number=64, per=2, crowds=(1,), updates=3, warmup=1)   # bound by latency: 16 sequences a device
-    cells += sweep(number=64, stalenesses=(1,), crowds=(1, 2), updates=3, warmup=1, **few)
-    cells += sweep(number=256, stalenesses=(1,), crowds=(2,), updates=2, warmup=1, **few)
-    cells += sweep(number=1024, stalenesses=(1,), crowds=(2,), updates=2, warmup=1, static=(6, 7), shared=(14,))
-    cells += [cell(mode=mode, number=4096, train=train, crowd=2, updates=1, warmup=1)
-              for mode, train in (('multiplexed', 3584), ('disaggregated', 1792), ('colocated', 4096))]
+    cells += sweep(stalenesses=(1, 2), crowds=(2,), late='keep') + sweep(**one, chunked=True)
+    cells += sweep(**one, mix='half', shared=(6, 8, 10, 12, 14)) + sweep(**one, scaling=.9)
+    cells += sweep(**one, sync=12.0, take=18.0, back=12.0) + sweep(**one, trace='micro', sync=.1, take=.1, back=.1)
+    cells += sweep(number=64, per=2, crowds=(1,), updates=3, warmup=1, **few)   # few sequences a device
+    cells += sweep(number=64, **one, updates=3, warmup=1, **few)
+    cells += sweep(number=256, **one, updates=2, warmup=1, **few)
+    cells += [cell(mode=mode, number=size, train=size*share//16, crowd=2, updates=1, warmup=1) for size in (1024, 4096)
+              for mode, share in (('multiplexed', 14), ('disaggregated', 9), ('colocated', 16))]
     return cells
 
 
@@ -131,7 +131,7 @@ def key(c):
 
 
 def compute(c):
-    machine = Machine(crowd=c['crowd'], **c['machine'])
+    machine = Hardware(crowd=c['crowd'], **c['machine'])
     recording = read_recording(TRACES/f'{c["trace"]}.json')
     begun = time.perf_counter()
     replay = Replay(recording, cluster(c['mode'], c['number'], c['train'], c['mix']),
@@ -141,8 +141,9 @@ def compute(c):
     return c | dict(result=rounded(out), took=round(time.perf_counter() - begun, 1))
 
 
-def rounded(x):
-    return {k: rounded(v) for k, v in x.items()} if isinstance(x, dict) else float(f'{x:.5g}') if isinstance(x, float) else x
+def rounded(x):  # five digits
+    if isinstance(x, dict): return {name: rounded(value) for name, value in x.items()}
+    return float(f'{x:.5g}') if isinstance(x, float) else x
 
 
 def study():
@@ -166,6 +167,108 @@ def collect(cells):
     with atomic(FIGURES/'cluster.json') as tmp:
         tmp.write_text(json.dumps(dict(command=f'{COMMAND} study', planned=len(cells), cells=rows), indent=None,
                                   separators=(',', ':')).replace('{"trace"', '\n{"trace"') + '\n')
+
+
+SETTINGS = {   # of the table, by what tells their cells from the others
+    '16, agentic, η 0': dict(staleness=0), '16, agentic, η 1': dict(), '16, agentic, η 2': dict(staleness=2),
+    'late ones kept, η 1': dict(late='keep'), 'late ones kept, η 2': dict(late='keep', staleness=2),
+    'neighbours go on': dict(machine=dict(chunked=True)),
+    'switch and sync × 3': dict(machine=dict(sync=12.0, take=18.0, back=12.0)),
+    'training scales as k^0.9': dict(scaling=.9),
+    'half of the devices half as fast': dict(mix='half'),
+    'heavy, η 0': dict(trace='heavy', staleness=0), 'heavy, η 1': dict(trace='heavy'),
+    'heavy, η 2': dict(trace='heavy', staleness=2), 'micro (measured), η 0': dict(trace='micro', staleness=0),
+    'micro (measured), η 1': dict(trace='micro'), 'micro (measured), η 2': dict(trace='micro', staleness=2),
+    '64, latency-bound, η 0': dict(number=64, per=2, staleness=0), '64, latency-bound, η 1': dict(number=64, per=2),
+    '64, latency-bound, η 2': dict(number=64, per=2, staleness=2), '64, η 1': dict(number=64),
+    '256, η 1': dict(number=256), '1,024, η 1': dict(number=1024), '4,096, η 1': dict(number=4096)}
+COMMON = dict(trace='agentic', number=16, staleness=1, late='drop', per=6, mix='equal', scaling=1.0, machine={})
+
+
+def best(cells, setting, mode):
+    "The cell of most trained tokens/s, None where there is none."
+    wanted = COMMON | setting | dict(mode=mode)
+    found = [c for c in cells if all(c[name] == value for name, value in wanted.items())]
+    return max(found, key=lambda c: c['result']['tokens_s'], default=None)
+
+
+def table(cells):
+    lines = ['| devices, recording | best static split: tokens/s, idle | best multiplexed: tokens/s, idle, '
+             'switch + sync, dropped | ÷ static | co-located: tokens/s, idle, switch + sync, dropped | multiplexed ÷ co-located |',
+             '|---|---|---|---|---|---|']
+    for name, setting in SETTINGS.items():
+        static, shared, same = (best(cells, setting, mode) for mode in ('disaggregated', 'multiplexed', 'colocated'))
+        if not (static and shared and same): continue
+        lines.append(f'| {name} | {place(static)}: {number(static)}, {share(static, "idle")} | {place(shared)}: '
+                     f'{number(shared)}, {facts(shared)} | **{ratio(shared, static):.2f}** | {number(same)}, '
+                     f'{facts(same)} | {ratio(shared, same):.2f} |')
+    return '\n'.join(lines)
+
+
+def place(c):
+    return f'{c["train"]} train' + (', crowd 2' if c['crowd'] == 2 else '')
+
+
+def number(c):
+    return f'{c["result"]["tokens_s"]:,.0f}'
+
+
+def ratio(one, other):
+    return one['result']['tokens_s']/other['result']['tokens_s']
+
+
+def share(c, *names):
+    return f'{100*sum(c["result"][name] for name in names):.1f} %'
+
+
+def facts(c):
+    return f'{share(c, "idle")}, {share(c, "switch", "sync")}, {share(c, "dropped")}'
+
+
+def draw():
+    saved = json.loads((FIGURES/'cluster.json').read_text())
+    cells = saved['cells']
+    head = (f'{len(cells)} of {saved["planned"]} cells. η: staleness bound. Of each mode the best split and crowd; '
+            f'`figures/cluster.json` has every cell. Regenerated by: {COMMAND} draw')
+    with atomic(FIGURES/'cluster.md') as tmp:
+        tmp.write_text(head + '\n\n' + table(cells) + '\n')
+    splits(cells)
+    gantt()
+
+
+def splits(cells):
+    plt, _ = use_style()
+    fig, axes = plt.subplots(1, 3, figsize=(9, 3), sharey=True)
+    for staleness, ax in enumerate(axes):
+        for mode, colour in dict(disaggregated='#d55e00', multiplexed='#0173b2').items():
+            here = [[c for c in cells if all(c[k] == v for k, v in (COMMON | dict(
+                staleness=staleness, mode=mode, train=train)).items())] for train in range(1, 17)]
+            points = [max(c['result']['tokens_s'] for c in group) for group in here if group]
+            ax.plot([group[0]['train'] for group in here if group], points, marker='o', color=colour, label=mode)
+        same = best(cells, dict(staleness=staleness), 'colocated')
+        ax.plot([16], [same['result']['tokens_s']], marker='s', color='#029e73', linestyle='', label='co-located')
+        ax.set(title=f'staleness {staleness}', xlabel='devices of 16 that can train', ylim=(0, None))
+    axes[0].set_ylabel('trained tokens/s')
+    axes[0].legend(loc='lower left')
+    save_figure(fig, FIGURES/'cluster_splits.png', 'Trained tokens a second by split, 16 simulated devices, generated '
+                'recording `agentic`; of each split the better of 1 and 2 episodes per slot.', f'{COMMAND} draw')
+
+
+def gantt():
+    plt, _ = use_style()
+    recording = read_recording(TRACES/'agentic.json')
+    fig, axes = plt.subplots(3, 1, figsize=(9, 6), sharex=True)
+    for (mode, train), ax in zip(dict(disaggregated=9, multiplexed=14, colocated=16).items(), axes):
+        replay = Replay(recording, cluster(mode, 16, train), Groups(96, 1, 8), Hardware(crowd=2), gantt=True)
+        replay.run(3, 2)
+        begin = replay.steps[1][0]
+        spans = [(who, what, a - begin, b - begin) for who, what, a, b in replay.spans]
+        draw_gantt(spans, 0, 700, f'{mode}, {train} can train' if mode != 'colocated' else 'co-located', ax)
+        ax.set_xlabel('')
+    axes[0].legend(*axes[0].get_legend_handles_labels(), loc='upper right', ncols=4)
+    axes[2].set_xlabel('seconds after the second update')
+    save_figure(fig, FIGURES/'cluster_gantt.png', 'Who does what, 16 simulated devices at staleness 1; white is idle.',
+                f'{COMMAND} draw')
 
 
 if __name__ == '__main__':

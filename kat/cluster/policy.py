@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['REASONS', 'Take', 'Put', 'Give', 'Start', 'Stop', 'Begin', 'Cancel', 'Wait', 'Flow', 'Groups', 'Costs', 'Seat',
-           'Held', 'Seats', 'Places', 'Queues', 'decode_rate', 'lending_gain', 'choose_gang', 'Gang', 'Roles',
-           'Lending', 'JobEvents', 'GroupEvents', 'TrainEvents', 'Scheduler']
+           'Held', 'Seats', 'Books', 'Places', 'Queues', 'Leaving', 'decode_rate', 'lending_gain', 'choose_gang',
+           'Gang', 'Assembly', 'Roles', 'Assigning', 'Lending', 'Deciding', 'JobEvents', 'GroupEvents', 'TrainEvents',
+           'Scheduler']
 
 # %% ../../nbs/cluster/03_policy.ipynb #2a86a4c8
 import heapq
@@ -187,6 +188,9 @@ class Seats:
         seat = self.seats[device.name] = Seat(device, len(self.seats), tags)
         return seat
 
+# %% ../../nbs/cluster/03_policy.ipynb #9e22b4a1
+class Books(Seats):
+    "What is known of devices and costs."
     def cost(self, name: str) -> float:
         "Seconds of a 'take' or 'back': the mean of the last three measured."
         seen = self.seen[name]
@@ -214,8 +218,8 @@ class Seats:
         return [dict(device=seat.name, state=seat.state, role=seat.owner, jobs=len(seat.jobs), reason=seat.reason)
                 for seat in self.seats.values()]
 
-# %% ../../nbs/cluster/03_policy.ipynb #9e22b4a1
-class Places(Seats):
+# %% ../../nbs/cluster/03_policy.ipynb #97c39d72
+class Places(Books):
     "Putting jobs on seats and taking them off."
     def _offer(self, seat: Seat) -> None:
         "Its load has changed: the heap of open seats learns it."
@@ -250,7 +254,7 @@ class Places(Seats):
         self._offer(seat)
         self.out.append(Put(job.name, seat.name, moved))
 
-# %% ../../nbs/cluster/03_policy.ipynb #97c39d72
+# %% ../../nbs/cluster/03_policy.ipynb #eb7cfe40
 class Queues(Places):
     "Who waits, and who is next."
     def _wait(self, job: Held, time: float, front: bool = False) -> None:
@@ -277,6 +281,9 @@ class Queues(Places):
                 job = self._first(seat.waiting) or job
             self._put(job, seat)
 
+# %% ../../nbs/cluster/03_policy.ipynb #da303e60
+class Leaving(Queues):
+    "Jobs that go."
     def _leave(self, job: Held) -> None:
         "Off its seat, or out of the line."
         self.waiting[job.tag] -= job.state == 'wait'
@@ -296,7 +303,7 @@ class Queues(Places):
             job.since = time
             self._wait(job, time, front=True)
 
-# %% ../../nbs/cluster/03_policy.ipynb #da303e60
+# %% ../../nbs/cluster/03_policy.ipynb #89d369ca
 def decode_rate(
     speed: float,     # of all devices together
     sequences: float, # that run or wait
@@ -318,7 +325,7 @@ def lending_gain(
     "What lending brings."
     return missing*seconds*(1 - rate/more) if more > 0 else 0.0
 
-# %% ../../nbs/cluster/03_policy.ipynb #9a5b503a
+# %% ../../nbs/cluster/03_policy.ipynb #192245d7
 def choose_gang(
     seats: list[Seat], # that are up and can
     ask: Ask,
@@ -329,8 +336,8 @@ def choose_gang(
     best = max(range(len(order)), key=lambda i: (i + 1)**ask.scaling*order[i].speed, default=-1)
     return order[:best + 1]
 
-# %% ../../nbs/cluster/03_policy.ipynb #4be2907e
-class Gang(Queues):
+# %% ../../nbs/cluster/03_policy.ipynb #2bcded93
+class Gang(Leaving):
     "Calling the gang together, and letting it go."
     def __init__(self, devices: list[Device], groups: Groups, asks: tuple[Ask, ...] = ASKS, costs: Costs = Costs()):
         super().__init__(devices, asks, costs)
@@ -357,6 +364,9 @@ class Gang(Queues):
         seat.state = 'held'
         self._idle(seat, 'gang')
 
+# %% ../../nbs/cluster/03_policy.ipynb #94fbb85a
+class Assembly(Gang):
+    "When all are there, and when it is over."
     def _assemble(self) -> None:
         if not self.active and not self.gang and self.groups.ready:
             self._call()
@@ -380,12 +390,12 @@ class Gang(Queues):
         seat.reason = reason
         self.out.append(Wait(seat.name, reason))
 
-# %% ../../nbs/cluster/03_policy.ipynb #2d476739
-class Roles(Gang):
+# %% ../../nbs/cluster/03_policy.ipynb #7f490b91
+class Roles(Assembly):
     "Which role a free device takes, and why it is idle if it takes none."
     def __init__(self, devices: list[Device], groups: Groups, asks: tuple[Ask, ...] = ASKS, costs: Costs = Costs()):
         super().__init__(devices, groups, asks, costs)
-        self.finished, self.news, self.spare = deque(maxlen=max(8, groups.batch//4)), 0.0, False
+        self.finished, self.news, self.spare = deque(maxlen=groups.batch + 1), 0.0, False
         self._count()
 
     def _count(self) -> None:
@@ -394,6 +404,9 @@ class Roles(Gang):
         self.slots = sum(seat.slots for seat in up if 'rollout' in seat.tags)
         self.mixed = any(len(seat.tags - {self.train.tag}) > 1 for seat in up)
 
+# %% ../../nbs/cluster/03_policy.ipynb #0c54a6c4
+class Assigning(Roles):
+    "A role for each free device."
     def _assign(self) -> None:
         "Free seats take up what waits, else say why not."
         free, lend = [seat for seat in self.seats.values() if seat.state == 'free'], None
@@ -422,8 +435,8 @@ class Roles(Gang):
         if self.groups.capacity <= 0: return 'staleness'
         return 'slots' if self._room() <= 0 else 'nothing'
 
-# %% ../../nbs/cluster/03_policy.ipynb #2bcded93
-class Lending(Roles):
+# %% ../../nbs/cluster/03_policy.ipynb #22c0f12e
+class Lending(Assigning):
     "Whether lending pays, and how many groups may begin."
     def _pays(self, seats: list[Seat]) -> bool:
         "Would training be ready sooner, by more than the switch there and back costs?"
@@ -434,7 +447,7 @@ class Lending(Roles):
         more = decode_rate(speed + sum(seat.speed for seat in seats), sequences, slots, self.costs)
         if not speed or not more: return more > 0    # nobody else would roll out
         now, times = decode_rate(speed, sequences, slots, self.costs), self.finished
-        pace = (times[-1] - times[0])/(len(times) - 1) if len(times) > 1 else float('inf')
+        pace = (times[-1] - times[0])/(len(times) - 1) if len(times) == times.maxlen else float('inf')
         if more <= now: return False
         gain = lending_gain(self.groups.batch - len(self.groups.stored), pace, now, more)
         return gain > (self.cost('take') + self.cost('back'))*(1 + self.costs.margin)
@@ -458,14 +471,34 @@ class Lending(Roles):
             if idle:
                 self._give(idle)
 
-# %% ../../nbs/cluster/03_policy.ipynb #7f490b91
-class JobEvents(Lending):
-    "What a pool tells of jobs."
-    def start(self, time: float) -> list:
-        "Everything is up and free."
-        self._begin()
-        return self._decide(time, True)
+# %% ../../nbs/cluster/03_policy.ipynb #7ef806c1
+class Deciding(Lending):
+    "After each event."
+    def _decide(self, time: float, widely: bool) -> list:
+        self._assemble()
+        self._spread(time)
+        if widely:
+            self.news = 0.0
+            self._relieve()
+            self._assign()
+        out, self.out = self.out, []
+        return out
 
+    def _spread(self, time: float) -> None:
+        "Who waits goes where there is room."
+        for tag, line in self.line.items():
+            while not self.loading[tag] and (job := self._first(line)) and (seat := self._emptiest(tag)):
+                self._put(job, seat)
+
+    def _settle(self, seat: Seat, time: float) -> None:
+        "Fill its free slots; say why it is idle if it is."
+        self._refill(seat, time)
+        if not seat.jobs and seat.state == 'work':
+            self._idle(seat, self._why(seat))
+
+# %% ../../nbs/cluster/03_policy.ipynb #c765f496
+class JobEvents(Deciding):
+    "What a pool tells of jobs."
     def ready(self, time: float, job, tag: str = 'rollout', group: int | None = None, context: int = 0) -> list:
         "A job, new or known, wants a slot; `context`: tokens it would have to compute anew elsewhere. ValueError."
         held = self.jobs.get(job)
@@ -473,9 +506,8 @@ class JobEvents(Lending):
             if tag not in self.line: raise ValueError(f'job {job}: no work has the tag {tag}')
             if group is not None and group not in self.of_group: raise ValueError(f'job {job}: no group {group} runs')
             held = self.jobs[job] = Held(job, tag, group)
-            if group is not None:
-                self.of_group[group].add(job)
             self.news += 1/self.groups.size
+            self.of_group.get(group, set()).add(job)
         if held.state != 'away': raise ValueError(f'job {job} is ready, and it was in state {held.state!r} already')
         held.context, held.since, seat = context, time, self._choose(held)
         if seat is None:
@@ -496,23 +528,18 @@ class JobEvents(Lending):
         self._settle(seat, time)
         return self._decide(time, self.mixed)
 
-# %% ../../nbs/cluster/03_policy.ipynb #0c54a6c4
-class GroupEvents(JobEvents):
-    "What a pool tells of groups and of training."
     def _forget(self, held: Held) -> None:
         del self.jobs[held.name]
         if held.group is not None:
             self.of_group[held.group].discard(held.name)
 
-    def _decide(self, time: float, widely: bool) -> list:
-        self._assemble()
-        self._spread(time)
-        if widely:
-            self.news = 0.0
-            self._relieve()
-            self._assign()
-        out, self.out = self.out, []
-        return out
+# %% ../../nbs/cluster/03_policy.ipynb #0b9a6629
+class GroupEvents(JobEvents):
+    "What a pool tells of groups."
+    def start(self, time: float) -> list:
+        "Everything is up and free."
+        self._begin()
+        return self._decide(time, True)
 
     def group_done(self, time: float, group: int, accepted: bool = True) -> list:
         "All its episodes have ended; not `accepted`: it can't be trained on, another takes its place. ValueError."
@@ -532,19 +559,7 @@ class GroupEvents(JobEvents):
         if seat is not None:
             self._settle(seat, time)
 
-    def _settle(self, seat: Seat, time: float) -> None:
-        "Fill its free slots; say why it is idle if it is."
-        self._refill(seat, time)
-        if not seat.jobs and seat.state == 'work':
-            self._idle(seat, self._why(seat))
-
-    def _spread(self, time: float) -> None:
-        "Who waits goes where there is room."
-        for tag, line in self.line.items():
-            while not self.loading[tag] and (job := self._first(line)) and (seat := self._emptiest(tag)):
-                self._put(job, seat)
-
-# %% ../../nbs/cluster/03_policy.ipynb #22c0f12e
+# %% ../../nbs/cluster/03_policy.ipynb #ef28b9f7
 class TrainEvents(GroupEvents):
     "What a pool tells of the gang."
     def trained(self, time: float) -> list:
@@ -579,7 +594,7 @@ class TrainEvents(GroupEvents):
             self._hold(seat)
         return self._decide(time, True)
 
-# %% ../../nbs/cluster/03_policy.ipynb #31f18b92
+# %% ../../nbs/cluster/03_policy.ipynb #4a6e8a71
 class Scheduler(TrainEvents):
     """Events in, decisions out. ValueError for an event that can't have happened. Each wait ends: a gang waits for
     one token boundary of each of its members, a job for a slot. *Own design*; tags after SeamlessFlow."""

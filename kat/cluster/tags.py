@@ -56,6 +56,11 @@ def suits(
     return {ask.tag} | ask.also <= device.tags and ask.memory_gb <= device.memory_gb
 
 # %% ../../nbs/cluster/02_tags.ipynb #44ebd8cd
+def _check_share(number: int, train: int) -> None:
+    if not 1 <= train <= number:
+        raise UserError(f'{train} of {number} devices train: from 1 to the number of devices')
+
+# %% ../../nbs/cluster/02_tags.ipynb #7a297154
 def _devices(number: int, tags: frozenset[str], first: int, facts: dict) -> list[Device]:
     return [Device(f'd{i:04d}', tags, **facts) for i in range(first, first + number)]
 
@@ -88,12 +93,7 @@ def disaggregated(
     if train == number: raise UserError(f'disaggregated: {train} of {number} devices train, none is left to roll out')
     return _devices(train, {'train'}, 0, facts) + _devices(number - train, {'rollout'}, train, facts)
 
-
-def _check_share(number: int, train: int) -> None:
-    if not 1 <= train <= number:
-        raise UserError(f'{train} of {number} devices train: from 1 to the number of devices')
-
-# %% ../../nbs/cluster/02_tags.ipynb #0747ec9d
+# %% ../../nbs/cluster/02_tags.ipynb #7d958207
 def check_cluster(
     devices: list[Device],
     asks: tuple[Ask, ...] = ASKS,

@@ -347,10 +347,10 @@ def test_a_device_is_lent_only_if_that_pays(seconds, lent):
         policy.ready(0, job, group=job + 1)
     for device in ('d0000', 'd0001'):   # nothing is known yet of the pace: both roll out
         policy.opened(1, device)
-    for job in range(4):
+    for job in range(5):
         policy.done(10*job + 10, job, 100, last=True)
         policy.group_done(10*job + 10, job + 1)
-    policy.gave(41, 'd0000')
+    policy.gave(51, 'd0000')
     policy.trained(60)
     mine = policy.status()[0]
     assert (mine['state'], mine['reason']) == (('load', None) if lent else ('free', 'lending'))
