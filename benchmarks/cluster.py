@@ -194,7 +194,8 @@ def best(cells, setting, mode):
 
 def table(cells):
     lines = ['| devices, recording | best static split: tokens/s, idle | best multiplexed: tokens/s, idle, '
-             'switch + sync, dropped | ÷ static | co-located: tokens/s, idle, switch + sync, dropped | multiplexed ÷ co-located |',
+             'switch + sync, dropped | ÷ static | co-located: tokens/s, idle, switch + sync, dropped '
+             '| multiplexed ÷ co-located |',
              '|---|---|---|---|---|---|']
     for name, setting in SETTINGS.items():
         static, shared, same = (best(cells, setting, mode) for mode in ('disaggregated', 'multiplexed', 'colocated'))
@@ -247,9 +248,9 @@ def splits(cells):
             ax.plot([group[0]['train'] for group in here if group], points, marker='o', color=colour, label=mode)
         same = best(cells, dict(staleness=staleness), 'colocated')
         ax.plot([16], [same['result']['tokens_s']], marker='s', color='#029e73', linestyle='', label='co-located')
-        ax.set(title=f'staleness {staleness}', xlabel='devices of 16 that can train', ylim=(0, None))
-    axes[0].set_ylabel('trained tokens/s')
-    axes[0].legend(loc='lower left')
+        ax.set(title=f'staleness {staleness}', xlabel='devices of 16 that can train', xticks=range(4, 17, 2))
+    axes[0].set(ylabel='trained tokens/s', ylim=(0, 1.05*max(ax.dataLim.y1 for ax in axes)))
+    axes[0].legend(loc='upper left')
     save_figure(fig, FIGURES/'cluster_splits.png', 'Trained tokens a second by split, 16 simulated devices, generated '
                 'recording `agentic`; of each split the better of 1 and 2 episodes per slot.', f'{COMMAND} draw')
 
@@ -265,7 +266,7 @@ def gantt():
         spans = [(who, what, a - begin, b - begin) for who, what, a, b in replay.spans]
         draw_gantt(spans, 0, 700, f'{mode}, {train} can train' if mode != 'colocated' else 'co-located', ax)
         ax.set_xlabel('')
-    axes[0].legend(*axes[0].get_legend_handles_labels(), loc='upper right', ncols=4)
+    fig.legend(*axes[0].get_legend_handles_labels(), loc='outside upper right', ncols=4)
     axes[2].set_xlabel('seconds after the second update')
     save_figure(fig, FIGURES/'cluster_gantt.png', 'Who does what, 16 simulated devices at staleness 1; white is idle.',
                 f'{COMMAND} draw')

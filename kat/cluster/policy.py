@@ -14,7 +14,7 @@ from collections import deque
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from .tags import ASKS, Ask, Device, check_cluster, suits
+from .tags import ASKS, Ask, Device, check_cluster, check_number, suits
 from ..core.io import UserError
 
 # %% ../../nbs/cluster/03_policy.ipynb #a0bd46bd
@@ -74,7 +74,7 @@ class Flow:
         late: str = 'drop',    # groups older than that: 'drop' or 'keep'
     ):
         for name, value, least in (('batch', batch, 1), ('staleness', staleness, 0), ('size', size, 1)):
-            if value < least: raise UserError(f'{name}={value}; at least {least}')
+            check_number(name, value, least, whole=True)
         if late not in ('drop', 'keep'): raise UserError(f"late={late!r}; 'drop' or 'keep'")
         self.batch, self.staleness, self.size, self.late = batch, staleness, size, late
         self.version = self.begun = self.dropped = self.trained = 0
@@ -140,6 +140,12 @@ class Costs:
     turn: float = 200       # tokens of a turn, until turns have been seen
     margin: float = .2      # hysteresis: a switch must bring so much more than it costs
     patience: float = 30    # a job that has waited so long goes before those that have their keys and values here
+
+    def __post_init__(self):
+        for name in ('prefill', 'crowd', 'turn', 'base'):
+            check_number(name, getattr(self, name), 0, above=True)
+        for name in ('take', 'back', 'slope', 'margin', 'patience'):
+            check_number(name, getattr(self, name), 0)
 
 # %% ../../nbs/cluster/03_policy.ipynb #b9b5ef9f
 class Seat:
@@ -537,7 +543,8 @@ class JobEvents(Deciding):
 class GroupEvents(JobEvents):
     "What a pool tells of groups."
     def start(self, time: float) -> list:
-        "Everything is up and free."
+        "Everything is up and free. ValueError the second time."
+        if self.groups.begun: raise ValueError('start, and it has started already')
         self._begin()
         return self._decide(time, True)
 

@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from .policy import Costs, Groups, Scheduler
-from .tags import ASKS, Ask, Device
+from .tags import ASKS, Ask, Device, check_number
 from ..core.figures import use_style
 from ..core.io import UserError, one_line
 
@@ -67,6 +67,8 @@ def generate_recording(
     seed: int = 0,
 ) -> Recording:
     "Heavy-tailed episodes; the first trial's shape by default. Turns ≤ 200, tokens ≤ 8192, tools ≤ 600 s."
+    check_number('groups', groups, 1, whole=True)
+    check_number('size', size, 1, whole=True)
     rng, out = np.random.default_rng(seed), []
     draw = lambda shape, n, top: np.minimum(rng.lognormal(*shape, n), top)
     for _ in range(groups):
@@ -92,6 +94,11 @@ class Hardware:
     back: float = 4.0        # from rollout to training
     chunked: bool = False
     crowd: float = 1.0       # episodes per slot
+
+    def __post_init__(self):
+        for name in ('train', 'sync'):
+            check_number(name, getattr(self, name), 0, above=name == 'train')
+        self.costs   # checks the rest
 
     def step(self, sequences: int) -> float:
         return self.base + self.slope*sequences
@@ -406,7 +413,8 @@ class Replay(Moving):
     "A recording under the policy, on so many devices. *Own design.*"
     def run(self, updates: int, warmup: int = 2) -> dict:
         "Until so many updates after the first ones are made. RuntimeError when nothing can happen any more."
-        if updates < 1 or warmup < 0: raise UserError(f'updates={updates}, warmup={warmup}: at least 1 and 0')
+        check_number('updates', updates, 1, whole=True)
+        check_number('warmup', warmup, 0, whole=True)
         self.steps, before, start = [], None, 0.0
         self.obey(self.policy.start(self.now))
         while len(self.steps) < warmup + updates:

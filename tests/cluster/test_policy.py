@@ -302,10 +302,11 @@ TestPool.settings = settings(max_examples=120, stateful_step_count=40, deadline=
 @pytest.mark.parametrize('devices, asks, says', [
     (colocated(2), (Ask('train', gang=0), Ask('rollout'), Ask('reward')), 'reward asks for the tag reward'),
     (multiplexed(8, 2), (Ask('train', gang=4), Ask('rollout')), 'train is a gang of 4 devices, and 2 of 8'),
-    ([*colocated(1), *colocated(1)], (Ask('train', gang=0),), 'two of the name d0000'),
+    ([*colocated(1), *colocated(1)], (Ask('train', gang=0), Ask('rollout')), 'two of the name d0000'),
     ([], (Ask('train', gang=0),), 'a cluster without devices'),
     (colocated(1), (Ask('rollout'),), 'exactly one kind of work is a gang'),
-    (colocated(1), (Ask('train', gang=0, memory_gb=200),), 'on one device, and no device has all of it')])
+    (colocated(1), (Ask('train', gang=0),), 'no work asks for the tag rollout'),
+    (colocated(1), (Ask('train', gang=0, memory_gb=200), Ask('rollout')), 'and no device has all of it')])
 def test_what_could_never_run_is_refused_in_a_line(devices, asks, says):
     with pytest.raises(UserError, match=says) as refused:
         check_cluster(devices, asks)
@@ -316,7 +317,9 @@ def test_what_could_never_run_is_refused_in_a_line(devices, asks, says):
 
 @pytest.mark.parametrize('wrong', [
     lambda: Device('a', set()), lambda: Device('a', {'train'}, speed=0), lambda: Device('a', {'train'}, slots=0),
-    lambda: Device('a', {'train'}, speed=float('nan')), lambda: disaggregated(4, 4), lambda: multiplexed(4, 5),
+    lambda: Device('a', {'train'}, speed=float('nan')), lambda: Device('a', 'train'), lambda: Device('a', {''}),
+    lambda: Device('a', {'train'}, slots=1.5), lambda: Groups(1.5, 0), lambda: Costs(crowd=0), lambda: Costs(take=-1),
+    lambda: disaggregated(4, 4), lambda: multiplexed(4, 5),
     lambda: multiplexed(4, 0), lambda: Groups(0, 0), lambda: Groups(1, -1), lambda: Groups(1, 0, late='later'),
     lambda: Ask('train', gang=-1), lambda: Ask('train', gang=1, scaling=0)])
 def test_facts_that_cant_be_are_refused(wrong):

@@ -131,6 +131,13 @@ def test_where_lending_never_pays_multiplexed_lends_once_and_then_is_disaggregat
     assert made['shared']['switch'] == 0 and made['shared']['why']['lending'] > 0
 
 
+@pytest.mark.parametrize('wrong', [lambda: Hardware(train=0), lambda: Hardware(sync=-1), lambda: Hardware(crowd=0),
+                                   lambda: generate_recording('a', groups=0)])
+def test_numbers_that_cant_be_are_refused(wrong):
+    with pytest.raises(UserError):
+        wrong()
+
+
 def test_a_recording_with_groups_of_another_size_is_refused():
     with pytest.raises(UserError, match='groups of 3 episodes'):
         Replay(small(1), multiplexed(4, 2), Groups(8, 1, 3), Hardware(), ASKED)
