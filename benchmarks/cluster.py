@@ -99,14 +99,14 @@ def cell(trace='agentic', mode='colocated', number=16, train=16, staleness=1, la
                 per=per, mix=mix, scaling=scaling, updates=updates, warmup=warmup, machine=machine)
 
 
-def placements(number, static=(4, 5, 6, 7, 8, 9, 10), shared=(8, 10, 12, 14)):
+def placements(number, static=range(4, 13), shared=(8, 10, 12, 14)):
     "Train-tagged devices, in sixteenths."
     yield 'colocated', number
     yield from (('multiplexed', number*x//16) for x in shared)
     yield from (('disaggregated', number*x//16) for x in static)
 
 
-def sweep(number=16, crowds=(1, 2), stalenesses=(0, 1, 2), static=(4, 5, 6, 7, 8, 9, 10), shared=(8, 10, 12, 14),
+def sweep(number=16, crowds=(1, 2), stalenesses=(0, 1, 2), static=range(4, 13), shared=(8, 10, 12, 14),
           **more):
     return [cell(mode=mode, number=number, train=train, staleness=s, crowd=crowd, **more)
             for s in stalenesses for crowd in crowds for mode, train in placements(number, static, shared)]

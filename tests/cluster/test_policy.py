@@ -342,6 +342,21 @@ def test_a_partial_goes_before_new_jobs_and_a_turn_goes_home():
     assert (put.job, put.device, put.moved) == (first, 'd0002', True)
 
 
+def test_nobody_waits_for_ever_behind_those_who_are_at_home():
+    policy = Scheduler(disaggregated(2, 1, slots=1), Groups(3, 0), costs=Costs(patience=35, crowd=3))
+    policy.start(0)
+    for job in 'abc':
+        policy.ready(0, job, group=ord(job) - 96)
+    policy.opened(1, 'd0001')                  # a runs; b and c wait, and have never been anywhere
+    seen = []
+    for time in range(10, 80, 10):             # whoever ran comes back at once, to its keys and values
+        now = next(iter(policy.seats['d0001'].jobs))
+        policy.done(time, now, 10)
+        policy.ready(time, now)
+        seen += policy.seats['d0001'].jobs
+    assert seen[:3] == ['b', 'a', 'b'] and 'c' in seen[3:5], seen
+
+
 @pytest.mark.parametrize('seconds, lent', [(.1, True), (1000, False)])
 def test_a_device_is_lent_only_if_that_pays(seconds, lent):
     policy = Scheduler(multiplexed(2, 1, slots=4), Groups(4, 1), costs=Costs(take=seconds, back=seconds))
