@@ -179,6 +179,7 @@ SETTINGS = {   # of the table, by what tells their cells from the others
     'heavy, η 0': dict(trace='heavy', staleness=0), 'heavy, η 1': dict(trace='heavy'),
     'heavy, η 2': dict(trace='heavy', staleness=2), 'micro (measured), η 0': dict(trace='micro', staleness=0),
     'micro (measured), η 1': dict(trace='micro'), 'micro (measured), η 2': dict(trace='micro', staleness=2),
+    'micro, η 1, switch and sync 0.1 s': dict(trace='micro', machine=dict(sync=.1, take=.1, back=.1)),
     '64, latency-bound, η 0': dict(number=64, per=2, staleness=0), '64, latency-bound, η 1': dict(number=64, per=2),
     '64, latency-bound, η 2': dict(number=64, per=2, staleness=2), '64, η 1': dict(number=64),
     '256, η 1': dict(number=256), '1,024, η 1': dict(number=1024), '4,096, η 1': dict(number=4096)}
