@@ -34,8 +34,8 @@ from ..learn.training import load_model
 from ..envs.base import Task, World, make_world
 from .pipeline import write_json
 from .report import read_json
-from .rollouts import (Episode, Local, ModelPolicy, check_caps, check_room, context_of, finished, play_episode,
-                                 slots_for)
+from .rollouts import (Episode, Local, ModelPolicy, check_caps, check_room, context_of, finished,
+                                 play_episode, slots_for)
 from .weights import PulledEngine, WeightsFolder
 
 # %% ../../nbs/recipe/11_async_rl.ipynb #6a612fb4
@@ -53,7 +53,7 @@ def check_mode(
                             'or set mode=async')
         return None
     bound = 1 if max_staleness is None else max_staleness
-    if bound < 0: raise UserError(f'max_staleness={bound}: at least 0 expected (0: the trainer waits for each batch)')
+    if bound < 0: raise UserError(f'max_staleness={bound}: at least 0 expected (0: on policy)')
     return bound
 
 @dataclass(frozen=True)
@@ -206,9 +206,9 @@ class Making:
     def room(self, version: int) -> int:
         "Groups that may be started now."
         given, waiting = self.stock.look(version, self.play.max_staleness)
-        fresh = capacity(version, self.play.max_staleness, self.play.groups_per_step, given + waiting, len(self.running))
-        left = self.play.groups - given - waiting - len(self.running)
-        return min(fresh, left, self.most - len(self.running))
+        play, running = self.play, len(self.running)
+        fresh = capacity(version, play.max_staleness, play.groups_per_step, given + waiting, running)
+        return min(fresh, play.groups - given - waiting - running, self.most - running)
 
     async def start(self) -> int:
         "Start the groups that may be; how many."
@@ -373,7 +373,7 @@ class RolloutWorker:
         self.deaths, self.since = 0, time.monotonic()
 
     def wait(self) -> bool:
-        "For a `Loader`: no group is there. Looks after the worker; RuntimeError at the deadline says what it waited for."
+        "For a `Loader` without a group: look after the worker. RuntimeError at the deadline says what it waited for."
         _look_after(self)
         if time.monotonic() > self.since + self.group_s:
             raise RuntimeError(f'no finished group for {self.group_s:g} s; the rollout worker waits for '

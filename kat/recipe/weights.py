@@ -142,8 +142,9 @@ async def _opened(pulled: PulledEngine) -> None:
 
 async def _part(pulled: PulledEngine, request: Request, on_token: OnToken | None) -> Completion:
     "An answer, or the tokens of it that came before the engine was fenced."
-    heard = Sampled(listening=False)
+    heard, before = Sampled(listening=False), pulled.fences
     def hear(*token):
+        if pulled.fences > before: return   # one that the engine wrote while it was being fenced
         heard.token(*token)
         if on_token:
             on_token(*token)
@@ -151,7 +152,13 @@ async def _part(pulled: PulledEngine, request: Request, on_token: OnToken | None
     both = asked, asyncio.ensure_future(pulled.shut.wait())
     try:
         await asyncio.wait(both, return_when=asyncio.FIRST_COMPLETED)
-        return asked.result() if asked.done() else heard.so_far()
+        if asked.done() and (pulled.fences == before or _whole(asked, heard)): return asked.result()
+        return heard.so_far()
     finally:
         for task in both:
             task.cancel()
+
+def _whole(asked: asyncio.Future, heard: Sampled) -> bool:
+    "Was an answer complete, and heard to its end, before the fence?"
+    failed = asked.cancelled() or asked.exception() is not None
+    return not failed and len(asked.result().ids) == len(heard.ids)
