@@ -141,14 +141,14 @@ async def attempt(
 def as_played(group: Group) -> Group:   # of a store
     "The same group with the facts and events that `kat.recipe.rollouts.rollout` records."
     for t in group.trajectories:
-        t.info['turns'] = t.info.pop('played')
-        said = False
+        t.info['turns'], t.owner, t.session, last = t.info.pop('played'), None, None, None
         for i, segment in enumerate(t.segments):
-            said = said or segment.kind in GENERATED
-            if said and segment.kind not in GENERATED:
-                before = t.info['turns'][segment.turn]
+            if segment.kind in GENERATED:
+                last = segment.turn
+            elif last is not None:
+                before = t.info['turns'][last]
                 event = 'error' if before['errors'] or not before['calls'] else 'tool'
-                t.segments[i] = replace(segment, event=event)
+                t.segments[i] = replace(segment, turn=last, event=event)
     return group
 
 # %% ../../nbs/recipe/11_async_rl.ipynb #93a8b833
