@@ -328,7 +328,7 @@ async def _work(folder: Path, life: int, tell, on) -> None:
         await engine.close()
         store.close()
 
-# %% ../../nbs/recipe/11_async_rl.ipynb #3741ca3e
+# %% ../../nbs/recipe/11_async_rl.ipynb #e591261f
 class RolloutWorker:
     "A worker process for as long as the block runs. UserError where the folder was made for something else."
     def __init__(self,
@@ -390,7 +390,7 @@ def _settled(path: Path, now: dict) -> None:
     if odd: raise UserError(f'{path.parent} was made with other settings ({"; ".join(odd)}): delete it to start again')
     write_json(path, now)
 
-# %% ../../nbs/recipe/11_async_rl.ipynb #a9abd94c
+# %% ../../nbs/recipe/11_async_rl.ipynb #8680a817
 def _look_after(worker: RolloutWorker) -> None:
     "Start a killed worker again. The error of one that failed is raised."
     code = worker.process.poll()
@@ -405,7 +405,7 @@ def _look_after(worker: RolloutWorker) -> None:
                            f'{code}): see {worker.folder/"worker.log"}')
     worker._start()
 
-# %% ../../nbs/recipe/11_async_rl.ipynb #6b839eaa
+# %% ../../nbs/recipe/11_async_rl.ipynb #576423bc
 def arriving(
     loader,                    # of the store
     worker: RolloutWorker,
