@@ -195,13 +195,14 @@ def room(policy: Policy | None, env: Env) -> int:
     longest = env.max_tokens if policy is None else asked_for(policy, env).get('max_tokens', env.max_tokens)
     return max(64, longest + 16)
 
-# %% ../../nbs/recipe/02_rollouts.ipynb #5829c881
+# %% ../../nbs/recipe/02_rollouts.ipynb #c4ec7200
 def check_room(gateway: Gateway, episode: Episode, request: Request) -> None:   # with a `policy`
     "ValueError for an episode that is over; one whose context is used up ends here."
     if episode.turns and len(request.ids) > (episode.max_len or gateway.max_len) - room(gateway.policy, episode.env):
         episode.finish = episode.finish or 'length'
     if episode.finish: raise ValueError(f'the episode is over: {episode.finish}')
 
+# %% ../../nbs/recipe/02_rollouts.ipynb #5829c881
 class Waves(Gateway):
     "A gateway for episodes that move in step; it answers agents only: what shows sessions wants an engine and a store."
     address = 'http://kat'  # as agents call it

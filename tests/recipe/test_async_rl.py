@@ -70,7 +70,8 @@ async def train(making, store, weights, tok, updates, start=(0, 0), seen=None, a
         while version < updates:
             batch = []
             while len(batch) < play.groups_per_step:
-                if task.done(): task.result()
+                if task.done():
+                    task.result()
                 if (group := next(iter(loader), None)) is None:
                     await asyncio.sleep(.005)
                 else:
