@@ -2729,6 +2729,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                      'kat.recipe.async_rl.attempt': ('recipe/async_rl.html#attempt', 'kat/recipe/async_rl.py'),
                                      'kat.recipe.async_rl.check_mode': ('recipe/async_rl.html#check_mode', 'kat/recipe/async_rl.py'),
                                      'kat.recipe.async_rl.make_groups': ('recipe/async_rl.html#make_groups', 'kat/recipe/async_rl.py'),
+                                     'kat.recipe.async_rl.unsampled': ('recipe/async_rl.html#unsampled', 'kat/recipe/async_rl.py'),
                                      'kat.recipe.async_rl.worker': ('recipe/async_rl.html#worker', 'kat/recipe/async_rl.py')},
             'kat.recipe.benchmark': { 'kat.recipe.benchmark.Down': ('recipe/benchmark.html#down', 'kat/recipe/benchmark.py'),
                                       'kat.recipe.benchmark.Evaluation': ('recipe/benchmark.html#evaluation', 'kat/recipe/benchmark.py'),

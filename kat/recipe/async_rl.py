@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['RL_MODES', 'check_mode', 'AsyncPlay', 'Agents', 'attempt', 'as_played', 'Stock', 'Making', 'make_groups', 'worker',
-           'RolloutWorker', 'arriving']
+           'RolloutWorker', 'arriving', 'unsampled']
 
 # %% ../../nbs/recipe/11_async_rl.ipynb #b93689ba
 import asyncio
@@ -434,3 +434,11 @@ def arriving(
     for group in loader:
         worker.heard()
         yield int(group.info['key'][1:]), as_played(group)
+
+# %% ../../nbs/recipe/11_async_rl.ipynb #132289e0
+def unsampled(trajectories: list[Trajectory]) -> list[Trajectory]:   # changed in place
+    "The same ones without weight versions: no bound on staleness concerns them."
+    for t in trajectories:
+        for segment in t.segments:
+            segment.version = None
+    return trajectories

@@ -23,9 +23,10 @@ from kat.infer.serving import HFAsyncEngine
 from kat.plane.loader import Loader
 from kat.plane.store import Store
 from kat.envs.base import InfraError, find_world
-from kat.recipe.async_rl import Agents, AsyncPlay, Making, RolloutWorker, arriving, as_played, check_mode, make_groups
+from kat.recipe.async_rl import (Agents, AsyncPlay, Making, RolloutWorker, arriving, as_played, check_mode, make_groups,
+                                 unsampled)
 from kat.recipe.pipeline import locked
-from kat.recipe.rollouts import ModelPolicy, rollout
+from kat.recipe.rollouts import ModelPolicy, rollout, teacher
 from kat.recipe.weights import PulledEngine, WeightsFolder
 
 HELPERS = Path(__file__).parents[1]/'helpers'
@@ -161,6 +162,13 @@ def test_groups_are_those_of_the_synchronous_rollouts(tok, tmp_path):
         def facts(t):
             return [{k: v for k, v in turn.items() if k != 'entropy_first'} for turn in t.info['turns']]
         assert facts(new) == facts(old) and new.info['finish'] == old.info['finish']
+
+
+def test_an_experts_trajectories_have_no_age(tok):
+    tasks = [Keys().train_task(0, 0)]
+    played = rollout(teacher(Keys(), tok), tok, tasks, lambda task: KeyEnv())
+    assert (played[0].version[played[0].mask] == 0).all()
+    assert (unsampled(played)[0].version == -1).all()
 
 
 class Gone(KeyEnv):
