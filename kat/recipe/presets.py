@@ -21,7 +21,7 @@ PRESETS['smoke'] = {
     '30_rft': dict(seed=0, steps=2, tasks=4, rollouts=4, teachers=2, lr=0.00015, threshold=0.6, patience=2,
                    corrections=0, train_corrections=False, n_finish=4, n_eval=8, **PLAYED),
     '40_rl': dict(seed=0, steps=2, tasks=4, rollouts=4, teachers=1, lr=0.0001, normalise='sequence', budget=1.0,
-                  prune='gradient', n_eval=8, **PLAYED),
+                  prune='gradient', n_eval=8, mode='sync', max_staleness=None, **PLAYED),
     '50_evaluate': dict(seed=0),
     '60_emergence': dict(seed=0, **CAPPED),
 }
@@ -36,7 +36,7 @@ PRESETS['tiny'] = {
     '30_rft': dict(seed=0, steps=12, tasks=16, rollouts=6, teachers=3, lr=0.00015, threshold=0.6, patience=2,
                    corrections=0, train_corrections=False, n_finish=64, n_eval=512, **PLAYED),
     '40_rl': dict(seed=0, steps=60, tasks=16, rollouts=8, teachers=0, lr=0.00015, normalise='sequence', budget=1.0,
-                  prune='gradient', n_eval=512, **PLAYED),
+                  prune='gradient', n_eval=512, mode='sync', max_staleness=None, **PLAYED),
     '50_evaluate': dict(seed=0),
     '60_emergence': dict(seed=0, **CAPPED),
 }

@@ -27,9 +27,9 @@ from ..study.evaluate import rates_by
 
 # %% auto #0
 __all__ = ['SLOT_TOKENS', 'Episode', 'ended', 'recorded_turns', 'heed', 'Policy', 'ModelPolicy', 'ScriptPolicy', 'NoStore',
-           'asked_for', 'room', 'Waves', 'segments_of', 'finished', 'check_replay', 'check_caps', 'rollout',
-           'LocalResponse', 'Local', 'asyncio_run', 'context_of', 'slots_for', 'teacher', 'teachable', 'expert_data',
-           'turn_facts', 'domain_facts']
+           'asked_for', 'room', 'check_room', 'Waves', 'segments_of', 'finished', 'check_replay', 'check_caps',
+           'rollout', 'LocalResponse', 'Local', 'play_episode', 'asyncio_run', 'context_of', 'slots_for', 'teacher',
+           'teachable', 'expert_data', 'turn_facts', 'domain_facts']
 
 # %% ../../nbs/recipe/02_rollouts.ipynb #1e65ae79
 @dataclass(eq=False)
@@ -195,6 +195,13 @@ def room(policy: Policy | None, env: Env) -> int:
     longest = env.max_tokens if policy is None else asked_for(policy, env).get('max_tokens', env.max_tokens)
     return max(64, longest + 16)
 
+# %% ../../nbs/recipe/02_rollouts.ipynb #c4ec7200
+def check_room(gateway: Gateway, episode: Episode, request: Request) -> None:   # with a `policy`
+    "ValueError for an episode that is over; one whose context is used up ends here."
+    if episode.turns and len(request.ids) > (episode.max_len or gateway.max_len) - room(gateway.policy, episode.env):
+        episode.finish = episode.finish or 'length'
+    if episode.finish: raise ValueError(f'the episode is over: {episode.finish}')
+
 # %% ../../nbs/recipe/02_rollouts.ipynb #5829c881
 class Waves(Gateway):
     "A gateway for episodes that move in step; it answers agents only: what shows sessions wants an engine and a store."
@@ -212,9 +219,7 @@ class Waves(Gateway):
     async def sample(self, w: Writing, request: Request) -> Completion:
         "Wait for the others. ValueError for an episode that is over."
         episode = self.episodes[w.plan.session.name]
-        if episode.turns and len(request.ids) > (episode.max_len or self.max_len) - room(self.policy, episode.env):
-            episode.finish = episode.finish or 'length'
-        if episode.finish: raise ValueError(f'the episode is over: {episode.finish}')
+        check_room(self, episode, request)
         episode.request, self.wave[episode.name] = request, (mine := asyncio.get_running_loop().create_future())
         _move(self)
         try:
@@ -410,10 +415,10 @@ class Local:
 # %% ../../nbs/recipe/02_rollouts.ipynb #87b8112a
 async def _rollout(gateway: Waves, max_turns: int | None) -> list[Trajectory]:
     client, episodes, policy = Local(gateway.app), gateway.episodes.values(), gateway.policy
-    await asyncio.gather(*[_play(gateway, episode, client, max_turns) for episode in episodes])
+    await asyncio.gather(*[play_episode(gateway, episode, client, max_turns) for episode in episodes])
     return list(await asyncio.gather(*[finished(episode, asked_for(policy, episode.env)) for episode in episodes]))
 
-async def _play(gateway: Waves, episode: Episode, client, max_turns: int | None) -> None:
+async def play_episode(gateway: Waves, episode: Episode, client, max_turns: int | None) -> None:
     "One agent, from its first request to its end."
     url = f'{gateway.address}/s/{episode.name}/v1'
     try:

@@ -24,7 +24,7 @@ from kat.envs.micro import SYSTEM, MicroEnv
 from kat.envs.micro_tasks import make_task
 from kat.envs.sandbox import WarmPool
 from kat.recipe.pipeline import ROOT
-from kat.recipe.rollouts import Episode, ModelPolicy, ScriptPolicy, Waves, _play, ended, finished, rollout
+from kat.recipe.rollouts import Episode, ModelPolicy, ScriptPolicy, Waves, ended, finished, play_episode, rollout
 
 LIST = '<tool_call>list</tool_call><|im_end|>'
 
@@ -261,7 +261,7 @@ def test_a_socket_makes_no_difference(tok, pool):
                             Session(tok, f'2-{i}', task=task.id), lambda episode: None) for i, task in enumerate(tasks)]
         gateway = Waves(script(tok), tok, 10**5, episodes)
         async with running(gateway) as gateway.address, httpx2.AsyncClient() as client:
-            await asyncio.gather(*[_play(gateway, episode, client, 14) for episode in episodes])
+            await asyncio.gather(*[play_episode(gateway, episode, client, 14) for episode in episodes])
         return [await finished(episode, gateway.policy.sampling) for episode in episodes]
     assert asyncio.run(over_tcp()) == rollout(script(tok), tok, tasks, lambda _: MicroEnv(pool), seed=2, max_len=10**5)
 
