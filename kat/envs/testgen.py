@@ -301,10 +301,13 @@ def mentioned(term) -> set:
     inner = [*term.get('items', []), *term.get('args', []), *term.get('more', {}).values()]
     return set().union(*map(mentioned, inner), mentioned(term['on']) if 'on' in term else ())
 
-def _renumbered(value, new: dict):
-    if isinstance(value, list): return [_renumbered(v, new) for v in value]
-    if not isinstance(value, dict): return value
-    return {k: new[v] if k == 'obj' else _renumbered(v, new) for k, v in value.items()}
+def _renumbered(term: dict, new: dict) -> dict:
+    "A term, or a step, with other numbers of objects; names of parameters are no terms, whatever they are."
+    if 'obj' in term: return {**term, 'obj': new[term['obj']]}
+    made = {k: [_renumbered(t, new) for t in term[k]] for k in ('items', 'args') if k in term}
+    if 'more' in term: made['more'] = {name: _renumbered(t, new) for name, t in term['more'].items()}
+    if 'on' in term: made['on'] = _renumbered(term['on'], new)
+    return {**term, **made}
 
 def scripts_of(
     steps: list,  # see `CallRecorder`

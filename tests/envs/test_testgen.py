@@ -88,6 +88,19 @@ def test_a_script_holds_what_made_and_changed_its_objects_and_nothing_else():
     assert sum(1 for s, _ in scripts_of(steps) if s[-1].get('call') == other) == 1   # the same twice
 
 
+@pytest.mark.parametrize('name', ['obj', 'lit', 'items', 'args', 'more', 'on', 'name'])
+def test_a_parameter_may_be_called_what_a_part_of_a_term_is_called(name):
+    bag, call = ['m', 'Bag'], ['m', 'put']
+    steps = [recorded('t', bag), recorded('t', ['m', 'other']),
+             recorded('t', call) | dict(more={name: dict(obj=0)}, open={name: 'None'}),
+             recorded('t', call) | dict(more={name: dict(lit='1')})]
+    scripts = [script for script, _ in scripts_of(steps) if script[-1].get('call') == call]
+    assert sorted([s['call'][1] for s in script] for script in scripts) == [['Bag', 'put'], ['put']]
+    longer, = [s for s in scripts if len(s) == 2]
+    assert longer[-1]['more'] == {name: dict(obj=0)}
+    assert longer[-1]['open'] == {name: 'None'}
+
+
 def test_played_scripts_answer_values_errors_changes_and_states():
     sort = [step(['builtins', 'list'], '[3, 1]'), dict(step(None), on=dict(obj=0), name='sort', get=False)]
     assert play_script(sort) == dict(value=['{}', 'None'], state=['{}', '[1, 3]'])
