@@ -305,8 +305,10 @@ def _renumbered(term: dict, new: dict) -> dict:
     "A term, or a step, with other numbers of objects; names of parameters are no terms, whatever they are."
     if 'obj' in term: return {**term, 'obj': new[term['obj']]}
     made = {k: [_renumbered(t, new) for t in term[k]] for k in ('items', 'args') if k in term}
-    if 'more' in term: made['more'] = {name: _renumbered(t, new) for name, t in term['more'].items()}
-    if 'on' in term: made['on'] = _renumbered(term['on'], new)
+    if 'more' in term:
+        made['more'] = {name: _renumbered(t, new) for name, t in term['more'].items()}
+    if 'on' in term:
+        made['on'] = _renumbered(term['on'], new)
     return {**term, **made}
 
 def scripts_of(
