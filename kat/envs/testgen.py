@@ -311,6 +311,7 @@ def _renumbered(term: dict, new: dict) -> dict:
         made['on'] = _renumbered(term['on'], new)
     return {**term, **made}
 
+# %% ../../nbs/envs/21_testgen.ipynb #5c21b7ab
 def scripts_of(
     steps: list,  # see `CallRecorder`
 ) -> list:  # of (script, its touched lines); the shortest first, each once
