@@ -6,9 +6,9 @@
 __all__ = ['COMPARED', 'COMPUTED', 'CLAUSES', 'SIMPLE', 'OPERATORS', 'SAYS', 'APART', 'OUTPUT_KB', 'BATCH', 'SLOW', 'SAME_CODE',
            'python_text', 'touched_lines', 'touched_files', 'own_lines', 'statements', 'Mutant', 'mutants_of',
            'same_code', 'run_selected', 'run_forked', 'run_child', 'fresh_copy', 'try_variants', 'shift_clock',
-           'trace_tests', 'Bench', 'bench_of', 'touched_of', 'source_of', 'in_sandbox', 'Variant', 'Ended',
-           'run_variants', 'Measured', 'expected_pass', 'covered_lines', 'covering', 'encoded_as', 'variant_of',
-           'find_fates', 'measure_task', 'mutant_diff', 'mutation_row']
+           'trace_tests', 'Bench', 'bench_of', 'touched_of', 'source_of', 'in_sandbox', 'why_unfinished', 'Variant',
+           'Ended', 'run_variants', 'Measured', 'expected_pass', 'covered_lines', 'covering', 'encoded_as',
+           'variant_of', 'find_fates', 'measure_task', 'mutant_diff', 'mutation_row']
 
 # %% ../../nbs/envs/18_mutants.ipynb #4f827c1f
 import ast
@@ -497,7 +497,8 @@ def trace_tests(given: dict):
         sys.settrace(lambda frame, event, _: line if frame.f_code.co_filename in names else None)
         run_selected(given, given['wanted'], watch, maximum=0)
         sys.settrace(None)
-        return {test: sorted(found) for test, found in lines.items()}
+        return {test: {path: sorted(n for at, n in found if at == path) for path in given['files']}
+                for test, found in lines.items()}
     print(json.dumps(run_forked(work, given['cpu_s'], given['wall_s'])), flush=True)
 
 # %% ../../nbs/envs/18_mutants.ipynb #b7e2fa1f
@@ -568,6 +569,11 @@ def in_sandbox(
 # %% ../../nbs/envs/18_mutants.ipynb #a1a67c54
 OUTPUT_KB = 16384  # room for what comes back: which lines each of some thousand tests executes
 
+def why_unfinished(got: ExecResult, cause: str = '') -> str:
+    "Why a run in the sandbox gave no answer that can be read."
+    if got.truncated: return f'it printed more than there is room for ({len(got.stdout) // 1024} KB)'
+    return cause or got.error or got.stderr[-300:].strip() or f'it ended with exit code {got.rc} and said nothing'
+
 # %% ../../nbs/envs/18_mutants.ipynb #f5d5b023
 @dataclass(frozen=True)
 class Variant:
@@ -619,7 +625,7 @@ def run_variants(
             if got.cause and got.cause not in MACHINE:
                 ended.append(Ended(None, got.cause))
             elif alone:
-                raise InfraError(f'{bench.id}: a variant did not end: {got.error or got.stderr[-300:]}')
+                raise InfraError(f'{bench.id}: a variant did not end: {why_unfinished(got)}')
             alone = not got.cause or got.cause in MACHINE
         else:
             alone = False
@@ -672,11 +678,11 @@ def covered_lines(
         lines, cause, _ = json.loads(got.stdout)
     except ValueError:
         lines, cause = None, ''
-    if lines is None: raise InfraError(f'{bench.id}: the traced run: {cause or got.error or got.stderr[-300:]}')
+    if lines is None: raise InfraError(f'{bench.id}: the traced run: {why_unfinished(got, cause)}')
     found = {}
     for test, executed in lines.items():
-        for path, line in executed:
-            found.setdefault((path, line), set()).update([test] if test else bench.wanted)
+        for where in ((path, line) for path, numbers in executed.items() for line in numbers):
+            found.setdefault(where, set()).update([test] if test else bench.wanted)
     return {where: tuple(t for t in bench.wanted if t in tests) for where, tests in found.items()}
 
 def covering(mutant: Mutant, covered: dict, wanted: tuple) -> tuple:

@@ -35,7 +35,7 @@ from .grade import decides, exchange, grade_tests, read_tree, write_tree
 from .mutants import (
     OPERATORS, SLOW, Bench, Measured, Variant, bench_of, encoded_as, in_sandbox, measure_task, mutant_diff,
     mutation_row, fresh_copy, python_text, run_child, run_forked, run_selected, run_variants, shift_clock, source_of,
-    touched_of, variant_of)
+    touched_of, variant_of, why_unfinished)
 from .tasks import base_tree, gold_patch, gold_tree, read_task, suite_of, write_task
 
 # %% ../../nbs/envs/21_testgen.ipynb #5c1c1b8d
@@ -681,7 +681,7 @@ def record(
         steps, cause, _ = json.loads(got.stdout)
     except ValueError:
         steps, cause = None, ''
-    if steps is None: raise InfraError(f'{bench.id}: the recorded run: {cause or got.error or got.stderr[-300:]}')
+    if steps is None: raise InfraError(f'{bench.id}: the recorded run: {why_unfinished(got, cause)}')
     pools = {}
     for step in steps:
         name = step.get('name') or step['call'][1]

@@ -2,10 +2,12 @@
 import ast
 import asyncio
 import random
+from dataclasses import replace
 
 import pytest
 from testgen_world import make_task
 
+from kat.envs import mutants
 from kat.envs.base import InfraError
 from kat.envs.grade import read_tree
 from kat.envs.mutants import (
@@ -210,6 +212,15 @@ def test_coverage_is_exact_by_test(task):
     both = ['test_wraps', 'test_low']
     one = ['test_wraps']
     assert by_line == {1: both, 8: both, 2: both, 3: ['test_low'], 4: one, 5: one, 6: one}
+
+
+@bwrap
+def test_a_run_whose_answer_is_cut_says_so(task, monkeypatch):
+    monkeypatch.setattr(mutants, 'OUTPUT_KB', 0)
+    bench = bench_of(task)
+    tight = replace(bench, limits=replace(bench.limits, output_kb=.05))
+    with pytest.raises(InfraError, match='traced run: it printed more than there is room for'):
+        covered_lines(tight, ['code_kat.py'], Bubblewrap(), 10)
 
 
 @bwrap
