@@ -497,8 +497,7 @@ def trace_tests(given: dict):
         sys.settrace(lambda frame, event, _: line if frame.f_code.co_filename in names else None)
         run_selected(given, given['wanted'], watch, maximum=0)
         sys.settrace(None)
-        return {test: {path: sorted(n for at, n in found if at == path) for path in given['files']}
-                for test, found in lines.items()}
+        return {t: {f: sorted(n for at, n in found if at == f) for f in given['files']} for t, found in lines.items()}
     print(json.dumps(run_forked(work, given['cpu_s'], given['wall_s'])), flush=True)
 
 # %% ../../nbs/envs/18_mutants.ipynb #b7e2fa1f
