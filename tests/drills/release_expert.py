@@ -18,12 +18,12 @@ def main(folder, names):
         for name in names:
             begun = time.monotonic()
             played, = expert_data(world, tokenizer, [plain_task(Path(folder, name))], make_env, seed=0,
-                                  max_len=400_000)
+                                  max_len=400_000, max_turns=1000)
             solved = played.reward == 1
             failed += not solved
             turns, tokens = len(played.info['turns']), sum(turn['tokens'] for turn in played.info['turns'])
             print(f'{name:32} {"resolved" if solved else "NOT resolved"}  {turns} turns, {tokens:,} tokens, '
-                  f'{time.monotonic() - begun:.0f} s', '' if solved else played.info, flush=True)
+                  f'{time.monotonic() - begun:.0f} s', '' if solved else f'({played.info["finish"]})', flush=True)
     return int(failed > 0)
 
 if __name__ == '__main__':
