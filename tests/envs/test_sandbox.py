@@ -310,7 +310,10 @@ os.read(r, 1)
 result("left")
 '''
     assert value(pool, main) == 'left'
-    assert len(zygote.descendants()) <= before  # (the room of the next job is another one)
+    late = time.monotonic() + 60
+    while len(zygote.descendants()) > before:  # the room of the next job is another one, and may be on its way still
+        assert time.monotonic() < late, 'the daemon outlives its job'
+        time.sleep(.01)
 
 
 def test_threads_do_not_hold_a_job_up(pool):
