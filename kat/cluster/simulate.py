@@ -4,8 +4,7 @@
 
 # %% auto #0
 __all__ = ['OVERHEAD', 'GANTT', 'Recording', 'read_recording', 'generate_recording', 'Hardware', 'Decoding', 'Replica',
-           'Underway', 'Pool', 'Ledger', 'Doing', 'Switching', 'Training', 'Publishing', 'Happening', 'Answering',
-           'shares', 'Counting', 'Moving', 'Replay', 'draw_gantt']
+           'Underway', 'shares', 'Replay', 'draw_gantt']
 
 # %% ../../nbs/cluster/04_simulate.ipynb #02abed8c
 import heapq
@@ -169,7 +168,7 @@ class Underway:
     home: str = ''    # device that it is on
 
 # %% ../../nbs/cluster/04_simulate.ipynb #b50c3eaf
-class Pool:
+class _Pool:
     "What replays hold: devices, events, books."
     def __init__(self,
         recording: Recording,
@@ -198,7 +197,7 @@ class Pool:
         heapq.heappush(self.events, (self.now + seconds, self.count, what, about))
 
 # %% ../../nbs/cluster/04_simulate.ipynb #9bfa7fbf
-class Ledger(Pool):
+class _Ledger(_Pool):
     "Who does what, from when on."
     def mark(self, unit: Replica, state: str) -> None:
         "It does something else from now on."
@@ -218,7 +217,7 @@ class Ledger(Pool):
             getattr(self, f'do_{type(decision).__name__.lower()}')(*decision)
 
 # %% ../../nbs/cluster/04_simulate.ipynb #7dddef98
-class Doing(Ledger):
+class _Doing(_Ledger):
     "What the policy decides, done."
     def do_begin(self, group: int) -> None:
         if not self.order:
@@ -245,7 +244,7 @@ class Doing(Ledger):
         self.plan(unit)
 
 # %% ../../nbs/cluster/04_simulate.ipynb #d008c906
-class Switching(Doing):
+class _Switching(_Doing):
     "Devices change their role."
     def do_take(self, device: str, tag: str) -> None:
         unit = self.replicas[device]
@@ -262,7 +261,7 @@ class Switching(Doing):
         self.later(max(unit.stall - self.now, 0)*bool(unit.places) + step, 'gave', unit)
 
 # %% ../../nbs/cluster/04_simulate.ipynb #b4784f55
-class Training(Switching):
+class _Training(_Switching):
     "The gang, and groups that are too late."
     def do_start(self, tag: str, devices: tuple, groups: tuple) -> None:
         self.gang = [self.replicas[device] for device in devices]
@@ -291,7 +290,7 @@ class Training(Switching):
             self.mark(unit, reason)
 
 # %% ../../nbs/cluster/04_simulate.ipynb #efc9bf25
-class Publishing(Training):
+class _Publishing(_Training):
     "Training, and the new weights."
     def on_training(self, seconds: float) -> None:
         for unit in self.gang:
@@ -301,7 +300,7 @@ class Publishing(Training):
         self.later(seconds, 'publish')
 
     def on_publish(self) -> None:
-        "New weights come to all: those who decode stop for unit, between two tokens."
+        "New weights come to all: those that decode stop for them, between two tokens."
         for unit in self.replicas.values():
             open_ = self.policy.seats[unit.name].state == 'work'
             if unit in self.gang or open_:
@@ -313,7 +312,7 @@ class Publishing(Training):
         self.later(self.machine.sync, 'published')
 
 # %% ../../nbs/cluster/04_simulate.ipynb #97b3d016
-class Happening(Publishing):
+class _Happening(_Publishing):
     "What happens, told to the policy."
     def on_published(self) -> None:
         for unit in self.replicas.values():
@@ -329,7 +328,7 @@ class Happening(Publishing):
             self.obey(self.policy.ready(self.now, job, 'rollout', run.group, run.context))
 
 # %% ../../nbs/cluster/04_simulate.ipynb #9bfa0a22
-class Answering(Happening):
+class _Answering(_Happening):
     "Turns and episodes end."
     def on_end(self, unit: Replica, stamp: int) -> None:
         if stamp != unit.stamp: return
@@ -371,7 +370,7 @@ def shares(
     return named | dict(idle=sum(why.values()), why={k: v for k, v in sorted(why.items()) if v})
 
 # %% ../../nbs/cluster/04_simulate.ipynb #6199cbdc
-class Counting(Answering):
+class _Counting(_Answering):
     "What is counted."
     def flush(self) -> dict:
         for unit in self.replicas.values():
@@ -394,7 +393,7 @@ class Counting(Answering):
             oldest=max(ages), dropped=lost/(tokens + lost), again=(self.again - first[3])/tokens, events=self.count)
 
 # %% ../../nbs/cluster/04_simulate.ipynb #e81fb39c
-class Moving(Counting):
+class _Moving(_Counting):
     "Devices have changed their role."
     def on_opened(self, unit: Replica, stamp: int) -> None:
         if stamp == unit.stamp and self.policy.seats[unit.name].state == 'load':
@@ -409,7 +408,7 @@ class Moving(Counting):
         self.obey(self.policy.gave(self.now, unit.name))
 
 # %% ../../nbs/cluster/04_simulate.ipynb #177aee1e
-class Replay(Moving):
+class Replay(_Moving):
     "A recording under the policy, on so many devices. *Own design.*"
     def run(self, updates: int, warmup: int = 2) -> dict:
         "Until so many updates after the first ones are made. RuntimeError when nothing can happen any more."
