@@ -28,7 +28,7 @@ from dataclasses import dataclass, field, replace
 from fnmatch import fnmatch
 from pathlib import Path, PurePosixPath
 
-from .answers import MACHINE, Verdict, fair_run, literal
+from .answers import MACHINE, Verdict, beside_canaries, fair_run, literal, safe_draws
 from .base import InfraError
 from .sandbox import COLD, Limits
 
@@ -538,11 +538,15 @@ async def grade_tests(
     box,  # sandbox for commands: a `Bubblewrap`
 ) -> Verdict:
     "Grade a state by tests that are code. Raises `InfraError` when the machine or the task failed."
-    sites, draw = package_folders(suite), random.Random(secrets.randbits(64))
-    tree = lambda state: state if isinstance(state, dict) else read_tree(state)
-    done = prepare_tree(suite, tree(agent), sites, draw)
+    sites, (left, fixed) = package_folders(suite), [s if isinstance(s, dict) else read_tree(s) for s in (agent, right)]
+    beside = lambda state: lambda seed: _beside(suite, state, fixed, sites, box, random.Random(seed))
+    return await beside_canaries(safe_draws(suite), beside(left), None if left == fixed else beside(fixed))
+
+async def _beside(suite: Suite, state: dict, right: dict, sites: list, box, draw: random.Random) -> Verdict:
+    "The verdict beside the canaries of one draw."
+    done = prepare_tree(suite, state, sites, draw)
     run = lambda what: asyncio.to_thread(run_tests, what, suite, sites, box)
-    got = await fair_run(lambda: run(done), lambda: run(prepare_tree(suite, tree(right), sites, draw)))
+    got = await fair_run(lambda: run(done), lambda: run(prepare_tree(suite, right, sites, draw)))
     said = judge_tests(got.messages, got.code, done.expected, done.canaries, set(done.files))
     if got.cause:
         said = Verdict(said.tests, failed=got.error, certain=got.cause not in MACHINE)

@@ -9,8 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kat.envs.answers import (
-    Check, Verdict, all_of, ask_job, checks_of, decoded, encoded, fair_run, grade_answers, holds, judge_answers,
-    together)
+    DRAWS, SAFE_DRAWS, Check, Verdict, all_of, ask_job, beside_canaries, checks_of, decoded, encoded, fair_run,
+    grade_answers, holds, judge_answers, together)
 from kat.envs.base import InfraError
 from kat.envs.sandbox import CAUSES, JobResult, Limits, WarmPool
 
@@ -173,3 +173,49 @@ def test_verdicts_together():
     both = together([good, bad])
     assert list(both.tests) == ['a', 'b'] and not both.passed and both.failed == 'slow' and not both.certain
     assert together([good, Verdict({'c': True}, tampered='x')]).grade(patch={}).info == {'patch': {}, 'tampered': 'x'}
+
+
+# ---- canaries that disturb
+
+class Draws:
+    "Gradings beside canaries of which only some draws are harmless"
+    def __init__(self, rarity):
+        self.rarity, self.seen, self.runs = rarity, [], 0
+
+    def harmless(self, seed):
+        "One draw in so many; none for 0"
+        if seed not in self.seen:
+            self.seen.append(seed)
+        return self.rarity and (self.seen.index(seed) + 1) % self.rarity == 0
+
+    async def grade(self, right, seed):
+        self.runs += 1
+        return Verdict({'test_a': bool(right and self.harmless(seed))})
+
+    def verdict(self, right, safe, honest=True):
+        control = (lambda seed: self.grade(honest, seed)) if right is not None else None
+        return asyncio.run(beside_canaries(safe, lambda seed: self.grade(right is not False, seed), control))
+
+
+@given(st.integers(1, 9), st.lists(st.booleans(), max_size=20))
+def test_a_verdict_is_of_the_state_and_not_of_the_canaries(rarity, states):
+    draws, safe = Draws(rarity), []
+    for right in states:
+        assert draws.verdict(right, safe).passed == right
+    assert all(map(draws.harmless, safe)) and len(safe) <= SAFE_DRAWS
+    if len(safe) == SAFE_DRAWS:
+        before = draws.runs
+        assert not draws.verdict(False, safe).passed and draws.runs == before + 1   # paid for
+
+
+def test_a_right_state_that_always_fails_is_no_verdict_on_another():
+    draws, safe = Draws(0), []
+    with pytest.raises(InfraError, match=f'fails beside {DRAWS} draws of canaries: test_a'):
+        draws.verdict(False, safe)
+    assert not draws.verdict(None, safe).passed and safe == []
+
+
+def test_a_limit_is_not_asked_about_again():
+    async def slow(seed):
+        return Verdict({'test_a': False}, failed='slow')
+    assert asyncio.run(beside_canaries([], slow, None)).failed == 'slow'

@@ -13,6 +13,7 @@ from grade_attacks import EXPECTED, FIX, REPO, TEST_ADD
 from hypothesis import given
 from hypothesis import strategies as st
 
+from kat.envs import answers
 from kat.envs.base import InfraError
 from kat.envs.grade import (
     PASSED, Suite, Verdict, decides, grade_tests, hides, import_folders, judge_tests, known_modules, merge_trees,
@@ -403,6 +404,33 @@ def test_slow_code_is_tried_beside_an_honest_run(suite):
     assert run_in(Stalls(True, False, False)) == (Verdict(dict.fromkeys(EXPECTED, True)), 3)
     with pytest.raises(InfraError, match='control job'):
         run_in(Stalls(True, True, True))
+
+
+ONCE = """from calc import add
+KNOWN = []
+def test_added_once():
+    KNOWN.append(1)
+    assert add(1, 2) == 3
+    assert len(KNOWN) == 1
+def test_more():
+    assert add(2, 2) == 4
+"""
+
+
+@bwrap
+def test_a_test_that_its_copy_disturbs_does_not_cost_the_right_answer_its_reward(suite):
+    names = 'test_once.py::test_added_once', 'test_once.py::test_more'
+    once = replace(suite, tests={'test_once.py': ONCE}, expected=names)
+    assert [run(once, {**REPO, 'calc.py': FIX}).passed for _ in range(4)] == [True] * 4
+    assert not run(once, REPO).passed
+
+
+@bwrap
+def test_a_task_whose_own_fix_fails_has_no_verdict_but_of_the_fix(suite, monkeypatch):
+    monkeypatch.setattr(answers, 'DRAWS', 2)
+    with pytest.raises(InfraError, match=r'known to be right fails beside 2 draws of canaries: tests/test_add.py::'):
+        run(suite, {**REPO, 'calc.py': REPO['calc.py'] + '# mine'}, right=state(REPO))
+    assert not run(suite, REPO, right=state(REPO)).passed
 
 
 def test_other_encodings_and_line_ends(tmp_path):
