@@ -75,7 +75,8 @@ def together(
 DRAWS, SAFE_DRAWS = 16, 8  # tries of a grading; harmless draws of a task that are enough
 
 @lru_cache(1024)
-def _kept(task: str) -> list: return []
+def _kept(task: str) -> list:
+    return []
 
 def safe_draws(
     suite,  # with `base`, `expected` and `tests`
