@@ -306,9 +306,10 @@ async def untrue(
 ) -> str:  # '' where the task is true
     "Why a task can't be played: its fix fails, or it passes without. Raises `InfraError` when the machine failed."
     name, base, gold = read_task(folder).id, base_tree(folder), gold_tree(folder)
-    before, after = [await grade_state(folder, tree, box) for tree in (base, gold)]
+    after = await grade_state(folder, gold, box)  # first: where it fails there is no verdict on another state
     failed = [test for test, ok in after.tests.items() if not ok]
     if not after.passed:
         why = after.failed or after.tampered or f'{len(failed)} tests fail, {failed[0]} first'
         return f'task {name}: its own fix is not resolved: {why}'
+    before = await grade_state(folder, base, box)
     return f'task {name}: its tests pass without the fix' if before.passed else ''
