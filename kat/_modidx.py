@@ -1282,6 +1282,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                  'kat.envs.github.patiently': ('envs/github.html#patiently', 'kat/envs/github.py'),
                                  'kat.envs.github.place_of': ('envs/github.html#place_of', 'kat/envs/github.py'),
                                  'kat.envs.github.read_pages': ('envs/github.html#read_pages', 'kat/envs/github.py'),
+                                 'kat.envs.github.reading': ('envs/github.html#reading', 'kat/envs/github.py'),
                                  'kat.envs.github.rest_page': ('envs/github.html#rest_page', 'kat/envs/github.py'),
                                  'kat.envs.github.seconds_to_wait': ('envs/github.html#seconds_to_wait', 'kat/envs/github.py'),
                                  'kat.envs.github.server_time': ('envs/github.html#server_time', 'kat/envs/github.py'),

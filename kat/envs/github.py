@@ -6,9 +6,9 @@
 __all__ = ['REPO_NAME', 'QUERY', 'SCHEMA_VERSION', 'TRIES', 'STRIKES', 'visible', 'sorted_links', 'linked_issues', 'Record',
            'page_records', 'diff_path', 'diff_files', 'Harvest', 'Place', 'checksum', 'take', 'find', 'find_all',
            'place_of', 'count_records', 'note_gap', 'gap_of', 'meaning_of', 'server_time', 'seconds_to_wait', 'Clock',
-           'Gone', 'Faulty', 'Spent', 'TokenStopped', 'GitHubAnswer', 'GitHub', 'duration', 'ask_github', 'PageSize',
-           'patiently', 'graph_page', 'list_by_graphql', 'Page', 'rest_page', 'list_by_rest', 'Case', 'case_of',
-           'next_need', 'fill', 'collect', 'read_pages']
+           'Gone', 'Faulty', 'Spent', 'TokenStopped', 'reading', 'GitHubAnswer', 'GitHub', 'duration', 'ask_github',
+           'PageSize', 'patiently', 'graph_page', 'list_by_graphql', 'Page', 'rest_page', 'list_by_rest', 'Case',
+           'case_of', 'next_need', 'fill', 'collect', 'read_pages']
 
 # %% ../../nbs/envs/13_github.ipynb #0afb011a
 import asyncio
@@ -19,6 +19,7 @@ import sqlite3
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from email.utils import parsedate_to_datetime
@@ -504,7 +505,13 @@ class TokenStopped(Exception):
     "Nothing more comes with this token now."
 
 
-_ODD = ValueError, KeyError, TypeError, AttributeError  # what reading an answer of another shape raises
+@contextmanager
+def reading(url: str):
+    "Faulty where an answer is of another shape than whoever reads it expects."
+    try:
+        yield
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise Faulty(f'{url}: an answer of another shape ({type(error).__name__} {error})') from None
 
 # %% ../../nbs/envs/13_github.ipynb #c25493bf
 @dataclass
@@ -687,15 +694,13 @@ async def patiently(
 # %% ../../nbs/envs/13_github.ipynb #22b08059
 def _graph_faults(answer: dict, url: str) -> tuple|None:
     "What `graph_page` returns, out of an answer. Gone, Faulty or Spent."
-    try:
+    with reading(url):
         errors, found = answer.get('errors') or [], (answer.get('data') or {}).get('repository')
         kinds = {str(error.get('type')) for error in errors}
         if found and None not in (pulls := found['pullRequests'])['nodes']:
             facts = pulls['totalCount'], pulls['pageInfo']['hasNextPage'], pulls['pageInfo']['endCursor']
             upto = max((x['updatedAt'] for x in pulls['nodes']), default=None)
             return list(page_records(answer)), *facts, upto
-    except _ODD as error:
-        raise Faulty(f'{url}: an answer of another shape ({type(error).__name__} {error})') from None
     if 'RATE_LIMITED' in kinds: raise Spent('graphql')
     if 'INVALID_CURSOR_ARGUMENTS' in kinds: return None
     if 'NOT_FOUND' in kinds and not found: raise Gone('GraphQL NOT_FOUND', url)
@@ -770,13 +775,11 @@ async def rest_page(hub: GitHub, harvest: Harvest, url: str) -> Page:
     if answer.status == 304 and known:
         hub.counts['unchanged'] += 1
         return Page([], *known[1:], None)
-    try:
+    with reading(url):
         body, etag = answer.json(), answer.headers.get('etag')
         rows = body if isinstance(body, list) else [body]
         upto = max((row['updated_at'] for row in rows), default=None)
         found = list(page_records(body))
-    except _ODD as error:
-        raise Faulty(f'{url}: an answer of another shape ({type(error).__name__} {error})') from None
     return Page(found, len(rows), upto, etag and (hub.mark, url, etag, len(rows), upto))
 
 # %% ../../nbs/envs/13_github.ipynb #00d2e955
@@ -914,10 +917,8 @@ async def _read(hub: GitHub, url: str, read: Callable, headers: dict = {}):
     "What `read` makes of an answer; asked again where it is cut off or of another shape."
     async def attempt():
         answer = await ask_github(hub, url, headers)
-        try:
+        with reading(url):
             return read(answer)
-        except _ODD as error:
-            raise Faulty(f'{url}: an answer of another shape ({type(error).__name__} {error})') from None
     return await patiently(hub, attempt)
 
 
