@@ -39,11 +39,31 @@ def _file_parts(lines: list) -> list:
     if not starts or starts[0] or lines[-1]: raise ValueError('it does not begin with "diff --git", or ends in a line')
     return [lines[i:j] for i, j in zip(starts, [*starts[1:], len(lines) - 1])]
 
+# %% ../../nbs/envs/13_diffs.ipynb #8c41e0f3
+_EMPTY = '(?:0{7,}|e69de29[0-9a-f]*|473a0f4[0-9a-f]*)'  # no file; an empty one, by SHA-1 and by SHA-256
+_END = re.compile(rf'new mode |(?:rename|copy) to |index {_EMPTY}\.\.{_EMPTY}(?: |$)|Binary files ')
+
+
+def _may_end(lines: list) -> bool:
+    "Whether the part of a file that has no hunks is all there."
+    if 'GIT binary patch' in lines: return lines.count('') == 2  # there and back, each ends in an empty line
+    moved = next((line for line in lines if line.startswith('similarity index ')), None)
+    if moved not in (None, 'similarity index 100%') and not lines[-1].startswith('Binary'): return False
+    return len(lines) > 1 and bool(_END.match(lines[-1]))
+
+
+def _same_path(head: str) -> str:
+    "The path of a file that kept its name, which a header without hunks tells only in its first line."
+    names = head.removeprefix('diff --git ')
+    old, new = names[:len(names)//2], names[len(names)//2 + 1:]
+    if diff_path(old) != diff_path(new): raise ValueError('a file is cut off')
+    return diff_path(new)
+
 # %% ../../nbs/envs/13_diffs.ipynb #eea07d35
 def _diff_file(lines: list) -> dict:
     "One file of a diff."
     added = removed = 0
-    at, path, binary, whole = 1, None, False, len(lines) > 1
+    at, path, binary, whole = 1, None, False, _may_end(lines)
     while at < len(lines):
         line, hunk = lines[at], _HUNK.match(lines[at])
         at += 1
@@ -52,13 +72,11 @@ def _diff_file(lines: list) -> dict:
             added, removed, whole = added + plus, removed + minus, True
         elif line.startswith(('--- ', '+++ ')):
             path, whole = path if line[4:].startswith('/dev/null') else diff_path(line[4:].rstrip('\t')), False
-        elif line.startswith('rename to ') and path is None:
-            path = diff_path(line.removeprefix('rename to '))
+        elif line.startswith(('rename to ', 'copy to ')) and path is None:
+            path = diff_path(line.partition(' to ')[2])
         binary = binary or line.startswith(('Binary files ', 'GIT binary patch'))
     if not whole: raise ValueError('a file is cut off')
-    if path is None:
-        head = lines[0].removeprefix('diff --git ')
-        path = diff_path(head[len(head)//2 + 1:])  # both names are the same
+    path = _same_path(lines[0]) if path is None else path
     return dict(path=path, added=added, removed=removed, binary=binary, text='\n'.join(lines) + '\n')
 
 
