@@ -24,8 +24,13 @@ from pathlib import Path, PurePosixPath
 
 from ..core.figures import save_picture, use_style
 from ..core.io import UserError, atomic, dumps
-from .github import (REPO_NAME, Case, Clock, GitHub, Harvest, case_of, checksum, collect, count_records,
-                             diff_files, duration, find_all, read_pages, visible)
+from .cases import Case, case_of
+from .collector import collect
+from .diffs import diff_files
+from .github import Clock, GitHub, duration
+from .harvest import Harvest, checksum, count_records, find_all
+from .links import REPO_NAME, visible
+from .pages import read_pages
 
 # %% ../../nbs/envs/14_candidates.ipynb #76e960f9
 @dataclass(frozen=True)

@@ -14,7 +14,9 @@ from kat.envs.candidates import (FUNNEL_STAGES, Filters, Funnel, clean_text, col
                                  english_share, stage_counts, funnel_into, funnel_table, hint_texts, is_source_path,
                                  is_test_path, leak_report, mined, read_filters, read_tokens, restart,
                                  run_funnel, sift, split_patch)
-from kat.envs.github import Case, Harvest, diff_files
+from kat.envs.cases import Case
+from kat.envs.diffs import diff_files
+from kat.envs.harvest import Harvest
 
 GOLD = '''diff --git a/knots/core.py b/knots/core.py
 --- a/knots/core.py

@@ -16,9 +16,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kat.core.io import UserError
-from kat.envs.github import (Faulty, GitHub, Harvest, PageSize, Place, Record, TRIES, case_of, find, meaning_of,
-                             linked_issues, patiently, place_of, read_pages, seconds_to_wait,
-                             sorted_links, take, visible)
+from kat.envs.cases import case_of
+from kat.envs.github import TRIES, Faulty, GitHub, Gone, PageSize, ask_github, meaning_of, patiently, seconds_to_wait
+from kat.envs.harvest import Harvest, Place, find, place_of, take
+from kat.envs.links import linked_issues, sorted_links, visible
+from kat.envs.pages import read_pages
+from kat.envs.records import Record
 
 FIXTURES = Path(__file__).parents[1]/'fixtures'/'github'
 REPO = 'ann/knots'
@@ -357,7 +360,6 @@ def test_renamed_repositories_keep_one_name(tmp_path):
 
 
 def test_a_link_to_another_server_gets_no_token():
-    from kat.envs.github import Gone, ask_github
     hub = GitHub('secret', 'https://api.github.com')
     for url in ('https://evil.org/repos/a/b', 'https://api.github.com.evil.org/x', 'http://api.github.com/x'):
         with pytest.raises(Gone, match='another server'):
