@@ -16,8 +16,10 @@ from pathlib import Path
 
 from ..core.io import atomic
 from .build import Dropped, Pair, Stages, Yard, build_tasks, draw_stages, funnel_text, part_of
-from .releases import PYTEST, candidate_sources, install_needs, load_release, prefetch, read_plan, release_row
+from .indexes import prefetch
+from .releases import candidate_sources, load_release, read_plan, release_row
 from .sandbox import Bubblewrap
+from .sites import PYTEST, install_needs
 from .statement import describe
 from .tasks import inside, patched, read_tasks
 

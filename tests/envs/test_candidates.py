@@ -10,11 +10,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kat.core.io import UserError
-from kat.envs.candidates import (FUNNEL_STAGES, Filters, Funnel, clean_text, collect_into, common_run, draw_funnel,
-                                 english_share, stage_counts, funnel_into, funnel_table, hint_texts, is_source_path,
-                                 is_test_path, leak_report, mined, read_filters, read_tokens, restart,
-                                 run_funnel, sift, split_patch)
+from kat.envs.candidates import collect_into, funnel_into, read_tokens, run_funnel
+from kat.envs.filters import FUNNEL_STAGES, Filters, english_share, read_filters, sift
+from kat.envs.funnel import Funnel, draw_funnel, funnel_table, restart, stage_counts
 from kat.envs.github import Case, Harvest, diff_files
+from kat.envs.instances import clean_text, hint_texts, is_source_path, is_test_path, mined, split_patch
+from kat.envs.leaks import common_run, leak_report
 
 GOLD = '''diff --git a/knots/core.py b/knots/core.py
 --- a/knots/core.py
