@@ -20,7 +20,7 @@ from .base import InfraError
 from .build import Dropped, Pair, prepared_base, take_apart, time_left, write_recipe
 from .grade import read_tree
 from .indexes import INDEXES, archive_of, prefetch, sha256_of
-from .sites import _INSTALLING, PYTEST, install_node, install_site, needs_of
+from .sites import PYTEST, install_site, needs_of
 from .tasks import SoftwareTask, gold_tree, inside, patched, read_task, write_task
 
 # %% ../../nbs/envs/16_releases.ipynb #eaad0128
@@ -186,9 +186,7 @@ def remake_task(
     got = dict(base=tree_hash(base), tests=tree_hash(tests), gold=tree_hash(patched(base, parts.patch)))
     wrong = [name for name, code in got.items() if code != row['hashes'].get(name)]
     if wrong: raise Dropped(f'another hash: the tree {wrong[0]} is not what the row says')
-    python = row['language'] == 'python'
-    with _INSTALLING:
-        site = (install_site if python else install_node)(row['pins'], folder)
+    site = install_site(row['pins'], folder, row['language'])
     origin = dict(kind='release', **{k: row[k] for k in ('language', 'package', 'old', 'new', 'pins',
                                                          'plain_settings')})
     task = SoftwareTask(row['id'], row['package'], row['statement'], ungrouped(row['fail_to_pass']),

@@ -283,6 +283,7 @@ def test_packages_are_resolved_and_installed_by_hash(index, tmp_path):
         resolve_pins(['missing'])
     with pytest.raises(Dropped, match='cannot be installed'):
         install_site([['runner', '1.0', '0' * 64]], tmp_path)
+    assert [p.name for p in (tmp_path / 'sites').iterdir()] == [key]  # what failed leaves nothing
 
 
 def test_a_package_that_its_own_tests_install_is_no_task(index, tmp_path):
