@@ -25,21 +25,53 @@ def patch_lines(
         old |= {line[1:].strip() for line in body if line[:1] in (' ', '-')}
     return [line for line in fresh if line and line not in old], old
 
+# %% ../../nbs/envs/14_leaks.ipynb #6a2b6d0c
+def _automaton(tokens: list) -> tuple:
+    "Of each state: ways by token, the state of the longest shorter ending, longest run, where that ends first."
+    ways, shorter, size, ends, last = [{}], [-1], [0], [0], 0
+    def state(out, link, length, end):
+        for column, value in zip((ways, shorter, size, ends), (out, link, length, end)):
+            column.append(value)
+        return len(ways) - 1
+    def lead(at, token, old, new):
+        "From a state and those of its endings, the ways that led to `old` lead to `new`; where that stops."
+        while at >= 0 and ways[at].get(token, -1) == old:
+            ways[at][token] = new
+            at = shorter[at]
+        return at
+    for end, token in enumerate(tokens, 1):
+        new = state({}, 0, end, end)
+        at = lead(last, token, -1, new)
+        if at >= 0:
+            known = ways[at][token]
+            if size[at] + 1 < size[known]:  # only the shorter runs of that state end here too
+                whole = known
+                known = state(dict(ways[whole]), shorter[whole], size[at] + 1, ends[whole])
+                lead(at, token, whole, known)
+                shorter[whole] = known
+            shorter[new] = known
+        last = new
+    return ways, shorter, size, ends
+
 # %% ../../nbs/envs/14_leaks.ipynb #3d710c12
 def common_run(
     left: list,     # tokens
     right: list,
-) -> list:          # the first of the longest
-    "The longest run of tokens that two texts share. O(n log n): a run of n has runs of n − 1 in it."
-    low, high, found = 0, min(len(left), len(right)), []
-    while low < high:
-        size = (low + high + 1) // 2
-        seen = {tuple(right[i:i + size]) for i in range(len(right) - size + 1)}
-        run = next((left[i:i + size] for i in range(len(left) - size + 1) if tuple(left[i:i + size]) in seen), None)
-        low, high, found = (size, high, run) if run else (low, size - 1, found)
-    return found
+) -> list:          # of those that are longest the one that ends first in `left`
+    "The longest run of tokens that two texts share. Time and memory grow with their length, and no faster."
+    ways, shorter, size, ends = _automaton(left)
+    state, length, best = 0, 0, (0, 0)  # what `right` says up to here, as far as `left` says it too
+    for token in right:
+        while state and token not in ways[state]:
+            state = shorter[state]
+            length = size[state]
+        if token in ways[state]:
+            state, length = ways[state][token], length + 1
+        best = max(best, (length, -ends[state]))
+    length, end = best[0], -best[1]
+    return left[end - length:end]
 
-
+# %% ../../nbs/envs/14_leaks.ipynb #2c1b8f3d
 def leak_report(
     statement: str,
     gold_patch: str,

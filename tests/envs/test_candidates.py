@@ -1,7 +1,9 @@
 "The funnel: filters, the statement without the fix, what the leak report sees, rows that go on"
+import difflib
 import json
 import random
 import subprocess
+import tracemalloc
 from dataclasses import asdict
 
 import pytest
@@ -241,6 +243,18 @@ def test_the_longest_common_run_is_the_longest(left, right):
     assert inside(run, left) and inside(run, right)
     pairs = [(i, j) for i in range(len(left)) for j in range(i + 1, len(left) + 1)]
     assert len(run) == max((j - i for i, j in pairs if inside(left[i:j], right)), default=0)
+    slow = difflib.SequenceMatcher(None, left, right, False).find_longest_match()
+    assert run == left[slow.a:slow.a + slow.size]                             # and the first of them
+
+
+def test_the_longest_common_run_of_long_texts_fits_into_memory():
+    "A table of dashes beside a patch of dashes: all runs of one length together would be gigabytes"
+    tracemalloc.start()
+    try:
+        assert len(common_run(['-'] * 10_000, ['-'] * 10_000 + ['x'])) == 10_000
+        assert tracemalloc.get_traced_memory()[1] < 50_000_000
+    finally:
+        tracemalloc.stop()
 
 
 def test_leak_report():
