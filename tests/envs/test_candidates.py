@@ -268,6 +268,32 @@ def test_leak_report():
     assert leak_report('', '', ()) == dict(longest_run=0, fresh_run=0, run='', names=[], tests=[], lines=0)
 
 
+def fix(*lines):
+    "A gold patch that brings these lines"
+    return (f'diff --git a/a.py b/a.py\n--- a/a.py\n+++ b/a.py\n@@ -1 +1,{len(lines)} @@\n-def tie(rope):\n'
+            + ''.join(f'+{line}\n' for line in lines))
+
+
+@pytest.mark.parametrize('told, names', [
+    ('It should call `measure`.', ['measure']), ('Use measure(rope).', ['measure']), ('Set length=3.', ['length']),
+    ('Ask rope.measure for it.', ['measure']), ('```\nmeasure the rope\n```', ['measure']),
+    ('Please measure the length of it.', []),        # words
+    ('`loose ends` and `sorted`, `fathom`', []),     # of a string, of Python, of a comment
+    ('`after_all`', ['after_all'])])                 # a comment ends with its line
+def test_names_of_the_fix_that_a_statement_says(told, names):
+    gold = fix('length = measure(sorted(rope))  # in fathom', "after_all = 'loose ends'", 'return after_all, length')
+    assert leak_report(told, gold)['names'] == names
+
+
+@pytest.mark.parametrize('id, told, named', [
+    ('a.py::test_knot[x::y]', 'see test_knot', ['test_knot']), ('pkg.Case.test_knot', 'see test_knot', ['test_knot']),
+    ('test_knot (pkg.Case.test_knot)', 'test_knot', ['test_knot']), ('a.py::test_knot', 'test_knots', []),
+    ('t/a.js::knots > ties a rope', 'It ties a\n  rope.', ['ties a rope']), ('t/a.js::parse() > limit', 'parse', []),
+    ('t/a.js::keeps `[]` apart', 'Why keeps `[]` apart?', ['keeps `[]` apart']), ('t/a.js::-', 'a - b', [])])
+def test_tests_that_a_statement_names(id, told, named):
+    assert leak_report(told, fix('pass'), [id])['tests'] == named
+
+
 def test_a_mined_task_has_swe_benchs_fields():
     said = dict(author='a', body='Me too', created_at=stamp(START), edited_at=None)
     one = asdict(mined(case(talk={LINK: [said]})))
