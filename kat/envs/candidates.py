@@ -172,7 +172,7 @@ def funnel_into(
     if not path.is_file(): raise UserError(f'{folder}: nothing collected there; run kat tasks collect --out {folder}')
     if picture and Path(picture).suffix not in ('.png', '.svg', '.pdf'):
         raise UserError(f'--draw {picture}: a name that ends in .png, .svg or .pdf expected')
-    harvest, funnel = Harvest(path), Funnel(Path(folder)/'funnel.db')
+    harvest, funnel = Harvest(path), Funnel(Path(folder)/'funnel.db', FUNNEL_STAGES)
     try:
         found, rows = run_funnel(harvest, funnel, filters, start, tell), funnel.rows()
     finally:
@@ -181,5 +181,6 @@ def funnel_into(
     with atomic(Path(folder)/'mined.jsonl') as temporary:
         temporary.write_text(''.join(dumps(asdict(one)) + '\n' for one in found), encoding='utf-8')
     if picture:
-        save_picture(draw_funnel(rows, funnel.stages), picture)
+        drawn = draw_funnel(rows, funnel.stages, 'From pull requests to candidates', 'pull requests')
+        save_picture(drawn, picture)
     return f"{funnel_table(rows, funnel.stages)}\n{Path(folder)/'mined.jsonl'}: {len(found)}"

@@ -351,7 +351,7 @@ def test_rows_go_on_where_they_were(tmp_path):
     assert [counts[s]['passed'] for s in more] == [4, 4, 4, 4, 3, 3, 3, 2, 1]
     assert counts['validate']['reasons'] == dict(flaky=1) and counts['validate']['seconds'] == 5
     funnel.close()
-    funnel = Funnel(tmp_path/'f.db')                                          # the file knows what comes after
+    funnel = Funnel(tmp_path/'f.db', FUNNEL_STAGES)                           # the file knows what comes after
     assert funnel.stages == more
     assert restart(funnel, 'validate') == 2
     assert [(r['stage'], r['reason']) for r in funnel.rows()[2:4]] == [('install', '')] * 2
@@ -362,19 +362,19 @@ def test_rows_go_on_where_they_were(tmp_path):
         Funnel(tmp_path/'f.db', ('other',))
     (tmp_path/'g.db').write_text('no database at all, ' * 100)
     with pytest.raises(ValueError, match='not a funnel'):
-        Funnel(tmp_path/'g.db')
+        Funnel(tmp_path/'g.db', FUNNEL_STAGES)
     funnel.close()
 
 
 @given(st.lists(st.tuples(st.sampled_from(list(FUNNEL_STAGES)), st.sampled_from(['', 'a: 1', 'b']))))
 def test_the_funnel_loses_nobody(drawn):
     table = [dict(stage=stage, reason=reason, seconds=0) for stage, reason in drawn]
-    counts = stage_counts(table)
+    counts = stage_counts(table, FUNNEL_STAGES)
     waiting = sum(stage != 'leak' and reason == '' for stage, reason in drawn)
     assert len(drawn) == sum(sum(x['reasons'].values()) for x in counts) + counts[-1]['passed'] + waiting
     for above, below in zip(counts, counts[1:]):
         assert above['passed'] == below['entered']
-    assert len(funnel_table(table).splitlines()) == len(FUNNEL_STAGES) + 1
+    assert len(funnel_table(table, FUNNEL_STAGES).splitlines()) == len(FUNNEL_STAGES) + 1
 
 
 def collected(tmp_path, world, **filters):
@@ -456,7 +456,7 @@ def test_mistakes(tmp_path, options, said):
 
 
 def test_an_empty_funnel_is_drawn_too(tmp_path):
-    figure = draw_funnel([])
+    figure = draw_funnel([], FUNNEL_STAGES)
     assert len(figure.axes[0].patches) == len(FUNNEL_STAGES) + 1
     import matplotlib.pyplot as plt
     plt.close(figure)
