@@ -92,7 +92,7 @@ def leak_report(
 
 # %% ../../nbs/envs/14_leaks.ipynb #bedae29b
 STRINGS = re.compile(r'(?<!\S)# [^\n]*|\'\'\'.*?\'\'\'|""".*?"""|\'[^\'\n]*\'|"[^"\n]*"', re.S)  # and comments
-_AS_CODE = re.compile(r'```.*?```|`[^`\n]+`|\w+(?=[(=])|(?<=\w\.)\w+', re.S)
+_AS_CODE = re.compile(r'```.*?```|`[^`\n]+`|\b\w+\b(?=[(=])|(?<=\w\.)\w+', re.S)
 
 
 def _new_names(fresh: list, old: set) -> set:
