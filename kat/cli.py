@@ -644,7 +644,8 @@ def collect_(
 
     `kat tasks collect --pages saved --out data/tasks`
     """
-    from kat.envs.candidates import collect_into, read_filters
+    from kat.envs.candidates import collect_into
+    from kat.envs.filters import read_filters
     with _mendable():
         for line in collect_into(out, names or [], pages, token_file, api, patience*60, read_filters(p),
                                  lambda text: print(text, file=sys.stderr, flush=True)):
@@ -668,7 +669,8 @@ def funnel_(
 
     `kat tasks funnel data/tasks -p stars=500 -p files=10 --from files --draw funnel.png`
     """
-    from kat.envs.candidates import funnel_into, read_filters
+    from kat.envs.candidates import funnel_into
+    from kat.envs.filters import read_filters
     with _mendable():
         print(funnel_into(folder, read_filters(p), start, draw))
 

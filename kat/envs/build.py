@@ -5,9 +5,8 @@
 # %% auto #0
 __all__ = ['NOT_CODE', 'NOT_SOURCE', 'ARTEFACTS', 'CODE_ENDINGS', 'METADATA', 'KEPT', 'BUILD_STAGES', 'ABOUT', 'WORK',
            'DOCKERFILE', 'IMAGES', 'Pair', 'Dropped', 'part_of', 'is_of_tests', 'packages_of', 'without_version',
-           'Parts', 'take_apart', 'with_metadata', 'plain_settings', 'Stages', 'short_reason', 'funnel_counts',
-           'funnel_text', 'draw_stages', 'Yard', 'prepared_base', 'task_of', 'build_one', 'dockerfile', 'write_recipe',
-           'time_left', 'build_tasks']
+           'Parts', 'take_apart', 'with_metadata', 'plain_settings', 'Stages', 'funnel_text', 'Yard', 'prepared_base',
+           'task_of', 'build_one', 'dockerfile', 'write_recipe', 'time_left', 'build_tasks']
 
 # %% ../../nbs/envs/15_build.ipynb #c04d24a1
 import difflib
@@ -22,6 +21,7 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, field
 from pathlib import Path, PurePosixPath
 
+from .funnel import funnel_table
 from .grade import decides
 from .sandbox import Limits
 from .tasks import SoftwareTask, inside, patched, read_task, tree_patch, write_task
@@ -212,7 +212,9 @@ class _Candidates:
 
 # %% ../../nbs/envs/15_build.ipynb #7c4bb6f2
 class Stages(_Candidates):
-    "The candidates of a task set and how far each came, in SQLite. Safe in threads."
+    """The candidates of a task set and how far each came, in SQLite. Safe in threads. Each stage is kept by itself with
+    what it left: it takes minutes and the next ones need that; where sifting takes no time and what is sifted changes
+    every day, `kat.envs.funnel.Funnel` keeps one row a candidate with the key of its verdict."""
     def note(self, name: str, stage: str, seconds: float, data=None, reason: str = ''):
         "One stage of a candidate is done; with a reason, it ended there."
         if stage not in BUILD_STAGES: raise ValueError(f'no stage {stage!r}: use one of {", ".join(BUILD_STAGES)}')
@@ -244,50 +246,11 @@ class Stages(_Candidates):
         return list(found.values())
 
 # %% ../../nbs/envs/15_build.ipynb #a9c0181c
-def short_reason(reason: str) -> str:
-    "A reason without its particulars, to count by."
-    return re.sub(r'\d+(\.\d+)?', 'N', reason.split(':')[0])[:60]
-
-def funnel_counts(rows: list) -> list:  # of (stage, how many reached its end, {reason: how many ended in it}, seconds)
-    "How many candidates each stage let through."
-    counts = []
-    for number, stage in enumerate(BUILD_STAGES):
-        at = [r for r in rows if r['stage'] == stage]
-        ended = {}
-        for row in at:
-            if row['reason']:
-                ended[short_reason(row['reason'])] = ended.get(short_reason(row['reason']), 0) + 1
-        passed = sum(r['stage'] in BUILD_STAGES[number:] and not (r['stage'] == stage and r['reason']) for r in rows)
-        counts.append((stage, passed, dict(sorted(ended.items(), key=lambda e: (-e[1], e[0])))))
-    return counts
-
 def funnel_text(rows: list) -> str:
-    "The funnel as a table."
-    lines = [f'{"candidates":10}{len(rows):>5}  ']
-    for stage, passed, ended in funnel_counts(rows):
-        lines.append(f'{stage:10}{passed:>5}  {ABOUT[stage]}')
-        lines += [f'{"":10}{-count:>5}    {reason}' for reason, count in ended.items()]
+    "The funnel as a table, and how many candidates are not at its end."
     waiting = sum(not r['reason'] and r['stage'] != BUILD_STAGES[-1] for r in rows)
-    if waiting:
-        lines.append(f'{waiting} not finished: the same command goes on')
-    return '\n'.join(lines)
-
-# %% ../../nbs/envs/15_build.ipynb #d83d5600
-def draw_stages(rows: list):  # -> a figure
-    "The funnel as bars. Raises `MissingExtra` where matplotlib is not installed."
-    from kat.core.figures import use_style
-    plt, _ = use_style()
-    counts = [('candidates', len(rows), {}), *funnel_counts(rows)]
-    fig, ax = plt.subplots(figsize=(7, .45 * len(counts) + 1))
-    for place, (stage, passed, ended) in enumerate(counts):
-        ax.barh(-place, passed, color='C0')
-        ax.barh(-place, sum(ended.values()), left=passed, color='C1', alpha=.6)
-        why = ', '.join(f'{n} {r}' for r, n in list(ended.items())[:2])
-        ax.text(passed + sum(ended.values()), -place, f' {passed}   {why}', va='center', fontsize=8)
-    ax.set_yticks([-i for i in range(len(counts))], [c[0] for c in counts])
-    ax.set(title='From candidates to tasks', xlabel='candidates', xlim=(0, len(rows) * 1.6))
-    ax.grid(False)
-    return fig
+    more = f'\n{waiting} not finished: the same command goes on' if waiting else ''
+    return funnel_table(rows, BUILD_STAGES, ABOUT) + more
 
 # %% ../../nbs/envs/15_build.ipynb #ff39cc40
 @dataclass(frozen=True)

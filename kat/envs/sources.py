@@ -15,9 +15,12 @@ import tomllib
 from pathlib import Path
 
 from ..core.io import atomic
-from .build import Dropped, Pair, Stages, Yard, build_tasks, draw_stages, funnel_text, part_of
-from .releases import PYTEST, candidate_sources, install_needs, load_release, prefetch, read_plan, release_row
+from .build import BUILD_STAGES, Dropped, Pair, Stages, Yard, build_tasks, funnel_text, part_of
+from .funnel import draw_funnel
+from .indexes import prefetch
+from .releases import candidate_sources, load_release, read_plan, release_row
 from .sandbox import Bubblewrap
+from .sites import PYTEST, install_needs
 from .statement import describe
 from .tasks import inside, patched, read_tasks
 
@@ -175,7 +178,7 @@ def build_into(
     yield from (f'{name}: {why}' for name, why in failed)
     if draw:
         from kat.core.figures import save_picture
-        yield str(save_picture(draw_stages(stages.rows()), draw))
+        yield str(save_picture(draw_funnel(stages.rows(), BUILD_STAGES), draw))
     if rows:
         yield write_rows(out, rows)
 

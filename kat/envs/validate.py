@@ -14,7 +14,8 @@ from fnmatch import fnmatch
 from pathlib import Path, PurePosixPath
 
 from .base import InfraError
-from .grade import MACHINE, TESTS, Prepared, Suite, package_folders, read_tree, run_tests
+from .answers import MACHINE
+from .grade import TESTS, Prepared, Suite, package_folders, read_tree, run_tests
 from .sandbox import Limits
 from .tasks import base_tree, gold_tree, grade_state, read_task
 

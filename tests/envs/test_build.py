@@ -22,14 +22,15 @@ from kat.envs.build import (
     build_tasks,
     funnel_text,
     part_of,
-    short_reason,
     take_apart,
     without_version,
 )
+from kat.envs.funnel import short_reason
+from kat.envs.leaks import leak_report
 from kat.envs.sandbox import Bubblewrap, features
 from kat.envs.sources import commit_sources, commit_tree, find_candidates, load_commit, record_sources
-from kat.envs.statement import describe, differing_calls, leaks_of
-from kat.envs.tasks import patched, read_task
+from kat.envs.statement import describe, differing_calls
+from kat.envs.tasks import patched, read_task, tree_patch
 from kat.envs.validate import ROUNDS, Outcomes, outcome, sort_tests
 
 walls = pytest.mark.skipif(not features().works, reason='bubblewrap does not work here')
@@ -148,7 +149,7 @@ def test_every_candidate_ends_as_a_task_or_with_its_reason_and_a_killed_build_go
         twice: ('once', 'no test fails before the fix, but its file cannot be importe'),
         'needy-1': ('install', 'its packages cannot be installed'),
     }
-    assert 'candidates    5' in funnel_text(stages.rows())
+    assert re.search(r'^load +5 +4 .*\n +-1 +git ls-tree$', funnel_text(stages.rows()), re.M)
     task = read_task(tmp_path / fix)
     others = {
         name.split('_')[-1]: why for why, names in stages.done(fix)['repeat'][1]['others'].items() for name in names
@@ -309,7 +310,6 @@ def test_records_are_built_from_a_clone(clone, tmp_path):
     pair = load_commit(source, name)
     parts = take_apart(pair)
     tests = patched({}, '')
-    from kat.envs.tasks import tree_patch
 
     row = dict(
         instance_id='me__calc-1',
@@ -360,7 +360,25 @@ def test_calls_that_differ_and_what_is_left_out():
 
 
 def test_leaks_are_told():
-    gold = '--- a/a.py\n+++ b/a.py\n-    return a - b\n+    return add_up(a, b, start=0)\n'
-    leaks = leaks_of('Use add_up(a, b, start=0), as test_sum shows.', gold, ['t.py::test_sum[1]'])
-    assert leaks['run'] >= 9 and leaks['identifiers'] == ['add_up', 'start'] and leaks['tests'] == ['test_sum']
-    assert leaks_of('It returns -1.', gold, ['t.py::test_sum'])['run'] <= 1
+    gold = (
+        'diff --git a/a.py b/a.py\n--- a/a.py\n+++ b/a.py\n@@ -1 +1 @@\n'
+        '-    return a - b\n+    return add_up(a, b, start=0)\n'
+    )
+    leaks = leak_report('Use add_up(a, b, start=0), as test_sum shows.', gold, ['t.py::test_sum[1]'])
+    assert leaks['fresh_run'] >= 9 and leaks['names'] == ['add_up', 'start'] and leaks['tests'] == ['test_sum']
+    assert leak_report('It returns -1.', gold, ['t.py::test_sum'])['fresh_run'] <= 1
+
+
+def test_every_patch_between_two_trees_can_be_measured():
+    "Also what git writes for binary files, links, modes, odd names and files without a last line's end"
+    lines = [b'--- a/x', b'+++ b/x', b'@@ -1 +1 @@', b'diff --git a/x b/x', b'a\rb', b'\x0c', b'', 'é'.encode()]
+    odd = {
+        'plain.py': (b'\n'.join(lines), 'file'),
+        'a "b"\té.py': (b'x = 1\n', 'program'),
+        'link': (b'plain.py', 'link'),
+        'picture.png': (bytes(range(256)) * 4, 'file'),
+        'empty.py': (b'', 'file'),
+    }
+    other = {p: (c[::-1] if k == 'file' else c, 'program' if k == 'program' else 'file') for p, (c, k) in odd.items()}
+    for old, new in (({}, odd), (odd, {}), (odd, other), (other, odd), ({}, {'x.py': (b'\xff\n', 'file')})):
+        assert leak_report('knots', tree_patch(old, new))['fresh_run'] == 0

@@ -1,7 +1,9 @@
 "The funnel: filters, the statement without the fix, what the leak report sees, rows that go on"
+import difflib
 import json
 import random
 import subprocess
+import tracemalloc
 from dataclasses import asdict
 
 import pytest
@@ -10,13 +12,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kat.core.io import UserError
-from kat.envs.candidates import (FUNNEL_STAGES, Filters, Funnel, clean_text, collect_into, common_run, draw_funnel,
-                                 english_share, stage_counts, funnel_into, funnel_table, hint_texts, is_source_path,
-                                 is_test_path, leak_report, mined, read_filters, read_tokens, restart,
-                                 run_funnel, sift, split_patch)
+from kat.envs.candidates import collect_into, funnel_into, read_tokens, run_funnel
+from kat.envs.filters import FUNNEL_STAGES, Filters, english_share, read_filters, sift
+from kat.envs.funnel import Funnel, draw_funnel, funnel_table, restart, stage_counts
 from kat.envs.cases import Case
 from kat.envs.diffs import diff_files
 from kat.envs.harvest import Harvest
+from kat.envs.instances import clean_text, hint_texts, is_source_path, is_test_path, mined, split_patch
+from kat.envs.leaks import common_run, leak_report
 
 GOLD = '''diff --git a/knots/core.py b/knots/core.py
 --- a/knots/core.py
@@ -242,6 +245,18 @@ def test_the_longest_common_run_is_the_longest(left, right):
     assert inside(run, left) and inside(run, right)
     pairs = [(i, j) for i in range(len(left)) for j in range(i + 1, len(left) + 1)]
     assert len(run) == max((j - i for i, j in pairs if inside(left[i:j], right)), default=0)
+    slow = difflib.SequenceMatcher(None, left, right, False).find_longest_match()
+    assert run == left[slow.a:slow.a + slow.size]                             # and the first of them
+
+
+def test_the_longest_common_run_of_long_texts_fits_into_memory():
+    "A table of dashes beside a patch of dashes: all runs of one length together would be gigabytes"
+    tracemalloc.start()
+    try:
+        assert len(common_run(['-'] * 10_000, ['-'] * 10_000 + ['x'])) == 10_000
+        assert tracemalloc.get_traced_memory()[1] < 50_000_000
+    finally:
+        tracemalloc.stop()
 
 
 def test_leak_report():
@@ -253,6 +268,32 @@ def test_leak_report():
     quoted = leak_report('def tie(rope):\n    return rope', GOLD)       # the old code is how one reports a bug
     assert quoted['longest_run'] == 8 and quoted['fresh_run'] <= 3 and quoted['lines'] == 0
     assert leak_report('', '', ()) == dict(longest_run=0, fresh_run=0, run='', names=[], tests=[], lines=0)
+
+
+def fix(*lines):
+    "A gold patch that brings these lines"
+    return (f'diff --git a/a.py b/a.py\n--- a/a.py\n+++ b/a.py\n@@ -1 +1,{len(lines)} @@\n-def tie(rope):\n'
+            + ''.join(f'+{line}\n' for line in lines))
+
+
+@pytest.mark.parametrize('told, names', [
+    ('It should call `measure`.', ['measure']), ('Use measure(rope).', ['measure']), ('Set length=3.', ['length']),
+    ('Ask rope.measure for it.', ['measure']), ('```\nmeasure the rope\n```', ['measure']),
+    ('Please measure the length of it.', []),        # words
+    ('`loose ends` and `sorted`, `fathom`', []),     # of a string, of Python, of a comment
+    ('`after_all`', ['after_all'])])                 # a comment ends with its line
+def test_names_of_the_fix_that_a_statement_says(told, names):
+    gold = fix('length = measure(sorted(rope))  # in fathom', "after_all = 'loose ends'", 'return after_all, length')
+    assert leak_report(told, gold)['names'] == names
+
+
+@pytest.mark.parametrize('id, told, named', [
+    ('a.py::test_knot[x::y]', 'see test_knot', ['test_knot']), ('pkg.Case.test_knot', 'see test_knot', ['test_knot']),
+    ('test_knot (pkg.Case.test_knot)', 'test_knot', ['test_knot']), ('a.py::test_knot', 'test_knots', []),
+    ('t/a.js::knots > ties a rope', 'It ties a\n  rope.', ['ties a rope']), ('t/a.js::parse() > limit', 'parse', []),
+    ('t/a.js::keeps `[]` apart', 'Why keeps `[]` apart?', ['keeps `[]` apart']), ('t/a.js::-', 'a - b', [])])
+def test_tests_that_a_statement_names(id, told, named):
+    assert leak_report(told, fix('pass'), [id])['tests'] == named
 
 
 def test_a_mined_task_has_swe_benchs_fields():
@@ -312,7 +353,7 @@ def test_rows_go_on_where_they_were(tmp_path):
     assert [counts[s]['passed'] for s in more] == [4, 4, 4, 4, 3, 3, 3, 2, 1]
     assert counts['validate']['reasons'] == dict(flaky=1) and counts['validate']['seconds'] == 5
     funnel.close()
-    funnel = Funnel(tmp_path/'f.db')                                          # the file knows what comes after
+    funnel = Funnel(tmp_path/'f.db', FUNNEL_STAGES)                           # the file knows what comes after
     assert funnel.stages == more
     assert restart(funnel, 'validate') == 2
     assert [(r['stage'], r['reason']) for r in funnel.rows()[2:4]] == [('install', '')] * 2
@@ -323,19 +364,19 @@ def test_rows_go_on_where_they_were(tmp_path):
         Funnel(tmp_path/'f.db', ('other',))
     (tmp_path/'g.db').write_text('no database at all, ' * 100)
     with pytest.raises(ValueError, match='not a funnel'):
-        Funnel(tmp_path/'g.db')
+        Funnel(tmp_path/'g.db', FUNNEL_STAGES)
     funnel.close()
 
 
 @given(st.lists(st.tuples(st.sampled_from(list(FUNNEL_STAGES)), st.sampled_from(['', 'a: 1', 'b']))))
 def test_the_funnel_loses_nobody(drawn):
     table = [dict(stage=stage, reason=reason, seconds=0) for stage, reason in drawn]
-    counts = stage_counts(table)
+    counts = stage_counts(table, FUNNEL_STAGES)
     waiting = sum(stage != 'leak' and reason == '' for stage, reason in drawn)
     assert len(drawn) == sum(sum(x['reasons'].values()) for x in counts) + counts[-1]['passed'] + waiting
     for above, below in zip(counts, counts[1:]):
         assert above['passed'] == below['entered']
-    assert len(funnel_table(table).splitlines()) == len(FUNNEL_STAGES) + 1
+    assert len(funnel_table(table, FUNNEL_STAGES).splitlines()) == len(FUNNEL_STAGES) + 1
 
 
 def collected(tmp_path, world, **filters):
@@ -417,7 +458,7 @@ def test_mistakes(tmp_path, options, said):
 
 
 def test_an_empty_funnel_is_drawn_too(tmp_path):
-    figure = draw_funnel([])
+    figure = draw_funnel([], FUNNEL_STAGES)
     assert len(figure.axes[0].patches) == len(FUNNEL_STAGES) + 1
     import matplotlib.pyplot as plt
     plt.close(figure)

@@ -13,28 +13,24 @@ from pathlib import Path
 
 import pytest
 
-from kat.envs import releases
+from kat.envs import archives, indexes
+from kat.envs.archives import archive_tree
 from kat.envs.base import InfraError
 from kat.envs.build import Dropped, Pair, Stages, Yard, build_tasks
+from kat.envs.indexes import prefetch, python_releases
 from kat.envs.releases import (
-    archive_tree,
     candidate_sources,
     fetch_tasks,
     grouped,
-    install_needs,
-    install_site,
     load_release,
     neighbours,
-    prefetch,
-    python_releases,
     read_plan,
     read_release_rows,
-    resolve_pins,
-    site_key,
     tree_hash,
     ungrouped,
 )
 from kat.envs.sandbox import Bubblewrap, features
+from kat.envs.sites import install_needs, install_site, resolve_pins, site_key
 from kat.envs.sources import write_rows
 from kat.envs.statement import describe
 from kat.envs.tasks import gold_tree, read_task
@@ -132,7 +128,7 @@ def index(monkeypatch):
             DISABLE_PIP_VERSION_CHECK='1',
         ).items():
             monkeypatch.setenv(f'PIP_{name}', value)
-        releases._files.cache_clear()
+        indexes._files.cache_clear()
         server.files = {
             'toy-1.0.tar.gz': sdist('1.0', '-', -1),
             'toy-1.1.tar.gz': sdist('1.1', '+', 3),
@@ -270,7 +266,7 @@ def test_what_is_not_what_the_row_says_is_no_task(index, tmp_path, spoil, reason
 def test_an_index_that_fails_is_not_one_that_has_nothing(index):
     assert [f['version'] for f in python_releases('toy')] == ['1.0', '1.1']
     assert python_releases('nothing') == []
-    releases._files.cache_clear()
+    indexes._files.cache_clear()
     index.fails = 503
     with pytest.raises(InfraError, match='503'):
         python_releases('toy')
@@ -287,6 +283,7 @@ def test_packages_are_resolved_and_installed_by_hash(index, tmp_path):
         resolve_pins(['missing'])
     with pytest.raises(Dropped, match='cannot be installed'):
         install_site([['runner', '1.0', '0' * 64]], tmp_path)
+    assert [p.name for p in (tmp_path / 'sites').iterdir()] == [key]  # what failed leaves nothing
 
 
 def test_a_package_that_its_own_tests_install_is_no_task(index, tmp_path):
@@ -334,7 +331,7 @@ def test_links_stay_inside_or_go():
 
 
 def test_an_archive_that_holds_too_much_is_refused(monkeypatch):
-    monkeypatch.setitem(releases.MOST, 'bytes', 10)
+    monkeypatch.setitem(archives.MOST, 'bytes', 10)
     with pytest.raises(ValueError, match='holds too much'):
         archive_tree(packed({'a/x': 'x' * 11}), 'a.tar.gz')
 
