@@ -104,7 +104,7 @@ def run_forked(work, cpu_s: float, wall_s: float) -> list:
     _, status, usage = os.wait4(child, 0)
     spent = usage.ru_utime + usage.ru_stime
     if cause == 'exit' and os.WIFSIGNALED(status):
-        cause = 'cpu' if spent >= cpu_s else 'signal'
+        cause = 'cpu' if spent >= cpu_s or os.WTERMSIG(status) == signal.SIGXCPU else 'signal'
     return [json.loads(text) if not cause else None, cause, spent]
 
 # %% ../../nbs/envs/18_variants.ipynb #3c955a56

@@ -266,6 +266,14 @@ def test_ends_that_are_no_failure_of_a_test(task):
 
 
 @bwrap
+def test_a_limit_of_the_sandbox_below_that_of_a_run_is_one_of_cpu_time_too(task):
+    bench = bench_of(task)
+    tight = replace(bench, limits=replace(bench.limits, cpu_s=2))
+    ended, = run_variants(tight, [Variant({'code_kat.py': b'while True:\n    pass\n'}, bench.wanted)], Bubblewrap(), 60)
+    assert (ended.seen, ended.cause) == (None, 'cpu') and ended.cpu_s < 10
+
+
+@bwrap
 def test_a_kill_counts_only_when_the_fixed_code_passes_the_same_selection(tmp_path):
     "test_b leans on test_a; alone it fails with any code, which says nothing about the mutant"
     tests = '''import code_kat
