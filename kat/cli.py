@@ -684,7 +684,7 @@ def _over(folder: Path, settings: dict, work, name: str) -> int:
     "Do work for all tasks of a set, print their table; 1 where a task failed."
     from kat.envs.sandbox import Bubblewrap
     from kat.envs.tasks import read_tasks
-    from kat.envs.testgen import over_tasks, score_table
+    from kat.envs.survey import over_tasks, score_table
     say = lambda line: print(line, file=sys.stderr, flush=True)
     with _mendable():
         box, found = Bubblewrap(), read_tasks(folder)
@@ -707,7 +707,9 @@ def mutants_(
 
     Example: `kat tasks mutants data/releases`
     """
-    from kat.envs.mutants import bench_of, measure_task, mutation_row, touched_of
+    from kat.envs.mutants import touched_of
+    from kat.envs.mutation import measure_task, mutation_row
+    from kat.envs.variants import bench_of
     def work(where, box, say):
         step = lambda done, total: say(f'{where.name}: mutant {done} of {total}')
         return mutation_row(measure_task(bench_of(where), touched_of(where), box, budget, seed, step))

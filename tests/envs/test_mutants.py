@@ -7,14 +7,16 @@ from dataclasses import replace
 import pytest
 from testgen_world import make_task
 
-from kat.envs import mutants
+from kat.envs import variants as pages
 from kat.envs.base import InfraError
+from kat.envs.coverage import covered_lines
 from kat.envs.grade import read_tree
-from kat.envs.mutants import (
-    OPERATORS, Variant, bench_of, covered_lines, find_fates, measure_task, mutants_of, mutation_row, own_lines,
-    run_variants, same_code, touched_files, touched_lines, touched_of, variant_of)
+from kat.envs.mutants import mutants_of, own_lines, same_code, touched_files, touched_lines, touched_of
+from kat.envs.mutation import find_fates, measure_task, mutation_row, variant_of
+from kat.envs.operators import OPERATORS
 from kat.envs.sandbox import Bubblewrap, features
 from kat.envs.tasks import grade_state
+from kat.envs.variants import Variant, bench_of, run_variants
 
 bwrap = pytest.mark.skipif(not features().works, reason=f'bubblewrap does not work here: {features().reason}')
 
@@ -216,7 +218,7 @@ def test_coverage_is_exact_by_test(task):
 
 @bwrap
 def test_a_run_whose_answer_is_cut_says_so(task, monkeypatch):
-    monkeypatch.setattr(mutants, 'OUTPUT_KB', 0)
+    monkeypatch.setattr(pages, 'OUTPUT_KB', 0)
     bench = bench_of(task)
     tight = replace(bench, limits=replace(bench.limits, output_kb=.05))
     with pytest.raises(InfraError, match='traced run: it printed more than there is room for'):
@@ -261,6 +263,14 @@ def test_ends_that_are_no_failure_of_a_test(task):
     variants = [Variant({'code_kat.py': s.encode()}, bench.wanted) for s in sources]
     ended = [one.bad(bench.wanted) for one in run_variants(bench, [*variants, Variant({}, bench.wanted)], box, 5)]
     assert ended == ['exit', bench.wanted[0], 'signal', '', '']
+
+
+@bwrap
+def test_a_limit_of_the_sandbox_below_that_of_a_run_is_one_of_cpu_time_too(task):
+    bench = bench_of(task)
+    tight = replace(bench, limits=replace(bench.limits, cpu_s=2))
+    ended, = run_variants(tight, [Variant({'code_kat.py': b'while True:\n    pass\n'}, bench.wanted)], Bubblewrap(), 60)
+    assert (ended.seen, ended.cause) == (None, 'cpu') and ended.cpu_s < 10
 
 
 @bwrap

@@ -12,14 +12,20 @@ from hypothesis import strategies as st
 from testgen_world import make_task
 
 from kat.envs.base import InfraError
+from kat.envs.differences import search, unwritten, vary, vary_script
+from kat.envs.gates import gates, smallest_cover
 from kat.envs.grade import read_tree
-from kat.envs.mutants import bench_of
+from kat.envs.plain_tests import NAME, Written, as_test
+from kat.envs.recording import Recorded, scripts_of
+from kat.envs.replay import differs, play_script
+from kat.envs.rewrites import REWRITES
 from kat.envs.sandbox import Bubblewrap, features
+from kat.envs.survey import over_tasks, settings_key
 from kat.envs.tasks import gold_tree, grade_state, read_task, read_tasks
-from kat.envs.testgen import (
-    NAME, REWRITES, Recorded, Written, as_test, ask_writer, differs, gates, literal_text, over_tasks, play_script,
-    scripts_of, search, settings_key, smallest_cover, strengthen, unwritten, vary, vary_script, view_of,
-    with_own, without_own, written_in)
+from kat.envs.terms import literal_text, view_of
+from kat.envs.testgen import strengthen, with_own, without_own
+from kat.envs.variants import bench_of
+from kat.envs.writer import ask_writer, written_in
 
 bwrap = pytest.mark.skipif(not features().works, reason=f'bubblewrap does not work here: {features().reason}')
 FLOATS = st.floats(allow_nan=False, allow_infinity=False)
