@@ -6,7 +6,10 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from kat.cluster.policy import REASONS, Costs, Groups, Scheduler, choose_gang
+from kat.cluster.decisions import REASONS
+from kat.cluster.groups import Groups
+from kat.cluster.places import Costs
+from kat.cluster.policy import Scheduler, choose_gang
 from kat.cluster.tags import Ask, Device, check_cluster, colocated, disaggregated, multiplexed
 from kat.core.io import UserError
 from kat.plane.loader import capacity

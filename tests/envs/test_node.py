@@ -7,11 +7,13 @@ import pytest
 from node_attacks import ATTACKS, EXPECTED, FIX, REPO, TAPE_ATTACKS, TAPE_EXPECTED, TAPE_REPO, TOY_TAPE, tree
 
 from kat.envs import node
-from kat.envs.base import InfraError
 from kat.envs.answers import Verdict
+from kat.envs.base import InfraError
 from kat.envs.grade import write_tree
-from kat.envs.node import (NodeSuite, collect_tests, detect_node, find_node, grade_node, has_node, plant_scripts,
-                           read_scripts)
+from kat.envs.node import detect_node, find_node, has_node, read_scripts
+from kat.envs.node_canaries import plant_scripts, script_tests
+from kat.envs.node_runner import collect_tests, linked
+from kat.envs.node_verdict import NodeSuite, grade_node
 from kat.envs.sandbox import Bubblewrap, Limits, features
 from kat.envs.tasks import SoftwareTask, base_tree, gold_tree, grade_state, tree_patch, write_task
 
@@ -160,7 +162,7 @@ def test_a_file_that_cannot_be_loaded_gives_no_tests(box):
 def test_canaries_of_many_draws_fail_and_leave_the_rest_alone(box, tmp_path):
     path = 'test/calc.test.js'
     read = read_scripts(GOLD, [path], box)[path]
-    fit = node.script_tests(path, read, set(EXPECTED))
+    fit = script_tests(path, read, set(EXPECTED))
     sources = [plant_scripts(REPO[path], fit, random.Random(i)) for i in range(6)]
     assert len({s for s, _, _ in sources}) == 6
     for source, canaries, moved in sources:
@@ -175,7 +177,7 @@ def test_bad_input(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match='is empty'):
         NodeSuite(tmp_path, ())
     with pytest.raises(ValueError, match='node_modules at its top'):
-        node.linked({'node_modules/a.js': (b'', 'file')}, tmp_path)
+        linked({'node_modules/a.js': (b'', 'file')}, tmp_path)
     monkeypatch.setattr(node, 'node_candidates', lambda: [])
     find_node.cache_clear()
     try:
