@@ -19,7 +19,7 @@ from pathlib import Path, PurePosixPath
 
 from .answers import MACHINE, Verdict, fair_run, together
 from .base import InfraError
-from .grade import Run, merge_trees, read_tree, write_tree
+from .grade import Run, both_sides, check_ids, files_of, merge_trees, read_tree, write_tree
 from .node import is_test, manifest, read_scripts, runner_of
 from .node_canaries import plant_scripts, script_tests
 from .node_runner import linked, run_file, states_of
@@ -62,24 +62,19 @@ class NodeSuite:
     limits: Limits = COLD  # of the run of one file
 
     def __post_init__(self):
-        for name in self.expected:
-            if '::' not in name: raise ValueError(f'NodeSuite.expected: {name!r} must be an id such as test/a.js::adds')
-        if not self.expected: raise ValueError('NodeSuite.expected is empty: name tests that must pass')
+        check_ids('NodeSuite', self.expected, 'test/a.js::adds')
 
     @property
     def files(self) -> list:
-        return sorted({name.split('::')[0] for name in self.expected})
+        return files_of(self.expected)
 
 # %% ../../nbs/envs/20_node_verdict.ipynb #edc3a0f1
 def merge_agent(
     suite: NodeSuite,
     agent: dict,  # tree that the agent left, see `read_tree`
 ) -> tuple:  # tree to grade, paths where the task's own state was restored
-    "The agent's changes where they may be."
-    own = {p: (t if isinstance(t, bytes) else t.encode(), 'file') for p, t in suite.tests.items()}
-    before = read_tree(suite.base)
-    base = before | own
-    agent = agent | {p: t for p, t in own.items() if agent.get(p) == before.get(p)}  # unknown to the agent: no change
+    "The agent's changes where they may be. Raises `InfraError` where part of the task can't be read."
+    base, agent, own = both_sides(suite, agent)
     above = {str(folder / 'package.json') for path in suite.files for folder in PurePosixPath(path).parents}
     exchanged = {p: merged_manifest(base.get(p), agent.get(p)) for p in above if not is_test(p)}
     seen = {**agent, **{p: one for p, one in exchanged.items() if one}}

@@ -13,7 +13,7 @@ from kat.envs.grade import write_tree
 from kat.envs.node import detect_node, find_node, has_node, read_scripts
 from kat.envs.node_canaries import plant_scripts, script_tests
 from kat.envs.node_runner import collect_tests, linked
-from kat.envs.node_verdict import NodeSuite, grade_node
+from kat.envs.node_verdict import NodeSuite, grade_node, merge_agent
 from kat.envs.sandbox import Bubblewrap, Limits, features
 from kat.envs.tasks import SoftwareTask, base_tree, gold_tree, grade_state, tree_patch, write_task
 
@@ -169,6 +169,14 @@ def test_canaries_of_many_draws_fail_and_leave_the_rest_alone(box, tmp_path):
         states = asyncio.run(collect_tests(GOLD | tree({path: source}), [path], None, LIMITS, box))
         assert len(canaries) == 5 and {states[name] for name in canaries} == {'failed'}
         assert {states[moved.get(name, name)] for name in EXPECTED if name.startswith(path)} == {'passed'}
+
+
+def test_a_task_that_cannot_be_read_is_nobodys_failure(tmp_path, monkeypatch):
+    "Not a tree without that file, in which the tests fail"
+    write_tree(GOLD, tmp_path)
+    monkeypatch.setattr('kat.envs.grade.TREE_MB', 0)
+    with pytest.raises(InfraError, match='of the task may not be read, or the task has more than 0 MB'):
+        merge_agent(NodeSuite(tmp_path, EXPECTED), GOLD)
 
 
 def test_bad_input(tmp_path, monkeypatch):
