@@ -2,6 +2,7 @@
 import asyncio
 import os
 import random
+from dataclasses import replace
 
 import pytest
 from node_attacks import ATTACKS, EXPECTED, FIX, REPO, TAPE_ATTACKS, TAPE_EXPECTED, TAPE_REPO, TOY_TAPE, tree
@@ -19,6 +20,7 @@ from kat.envs.tasks import SoftwareTask, base_tree, gold_tree, grade_state, tree
 
 runs = pytest.mark.skipif(not (features().works and has_node()), reason='bubblewrap or node is not here')
 LIMITS = Limits(memory_mb=4096, cpu_s=3, wall_s=12, processes=64, output_kb=256, files_mb=64)
+WAITS = {'never settles': replace(LIMITS, wall_s=5), 'loops': replace(LIMITS, cpu_s=2)}  # first: others run meanwhile
 BY_A_DRAW = 'one assertion does nothing the first time'  # caught where a canary comes before what it is a copy of
 GOLD = tree(REPO, {'calc.js': FIX})
 
@@ -38,7 +40,7 @@ def site(tmp_path_factory):
 
 
 async def some_at_a_time(work, names):
-    free = asyncio.Semaphore(os.cpu_count() or 1)
+    free = asyncio.Semaphore((os.cpu_count() or 1) + 1)   # one waits for a limit most of the time
     async def one(name):
         async with free:
             return await work(name)
@@ -50,10 +52,11 @@ def verdicts(tmp_path_factory, box):
     "What the grader says to every attack"
     base = tmp_path_factory.mktemp('base')
     write_tree(tree(REPO), base)
-    suite = NodeSuite(base, EXPECTED, limits=LIMITS)
     def graded(name):
+        suite = NodeSuite(base, EXPECTED, limits=WAITS.get(name, LIMITS))
         return grade_node(suite, tree(REPO, ATTACKS[name][1]) if name in ATTACKS else GOLD, GOLD, box)
-    return asyncio.run(some_at_a_time(graded, ['gold', *ATTACKS, 'gold again']))
+    others = [name for name in ATTACKS if name not in WAITS]
+    return asyncio.run(some_at_a_time(graded, [*WAITS, 'gold', *others, 'gold again']))
 
 
 @runs
