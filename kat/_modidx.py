@@ -2908,6 +2908,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                      'kat.recipe.async_rl.AsyncPlay': ('recipe/async_rl.html#asyncplay', 'kat/recipe/async_rl.py'),
                                      'kat.recipe.async_rl.AsyncPlay.__post_init__': ( 'recipe/async_rl.html#asyncplay.__post_init__',
                                                                                       'kat/recipe/async_rl.py'),
+                                     'kat.recipe.async_rl.AsyncPlay.most_episodes': ( 'recipe/async_rl.html#asyncplay.most_episodes',
+                                                                                      'kat/recipe/async_rl.py'),
                                      'kat.recipe.async_rl.AsyncPlay.task': ( 'recipe/async_rl.html#asyncplay.task',
                                                                              'kat/recipe/async_rl.py'),
                                      'kat.recipe.async_rl.Making': ('recipe/async_rl.html#making', 'kat/recipe/async_rl.py'),
