@@ -14,7 +14,7 @@ import sys
 import time
 from pathlib import Path
 
-from kat.cluster.policy import Groups
+from kat.cluster.groups import Groups
 from kat.cluster.simulate import Hardware, Recording, Replay, draw_gantt, generate_recording, read_recording
 from kat.cluster.tags import Ask, Device, colocated, disaggregated, multiplexed
 from kat.core.figures import save_figure, use_style

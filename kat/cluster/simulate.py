@@ -15,7 +15,9 @@ from pathlib import Path
 
 import numpy as np
 
-from .policy import Costs, Groups, Scheduler
+from .groups import Groups
+from .places import Costs
+from .policy import Scheduler
 from .tags import ASKS, Ask, Device, check_number
 from ..core.figures import use_style
 from ..core.io import UserError, one_line

@@ -6,8 +6,8 @@
 __all__ = ['CONFIGURES', 'TESTS', 'CACHES', 'TREE_MB', 'OPPOSITE', 'RAISES', 'ERRORS', 'START', 'TEST_RUNNER', 'ARGUMENTS',
            'CHANNEL_KB', 'PASSED', 'decides', 'read_tree', 'hides', 'known_modules', 'import_folders', 'merge_trees',
            'write_tree', 'another', 'inverted', 'Candidate', 'candidates', 'exchange', 'canary', 'new_name', 'plant',
-           'read_reports', 'judge_tests', 'Suite', 'package_folders', 'Prepared', 'prepare_tree', 'Run', 'run_tests',
-           'grade_tests']
+           'read_reports', 'judge_tests', 'check_ids', 'files_of', 'both_sides', 'Suite', 'package_folders', 'Prepared',
+           'prepare_tree', 'Run', 'run_tests', 'grade_tests']
 
 # %% ../../nbs/envs/09_grade.ipynb #f37e4883
 import ast
@@ -416,6 +416,35 @@ def judge_tests(
         wrong.append(f'exit code {ends} told, {code} seen, 1 expected')
     return Verdict(tests, '; '.join([*wrong, *['reports out of order'][:disorder]][:3]))
 
+# %% ../../nbs/envs/09_grade.ipynb #218d19f7
+def check_ids(
+    name: str,  # of the record that holds them
+    ids: tuple,  # of tests that must pass
+    example: str,
+):
+    "Raise `ValueError` for what are no ids of tests, and for none."
+    for one in ids:
+        if '::' not in one: raise ValueError(f'{name}.expected: {one!r} must be an id such as {example}')
+    if not ids: raise ValueError(f'{name}.expected is empty: name tests that must pass')
+
+def files_of(
+    ids,  # of tests: 'tests/test_a.py::test_b'
+) -> list:
+    "Test files that ids name, sorted."
+    return sorted({one.split('::')[0] for one in ids})
+
+def both_sides(
+    suite,  # with `base` and `tests`, as `Suite` has
+    agent: dict,  # tree that the agent left, see `read_tree`
+) -> tuple:  # the task's tree with its tests; the agent's, without changes to what it didn't know; the tests alone
+    "Two trees to be merged. Raises `InfraError` where part of the task can't be read."
+    own = {p: (t if isinstance(t, bytes) else t.encode(), 'file') for p, t in suite.tests.items()}
+    before = read_tree(suite.base)
+    base = before | own
+    if large := [p for p, (_, kind) in base.items() if kind == 'unread']:
+        raise InfraError(f'grade: {large[0]} of the task may not be read, or the task has more than {TREE_MB} MB')
+    return base, agent | {p: t for p, t in own.items() if agent.get(p) == before.get(p)}, own
+
 # %% ../../nbs/envs/09_grade.ipynb #05ead1df
 @dataclass(frozen=True)
 class Suite:
@@ -428,9 +457,7 @@ class Suite:
     limits: Limits = COLD
 
     def __post_init__(self):
-        for name in self.expected:
-            if '::' not in name: raise ValueError(f"Suite.expected: {name!r} must be an id such as test_a.py::test_b")
-        if not self.expected: raise ValueError('Suite.expected is empty: name tests that must pass')
+        check_ids('Suite', self.expected, 'test_a.py::test_b')
 
 def package_folders(suite: Suite) -> list:
     "Folders of installed packages. Raises `InfraError` where there is no pytest."
@@ -449,7 +476,7 @@ class Prepared:
     canaries: list = field(default_factory=list)
     @property
     def files(self) -> list:
-        return sorted({n.split('::')[0] for n in self.expected})
+        return files_of(self.expected)
 
 # %% ../../nbs/envs/09_grade.ipynb #e71e56e1
 def prepare_tree(
@@ -461,17 +488,13 @@ def prepare_tree(
     "The tree to grade. Raises `InfraError` where the task's own tests can't be read."
     done = Prepared({}, {n: n for n in suite.expected}, [])
     agent = {p: t for p, t in agent.items() if not any(_named(n, CACHES) for n in PurePosixPath(p).parts)}
-    own = {p: (t if isinstance(t, bytes) else t.encode(), 'file') for p, t in suite.tests.items()}
-    before = read_tree(suite.base)
-    base, known = before | own, known_modules(sites)
-    if large := [p for p, (_, kind) in base.items() if kind == 'unread']:
-        raise InfraError(f'grade: {large[0]} of the task may not be read, or the task has more than {TREE_MB} MB')
+    base, seen, own = both_sides(suite, agent)
+    known = known_modules(sites)
     loaded = [*done.files, *(p for p in base if PurePosixPath(p).name == 'conftest.py')]
     roots = {*suite.roots, *import_folders(base, loaded), *import_folders(agent, loaded)}
-    agent |= {p: t for p, t in own.items() if agent.get(p) == before.get(p)}  # unknown to the agent: no change
     hiding = lambda p: p not in base and hides(p, known, roots, base)
     deciding = lambda p: decides(p) or p in own or p in done.files or hiding(p)
-    done.tree, done.restored = merge_trees(base, agent, deciding)
+    done.tree, done.restored = merge_trees(base, seen, deciding)
     for path in done.files:
         if path not in done.tree: raise InfraError(f'grade: the task has no {path}, which its expected tests name')
         if path.endswith('.py'):

@@ -24,7 +24,7 @@ import urllib.parse
 from pathlib import Path
 
 from .base import InfraError
-from .sandbox import COLD, ExecResult, Limits, check_command, copied_folder
+from .sandbox import ColdBox, ExecResult, Limits
 from .walls import ENVIRON
 
 # %% ../../nbs/envs/22_images.ipynb #3d19864b
@@ -298,15 +298,8 @@ def _run(engine, settings: dict, limits: Limits) -> ExecResult:
     code, cause, why = _ended(state, timed_out, heard.truncated, limits)
     return ExecResult(code, heard.text(1), heard.text(2), timed_out, heard.truncated, why, seconds, cause)
 
-def _shown(show: tuple) -> list:
-    "Paths of the host, as an engine is asked for them."
-    paths = [os.path.abspath(path) for path in show]
-    for path in paths:
-        if not os.path.exists(path): raise ValueError(f'show: there is no {path!r}')
-    return [f'{path}:{path}:ro' for path in paths]
-
 # %% ../../nbs/envs/22_images.ipynb #fbe27f94
-class Images:
+class Images(ColdBox):
     "Cold sandboxed commands in an image. Raises `InfraError` when there is no engine, or no such image."
     def __init__(
         self,
@@ -320,26 +313,9 @@ class Images:
             raise InfraError(f'images: the engine has no image {image!r}: build it first')
         _sweep(self.engine)
 
-    def exec(
-        self,
-        argv: list,  # program and arguments
-        workspace: str | Path,  # directory of the host, seen as /workspace, where the command starts
-        limits: Limits = COLD,  # `files_mb` bounds each file, and /tmp; not the workspace as a whole
-        writable: bool = True,  # whether changes reach the workspace
-        overlay: bool = False,  # changes are possible, and forgotten
-        env: dict | None = None,  # added to a bare environment
-        show: tuple = (),  # further paths of the host, read-only
-    ) -> ExecResult:
-        "Run one command. Raises `ValueError` for what cannot be run or found, `InfraError` when the engine fails."
-        if not Path(workspace).is_dir(): raise ValueError(f'workspace {str(workspace)!r} is not a directory')
-        check_command(argv, env or {})
-        shown = _shown(show)
-        with tempfile.TemporaryDirectory(prefix='kat-') as copy:
-            work = str(Path(workspace).resolve())
-            if overlay:
-                work = copied_folder(work, f'{copy}/copy')
-            binds = [f'{work}:/workspace:{"rw" if writable or overlay else "ro"}', *shown]
-            return _run(self.engine, _settings(self.image, list(argv), binds, limits, env or {}), limits)
+    def _start(self, argv, work: str, mode: str, limits: Limits, env: dict, shown: tuple) -> ExecResult:
+        binds = [f'{work}:/workspace:{"ro" if mode == "read" else "rw"}', *(f'{path}:{path}:ro' for path in shown)]
+        return _run(self.engine, _settings(self.image, list(argv), binds, limits, env), limits)
 
 # %% ../../nbs/envs/22_images.ipynb #ff7e86f0
 def recipe(

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['CAUSES', 'GRACE', 'COLD', 'Limits', 'Job', 'JobResult', 'ExecResult', 'Features', 'features', 'sandbox_report',
-           'SandboxWarning', 'WarmPool', 'MeteredPool', 'Bubblewrap', 'check_command', 'copied_folder']
+           'SandboxWarning', 'WarmPool', 'MeteredPool', 'ColdBox', 'Bubblewrap', 'check_command', 'copied_folder']
 
 # %% ../../nbs/envs/04_sandbox.ipynb #0f936d0a
 import asyncio
@@ -532,16 +532,10 @@ class MeteredPool(WarmPool):
 # %% ../../nbs/envs/04_sandbox.ipynb #5b9f20a6
 COLD = Limits(memory_mb=4096, cpu_s=300, wall_s=600, processes=256, output_kb=1024, files_mb=1024)
 
-# %% ../../nbs/envs/04_sandbox.ipynb #c95bf35c
-class Bubblewrap:
-    "Cold sandboxed commands. Raises `InfraError` when bubblewrap does not work here."
-    def __init__(
-        self,
-        bwrap: str | None = None,  # path of the bubblewrap program; None: found
-    ):
-        self.features = features(bwrap)
-        self.python = os.path.realpath(sys.executable)  # the interpreter that is seen inside
-        _walls('foreign', self.features)
+# %% ../../nbs/envs/04_sandbox.ipynb #4b0a20f1
+class ColdBox:
+    "Cold sandboxed commands: what is the same whichever program makes the sandbox. That program's part is `_start`."
+    layers = False  # whether it has copy-on-write workspaces; else they are copied
 
     def exec(
         self,
@@ -559,12 +553,30 @@ class Bubblewrap:
         shown = tuple(os.path.abspath(path) for path in show)
         for path in shown:
             if not os.path.exists(path): raise ValueError(f'show: there is no {path!r}')
-        lim = dict(asdict(limits), nproc=self.features.nproc, cwd='/workspace')
         work, mode = str(Path(workspace).resolve()), 'overlay' if overlay else 'write' if writable else 'read'
         with tempfile.TemporaryDirectory(prefix='kat-') as tmp:
-            if overlay and not self.features.overlay:
+            if overlay and not self.layers:
                 work, mode = copied_folder(work, f'{tmp}/copy'), 'write'
-            return _run_cold(Box(self.features.bwrap, limits.files_mb, work, mode, shown), argv, env or {}, lim)
+            return self._start(argv, work, mode, limits, env or {}, shown)
+
+# %% ../../nbs/envs/04_sandbox.ipynb #c95bf35c
+class Bubblewrap(ColdBox):
+    "Cold sandboxed commands. Raises `InfraError` when bubblewrap does not work here."
+    def __init__(
+        self,
+        bwrap: str | None = None,  # path of the bubblewrap program; None: found
+    ):
+        self.features = features(bwrap)
+        self.python = os.path.realpath(sys.executable)  # the interpreter that is seen inside
+        _walls('foreign', self.features)
+
+    @property
+    def layers(self) -> bool:
+        return self.features.overlay
+
+    def _start(self, argv, work: str, mode: str, limits: Limits, env: dict, shown: tuple) -> ExecResult:
+        lim = dict(asdict(limits), nproc=self.features.nproc, cwd='/workspace')
+        return _run_cold(Box(self.features.bwrap, limits.files_mb, work, mode, shown), argv, env, lim)
 
 # %% ../../nbs/envs/04_sandbox.ipynb #0e11feaa
 def check_command(argv, env):

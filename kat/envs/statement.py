@@ -275,7 +275,8 @@ def observe_scripts(
     room,  # a `Workroom`
 ) -> list:  # of (title of the assertion, operator, expected, actual)
     "What assertions in JavaScript say that fail, in the words of the runner's report."
-    from kat.envs.node import find_node, linked, shown_for
+    from kat.envs.node import find_node, shown_for
+    from kat.envs.node_runner import linked
     node, found = find_node(), []
     for path in files:
         with tempfile.TemporaryDirectory(prefix='kat-') as work:

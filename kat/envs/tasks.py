@@ -17,7 +17,7 @@ from pathlib import Path, PurePosixPath
 
 from .base import InfraError, Task
 from .grade import Suite, Verdict, grade_tests, read_tree, write_tree
-from .node import NodeSuite, grade_node
+from .node_verdict import NodeSuite, grade_node
 from .sandbox import COLD, Limits
 
 # %% ../../nbs/envs/09_tasks.ipynb #c3091e96

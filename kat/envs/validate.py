@@ -145,7 +145,7 @@ def run_state(
 # %% ../../nbs/envs/15_validate.ipynb #06a3f9ea
 def _run_scripts(tree: dict, files: list, how: Conditions, room: Workroom) -> Outcomes:
     "Run test files in JavaScript once."
-    from kat.envs.node import collect_tests
+    from kat.envs.node_runner import collect_tests
     try:
         said = asyncio.run(collect_tests(tree, tuple(files), room.site, room.limits, room.box, how.order))
     except ValueError as error:

@@ -82,6 +82,11 @@ class AsyncPlay:
         if self.retries < 0 or self.slots is not None and self.slots < 1:
             raise UserError(f'retries={self.retries} (from 0), slots={self.slots} (from 1): too few')
 
+    @property
+    def most_episodes(self) -> int:
+        "Episodes that may run at a time: the engine's slots, else what staleness allows to be begun."
+        return self.slots or (self.max_staleness + 1) * self.groups_per_step * self.rollouts
+
     def task(self, world: World, number: int) -> Task:
         "The task of group `number`: the same as in the synchronous stage."
         return world.train_task(self.seed, 6 * 10**5 + number)
@@ -201,8 +206,7 @@ class Making:
         return len(self.gateway.episodes)
     @property
     def most(self) -> int:   # groups at a time that the slots allow
-        slots = self.play.slots or (self.play.max_staleness + 1) * self.play.groups_per_step * self.play.rollouts
-        return max(1, slots // self.play.rollouts)
+        return max(1, self.play.most_episodes // self.play.rollouts)
 
     def room(self, version: int) -> int:
         return _room(self, version)
@@ -325,13 +329,13 @@ async def _work(folder: Path, life: int, tell, on) -> None:
     play = AsyncPlay(**json.loads((folder/'play.json').read_text()))
     world, (model, tokenizer) = make_world(play.envs), load_model(play.model)
     context = context_of(world, model, play.max_len, play.max_turns)
-    most = play.slots or (play.max_staleness + 1) * play.groups_per_step * play.rollouts
-    inner = HFAsyncEngine(model, max_len=context, slots=slots_for(most, context), dtype=torch.bfloat16)
+    slots = slots_for(play.most_episodes, context)
+    inner = HFAsyncEngine(model, max_len=context, slots=slots, dtype=torch.bfloat16)
     engine = PulledEngine(inner, WeightsFolder(folder/'weights'), play.update_s, play.closed_s)
     store = Store(folder/'store.db')
     try:
         with world.open() as make_env:
-            gateway = Agents(engine, tokenizer, store, context, 2 * most + 8)
+            gateway = Agents(engine, tokenizer, store, context, 2 * play.most_episodes + 8)
             await make_groups(Making(play, world, gateway, make_env, life), tell, on)
     finally:
         await engine.close()

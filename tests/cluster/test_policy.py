@@ -6,7 +6,10 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from kat.cluster.policy import REASONS, Costs, Groups, Scheduler, choose_gang
+from kat.cluster.decisions import REASONS
+from kat.cluster.groups import Groups
+from kat.cluster.places import Costs
+from kat.cluster.policy import Scheduler, choose_gang
 from kat.cluster.tags import Ask, Device, check_cluster, colocated, disaggregated, multiplexed
 from kat.core.io import UserError
 from kat.plane.loader import capacity
@@ -208,6 +211,9 @@ class Pool(RuleBasedStateMachine):
             assert set(seat.jobs) == {job for job, d in self.on.items() if d == name}
         line = {name for name, job in self.policy.jobs.items() if job.state == 'wait'}
         assert line == set(self.waits), 'no job is forgotten or doubled'
+        standing = [job.name for queue in self.policy.line.values() for job, ticket in queue
+                    if job.state == 'wait' and job.ticket == ticket]
+        assert sorted(standing, key=str) == sorted(line, key=str), 'who waits stands in line, and once'
         for tag in ('rollout', 'env'):
             assert self.policy.waiting[tag] == sum((job[0] == 'env') == (tag == 'env') for job in line)
             assert self.policy.loading[tag] == sum(self.owner[d] == tag for d in self.loading - set(self.stopping))
@@ -355,6 +361,26 @@ def test_nobody_waits_for_ever_behind_those_who_are_at_home():
         policy.ready(time, now)
         seen += policy.seats['d0001'].jobs
     assert seen[:3] == ['b', 'a', 'b'] and 'c' in seen[3:5], seen
+
+
+def test_who_left_the_line_for_its_home_stands_at_the_end_when_it_comes_back():
+    "Its old place, between others, isn't kept for it"
+    policy = Scheduler(disaggregated(2, 1, slots=1), Groups(1, 0), costs=Costs(patience=30))
+    policy.start(0)
+    policy.ready(0, 'a')
+    policy.opened(1, 'd0001')
+    policy.ready(2, 'b')
+    policy.done(3, 'a')     # a and b have their keys and values here now; c and d never had
+    policy.ready(5, 'c')
+    policy.ready(6, 'a')
+    served = [policy.done(7, 'b')[0].job]       # home goes first: a leaves its place between c and d
+    policy.ready(8, 'd')
+    policy.ready(8, 'b')
+    served.append(policy.done(9, 'a')[0].job)
+    policy.ready(10, 'a')
+    served.append(policy.done(45, 'b')[0].job)  # all have waited too long to be passed over, d longer than a
+    served.append(policy.done(46, 'c')[0].job)
+    assert served == ['a', 'b', 'c', 'd']
 
 
 @pytest.mark.parametrize('seconds, lent', [(.1, True), (1000, False)])

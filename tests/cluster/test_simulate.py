@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kat.cluster.policy import Groups
+from kat.cluster.groups import Groups
 from kat.cluster.simulate import Hardware, Recording, Replay, Replica, generate_recording, read_recording, shares
 from kat.cluster.tags import Ask, Device, colocated, disaggregated, multiplexed
 from kat.core.io import UserError

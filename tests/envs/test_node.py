@@ -2,21 +2,25 @@
 import asyncio
 import os
 import random
+from dataclasses import replace
 
 import pytest
 from node_attacks import ATTACKS, EXPECTED, FIX, REPO, TAPE_ATTACKS, TAPE_EXPECTED, TAPE_REPO, TOY_TAPE, tree
 
 from kat.envs import node
-from kat.envs.base import InfraError
 from kat.envs.answers import Verdict
+from kat.envs.base import InfraError
 from kat.envs.grade import write_tree
-from kat.envs.node import (NodeSuite, collect_tests, detect_node, find_node, grade_node, has_node, plant_scripts,
-                           read_scripts)
+from kat.envs.node import detect_node, find_node, has_node, read_scripts
+from kat.envs.node_canaries import plant_scripts, script_tests
+from kat.envs.node_runner import collect_tests, linked
+from kat.envs.node_verdict import NodeSuite, grade_node, merge_agent
 from kat.envs.sandbox import Bubblewrap, Limits, features
 from kat.envs.tasks import SoftwareTask, base_tree, gold_tree, grade_state, tree_patch, write_task
 
 runs = pytest.mark.skipif(not (features().works and has_node()), reason='bubblewrap or node is not here')
 LIMITS = Limits(memory_mb=4096, cpu_s=3, wall_s=12, processes=64, output_kb=256, files_mb=64)
+WAITS = {'never settles': replace(LIMITS, wall_s=5), 'loops': replace(LIMITS, cpu_s=2)}  # first: others run meanwhile
 BY_A_DRAW = 'one assertion does nothing the first time'  # caught where a canary comes before what it is a copy of
 GOLD = tree(REPO, {'calc.js': FIX})
 
@@ -36,7 +40,7 @@ def site(tmp_path_factory):
 
 
 async def some_at_a_time(work, names):
-    free = asyncio.Semaphore(os.cpu_count() or 1)
+    free = asyncio.Semaphore((os.cpu_count() or 1) + 1)   # one waits for a limit most of the time
     async def one(name):
         async with free:
             return await work(name)
@@ -48,10 +52,11 @@ def verdicts(tmp_path_factory, box):
     "What the grader says to every attack"
     base = tmp_path_factory.mktemp('base')
     write_tree(tree(REPO), base)
-    suite = NodeSuite(base, EXPECTED, limits=LIMITS)
     def graded(name):
+        suite = NodeSuite(base, EXPECTED, limits=WAITS.get(name, LIMITS))
         return grade_node(suite, tree(REPO, ATTACKS[name][1]) if name in ATTACKS else GOLD, GOLD, box)
-    return asyncio.run(some_at_a_time(graded, ['gold', *ATTACKS, 'gold again']))
+    others = [name for name in ATTACKS if name not in WAITS]
+    return asyncio.run(some_at_a_time(graded, [*WAITS, 'gold', *others, 'gold again']))
 
 
 @runs
@@ -160,7 +165,7 @@ def test_a_file_that_cannot_be_loaded_gives_no_tests(box):
 def test_canaries_of_many_draws_fail_and_leave_the_rest_alone(box, tmp_path):
     path = 'test/calc.test.js'
     read = read_scripts(GOLD, [path], box)[path]
-    fit = node.script_tests(path, read, set(EXPECTED))
+    fit = script_tests(path, read, set(EXPECTED))
     sources = [plant_scripts(REPO[path], fit, random.Random(i)) for i in range(6)]
     assert len({s for s, _, _ in sources}) == 6
     for source, canaries, moved in sources:
@@ -169,13 +174,21 @@ def test_canaries_of_many_draws_fail_and_leave_the_rest_alone(box, tmp_path):
         assert {states[moved.get(name, name)] for name in EXPECTED if name.startswith(path)} == {'passed'}
 
 
+def test_a_task_that_cannot_be_read_is_nobodys_failure(tmp_path, monkeypatch):
+    "Not a tree without that file, in which the tests fail"
+    write_tree(GOLD, tmp_path)
+    monkeypatch.setattr('kat.envs.grade.TREE_MB', 0)
+    with pytest.raises(InfraError, match='of the task may not be read, or the task has more than 0 MB'):
+        merge_agent(NodeSuite(tmp_path, EXPECTED), GOLD)
+
+
 def test_bad_input(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match='must be an id'):
         NodeSuite(tmp_path, ('adds',))
     with pytest.raises(ValueError, match='is empty'):
         NodeSuite(tmp_path, ())
     with pytest.raises(ValueError, match='node_modules at its top'):
-        node.linked({'node_modules/a.js': (b'', 'file')}, tmp_path)
+        linked({'node_modules/a.js': (b'', 'file')}, tmp_path)
     monkeypatch.setattr(node, 'node_candidates', lambda: [])
     find_node.cache_clear()
     try:
