@@ -1590,6 +1590,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                        'kat.envs.node_verdict.NodeSuite.files': ( 'envs/node_verdict.html#nodesuite.files',
                                                                                   'kat/envs/node_verdict.py'),
                                        'kat.envs.node_verdict.Planted': ('envs/node_verdict.html#planted', 'kat/envs/node_verdict.py'),
+                                       'kat.envs.node_verdict._beside': ('envs/node_verdict.html#_beside', 'kat/envs/node_verdict.py'),
                                        'kat.envs.node_verdict.decides_in_node': ( 'envs/node_verdict.html#decides_in_node',
                                                                                   'kat/envs/node_verdict.py'),
                                        'kat.envs.node_verdict.grade_node': ( 'envs/node_verdict.html#grade_node',

@@ -12,12 +12,11 @@ import json
 import os
 import random
 import re
-import secrets
 import tempfile
 from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 
-from .answers import MACHINE, Verdict, fair_run, together
+from .answers import MACHINE, Verdict, beside_canaries, fair_run, safe_draws, together
 from .base import InfraError
 from .grade import Run, both_sides, check_ids, files_of, merge_trees, read_tree, write_tree
 from .node import is_test, manifest, read_scripts, runner_of
@@ -144,16 +143,18 @@ async def grade_node(
     box,  # sandbox for commands: a `Bubblewrap`
 ) -> Verdict:
     "Grade a state by tests in JavaScript. Raises `InfraError` when the machine or the task failed."
-    draw = random.Random(secrets.randbits(64))
-    tree = lambda state: state if isinstance(state, dict) else read_tree(state)
-    done = await asyncio.to_thread(prepare_scripts, suite, tree(agent), box, draw)
-    honest = lambda: linked(merge_agent(suite, tree(right))[0], suite.site)
-    verdicts = []
+    left, fixed = [s if isinstance(s, dict) else read_tree(s) for s in (agent, right)]
+    beside = lambda state: lambda seed: _beside(suite, state, fixed, box, random.Random(seed))
+    return await beside_canaries(safe_draws(suite), beside(left), None if left == fixed else beside(fixed))
+
+async def _beside(suite: NodeSuite, state: dict, right: dict, box, draw: random.Random) -> Verdict:
+    "The verdict beside the canaries of one draw."
+    done, verdicts = await asyncio.to_thread(prepare_scripts, suite, state, box, draw), []
     with tempfile.TemporaryDirectory(prefix='kat-') as work, tempfile.TemporaryDirectory(prefix='kat-') as control:
         write_tree(done.tree, work)
         def run(where, path):
             if where == control and not os.listdir(control):
-                write_tree(honest(), control)
+                write_tree(linked(merge_agent(suite, right)[0], suite.site), control)
             return run_file(where, path, done.runners[path], suite.site, suite.limits, box)
         for path in suite.files:
             again = lambda where: asyncio.to_thread(run, where, path)

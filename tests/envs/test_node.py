@@ -95,6 +95,24 @@ def test_what_was_put_back_is_listed(verdicts):
     assert 'evil.js' not in verdicts['scripts and settings'].restored
 
 
+ONCE = """const calc = require('../calc');
+const { test } = require('node:test');
+const assert = require('node:assert');
+const known = [];
+test('is added once', () => { known.push(1); assert.equal(calc.add(1, 2), 3); assert.equal(known.length, 1); });
+test('more', () => { assert.equal(calc.add(2, 2), 4); });
+"""
+
+
+@runs
+def test_a_test_that_its_copy_disturbs_does_not_cost_the_right_answer_its_reward(tmp_path, box):
+    write_tree(tree(REPO), tmp_path)
+    names = 'test/once.test.js::is added once', 'test/once.test.js::more'
+    suite = NodeSuite(tmp_path, names, tests={'test/once.test.js': ONCE.encode()}, limits=LIMITS)
+    assert [asyncio.run(grade_node(suite, GOLD, GOLD, box)).passed for _ in range(4)] == [True] * 4
+    assert not asyncio.run(grade_node(suite, tree(REPO), GOLD, box)).passed
+
+
 @runs
 def test_tape(tmp_path, box, site):
     write_tree(tree(TAPE_REPO), tmp_path)
