@@ -197,7 +197,7 @@ class Draws:
         return asyncio.run(beside_canaries(safe, lambda seed: self.grade(right is not False, seed), control))
 
 
-@given(st.integers(1, 9), st.lists(st.booleans(), max_size=20))
+@given(st.integers(1, DRAWS), st.lists(st.booleans(), max_size=20))
 def test_a_verdict_is_of_the_state_and_not_of_the_canaries(rarity, states):
     draws, safe = Draws(rarity), []
     for right in states:
