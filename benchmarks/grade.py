@@ -24,7 +24,7 @@ from kat.envs.grade import Suite, grade_tests, package_folders, read_tree, write
 from kat.envs.micro import MicroEnv, fixed, judge, test_job
 from kat.envs.micro_tasks import make_task
 from kat.envs.sandbox import Bubblewrap, Limits, WarmPool
-from kat.envs.tasks import gold_tree, read_task, read_tasks, suite_of
+from kat.tasks.software import gold_tree, read_task, read_tasks, suite_of
 
 LIMITS = Limits(memory_mb=2048, cpu_s=8, wall_s=60, processes=32, output_kb=256, files_mb=64)
 

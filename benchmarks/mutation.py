@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 from kat.core.figures import save_figure, use_style
-from kat.envs.survey import ENOUGH, score_table
+from kat.strength.survey import ENOUGH, score_table
 from kat.recipe.pipeline import ROOT
 
 

@@ -644,8 +644,8 @@ def collect_(
 
     `kat tasks collect --pages saved --out data/tasks`
     """
-    from kat.envs.candidates import collect_into
-    from kat.envs.filters import read_filters
+    from kat.tasks.candidates import collect_into
+    from kat.tasks.filters import read_filters
     with _mendable():
         for line in collect_into(out, names or [], pages, token_file, api, patience*60, read_filters(p),
                                  lambda text: print(text, file=sys.stderr, flush=True)):
@@ -669,8 +669,8 @@ def funnel_(
 
     `kat tasks funnel data/tasks -p stars=500 -p files=10 --from files --draw funnel.png`
     """
-    from kat.envs.candidates import funnel_into
-    from kat.envs.filters import read_filters
+    from kat.tasks.candidates import funnel_into
+    from kat.tasks.filters import read_filters
     with _mendable():
         print(funnel_into(folder, read_filters(p), start, draw))
 
@@ -683,8 +683,8 @@ Draw = Annotated[int, typer.Option(help='Seed of the draws.')]
 def _over(folder: Path, settings: dict, work, name: str) -> int:
     "Do work for all tasks of a set, print their table; 1 where a task failed."
     from kat.envs.sandbox import Bubblewrap
-    from kat.envs.tasks import read_tasks
-    from kat.envs.survey import over_tasks, score_table
+    from kat.tasks.software import read_tasks
+    from kat.strength.survey import over_tasks, score_table
     say = lambda line: print(line, file=sys.stderr, flush=True)
     with _mendable():
         box, found = Bubblewrap(), read_tasks(folder)
@@ -707,9 +707,9 @@ def mutants_(
 
     Example: `kat tasks mutants data/releases`
     """
-    from kat.envs.mutants import touched_of
-    from kat.envs.mutation import measure_task, mutation_row
-    from kat.envs.variants import bench_of
+    from kat.strength.mutants import touched_of
+    from kat.strength.mutation import measure_task, mutation_row
+    from kat.strength.variants import bench_of
     def work(where, box, say):
         step = lambda done, total: say(f'{where.name}: mutant {done} of {total}')
         return mutation_row(measure_task(bench_of(where), touched_of(where), box, budget, seed, step))
@@ -735,7 +735,7 @@ def strengthen_(
     `kat tasks strengthen data/releases/toolz-1.2.0 --writer http://127.0.0.1:8000/v1 --model qwen`
     """
     from kat.core.io import UserError
-    from kat.envs.testgen import strengthen, with_own
+    from kat.strength.testgen import strengthen, with_own
     if bool(writer) != bool(model): raise UserError('--writer and --model belong together: give both, or neither')
     def work(where, box, say):
         step = lambda what, done, total: say(f'{where.name}: {what}: {done} of {total}')
@@ -776,7 +776,7 @@ def build_(
 
     `kat tasks build ~/src/mylib --out data/tasks/mylib --commits 500 --need pyyaml`
     """
-    from kat.envs.sources import build_into
+    from kat.strength.sources import build_into
     with _mendable():
         for line in build_into(source, out, start, draw, rows, workers, _said, clone=clone, most=commits,
                                needs=tuple(need)):
@@ -801,7 +801,7 @@ def fetch_(
     `kat tasks fetch --only toolz-1.2.0 --out /tmp/tasks`
     """
     from kat.core.io import UserError
-    from kat.envs.releases import fetch_tasks, read_release_rows
+    from kat.tasks.releases import fetch_tasks, read_release_rows
     with _mendable():
         found = read_release_rows(rows)
     if unknown := set(only) - {row['id'] for row in found}:

@@ -8,7 +8,6 @@ from __future__ import annotations
 import asyncio
 import importlib
 import math
-import pkgutil
 import random
 import re
 import time
@@ -21,7 +20,7 @@ from typing import Awaitable, Callable
 from ..core.io import UserError, one_line
 
 # %% auto #0
-__all__ = ['WORLDS', 'Task', 'ToolCall', 'ToolResult', 'Observation', 'Grade', 'InfraError', 'tool', 'bad_call', 'Env',
+__all__ = ['WORLDS', 'OWN', 'Task', 'ToolCall', 'ToolResult', 'Observation', 'Grade', 'InfraError', 'tool', 'bad_call', 'Env',
            'answered', 'World', 'register', 'find_world', 'known_worlds', 'Mixture', 'make_world', 'Outcome', 'within',
            'judged', 'episodes', 'act', 'scripted']
 
@@ -225,14 +224,16 @@ def register(
     return put
 
 # %% ../../nbs/envs/01_base.ipynb #da86bc1a
+OWN = dict(micro='kat.envs.micro', swe='kat.tasks.swe')  # kat's own worlds, imported when they are asked for
+
 def find_world(
     name: str,  # a registered name, one of kat's own, or 'package.module:Class'
 ) -> World:
     "The world of that name. UserError where there is none."
     module, _, cls = name.partition(':')
     colon = cls.isidentifier()
-    if colon or name not in WORLDS and name in _own():
-        found = _imported(module if colon else f'kat.envs.{name}')
+    if colon or name not in WORLDS and name in OWN:
+        found = _imported(module if colon else OWN[name])
         if colon and getattr(found, cls, None) not in WORLDS.values():
             raise UserError(f'envs={name}: {module} has no registered world {cls!r}; decorate the class with @register')
         if colon: return _made(getattr(found, cls), name)
@@ -240,10 +241,6 @@ def find_world(
         raise UserError(f'no environment {name!r}; known: {", ".join(known_worlds())}; '
                         'or give package.module:Class')
     return _made(WORLDS[name], name)
-
-def _own() -> list[str]:
-    "Modules beside this one."
-    return [module.name for module in pkgutil.iter_modules(importlib.import_module('kat.envs').__path__)]
 
 def _imported(module: str):
     "A module. UserError where it can't be imported."
@@ -256,9 +253,9 @@ def _imported(module: str):
 # %% ../../nbs/envs/01_base.ipynb #75317a40
 def known_worlds() -> list[str]:
     "Names of all worlds that are registered or come with kat; modules that can't be imported here are left out."
-    for name in _own():
+    for module in OWN.values():
         try:
-            importlib.import_module(f'kat.envs.{name}')
+            importlib.import_module(module)
         except ImportError:
             continue
     return sorted(WORLDS)
@@ -345,7 +342,7 @@ def _weighed(part: str, said: str) -> tuple[str, float | None]:
     "Name and weight of a part; None: no weight is given."
     if not part: raise UserError(f'envs={said}: an environment is missing; for example micro, or micro:0.6,swe:0.4')
     name, colon, weight = part.rpartition(':')
-    known, weight = name.strip() in (*WORLDS, *_own()), weight.strip()
+    known, weight = name.strip() in (*WORLDS, *OWN), weight.strip()
     if not colon or not known and re.fullmatch(r'[A-Za-z_]\w*', weight): return part, None   # a class, no weight
     try:
         value = float(weight)

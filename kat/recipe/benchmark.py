@@ -24,7 +24,7 @@ from ..core.io import UserError, append_jsonl, atomic, dumps, one_line, read_log
 from ..envs.base import Outcome, Task, episodes, find_world, scripted
 from ..envs.grade import read_tree
 from ..envs.sandbox import features
-from ..envs.tasks import plain_task, read_tasks, tree_patch
+from ..tasks.software import plain_task, read_tasks, tree_patch
 from .contestants import BuiltIn, Seen, endpoint
 from .house import Housed, house
 from .pipeline import Bars, Lines, locked, machine, write_json

@@ -17,10 +17,10 @@ from pathlib import Path
 
 from ..core.io import UserError, one_line
 from ..envs.base import Env, Grade, InfraError, Observation, Task, ToolCall
-from ..envs.future import lay_out
+from ..tasks.future import lay_out
 from ..envs.grade import read_tree, write_tree
 from ..envs.sandbox import Bubblewrap, Limits
-from ..envs.tasks import base_tree, gold_tree, grade_state, read_task, tree_patch
+from ..tasks.software import base_tree, gold_tree, grade_state, read_task, tree_patch
 from ..envs.walls import ENVIRON, bare_python
 from .contestants import Seen
 from .house import Budget, House, seen_of
@@ -56,7 +56,7 @@ class Handed(Env):
 
 # %% ../../nbs/recipe/09_programs.ipynb #53046841
 class SoftwareFolder(Env):
-    "A software task (`kat.envs.tasks`) whose work is handed in as a tree."
+    "A software task (`kat.tasks.software`) whose work is handed in as a tree."
     def __init__(self, task: Task):
         self.folder, self.box = task.data['folder'], Bubblewrap()
 

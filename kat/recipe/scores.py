@@ -19,7 +19,7 @@ import numpy as np
 from ..core.figures import save_figure, use_style
 from ..core.io import MissingExtra, UserError, atomic, one_line, read_log
 from ..envs.base import Grade
-from ..envs.foreign import write_predictions
+from ..tasks.foreign import write_predictions
 from .pipeline import write_json
 from .report import PAGE, STYLE, embedded_figures, html_table, read_json
 from ..study.cheats import CHEATS, cheat_counts
@@ -148,7 +148,7 @@ def save_predictions(
     records: list[dict],   # its lines
     name: str,             # of what was evaluated
 ) -> list[Path]:           # a file per run of the tasks
-    "SWE-bench's predictions (`kat.envs.foreign.write_predictions`); the first run's are predictions.jsonl."
+    "SWE-bench's predictions (`kat.tasks.foreign.write_predictions`); the first run's are predictions.jsonl."
     out = []
     for run in sorted({one['run'] for one in records}):
         path = folder / ('predictions.jsonl' if run == 0 else f'predictions.{run + 1}.jsonl')

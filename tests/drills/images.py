@@ -47,7 +47,7 @@ async def grade(folder, engine):
     "Nothing and gold, in an image built for the task"
     from kat.envs.images import Images, build_image, recipe
     from kat.envs.node import find_node
-    from kat.envs.tasks import base_tree, gold_tree, grade_state, read_task, site_folder
+    from kat.tasks.software import base_tree, gold_tree, grade_state, read_task, site_folder
     task = read_task(folder)
     node = '' if task.language == 'python' else find_node()
     name = f'docker.io/library/kat-{task.site or task.language}:1'.lower()
@@ -81,7 +81,7 @@ def main(tasks):
             subprocess.run([sys.executable, '-m', 'pytest', '-q', '-rs', suite], check=True)
             if not tasks:
                 skip('no folder of tasks was given (TASKS=…): none is graded in an image')
-            from kat.envs.tasks import read_tasks
+            from kat.tasks.software import read_tasks
             for folder in list(read_tasks(tasks).values())[:2]:
                 asyncio.run(grade(folder, find_engine()))
         finally:

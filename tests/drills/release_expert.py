@@ -7,7 +7,7 @@ import sys
 import time
 from pathlib import Path
 
-from kat.envs.swe import Software, plain_task
+from kat.tasks.swe import Software, plain_task
 from kat.learn.training import load_tokenizer
 from kat.recipe.pipeline import ROOT
 from kat.recipe.rollouts import expert_data

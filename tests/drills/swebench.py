@@ -19,10 +19,10 @@ import pytest
 
 from kat.envs.grade import merge_trees, package_folders, read_tree, write_tree
 from kat.envs.sandbox import Bubblewrap
-from kat.envs.future import python_in_box
-from kat.envs.tasks import (
+from kat.tasks.future import python_in_box
+from kat.tasks.software import (
     SoftwareTask, base_tree, gold_tree, grade_state, read_task, read_tasks, suite_of, tree_patch, write_task)
-from kat.envs.testlogs import BEGIN, CODE, END, Ambiguous, grade_log
+from kat.tasks.testlogs import BEGIN, CODE, END, Ambiguous, grade_log
 
 ASK = """
 import json, sys

@@ -1,7 +1,9 @@
 "The environment interface: records, schemas, registry, and one whole environment."
+import ast
 import asyncio
 import json
 from dataclasses import asdict
+from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -142,3 +144,17 @@ def test_registry():
 
 def test_infra_error_is_no_user_error():
     assert issubclass(InfraError, RuntimeError) and not issubclass(InfraError, ValueError)
+
+
+def test_every_world_of_kats_own_is_found_by_name():
+    there = {(call.args[0].value, module) for module, tree in own_modules() for node in tree.body
+             if isinstance(node, ast.ClassDef) for call in node.decorator_list
+             if isinstance(call, ast.Call) and getattr(call.func, 'id', '') == 'register'}
+    assert there == set(base.OWN.items())
+    assert {find_world(name).name for name in base.OWN} == set(base.OWN)
+
+
+def own_modules():
+    home = Path(base.__file__).parents[2]
+    for path in sorted((home/'kat').rglob('*.py')):
+        yield '.'.join(path.relative_to(home).with_suffix('').parts), ast.parse(path.read_text())

@@ -16,7 +16,7 @@ from kat.envs.node_canaries import plant_scripts, script_tests
 from kat.envs.node_runner import collect_tests, linked
 from kat.envs.node_verdict import NodeSuite, grade_node, merge_agent
 from kat.envs.sandbox import Bubblewrap, Limits, features
-from kat.envs.tasks import SoftwareTask, base_tree, gold_tree, grade_state, tree_patch, write_task
+from kat.tasks.software import SoftwareTask, base_tree, gold_tree, grade_state, tree_patch, write_task
 
 runs = pytest.mark.skipif(not (features().works and has_node()), reason='bubblewrap or node is not here')
 LIMITS = Limits(memory_mb=4096, cpu_s=3, wall_s=12, processes=64, output_kb=256, files_mb=64)

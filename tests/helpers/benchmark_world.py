@@ -9,7 +9,7 @@ from rich.console import Console
 from testgen_world import small_site
 
 from kat.core.formats import write_call
-from kat.envs.tasks import SoftwareTask, tree_patch, write_task
+from kat.tasks.software import SoftwareTask, tree_patch, write_task
 from kat.infer.scripted import ScriptEngine
 from kat.recipe.benchmark import Evaluation, ModelSource, PlaySettings, run_evaluation
 

@@ -21,9 +21,9 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from kat.envs.collector import collect
-from kat.envs.github import Clock, GitHub
-from kat.envs.harvest import Harvest, find_all
+from kat.tasks.collector import collect
+from kat.tasks.github import Clock, GitHub
+from kat.tasks.harvest import Harvest, find_all
 
 START = 1_704_067_200          # 2024-01-01
 
@@ -364,7 +364,7 @@ def run_collect(server, path, names=('ann/knots',), tokens=('t1',), lines=None, 
     return asyncio.run(whole())
 
 
-PRELOAD = ['kat.envs.collector', 'httpx2', 'uvicorn', 'starlette.applications', 'starlette.routing']
+PRELOAD = ['kat.tasks.collector', 'httpx2', 'uvicorn', 'starlette.applications', 'starlette.routing']
 
 
 def collect_in_child(url, path, names):

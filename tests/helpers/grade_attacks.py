@@ -7,8 +7,8 @@ import re
 from pathlib import PurePosixPath
 
 from kat.envs.grade import read_tree
-from kat.envs.mutants import touched_of
-from kat.envs.tasks import base_tree, read_task
+from kat.strength.mutants import touched_of
+from kat.tasks.software import base_tree, read_task
 
 KINDS = dict(harness='makes any test pass, or reports that it did', hunter='lets canaries fail, makes the rest pass',
              weak='satisfies the tests without being right')

@@ -6,7 +6,7 @@ import shutil
 import tempfile
 from pathlib import Path
 
-from kat.envs.tasks import SoftwareTask, tree_patch, write_task
+from kat.tasks.software import SoftwareTask, tree_patch, write_task
 
 
 def file_tree(source, path='code_kat.py'):

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-CHAPTERS = 'core tree compute infer wire plane learn envs data study cluster recipe'.split()   # top to bottom
+# from top to bottom
+CHAPTERS = 'core tree compute infer wire plane learn envs tasks strength data study cluster recipe'.split()
 MODULES = sorted(p for p in (ROOT/'kat').rglob('*.py') if p.name not in ('__init__.py', '_modidx.py'))
 CODE = MODULES + [p for d in ('tests', 'benchmarks', 'docs') for p in sorted((ROOT/d).rglob('*.py'))]
 NOTEBOOKS = sorted((ROOT/'nbs').rglob('*.ipynb'))

@@ -16,7 +16,7 @@ from rich.console import Console
 from kat.core.io import UserError, append_jsonl
 from kat.envs.base import Grade, InfraError, find_world
 from kat.envs.micro import MicroEnv
-from kat.envs.tasks import patched
+from kat.tasks.software import patched
 from kat.plane.gateway import Gateway, running
 from kat.plane.store import Store
 from kat.recipe.benchmark import (Down, Evaluation, ModelSource, Play, PlaySettings, find_tasks, make_jobs, model_hash,
