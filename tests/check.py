@@ -9,6 +9,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -77,29 +78,27 @@ def readme(tmp):
     run(PY, 'docs/readme.py', '--check')
 
 
-HALVES = ('core tree compute learn data study'.split(), 'infer wire plane envs cluster recipe house'.split())
+def rooms():
+    "The folders of tests, the one with the most text first: two workers that take the next in turn end together"
+    found = {path.parent for path in (ROOT/'tests').glob('*/test_*.py')}
+    return sorted(found, key=lambda folder: -sum(path.stat().st_size for path in folder.glob('test_*.py')))
 
 
-def half(folders, *options):
-    "The command that tests these folders, its own thread for each process"
-    return [PY, '-m', 'pytest', '-q', *options, *(f'tests/{name}' for name in folders)]
+def told(folder):
+    "pytest over a folder, with one thread, its output printed whole; the folder's name if it fails"
+    env = os.environ | dict(PYTHONPATH=str(ROOT), OMP_NUM_THREADS='1')
+    done = subprocess.run([PY, '-m', 'pytest', '-q', '--durations=3', folder.relative_to(ROOT)], cwd=ROOT, env=env,
+                          stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors='replace')
+    print(f'$ pytest -q {folder.relative_to(ROOT)}\n{done.stdout}', flush=True)
+    return folder.name if done.returncode else ''
 
 
 @step
 def pytest(tmp):
-    "pytest over kat/, in two processes; what the second says comes after the first"
-    found = {path.parent.name for path in (ROOT/'tests').glob('*/test_*.py')}
-    if found != {*HALVES[0], *HALVES[1]}: raise SystemExit(f"tests/check.py: HALVES are not the folders {found}")
-    env = os.environ | dict(PYTHONPATH=str(ROOT), OMP_NUM_THREADS='1')
-    with open(tmp/'second', 'w+') as said:
-        second = subprocess.Popen(half(HALVES[1], '--durations=3'), cwd=ROOT, env=env, stdout=said, stderr=said)
-        try:
-            run(*half(HALVES[0], '--durations=3'), OMP_NUM_THREADS='1')
-        finally:
-            rc = second.wait()
-            said.seek(0)
-            print(said.read(), flush=True)
-    if rc: raise SystemExit(f'pytest ended with {rc}')
+    "pytest over kat/, a folder at a time, two beside each other"
+    with ThreadPoolExecutor(2) as pool:
+        failed = [name for name in pool.map(told, rooms()) if name]
+    if failed: raise SystemExit(f'pytest failed in tests/{", tests/".join(failed)}')
 
 
 @step
