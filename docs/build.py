@@ -1,4 +1,7 @@
-"Build the site into `_docs/html`: notebooks -> nbdev -> bridge -> Sphinx; warnings and outside requests are errors"
+"""Build the site into `_docs/html`: notebooks -> nbdev -> bridge -> Sphinx
+
+Warnings, outside requests, tables that came out as text, pictures without words and papers without a link are errors.
+"""
 import os
 import re
 import shutil
@@ -52,6 +55,38 @@ def outside(html):
     return bad
 
 
+class Shown(HTMLParser):
+    "What a reader would stumble over: tables as text, pictures without words, numbers of papers that are no links"
+    def __init__(self):
+        super().__init__()
+        self.within, self.found = [], []
+    def handle_starttag(self, tag, attrs):
+        given = dict(attrs)
+        if tag == 'img' and not (given.get('alt') or '').strip():
+            self.found.append(f'a picture without alt text: {given.get("src", "")[:80]}')
+        if tag in ('pre', 'code', 'a', 'p', 'title', 'script', 'style'):
+            self.within.append(tag)
+    def handle_endtag(self, tag):
+        if tag in self.within:
+            del self.within[len(self.within) - 1 - self.within[::-1].index(tag):]
+    def handle_data(self, data):
+        if self.within[-1:] == ['p'] and data.startswith('| '):
+            self.found.append(f'a table as text: {data[:60]!r}')
+        bare = not {'pre', 'code', 'a', 'title', 'script', 'style'} & {*self.within}
+        if bare and (paper := re.search(r'arXiv[: ]?\d{4}\.\d{4,5}', data)):
+            self.found.append(f'a paper without a link: {paper[0]}')
+
+
+def stumbles(html):
+    "`page: what` for everything below `html` that `Shown` finds"
+    bad = []
+    for path in sorted(html.rglob('*.html')):
+        page = Shown()
+        page.feed(path.read_text())
+        bad += [f'{path.relative_to(html)}: {what}' for what in page.found]
+    return bad
+
+
 def main():
     os.chdir(ROOT)
     site = Site(proc_nbs('nbs', n_workers=0, force=True).resolve(), OUT/'src')
@@ -62,6 +97,8 @@ def main():
         sys.exit('the site has warnings (above)')
     if bad := outside(OUT/'html'):
         sys.exit('the site would fetch from other hosts:\n' + '\n'.join(bad))
+    if bad := stumbles(OUT/'html'):
+        sys.exit('pages of the site want mending:\n' + '\n'.join(bad))
     print(f'{len(site.nbs)} pages: {(OUT/"html"/"index.html").as_uri()}')
 
 
