@@ -1,10 +1,15 @@
 "The site's bridge and the check for outside requests"
 import json
+import os
 import re
+import subprocess
 import sys
+from importlib import metadata
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT/'docs'))
@@ -90,3 +95,43 @@ def test_what_could_lie_names_tests_that_exist():
         assert guards, row
         for path, name in guards:
             assert f'def {name or "main"}(' in (ROOT/'tests'/path).read_text(), (path, name)
+
+
+def library_only(folder):
+    "Links to the distributions that kat without extras needs, and to nothing else"
+    wanted, seen = ['kat-rl'], set()
+    while wanted:
+        name = canonicalize_name(wanted.pop())
+        if name in seen: continue
+        seen.add(name)
+        needs = map(Requirement, metadata.requires(name) or [])
+        wanted += [need.name for need in needs if not need.marker or need.marker.evaluate({'extra': ''})]
+    for name in seen - {'kat-rl'}:
+        for path in metadata.files(name):
+            (folder/path.parts[0]).exists() or '..' in path.parts or (folder/path.parts[0]).symlink_to(
+                metadata.distribution(name).locate_file(path.parts[0]))
+
+
+def test_the_tree_of_the_front_page_runs_as_printed_with_the_library_alone(tmp_path):
+    example = re.search(r'## A tree.*?```python\n(.*?)```', readme.readme(), re.S)[1]
+    library_only(tmp_path)
+    env = dict(os.environ, PYTHONPATH=f'{tmp_path}{os.pathsep}{ROOT}', PYTHONDONTWRITEBYTECODE='1')
+    ran = subprocess.run([sys.executable, '-S', '-c', example], env=env, capture_output=True, text=True, timeout=300)
+    assert not ran.returncode, ran.stderr
+    assert re.match(r'TokenTree\(3 sequences, 15 tokens -> 8 in 5 nodes, depth 6, POR 0.47\) tensor\(', ran.stdout)
+    missing = subprocess.run([sys.executable, '-S', '-c', 'import trl'], env=env, capture_output=True, text=True)
+    assert "No module named 'trl'" in missing.stderr
+
+
+BAD = """<title>arXiv:2511.00413</title><p>| a | b |</p><img src="x.png"><img src="y.png" alt="a curve">
+<p>see arXiv:2511.00413 and <a href="z">arXiv:2511.00413</a>, <code>| c</code></p><pre>| d arXiv:2511.00413</pre>"""
+
+
+def test_what_a_reader_would_stumble_over_fails_the_build(tmp_path):
+    (tmp_path/'page.html').write_text(BAD)
+    assert build.stumbles(tmp_path) == ["page.html: a table as text: '| a | b |'",
+                                        'page.html: a picture without alt text: x.png',
+                                        'page.html: a paper without a link: arXiv:2511.00413']
+    assert bridge.papers('(arXiv:2511.00413), [arXiv:2511.00413](u)\n```\narXiv:2511.00413\n```') == (
+        '([arXiv:2511.00413](https://arxiv.org/abs/2511.00413)), [arXiv:2511.00413](u)\n```\narXiv:2511.00413\n```')
+    assert bridge.words('# Title\n\nWhat `it` shows, see\n[there](x.ipynb):') == 'What it shows, see there'
