@@ -190,10 +190,11 @@ def chosen_scripts(
     lines: set,  # (path, line): what must be executed
     most: int = 60,
 ) -> list:  # numbers of scripts
-    "Scripts that execute some of the lines: the shortest of each function, in turn."
+    "Scripts that execute some of the lines; any, where only an import does. The shortest of each function, in turn."
+    aimed = {i for i, (_, executed) in enumerate(recorded.scripts) if executed & lines}
     groups = {}
-    for i, (script, executed) in enumerate(recorded.scripts):
-        if executed & lines:
+    for i, (script, _) in enumerate(recorded.scripts):
+        if i in aimed or not aimed:
             groups.setdefault(script[-1].get('name') or script[-1]['call'][1], []).append(i)
     return _in_turn(groups, most)
 

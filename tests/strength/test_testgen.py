@@ -275,6 +275,15 @@ def test_a_task_becomes_stronger_and_the_grader_agrees(strong):
 
 
 @bwrap
+def test_a_table_that_is_read_at_import_is_aimed_at_through_what_uses_it(tmp_path):
+    old, new = 'NAMES = {"a": 1}\n', 'NAMES = {"a": 1, "b": 2}\n'
+    use = '\ndef f(x):\n    return NAMES.get(x, 0)\n'
+    tests = 'from code_kat import f\n\ndef test_f():\n    assert f("a") == 1 and f("b")\n'
+    found = strengthen(make_task(tmp_path, old + use, new + use, tests, ['test_f']), Bubblewrap())
+    assert [s['new'] for s in found['before']['survivors']] and found['after']['survived'] < found['before']['survived']
+
+
+@bwrap
 def test_gates_say_why(tmp_path):
     folder = make_task(tmp_path, BASE, GOLD, TESTS, ['test_low', 'test_put'], ['test_high'])
     body = [('assert clip(-3) == 0', 'fail_to_pass'), ('assert clip(3) == 3', 'pass_to_pass'),
