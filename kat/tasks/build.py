@@ -22,6 +22,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path, PurePosixPath
 
 from .funnel import funnel_table
+from .future import future_in_base
 from ..envs.grade import decides
 from ..envs.sandbox import Limits
 from .software import SoftwareTask, inside, patched, read_task, tree_patch, write_task
@@ -108,7 +109,7 @@ class Parts:
         return sum(line[:1] in '+-' and line[:3] not in ('+++', '---') for line in self.patch.split('\n') if line)
 
 def take_apart(pair: Pair, most: int = 1000) -> Parts:
-    "Separate the fix from its tests. Raises `Dropped` where there is no fix, no test, or too much of it."
+    "Separate the fix from its tests. Raises `Dropped` for no fix, no test, or too much, or a base that knows it."
     packages = packages_of(pair.old) + packages_of(pair.new)
     part = lambda path: part_of(path, packages, pair.language) if inside(path) else 'artefact'
     base = {p: t for p, t in pair.old.items() if part(p) != 'artefact' and t[1] != 'odd'}
@@ -124,6 +125,7 @@ def take_apart(pair: Pair, most: int = 1000) -> Parts:
     if not patch: raise Dropped('no code differs')
     done = Parts(base, tests, gold, patch, _roots(base))
     if done.size > most: raise Dropped(f'too large: {done.size} lines of code differ, at most {most} wanted')
+    if known := future_in_base(pair, base, gold, tests): raise Dropped(known[0])
     return done
 
 # %% ../../nbs/tasks/28_build.ipynb #c6c3a6e2

@@ -229,6 +229,8 @@ def test_fix_and_tests_are_told_apart():
         (dict(a_py='1', test_a_py='1'), dict(a_py='1', test_a_py='2'), 'no code differs'),
         (dict(a_py='1'), dict(a_py='2'), 'no tests in it'),
         (dict(a_py='1', test_a_py='1'), dict(a_py='2\n' * 2000, test_a_py='2'), 'too large'),
+        (dict(a_py='1', test_a_py='1', b__a_py='x = 2'), dict(a_py='x = 2', test_a_py='2', b__a_py='x = 2'),
+         'b/a.py of the base holds the fix'),
         (dict(a_py='v = "1.0"\n', test_a_py='1'), dict(a_py='v = "1.1"\n', test_a_py='2'), 'no code differs'),
     ],
 )

@@ -244,6 +244,13 @@ def test_the_base_must_not_hold_the_fix_or_the_tests():
     assert 'release of calc' in check({**BASE, 'dist/calc-2.0.tar.gz': (b'', 'file')})[0]
     assert check({**BASE, 'dist/other-2.0.tar.gz': (b'', 'file')}) == []
     assert 'tests that decide' in check(BASE | TESTS)[0]
+    words = lambda *own: ('\n'.join([*(f'msgid "{n}"' for n in range(30)), *own]).encode(), 'file')
+    french, danish = [f'msgstr "{n} ans"' for n in range(30)], [f'msgstr "{n} aar"' for n in range(29)]
+    base = {**BASE, 'fr/x.po': words(*french), 'da/x.po': words(*danish, 'msgstr "billion"')}
+    gold = {**base, 'fr/x.po': words(*french, 'msgstr "billion"')}
+    assert future_in_base(TASK, base, gold, TESTS) == []   # another language, with the same words in one line
+    copied = {**base, 'build/x.po': (gold['fr/x.po'][0] + b'\n', 'file')}
+    assert 'build/x.po' in future_in_base(TASK, copied, gold, TESTS)[0]
     assert 'hidden.py of the base' in check({**BASE, 'hidden.py': TESTS['tests/test_calc.py']})[0]
 
 
