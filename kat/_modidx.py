@@ -3336,6 +3336,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                               'kat/tasks/releases.py'),
                                     'kat.tasks.releases.release_row': ('tasks/releases.html#release_row', 'kat/tasks/releases.py'),
                                     'kat.tasks.releases.remake_task': ('tasks/releases.html#remake_task', 'kat/tasks/releases.py'),
+                                    'kat.tasks.releases.renew_rows': ('tasks/releases.html#renew_rows', 'kat/tasks/releases.py'),
                                     'kat.tasks.releases.task_hashes': ('tasks/releases.html#task_hashes', 'kat/tasks/releases.py'),
                                     'kat.tasks.releases.tree_hash': ('tasks/releases.html#tree_hash', 'kat/tasks/releases.py'),
                                     'kat.tasks.releases.ungrouped': ('tasks/releases.html#ungrouped', 'kat/tasks/releases.py')},

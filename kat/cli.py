@@ -680,7 +680,7 @@ MutantBudget = Annotated[int, typer.Option(min=1, help='Mutants drawn among the 
 Draw = Annotated[int, typer.Option(help='Seed of the draws.')]
 
 
-def _over(folder: Path, settings: dict, work, name: str) -> int:
+def _over(folder: Path, settings: dict, work, name: str, rows: Path | None = None) -> int:
     "Do work for all tasks of a set, print their table; 1 where a task failed."
     from kat.envs.sandbox import Bubblewrap
     from kat.tasks.software import read_tasks
@@ -691,6 +691,11 @@ def _over(folder: Path, settings: dict, work, name: str) -> int:
         home = folder.parent if (folder/'task.json').exists() else folder
         done, errors = over_tasks(found, home/name, settings, lambda where: work(where, box, say), say)
     print(score_table(done))
+    if rows:
+        from kat.tasks.releases import renew_rows
+        with _mendable():
+            changed = renew_rows(rows, {name: found[name] for name in done})
+        print(f'{rows}: {changed} rows renewed')
     for task, why in sorted(errors.items()):
         print(f'not measured: {task}: {why}')
     return int(bool(errors))
@@ -724,13 +729,15 @@ def strengthen_(
     writer: Annotated[str, typer.Option(metavar='URL', help='An OpenAI-compatible endpoint that writes tests as well.',
                                         show_default='none: by differences only')] = '',
     model: Annotated[str, typer.Option(help='Model of the writer.', show_default=False)] = '',
+    rows: Annotated[Path, typer.Option(metavar='FILE', help='Renew the rows of these tasks in what `kat tasks build '
+                                       '--rows` wrote.', show_default=False)] = None,
     debug: Debug = False,
 ):
     """Add tests for the small faults that tasks' tests let through, and measure again; the same command resumes it.
 
     Examples:
 
-    `kat tasks strengthen data/releases`
+    `kat tasks strengthen data/tasks/releases --rows data/tasks/releases.jsonl`
 
     `kat tasks strengthen data/releases/toolz-1.2.0 --writer http://127.0.0.1:8000/v1 --model qwen`
     """
@@ -743,7 +750,7 @@ def strengthen_(
         with_own(where, found)
         return found
     settings = dict(budget=budget, seed=seed, writer=writer, model=model)
-    raise typer.Exit(_over(folder, settings, work, 'strengthened'))
+    raise typer.Exit(_over(folder, settings, work, 'strengthened', rows))
 
 # %% ../nbs/cli.ipynb #f9d463eb
 TaskSet = Annotated[Path, typer.Option('-o', '--out', metavar='FOLDER', help='The task set: a folder for each task.')]

@@ -191,11 +191,11 @@ def chosen_scripts(
     most: int = 60,
 ) -> list:  # numbers of scripts
     "Scripts that execute some of the lines; any, where only an import does. The shortest of each function, in turn."
-    aimed = {i for i, (_, executed) in enumerate(recorded.scripts) if executed & lines}
+    aimed = {number for number, (_, executed) in enumerate(recorded.scripts) if executed & lines}
     groups = {}
-    for i, (script, _) in enumerate(recorded.scripts):
-        if i in aimed or not aimed:
-            groups.setdefault(script[-1].get('name') or script[-1]['call'][1], []).append(i)
+    for number, (script, _) in enumerate(recorded.scripts):
+        if number in aimed or not aimed:
+            groups.setdefault(script[-1].get('name') or script[-1]['call'][1], []).append(number)
     return _in_turn(groups, most)
 
 def _in_turn(groups: dict, most: int) -> list:

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['PLAN', 'RELEASE_SCHEMA', 'ROW_FIELDS', 'read_plan', 'neighbours', 'candidate_sources', 'load_release', 'tree_hash',
-           'grouped', 'ungrouped', 'task_hashes', 'release_row', 'read_release_rows', 'remake_task', 'fetch_tasks']
+           'grouped', 'ungrouped', 'task_hashes', 'release_row', 'read_release_rows', 'renew_rows', 'remake_task',
+           'fetch_tasks']
 
 # %% ../../nbs/tasks/25_releases.ipynb #758a4402
 import hashlib
@@ -15,6 +16,7 @@ import tomllib
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
+from ..core.io import atomic
 from .archives import archive_tree
 from ..envs.base import InfraError
 from .build import Dropped, Pair, prepared_base, take_apart, time_left, write_recipe
@@ -168,6 +170,20 @@ def read_release_rows(
         if not inside(row['id']) or '/' in row['id']: raise ValueError(f'{path}:{number}: id {row["id"]!r} is no name')
         rows.append(row)
     return rows
+
+# %% ../../nbs/tasks/25_releases.ipynb #7f073439
+def renew_rows(
+    path: Path,  # releases.jsonl
+    tasks: dict,  # id -> folder of a task
+) -> int:  # how many rows are others now
+    "Make the rows of these tasks again, in the file; its other rows stay."
+    rows = read_release_rows(path)
+    new = [release_row(tasks[row['id']]) if row['id'] in tasks else row for row in rows]
+    with atomic(path) as file:
+        file.write_text(''.join(json.dumps(row, ensure_ascii=False, sort_keys=True) + '\n' for row in new),
+                        encoding='utf-8')
+    return sum(json.dumps(old, sort_keys=True) != json.dumps(row, sort_keys=True) for old, row in zip(rows, new))
+
 
 # %% ../../nbs/tasks/25_releases.ipynb #3ef56d6a
 def remake_task(

@@ -26,12 +26,14 @@ from kat.tasks.releases import (
     neighbours,
     read_plan,
     read_release_rows,
+    renew_rows,
     tree_hash,
     ungrouped,
 )
 from kat.envs.sandbox import Bubblewrap, features
 from kat.tasks.sites import install_needs, install_site, resolve_pins, site_key
 from kat.strength.sources import write_rows
+from kat.strength.testgen import with_own
 from kat.tasks.statement import describe
 from kat.tasks.software import gold_tree, read_task
 from kat.tasks.validate import ROUNDS
@@ -200,6 +202,18 @@ def test_two_releases_become_a_task_a_row_without_their_code_and_the_same_task_a
     assert (
         fetch_tasks(read_release_rows(rows), again, 1, quiet) == {} and len(index.asked) == asked
     )  # nothing is asked for twice
+
+    assert renew_rows(rows, {'toy-1.1': again / 'toy-1.1'}) == 0 and rows.read_text() == text
+    own, nothing = 'tests/test_kat_1.py', dict(equivalent=[], survivors=[])
+    with_own(again / 'toy-1.1', dict(
+        tests={own: 'def test_kat_1():\n    assert True\n'}, fail_to_pass=[], pass_to_pass=[f'{own}::test_kat_1'],
+        before=nothing, after=nothing, funnel={}, settings={}))
+    assert renew_rows(rows, {'toy-1.1': again / 'toy-1.1'}) == 1
+    assert fetch_tasks(read_release_rows(rows), tmp_path / 'third', 1, quiet) == {}
+    stronger = read_task(tmp_path / 'third/toy-1.1')
+    assert set(stronger.pass_to_pass) == {*task.pass_to_pass, f'{own}::test_kat_1'}
+    assert stronger.info == read_task(again / 'toy-1.1').info
+    assert (tmp_path / 'third/toy-1.1/tests' / own).read_text().startswith('def test_kat_1')
 
 
 def row_of(index, **changes):
