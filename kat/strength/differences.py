@@ -65,7 +65,7 @@ def vary_term(term: dict, pool: list, st):
         drawn = st.one_of(vary(value, st), st.sampled_from(others)) if others else vary(value, st)
         return drawn.map(lambda v: dict(lit=literal_text(v)))
     if 'items' in term and term['kind'] != 'set':
-        items = st.tuples(*(vary_term(t, [], st) for t in term['items']))
+        items = st.tuples(*(vary_term(inner, [], st) for inner in term['items']))
         return items.map(lambda drawn: {**term, 'items': list(drawn)})
     return st.just(term)
 
@@ -144,7 +144,7 @@ def search_one(player: Player, scripts: list, pools: dict, most: int, seed: int)
     settings = hypothesis.settings(max_examples=most, database=None, deadline=None, derandomize=False,
                                    suppress_health_check=list(hypothesis.HealthCheck),
                                    phases=[hypothesis.Phase.generate, hypothesis.Phase.shrink])
-    known = next((s for s in scripts if player.shows(s)), None)
+    known = next((script for script in scripts if player.shows(script)), None)
     tried = [known] if known else scripts[:12]
     for script in tried:
         plays, share = 0, most // len(tried)
@@ -200,8 +200,8 @@ def chosen_scripts(
 
 def _in_turn(groups: dict, most: int) -> list:
     found, depth = [], 0
-    while len(found) < most and any(len(g) > depth for g in groups.values()):
-        found += [g[depth] for g in groups.values() if len(g) > depth]
+    while len(found) < most and any(len(group) > depth for group in groups.values()):
+        found += [group[depth] for group in groups.values() if len(group) > depth]
         depth += 1
     return found[:most]
 
@@ -228,13 +228,13 @@ def search(
 ) -> list:  # of dict(id, script or None, gold: its answer, plays, origin)
     "Look for scripts that show other versions. A search that spends its limits finds nothing."
     server = '\n'.join([*map(source_of, (shift_clock, *PLAYER, serve_answers)), SERVE])
-    names = {m for script, _ in recorded.scripts for s in script for m in [s.get('call', [''])[0]]} - {''}
+    names = {step.get('call', [''])[0] for script, _ in recorded.scripts for step in script} - {''}
     folders, found = hypothesis_folders(), []
     for first in range(0, len(others), TOGETHER):
         mine = others[first:first + TOGETHER]
-        used = sorted({i for one in mine for i in one['scripts']})
+        used = sorted({number for one in mine for number in one['scripts']})
         told = dict(server=server, packages=folders, pools=recorded.pools, most=PLAYS, seed=seed, modules=sorted(names),
-                    scripts={str(i): recorded.scripts[i][0] for i in used},
+                    scripts={str(number): recorded.scripts[number][0] for number in used},
                     others=[{**one, 'scripts': [str(i) for i in one['scripts']]} for one in mine])
         show = tuple(f for f in folders if not any(Path(f).is_relative_to(s) for s in bench.sites))
         trees = dict(tree=bench.tree, before=bench.before)
