@@ -2,7 +2,8 @@
 
 Run by kat's interpreter, it makes what is to be compared, and asks SWE-bench's `get_eval_report` of the environment in
 .venv-swebench for its verdicts. Two tables: honest logs (of tasks' folders before and after the fix, and of a folder of
-others' logs), where kat's reader must say the same, test by test; and six forgeries, live.
+others' logs), where kat's reader must say the same, test by test, or what JUnit's file of the same run says; and six
+forgeries, live.
 """
 import argparse
 import asyncio
@@ -57,7 +58,7 @@ def laid_over(folder, state):
 
 
 def test_run(folder, tree, box, out):
-    "Log of the tests as SWE-bench's harness keeps it, and what JUnit's file and the exit code say"
+    "Log of the tests as SWE-bench's harness keeps it, JUnit's file, and the exit code"
     task, sites = read_task(folder), package_folders(suite_of(folder))
     files = sorted({name.split('::')[0] for name in task.expected})
     with tempfile.TemporaryDirectory(prefix='kat-') as work:
@@ -69,7 +70,7 @@ def test_run(folder, tree, box, out):
         junit = Path(work, '.junit.xml')
         text = junit.read_text() if junit.is_file() else ''
     out.write_text(f'{BEGIN}\n{got.stdout}{got.stderr}\n{END}\n{CODE} {got.rc}\n')
-    return out, junit_says(text) and got.rc == 0
+    return out, text, got.rc
 
 
 def junit_says(text):
@@ -78,8 +79,12 @@ def junit_says(text):
         cases = list(ElementTree.fromstring(text).iter('testcase'))
     except ElementTree.ParseError:
         return False
-    kinds = ('failure', 'error', 'skipped')
-    return bool(cases) and not any(case.findall(kind) for case in cases for kind in kinds)
+    return bool(cases) and not any(map(unhappy, cases))
+
+
+def unhappy(case):
+    "Whether a case of JUnit's file failed, was skipped, or ended in an error"
+    return any(case.findall(kind) for kind in ('failure', 'error', 'skipped'))
 
 
 def ids(task):
@@ -93,31 +98,50 @@ def ours(log, f2p, p2p):
         return error
 
 
-def compared(name, mine, theirs):
-    "One row: the same verdict for every test?"
+def junit_tests(text, names):
+    "What JUnit's file says of each test: whether all that ran under its name passed"
+    heard = {}
+    for case in ElementTree.fromstring(text).iter('testcase'):
+        heard.setdefault((case.get('classname'), case.get('name')), []).append(not unhappy(case))
+    def key(name):
+        path, *rest = name.split('::')
+        last = next(i for i, part in enumerate(rest) if '[' in part or i == len(rest) - 1)
+        return '.'.join([path[:-3].replace('/', '.'), *rest[:last]]), '::'.join(rest[last:])
+    return {name: all(heard.get(key(name), [False])) for name in names}
+
+
+def compared(name, mine, theirs, junit=''):
+    "One row: the same verdict for every test? Where not, JUnit's file decides who read the log right"
     if isinstance(mine, Ambiguous): return name, 'ambiguous', theirs['resolved'], str(mine)[:70]
     status = theirs.get('tests_status', {})
     said = {n: ok for kind in ('FAIL_TO_PASS', 'PASS_TO_PASS')
             for ok, key in ((True, 'success'), (False, 'failure')) for n in status.get(kind, {}).get(key, ())}
     odd = [n for n, ok in mine.tests.items() if said.get(n, False) != ok]
-    return name, mine.resolved, theirs['resolved'], f'{len(mine.tests)} tests' if not odd else f'differ: {odd[:2]}'
+    if not odd: return name, mine.resolved, theirs['resolved'], f'{len(mine.tests)} tests, the same'
+    truth = junit_tests(junit, odd) if junit else {}
+    if any(truth.get(n) != mine.tests[n] for n in odd):
+        return name, mine.resolved, theirs['resolved'], f'differ: {odd[:2]}'
+    return name, mine.resolved, theirs['resolved'], f'{len(odd)} of {len(mine.tests)} tests {LOST}, as {odd[0]!r}'
+
+
+LOST = 'misread by swebench (JUnit agrees with kat)'
 
 
 def honest(arguments, box, tmp):
     "Logs of tasks before and after the fix, and others'"
-    cases = []
+    cases, files = [], {}
     for name, folder in sorted(read_tasks(arguments.tasks).items()) if arguments.tasks else ():
         task = read_task(folder)
         if task.language != 'python': continue
         for side, state in (('before', base_tree(folder)), ('after', gold_tree(folder))):
-            log, _ = test_run(folder, laid_over(folder, state), box, tmp / f'{name}.{side}')
+            log, files[f'{name} {side}'], _ = test_run(folder, laid_over(folder, state), box, tmp / f'{name}.{side}')
             cases.append((f'{name} {side}', str(log), *ids(task), 'parse_log_pytest_v2'))  # keeps ids with spaces whole
             print(f'ran {name} {side}', file=sys.stderr, flush=True)
     for report in sorted(Path(arguments.logs).glob('*/report.json')) if arguments.logs else ():
         status = json.loads(report.read_text())['tests_status']
         f2p, p2p = (status[k]['success'] + status[k]['failure'] for k in ('FAIL_TO_PASS', 'PASS_TO_PASS'))
         cases.append((report.parent.name, str(report.parent / 'test_output.txt'), f2p, p2p, arguments.parser))
-    return [compared(case[0], ours(*case[1:4]), theirs) for case, theirs in
+    return [compared(case[0], ours(*case[1:4]), theirs, files.get(case[0], '')) for case, theirs in
             zip(cases, their_verdicts(arguments.python, cases))]
 
 
@@ -197,7 +221,8 @@ def forged(arguments, box, tmp):
     folder, rows, cases = write_task(task, tmp / 'tasks', base, tests, tree_patch(base, gold)), [], []
     for name, files in FORGERIES.items():
         state = merge_trees(base, {**base, **tree(files)}, lambda path: False)[0]
-        log, junit = test_run(folder, laid_over(folder, state), box, tmp / f'forged.{len(rows)}')
+        log, text, code = test_run(folder, laid_over(folder, state), box, tmp / f'forged.{len(rows)}')
+        junit = junit_says(text) and code == 0
         said = asyncio.run(grade_state(folder, state, box))
         cases.append((name, str(log), *ids(task), 'parse_log_pytest'))
         print(f'ran {name}', file=sys.stderr, flush=True)
@@ -224,7 +249,7 @@ def main():
         table(['handed in', 'kat', 'swebench', 'JUnit and exit code'], forgeries)
         logs = honest(arguments, box, Path(tmp))
         table(['log', 'kat', 'swebench', ''], logs)
-    wrong = [row for row in logs if row[1] != row[2] or 'differ' in row[3]]
+    wrong = [row for row in logs if 'differ' in row[3] or row[1] != row[2] and LOST not in row[3]]
     wrong += [row for row in forgeries if (row[1] == 'resolved') != (row[0] == 'gold fix')]
     wrong += [row for row in forgeries if row[0] == 'gold fix' and not (row[2] and row[3])]
     sys.exit(f'{len(wrong)} rows are not as they should be: {wrong[0]}' if wrong else 0)
