@@ -1,8 +1,8 @@
 """What chat templates make of twenty dialogues: every template in the installed TRL, and kat's training templates.
 
-Writes figures/templates.json, which nbs/core/15_template_check.ipynb shows: for each template its call format, the family
-whose training template fits, and one letter for each dialogue (the first of its verdict; capital: refused by the template
-itself). `make templates`, ten seconds. `--check` only compares with the file. TRL's texts are read, never copied.
+Writes figures/templates.json, which nbs/core/15_template_check.ipynb shows: for each template its call format, the
+family whose training template fits, and one letter for each dialogue (capital: refused by the template itself).
+`make templates`, ten seconds. `--check` only compares with the file. TRL's texts are read, never copied.
 """
 import json
 import sys

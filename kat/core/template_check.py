@@ -42,7 +42,7 @@ def exact_segments(
     tools: list[dict] | None = None,  # OpenAI tool schemas
 ) -> list[Segment]:                   # as `render` gives them
     "A dialogue whose every answer is read back as its message. ValueError says what is lost. Source: *own design*."
-    segments, done = render(tokenizer, messages, tools), ''
+    segments = render(tokenizer, messages, tools)
     messages, tools = prepared_messages(messages, tools)
     template, known = tokenizer.get_chat_template(tools=tools), tools_of(messages, tools)
     answers = [m for m in messages if m['role'] == 'assistant']

@@ -10,7 +10,7 @@ import copy, warnings
 from dataclasses import dataclass
 from pathlib import Path
 
-from .chat import render, to_trajectories
+from .chat import to_trajectories
 from .endings import ASKED, SAID
 from .logs import Conversation
 from .readback import quiet_format
