@@ -13,7 +13,7 @@ from pathlib import Path
 
 from kat.core.template_cases import CASES
 from kat.core.template_check import check_template, template_tokenizer
-from kat.core.training_templates import FAMILIES, training_template
+from kat.core.training_templates import TEMPLATE_FAMILIES, training_template
 
 OUT = Path(__file__).parents[1] / 'figures' / 'templates.json'
 
@@ -34,7 +34,7 @@ def table() -> dict:
     folder = Path(find_spec('trl').submodule_search_locations[0]) / 'chat_templates'
     own = {path.stem: row(path.read_text(encoding='utf-8')) for path in sorted(folder.glob('*.jinja'))}
     return dict(trl=version('trl'), cases=list(CASES), templates=own,
-                training={family: row(training_template(family)) for family in FAMILIES})
+                training={family: row(training_template(family)) for family in TEMPLATE_FAMILIES})
 
 
 def as_text(found: dict) -> str:

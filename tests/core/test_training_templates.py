@@ -16,7 +16,14 @@ from kat.core.endings import try_template
 from kat.core.logs import Conversation
 from kat.core.template_cases import CASES, case_tools
 from kat.core.template_check import check_template, exact_segments, load_template, verdict_on
-from kat.core.training_templates import FAMILIES, fit_of, shown_by, training_data, training_template, with_template
+from kat.core.training_templates import (
+    TEMPLATE_FAMILIES,
+    fit_of,
+    shown_by,
+    training_data,
+    training_template,
+    with_template,
+)
 
 ROOT = Path(__file__).parents[2]
 TRL = trl_templates()
@@ -31,7 +38,7 @@ def own(family):
 
 @cache
 def known(name):
-    return own(name) if name in FAMILIES else tokenizer_for(TRL[name])
+    return own(name) if name in TEMPLATE_FAMILIES else tokenizer_for(TRL[name])
 
 
 # --- the property: exact or refused
@@ -51,7 +58,7 @@ def test_every_template_is_exact_or_refused(name):
         judge(tok, messages, tools, segments)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", TEMPLATE_FAMILIES)
 def test_training_templates_are_exact_or_refuse_by_themselves(family):
     for case, messages in CASES.items():
         verdict = verdict_on(own(family), case)
@@ -65,7 +72,7 @@ def test_training_templates_are_exact_or_refuse_by_themselves(family):
 KEPT = dict(qwen3=20, glm4=20, nemotron_3=20, nemotron_3_ultra=20, kimi_k2_thinking=20, gemma3=5, llama3=6)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", TEMPLATE_FAMILIES)
 def test_what_a_family_has_no_place_for_is_little(family):
     forbidden = [case for case in CASES if verdict_on(own(family), case).kind == "forbids"]
     assert len(CASES) - len(forbidden) >= KEPT.get(family, 16), forbidden
@@ -78,7 +85,7 @@ mutations = st.tuples(
 
 
 @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow])
-@given(st.sampled_from([*FAMILIES, *TRL]), st.sampled_from(list(CASES)), mutations)
+@given(st.sampled_from([*TEMPLATE_FAMILIES, *TRL]), st.sampled_from(list(CASES)), mutations)
 def test_mutated_templates_are_exact_or_refused(name, case, mutation):
     messages, tools = CASES[case], case_tools(CASES[case])
     tok = with_template(known(name), mutated(known(name).chat_template, *mutation))
@@ -190,7 +197,7 @@ def test_ours_is_trls_training_text_where_that_is_exact(name):
 # --- which family, and data for training
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", TEMPLATE_FAMILIES)
 def test_a_family_is_recognised_by_what_it_writes(family):
     text = training_template(family)
     assert fit_of(text).family == family and fit_of(text).equal == fit_of(text).kept
@@ -342,7 +349,7 @@ def test_mistakes_are_one_line(cli, tmp_path, args, parts):
 # --- the files
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", TEMPLATE_FAMILIES)
 def test_each_file_names_its_source_and_licence_and_is_in_the_wheel(family):
     head = training_template(family).partition("-#}")[0]
     assert "kat's training template for" in head and "Source: " in head and "(" in head.partition("Source: ")[2]
@@ -366,7 +373,7 @@ def test_the_table_is_that_of_the_installed_templates():
 
     if found["trl"] != version("trl"):
         pytest.skip(f"the table is of trl {found['trl']}: make templates")
-    assert set(found["templates"]) == set(TRL) and set(found["training"]) == set(FAMILIES)
+    assert set(found["templates"]) == set(TRL) and set(found["training"]) == set(TEMPLATE_FAMILIES)
     for name in ("qwen3", "glm4moe", "gptoss", "llama3_2"):
         report = check_template(tokenizer_for(TRL[name]))
         assert [v.kind == "keeps" for v in report.verdicts] == [x == "k" for x in found["templates"][name]["verdicts"]]
