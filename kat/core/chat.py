@@ -97,8 +97,9 @@ def render(
 ) -> list[Segment]:               # in order; together the ids of the dialogue
     """A whole dialogue as segments: what assistants wrote is trainable, with its closing token; the rest is context.
 
-    A turn that is `whole` has its text, its thinking, its calls and its closing token in trainable segments. ValueError
-    says what the template drops, what is wrong with a message, or where the template cannot be masked exactly."""
+    A turn that is `whole` has its text, its thinking, its calls and its closing token in trainable segments, all messages
+    before it in their places, is no other when more follow, and isn't read back as something else. ValueError says what
+    the template drops, moves or rewrites, what is wrong with a message, or where it cannot be masked exactly."""
     messages, tools = prepared_messages(messages, tools)
     if codec := codec_of(tokenizer):
         _kat_check(messages, whole)
@@ -270,8 +271,8 @@ def _not_prefix(what: str, text: str, full: str) -> str:
     k = next((k for k, (alone, whole) in enumerate(zip(text, full)) if alone != whole), min(len(text), len(full)))
     near = slice(max(k - 20, 0), k + 20)
     return (f'chat template is not prefix-preserving: {what} alone has {text[near]!r} where the whole dialogue has '
-            f'{full[near]!r} (character {k}); use a template that keeps earlier messages as they are, or one with '
-            '{% generation %} markers')
+            f'{full[near]!r} (character {k}); use a template that keeps earlier messages as they are, with '
+            '{% generation %} markers; kat.core.training_templates has some')
 
 # %% ../../nbs/core/08_chat.ipynb #a089cc8b
 _TAG = re.compile(r'(</?[A-Za-z_|｜][^<>\s]*>)')

@@ -47,7 +47,7 @@ def known(name):
 @real
 @pytest.mark.parametrize("name", TRL)
 def test_every_template_is_exact_or_refused(name):
-    tok = tokenizer_for(TRL[name])
+    tok = known(name)
     for messages in CASES.values():
         tools = case_tools(messages)
         try:
@@ -163,7 +163,7 @@ EQUAL = dict(qwen2_5=17, qwen3=6, qwen3_instruct_2507=17, qwen3_5_think=16, qwen
 @real
 @pytest.mark.parametrize("name", EQUAL)
 def test_ours_is_theirs_where_theirs_keeps_history(name):
-    tok, equal = tokenizer_for(TRL[name]), 0
+    tok, equal = known(name), 0
     ours = with_template(tok, training_template(fit_of(TRL[name]).family))
     for case, said in CASES.items():
         messages, tools = prepared_messages(said, case_tools(said))
@@ -185,7 +185,7 @@ def test_ours_is_theirs_where_theirs_keeps_history(name):
 def test_ours_is_trls_training_text_where_that_is_exact(name):
     if not (fit := fit_of(TRL[name])):
         return
-    tok = tokenizer_for(TRL[name])
+    tok = known(name)
     ours = with_template(tok, training_template(fit.family))
     for case, said in CASES.items():
         if verdict_on(tok, case).kind == "keeps":
