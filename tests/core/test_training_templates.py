@@ -84,7 +84,7 @@ mutations = st.tuples(
 )
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=120, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(st.sampled_from([*TEMPLATE_FAMILIES, *TRL]), st.sampled_from(list(CASES)), mutations)
 def test_mutated_templates_are_exact_or_refused(name, case, mutation):
     messages, tools = CASES[case], case_tools(CASES[case])
@@ -143,8 +143,8 @@ def keeps_answer(tok, messages, tools, full):
         return False
     calls = [c["function"] for c in messages[-1].get("tool_calls", ())]
     said = alone[len(before) :].strip()
-    for token in set(tok.all_special_tokens) - {"</tool_call>"}:
-        said = said.removesuffix(token)
+    closing = next((x for x in tok.all_special_tokens if said.endswith(x) and x != "</tool_call>"), "")
+    said = said.removesuffix(closing)
     return len(calls) == len(parse_reply(said, tools or [], call_format(tok.chat_template)).calls)
 
 
@@ -189,9 +189,8 @@ def test_ours_is_trls_training_text_where_that_is_exact(name):
     ours = with_template(tok, training_template(fit.family))
     for case, said in CASES.items():
         if verdict_on(tok, case).kind == "keeps":
-            mine, theirs = (x.decode([i for s in exact_segments(x, said, case_tools(said)) for i in s.ids])
-                            for x in (ours, tok))  # fmt: skip
-            assert mine == theirs, case
+            messages, tools = prepared_messages(said, case_tools(said))
+            assert try_template(ours, messages, tools) == try_template(tok, messages, tools), case
 
 
 # --- which family, and data for training
