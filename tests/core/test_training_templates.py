@@ -193,6 +193,19 @@ def test_ours_is_trls_training_text_where_that_is_exact(name):
             assert try_template(ours, messages, tools) == try_template(tok, messages, tools), case
 
 
+@real
+@pytest.mark.parametrize("family", TEMPLATE_FAMILIES)
+def test_trl_takes_training_templates_as_they_are(family):
+    from trl.chat_template_utils import (
+        get_training_chat_template,
+        is_chat_template_prefix_preserving,
+        is_chat_template_stop_token_trained,
+    )
+
+    assert is_chat_template_stop_token_trained(own(family)) and get_training_chat_template(own(family)) is None
+    assert family in ("gemma3", "llama3") or is_chat_template_prefix_preserving(own(family))  # these two call nothing
+
+
 # --- which family, and data for training
 
 
