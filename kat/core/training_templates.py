@@ -71,6 +71,7 @@ class Fit:
     family: str
     equal: int    # probes that both write alike
     kept: int     # probes that the model's template takes
+    calls: str    # the format of calls that only the training template writes; '' where both write one, or none
 
 def fit_of(
     template: str | dict | None,  # a tokenizer's `chat_template`; of several, the one for tools
@@ -82,11 +83,12 @@ def fit_of(
     form, (before, after) = quiet_format(template), _around(template)
     own, fits = [shown_by(template, *talk) for talk in PROBE_TALKS], []
     for family in TEMPLATE_FAMILIES if before else ():
-        ours = training_template(family)
-        around = _around(ours)
-        if quiet_format(ours) != form or around[0] != before or not around[1].startswith(after): continue
-        equal = sum(_same(text, shown_by(ours, *talk)) for text, talk in zip(own, PROBE_TALKS) if text)
-        fits += [Fit(family, equal, sum(bool(text) for text in own))] if equal else []
+        ours, (there, behind) = training_template(family), _around(training_template(family))
+        if there != before or not behind.startswith(after): continue
+        same = [_same(text, shown_by(ours, *talk)) for text, talk in zip(own, PROBE_TALKS) if text]
+        new = quiet_format(ours) if quiet_format(ours) != form else None
+        if not any(same) or quiet_format(ours) != form and (form or not same[0]): continue
+        fits.append(Fit(family, sum(same), len(same), new or ''))
     return max(fits, key=lambda fit: fit.equal, default=None)
 
 # %% ../../nbs/core/13_training_templates.ipynb #ecf7bb3f
@@ -119,6 +121,7 @@ def training_data(
         raise ValueError(f'{why}. No training template fits this model either; there are '
                          f'{", ".join(TEMPLATE_FAMILIES)}')
     made = write(with_template(tokenizer, training_template(fit.family)))
+    calls = f'; calls in the format {fit.calls}, though it writes none' if fit.calls else ''
     alike = f"as the model's own in {fit.equal} of {fit.kept} probes"
-    warnings.warn(f"written by kat's training template of {fit.family} ({alike}), for {why}", stacklevel=2)
+    warnings.warn(f"written by kat's training template of {fit.family} ({alike}{calls}), for {why}", stacklevel=2)
     return made

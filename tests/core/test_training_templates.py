@@ -239,11 +239,23 @@ def test_a_family_is_recognised_by_what_it_writes(family):
     [('qwen3', 'qwen3'), ('qwen2_5', 'qwen2_5'), ('qwen3_instruct_2507', 'qwen3_2507'), ('qwen3_5_think', 'qwen3_5'),
      ('qwen3_6', 'qwen3_6'), ('glm4moe', 'glm4'), ('llama3', 'llama3'), ('llama3_1', 'llama3_1'), ('gemma3', 'gemma3'),
      ('llama3_2', 'llama3_2'), ('gptoss', 'gpt_oss'), ('deepseekv3', 'deepseek_v3'), ('nemotron_3_nano', 'nemotron_3'),
-     ('nemotron_3_ultra', 'nemotron_3_ultra'), ('phi3', None), ('cohere2', None), ('gemma4', None), ('qwen3_8', None)],
+     ('nemotron_3_ultra', 'nemotron_3_ultra'), ('phi3', None), ('cohere2', None), ('gemma4', None), ('qwen3_8', None),
+     ('deepseek_r1_distill', 'deepseek_v3')],
 )  # fmt: skip
 def test_real_templates_find_their_family(name, family):
     fit = fit_of(TRL[name])
     assert (fit.family if fit else None) == family
+
+
+def test_a_template_without_calls_is_of_a_family_only_to_the_letter():
+    silent = training_template("smollm3").replace("m.tool_calls or []", "[]")
+    assert fit_of(silent).family == "smollm3" and fit_of(silent).calls == "hermes"
+    assert fit_of(silent.replace("## Metadata", "## Data")) is None
+    assert fit_of(training_template("qwen2_5").replace("You are Qwen", "You are Q")).calls == ""
+    assert not fit_of(training_template("llama3")).calls
+    log = Conversation("t", CASES["a call"][:1], [CASES["a call"][:2]])
+    with pytest.warns(UserWarning, match="calls in the format hermes, though it writes none"):
+        training_data([log], tokenizer_for(silent))
 
 
 def test_no_template_is_of_no_family():
