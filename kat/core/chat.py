@@ -97,9 +97,9 @@ def render(
 ) -> list[Segment]:               # in order; together the ids of the dialogue
     """A whole dialogue as segments: what assistants wrote is trainable, with its closing token; the rest is context.
 
-    A turn that is `whole` has its text, its thinking, its calls and its closing token in trainable segments, all messages
-    before it in their places, is no other when more follow, and isn't read back as something else. ValueError says what
-    the template drops, moves or rewrites, what is wrong with a message, or where it cannot be masked exactly."""
+    A turn that is `whole` has its text, its thinking, its calls and its closing token in trainable segments and all
+    messages before it in their places; more messages leave it as it is, and it is read back as it was. ValueError says
+    what the template drops, moves or rewrites, what is wrong with a message, or where it cannot be masked exactly."""
     messages, tools = prepared_messages(messages, tools)
     if codec := codec_of(tokenizer):
         _kat_check(messages, whole)

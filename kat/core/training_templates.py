@@ -8,7 +8,7 @@ __all__ = ['TEMPLATE_FAMILIES', 'PROBE_TALKS', 'training_template', 'shown_by', 
 # %% ../../nbs/core/13_training_templates.ipynb #6d18a72a
 import copy, warnings
 from dataclasses import dataclass
-from pathlib import Path
+from importlib.resources import files
 
 from .chat import to_trajectories
 from .endings import ASKED, SAID
@@ -17,8 +17,8 @@ from .readback import quiet_format
 from .types import Trajectory
 
 # %% ../../nbs/core/13_training_templates.ipynb #93560f14
-_FOLDER = Path(__file__).with_name('templates') if '__file__' in globals() else Path('../../kat/core/templates')
-TEMPLATE_FAMILIES = tuple(sorted(path.stem for path in _FOLDER.glob('*.jinja')))
+_FOLDER = files('kat.core')/'templates'
+TEMPLATE_FAMILIES = tuple(sorted(path.name.removesuffix('.jinja') for path in _FOLDER.iterdir()))
 
 def training_template(
     family: str,  # one of TEMPLATE_FAMILIES
