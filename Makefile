@@ -25,6 +25,9 @@ seeds: install ## the main job on three seeds (about an hour), their table and f
 rft: install ## the runs of `make seeds` once more without RFT (half an hour), compared: figures/rft.json and .png
 	$(PY) benchmarks/rft.py data/runs/tiny-0 data/runs/tiny-1 data/runs/tiny-2
 
+templates: install ## what every chat template in the installed TRL, and of our own, makes of twenty dialogues: figures/templates.json
+	$(PY) benchmarks/templates.py
+
 modes: install ## RL of the runs of `make seeds` with agents in turns and on their own (an hour): figures/modes.json and .png
 	$(PY) benchmarks/modes.py data/runs/tiny-0 data/runs/tiny-1 data/runs/tiny-2
 
@@ -100,4 +103,4 @@ $(READY): Makefile constraints.txt settings.ini setup.py pyproject.toml
 	@$(PIP) --no-build-isolation -e '.[$(EXTRAS)]'
 	@touch $@
 
-.PHONY: help install demo figures seeds rft modes test lab docs bench load litellm vllm-cpu clients swebench page drill images clean
+.PHONY: help install demo figures seeds rft templates modes test lab docs bench load litellm vllm-cpu clients swebench page drill images clean

@@ -14,7 +14,7 @@ setup(
     version=cfg['version'], description=cfg['description'], keywords=cfg['keywords'].split(), license=cfg['license'],
     author=cfg['author'], author_email=cfg['author_email'],
     packages=find_packages(include=[cfg['lib_path'], cfg['lib_path'] + '.*']),
-    package_data={'kat.plane': ['live.html']},
+    package_data={'kat.plane': ['live.html'], 'kat.core': ['templates/*.jinja']},
     install_requires=cfg['requirements'].split(), extras_require=extras,
     entry_points={'nbdev': [f"{cfg['lib_path']} = {cfg['lib_path']}._modidx:d"],
                   'console_scripts': ['kat = kat.cli:main']},

@@ -321,10 +321,12 @@ _TOOL = dict(type='function', function=dict(name='probe', description='probe', p
         text=dict(type='string', description='.'), number=dict(type='integer', description='.'),
         flag=dict(type='boolean', description='.')))))
 _ASK, _PLAIN = dict(role='user', content='Qask'), dict(role='assistant', content='Qsaid')
-def _calling(arguments) -> dict:
+_IDS = 'call00000', 'functions.probe:0'  # nine characters, as Mistral wants; the name in the id, as Kimi has it
+
+def _calling(arguments, call_id: str = _IDS[0]) -> dict:
     "An answer that calls."
     function = dict(name='probe', arguments=arguments)
-    return dict(role='assistant', content='', tool_calls=[dict(id='call00000', type='function', function=function)])
+    return dict(role='assistant', content='', tool_calls=[dict(id=call_id, type='function', function=function)])
 
 def _rendered(template: str, messages: list[dict], tools: list[dict] | None) -> str:
     "A dialogue as the template writes it; '' where it refuses."
@@ -337,11 +339,11 @@ def _rendered(template: str, messages: list[dict], tools: list[dict] | None) -> 
         return ''
 
 # %% ../../nbs/core/06_calls.ipynb #df9cb76c
-def _write_probe(template: str) -> list[str]:
+def _write_probe(template: str, call_id: str = _IDS[0]) -> list[str]:
     "What an answer that calls has in place of one that only says something, with and without what follows it."
     plain = _rendered(template, [_ASK, _PLAIN], [_TOOL])
-    called = _rendered(template, [_ASK, _calling(_CALL['arguments'])], [_TOOL]) or \
-        _rendered(template, [_ASK, _calling(json.dumps(_CALL['arguments']))], [_TOOL])  # some want text
+    called = _rendered(template, [_ASK, _calling(_CALL['arguments'], call_id)], [_TOOL]) or \
+        _rendered(template, [_ASK, _calling(json.dumps(_CALL['arguments']), call_id)], [_TOOL])  # some want text
     start = len(commonprefix([plain, called]))
     end = len(commonprefix([plain[start:][::-1], called[start:][::-1]]))
     return [called[start:len(called) - end], called[start:]] if called[start:] else []
@@ -368,9 +370,11 @@ def call_format(
 @lru_cache(64)
 def _read_probe(template: str) -> tuple[str | None, bool]:
     "The format that reads back what the template writes, and whether the template knows tools at all."
-    for written, name in product(_write_probe(template), FORMATS):
+    probes = [written for call_id in _IDS for written in _write_probe(template, call_id)]
+    for written, name in product(probes, FORMATS):
         reply = parse_reply(written, [_TOOL], name)
-        if [call['function'] for call in reply.calls] == [_CALL] and not reply.content.strip(): return name, True
+        rest = re.sub(r'<\|\w+\|>\s*$', '', reply.content)  # GLM closes a call with the token of what comes next
+        if [call['function'] for call in reply.calls] == [_CALL] and not rest.strip(): return name, True
     return None, _knows_tools(template)
 
 # %% ../../nbs/core/06_calls.ipynb #85f6e0b3

@@ -19,6 +19,7 @@ from .endings import end_tokens, find_any, template_text, try_template
 from .logs import Conversation
 from .template import KAT_TEMPLATE, Codec, call_text, codec_of
 from .messages import normalise, schemas_by_name, without_nulls
+from .readback import misread, tools_of
 from .types import GENERATED, Segment, Trajectory
 
 # %% ../../nbs/core/08_chat.ipynb #326af3a6
@@ -96,8 +97,9 @@ def render(
 ) -> list[Segment]:               # in order; together the ids of the dialogue
     """A whole dialogue as segments: what assistants wrote is trainable, with its closing token; the rest is context.
 
-    A turn that is `whole` has its text, its thinking, its calls and its closing token in trainable segments. ValueError
-    says what the template drops, what is wrong with a message, or where the template cannot be masked exactly."""
+    A turn that is `whole` has its text, its thinking, its calls and its closing token in trainable segments and all
+    messages before it in their places; more messages leave it as it is, and it is read back as it was. ValueError says
+    what the template drops, moves or rewrites, what is wrong with a message, or where it cannot be masked exactly."""
     messages, tools = prepared_messages(messages, tools)
     if codec := codec_of(tokenizer):
         _kat_check(messages, whole)
@@ -183,6 +185,11 @@ class _Written:
         start, end = self.runs[turn]
         return self.full[self.starts[start]:self.starts[end]]
 
+    def context(self, turn: int) -> str:
+        "What stands between the answer before this one and its own."
+        begin = self.runs[turn - 1][1] if turn else 0
+        return self.full[self.starts[begin]:self.starts[self.runs[turn][0]]]
+
 # %% ../../nbs/core/08_chat.ipynb #a859a3be
 def encoded_text(tokenizer, full: str) -> tuple[list[int], np.ndarray]:
     "Ids of a dialogue, and the character where each one starts, with the end of the text as the last."
@@ -264,16 +271,16 @@ def _not_prefix(what: str, text: str, full: str) -> str:
     k = next((k for k, (alone, whole) in enumerate(zip(text, full)) if alone != whole), min(len(text), len(full)))
     near = slice(max(k - 20, 0), k + 20)
     return (f'chat template is not prefix-preserving: {what} alone has {text[near]!r} where the whole dialogue has '
-            f'{full[near]!r} (character {k}); use a template that keeps earlier messages as they are, or one with '
-            '{% generation %} markers')
+            f'{full[near]!r} (character {k}); use a template that keeps earlier messages as they are, with '
+            '{% generation %} markers; kat.core.training_templates has some')
 
 # %% ../../nbs/core/08_chat.ipynb #a089cc8b
 _TAG = re.compile(r'(</?[A-Za-z_|｜][^<>\s]*>)')
 
 class _Words:
-    "Replaces the pieces of answers by words of their own, and remembers what each stands for."
+    "Replaces the pieces of messages by words of their own, and remembers what each stands for."
     def __init__(self, text: str):  # that has none of the words
-        self.stem, self.number, self.turns, self.n = 'Qz', 918_270_000, [], 0
+        self.stem, self.number, self.pieces, self.n = 'Qz', 918_270_000, [], 0
         while self.stem in text:
             self.stem += 'q'
 
@@ -281,7 +288,7 @@ class _Words:
         "A word for a piece; a number for a number."
         self.n += 1
         word = f'{self.stem}{self.n}x' if isinstance(piece, str) else self.number + self.n + type(piece)(.5)
-        self.turns[-1].append((str(word), what, str(piece)))
+        self.pieces[-1].append((str(word), what, str(piece)))
         return word
 
     def text(self, text: str, what: str) -> str:
@@ -301,9 +308,8 @@ class _Words:
 
 # %% ../../nbs/core/08_chat.ipynb #eda7f2a7
 def _reworded(words: _Words, message: dict) -> dict:
-    "An answer with words of its own; other messages as they are."
-    if message['role'] != 'assistant': return message
-    words.turns.append([])
+    "A message with words of its own, which become the last of `words.pieces`; the names of functions stay."
+    words.pieces.append([])
     calls, out = message.get('tool_calls', ()), dict(message)
     if 'reasoning_content' in message:
         out['reasoning_content'] = words.text(message['reasoning_content'], 'the reasoning')
@@ -321,6 +327,7 @@ def _reworded_call(words: _Words, function: dict) -> dict:
 def _check_whole(tokenizer, messages, tools, gen: bool, written: _Written, whole) -> None:
     "ValueError unless each of these turns has in its run all that its message says, and a closing token."
     answers = [m for m in messages if m['role'] == 'assistant']
+    at = [i for i, m in enumerate(messages) if m['role'] == 'assistant']
     wanted = [turn for turn in range(len(answers)) if _must(whole, turn)]
     if not wanted: return
     ends = find_any(map(tokenizer.convert_ids_to_tokens, _ends_or_none(tokenizer)))
@@ -332,15 +339,23 @@ def _check_whole(tokenizer, messages, tools, gen: bool, written: _Written, whole
                              'that marks or writes it')
     words = _Words(written.full)
     probe = _write(tokenizer, [_reworded(words, m) for m in messages], tools, gen)
+    _check_context(tokenizer, messages, tools, gen, written, probe, words, max(wanted))
     for turn in wanted:
-        shown = probe.answer(turn)
-        for word, what, _ in words.turns[turn]:
-            if word not in shown: raise ValueError(_lost(what, turn, turn + 1 < len(answers), word in probe.full))
-        functions = [call['function'] for call in answers[turn].get('tool_calls', ())]
-        pieces = [(what, piece) for _, what, piece in words.turns[turn]]
-        pieces += [('the name of a called function', function['name']) for function in functions]
-        lost = [what for what, piece in pieces if not count_of(piece, written.answer(turn))]
-        if lost := lost or _lost_names(functions, shown): raise ValueError(_lost(lost[0], turn, False, False))
+        _check_answer(words.pieces[at[turn]], answers[turn], turn, len(answers), written, probe)
+        _check_kept(tokenizer, messages[:at[turn] + 1], tools, turn, written)
+        _check_read(tokenizer, messages, at[turn], tools, turn, written)
+
+# %% ../../nbs/core/08_chat.ipynb #a8508e98
+def _check_answer(pieces, message: dict, turn: int, n: int, written: _Written, probe: _Written) -> None:
+    "ValueError unless all pieces of an answer, and its calls, stand in its run."
+    shown = probe.answer(turn)
+    for word, what, _ in pieces:
+        if word not in shown: raise ValueError(_lost(what, turn, turn + 1 < n, word in probe.full))
+    functions = [call['function'] for call in message.get('tool_calls', ())]
+    texts = [(what, piece) for _, what, piece in pieces]
+    texts += [('the name of a called function', function['name']) for function in functions]
+    lost = [what for what, piece in texts if not count_of(piece, written.answer(turn))]
+    if lost := lost or _lost_names(functions, shown): raise ValueError(_lost(lost[0], turn, False, False))
 
 def _lost_names(functions: list[dict], shown: str) -> list[str]:
     "Arguments whose names a template does not write, though it writes others."
@@ -353,6 +368,52 @@ def _lost(what: str, turn: int, earlier: bool, elsewhere: bool) -> str:
     if elsewhere:
         return f'the chat template puts {what} outside of the mask of turn {turn}; mark it with {{% generation %}}'
     return _drops(what + (' of earlier turns' if earlier and what == 'the reasoning' else ''), turn)
+
+# %% ../../nbs/core/08_chat.ipynb #a8508e9a
+def _check_context(tokenizer, messages, tools, gen: bool, written: _Written, probe: _Written, words, last: int) -> None:
+    "ValueError unless what comes before the last trained answer is all there, and in its place."
+    turn, done = 0, 0
+    for i, m in enumerate(messages):
+        if m['role'] == 'assistant':
+            if turn == last: return
+            turn, done = turn + 1, 0
+            continue
+        shown, real = probe.context(turn), written.context(turn)
+        who = f'messages[{i}] ({m["role"]})'
+        for word, _, piece in words.pieces[i]:
+            place = shown.find(word, done)
+            if place < 0: raise ValueError(_misplaced(who, turn, word in probe.full))
+            done = place + len(word)
+            if not count_of(piece, real): raise ValueError(f'the chat template changes the text of {who}')
+        if not words.pieces[i] and try_template(tokenizer, messages[:i] + messages[i + 1:], tools, gen) == written.full:
+            raise ValueError(_misplaced(who, turn, False))
+
+def _misplaced(who: str, turn: int, elsewhere: bool) -> str:
+    "What became of a message that is context."
+    does = 'puts %s in another place' if elsewhere else 'leaves out %s'
+    return (f'the chat template {does % who}, so the answer of turn {turn} would be trained on a context it does not '
+            'have; use a template that keeps all messages in their order')
+
+# %% ../../nbs/core/08_chat.ipynb #a8508e99
+def _check_kept(tokenizer, messages, tools, turn: int, written: _Written) -> None:
+    "ValueError where an answer is written otherwise once more messages follow."
+    start, end = written.runs[turn]
+    closing, stop = (int(written.starts[k]) for k in (end - 1, end))
+    alone = try_template(tokenizer, messages, tools)
+    if alone is None: raise ValueError(f'chat template: refuses the messages up to the answer of turn {turn}')
+    if alone[:closing] != written.full[:closing] or alone[closing:stop] not in ('', written.full[closing:stop]):
+        raise ValueError(_not_prefix(f'messages[:{len(messages)}]', alone, written.full))
+
+def _check_read(tokenizer, messages, i: int, tools, turn: int, written: _Written) -> None:
+    "ValueError unless an answer is read back as its message said."
+    template = tokenizer.get_chat_template(tools=tools)
+    if template == KAT_TEMPLATE: return  # whose calls are read back as they are written
+    start, end = written.runs[turn]
+    cut = [int(written.starts[k]) for k in (start, end if turn in written.unclosed else end - 1)]
+    text, before = written.full[cut[0]:cut[1]], written.full[:cut[0]]
+    marks = find_any(token.content for token in tokenizer.added_tokens_decoder.values() if token.special)
+    if why := misread(messages[i], text, before, template, tools_of(messages, tools), marks):
+        raise ValueError(f'the chat template writes the answer of turn {turn} so that {why}')
 
 # %% ../../nbs/core/08_chat.ipynb #a8508e9b
 def spellings(

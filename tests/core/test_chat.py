@@ -574,7 +574,9 @@ def test_a_template_that_rewrites_the_past_cannot_be_masked_but_can_be_extended(
             "{% endgeneration %}{{ '\n' }}{% else %}{{ m.content + '<|im_end|>\n' }}{% endif %}",
         )
     )
-    assert [x[3] for x in texts(marked, render(marked, ms)) if x[2]] == ['b<|im_end|>', 'd<|im_end|>']
+    with pytest.raises(ValueError, match=r'not prefix-preserving: messages\[:2\] alone has .*<think>'):
+        render(marked, ms)  # at its time the first answer came after other tokens
+    assert [x[3] for x in texts(marked, render(marked, ms, whole=[1])) if x[2]] == ['b<|im_end|>', 'd<|im_end|>']
 
 
 def test_a_template_that_refuses_parts_of_a_dialogue():
