@@ -31,6 +31,9 @@ templates: install ## what every chat template in the installed TRL, and of our 
 modes: install ## RL of the runs of `make seeds` with agents in turns and on their own (an hour): figures/modes.json and .png
 	$(PY) benchmarks/modes.py data/runs/tiny-0 data/runs/tiny-1 data/runs/tiny-2
 
+pages: install ## keep what the run of `make demo` printed and drew for the site's pages of the recipe
+	$(PY) docs/keep_run.py data/runs/tiny
+
 test: install ## everything that CI checks; some of it: make test STEPS="ruff pytest"
 	$(PY) tests/check.py $(STEPS)
 
@@ -103,4 +106,4 @@ $(READY): Makefile constraints.txt settings.ini setup.py pyproject.toml
 	@$(PIP) --no-build-isolation -e '.[$(EXTRAS)]'
 	@touch $@
 
-.PHONY: help install demo figures seeds rft templates modes test lab docs bench load litellm vllm-cpu clients swebench page drill images clean
+.PHONY: help install demo figures seeds rft templates modes test lab docs bench load litellm vllm-cpu clients swebench page pages drill images clean
