@@ -23,7 +23,7 @@ def printed(cell):
     "What a cell printed or showed: [kind, text] each, without progress bars and warnings of others"
     found = []
     for output in cell.get('outputs', []):
-        if output['output_type'] == 'error': raise SystemExit(f'cell {cell["id"]} ended in an error: keep a finished run')
+        if output['output_type'] == 'error': raise SystemExit(f'cell {cell["id"]} ended in an error')
         data = output.get('data', {})
         kind = 'markdown' if 'text/markdown' in data else 'plain'
         text = output.get('text', '') if output.get('name') == 'stdout' else data.get(f'text/{kind}', '')
@@ -44,14 +44,14 @@ def read_stage(run, name):
 def main(run):
     config = json.loads((run/'config.json').read_text())
     stages = {name: read_stage(run, name) for name in config['stages']}
-    commit = subprocess.run(['git', 'rev-parse', '--short', 'HEAD'], cwd=ROOT, capture_output=True, text=True).stdout.strip()
+    asked = subprocess.run(['git', 'rev-parse', '--short', 'HEAD'], cwd=ROOT, capture_output=True, text=True)
     shutil.rmtree(KEPT, ignore_errors=True)
     KEPT.mkdir()
     for figure in [figure for stage in stages.values() for figure in stage['figures']]:
         for ending in ('png', 'txt'):
             shutil.copy(run/'figures'/f'{figure}.{ending}', KEPT)
     command = f'kat pipeline --preset {config["preset"]} --seed {config["stages"]["40_rl"]["seed"]}'
-    kept = dict(command=command, commit=commit, machine=config['machine'], stages=stages)
+    kept = dict(command=command, commit=asked.stdout.strip(), machine=config['machine'], stages=stages)
     (KEPT/'run.json').write_text(json.dumps(kept, indent=1, ensure_ascii=False) + '\n')
     print(f'{KEPT}: {len(stages)} stages')
 
