@@ -112,6 +112,7 @@ def run_rank(
 ) -> int:       # exit code: 0, 1 the notebook's failure, 2 the user's mistake
     "Execute the notebook as one rank, in this process' environment, and say how it ended."
     job.file(rank, 'end.json').unlink(missing_ok=True)  # of the time before a requeue
+    os.environ['KAT_METRICS'] = str(Path(job.folder)/'metrics.json')  # where `report_metrics` writes
     try:
         used = run_notebook(job.notebook, job.file(rank, 'ipynb'), job.parameters)
     except (NotebookFailed, UserError, MissingExtra) as error:

@@ -10,7 +10,7 @@ import nbformat
 import pytest
 from nbformat.v4 import new_code_cell, new_notebook
 
-from kat.cluster.spawn import RankFailed, RankJob, check_gang, read_ends, root_cause, run_ranks
+from kat.cluster.spawn import RankFailed, RankJob, check_gang, failure_of, raise_cause, read_ends, root_cause, run_ranks
 from kat.core.io import UserError
 
 RANK = 'import os, time\nfrom pathlib import Path\nrank = int(os.environ["RANK"])'
@@ -37,14 +37,13 @@ def wait_for(done, seconds=60):
         time.sleep(.05)
 
 
-@pytest.mark.parametrize('launcher', ['local', 'torchrun'])
-def test_the_rank_that_failed_first_is_blamed_and_the_others_end(tmp_path, launcher):
+def test_the_rank_that_failed_first_is_blamed_and_the_others_end(tmp_path):
     "Rank 1 raises in a function that cell 5 calls (papermill's own cell counts); rank 0 would wait for ever"
     job = job_of(tmp_path, 'def step():\n    (Path(there)/f"pid{rank}").write_text(str(os.getpid()))\n'
                  '    while not (rank == 1 and (Path(there)/"pid0").exists()): time.sleep(.02)\n'
                  '    raise KeyError("lost")', 'x = 1\nstep()')
     with pytest.raises(RankFailed) as caught:
-        run_ranks(job, launcher)
+        run_ranks(job, 'torchrun')
     error = caught.value
     assert (error.rank, error.cell, error.line, error.text, error.ename, error.code) == (1, 5, 2, 'step()', 'KeyError', 1)
     assert 'rank 1 of 2' in str(error) and 'cell [5], line 2 (`step()`)' in str(error)
@@ -86,9 +85,9 @@ def test_ranks_see_each_other_and_an_earlier_attempt_leaves_nothing(tmp_path):
 
 
 def test_a_users_mistake_in_a_rank_is_a_mistake_of_the_user(tmp_path):
-    job = job_of(tmp_path, 'from kat.core.io import UserError\nraise UserError("no model there")', ranks=1)
+    job = RankJob('two.ipynb', str(tmp_path), {})
     with pytest.raises(UserError, match='two: no model there'):
-        run_ranks(job)
+        raise_cause(job, dict(failure_of(UserError('two: no model there')), rank=0, host='here'))
 
 
 def test_ranks_and_kernels_die_with_a_killed_launcher(tmp_path):
