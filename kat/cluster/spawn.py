@@ -45,7 +45,7 @@ class RankJob:
                 *(self.file(rank, end) for rank in range(self.ranks) for end in ends)]
 
 # %% ../../nbs/cluster/08_spawn.ipynb #00ffb6dd
-_STALE = re.compile(r'rank-\d+\.((running\.|failed\.)?ipynb|end\.json)')
+_STALE = re.compile(r'rank-\d+\.((running\.|failed\.)?ipynb|end\.json)|metrics\.json')
 
 
 def write_job(job: RankJob) -> Path:

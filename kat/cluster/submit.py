@@ -22,7 +22,7 @@ from typing import Callable
 from ..core.io import UserError, atomic, need, one_line
 from .launch import unknown
 from .lease import lease
-from .spawn import (RankFailed, RankJob, check_gang, raise_cause, rank_commands, rank_main, read_ends,
+from .spawn import (RankJob, check_gang, raise_cause, rank_commands, rank_main, read_ends,
                                root_cause, run_rank, run_ranks, shell_line, write_job)
 
 # %% ../../nbs/cluster/11_submit.ipynb #c1400967
@@ -169,7 +169,10 @@ def run_slurm(job: RankJob, how: Launch, tell: Callable[[str], None]):
         place = _fresh(Path(job.folder))
         executor = submitit.AutoExecutor(folder=str(place), cluster='slurm')
         executor.update_parameters(name=name, **slurm_settings(how))
-        number = executor.submit(_SlurmRank(str(Path(job.folder)/'job.json'))).job_id
+        try:
+            number = executor.submit(_SlurmRank(str(Path(job.folder)/'job.json'))).job_id
+        except submitit.core.utils.FailedJobError as error:
+            raise UserError(f'Slurm takes no such job: {one_line(error)}') from None
         with atomic(kept) as tmp:
             tmp.write_text(json.dumps(dict(number=number, submission=str(place))), encoding='utf-8')
         tell(f'Slurm job {number}: submitted, its files are in {place}')
