@@ -170,6 +170,7 @@ def _launch(notebook: Path, pairs: list[str], sweeps: list[str], out: Path|None,
     points = sweep_points(notebook, pairs, sweeps)
     places = [(out/point.name if sweeps else out, point.values) for point in points]
     if dry_run: return print(*(line for where, values in places for line in launch_plan(notebook, where, values, how)),
+                             *([f'write  {where/"point.json"}' for where, _ in places if sweeps],
                              *([f'write  {out/"table.json"}'] if sweeps else []), sep='\n')
     if not sweeps:
         ends = launch(notebook, out, points[0].values, how, _said)

@@ -224,7 +224,7 @@ def launch_plan(notebook: Path, folder: Path, values: dict, how: Launch) -> list
     else:
         commands = [f'ray task, num_cpus={how.nproc}: kat.cluster.spawn.run_rank {job.folder}/job.json']
     extra = ['slurm.json', 'submissions/NUMBER/…'] if how.launcher == 'slurm' else []
-    files = [*map(str, job.files()), *(f'{job.folder}/{name}' for name in ('owners/NUMBER.json', *extra))]
+    files = [*map(str, job.files()), *(f'{job.folder}/{name}' for name in ('metrics.json', 'owners/NUMBER.json', *extra))]
     return [*(f'run    {line}' for line in commands), *(f'write  {path}' for path in files)]
 
 # %% ../../nbs/cluster/11_submit.ipynb #08394bdd

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings, strategies as st
 
-from kat.cluster.lease import Owner, _last, give, is_dead, lease, process_start, read_owner, take
+from kat.cluster.lease import FolderHeld, Owner, _last, give, is_dead, lease, process_start, read_owner, take
 from kat.core.io import UserError
 
 ME = Owner.me()
@@ -94,6 +94,22 @@ def test_an_owner_that_was_not_heard_of_notices_that_it_lost(tmp_path):
         os.link(path, path.with_name('000002.json'))               # another took over
         assert noticed.wait(30), 'the beat never looked'
     assert not read_owner(path).ended                              # and what it lost it does not give back
+
+
+def test_a_dead_owner_on_another_host_is_waited_for_and_a_living_one_is_not(tmp_path):
+    "Its heartbeat tells, within the deadline"
+    take(tmp_path, FAR)
+    with lease(tmp_path, deadline=.6) as path:                     # silent from the start
+        assert path.name == '000002.json'
+    path, stop = take(tmp_path, FAR), threading.Event()
+    beats = threading.Thread(target=lambda: [os.utime(path) for _ in iter(lambda: stop.wait(.01), True)])
+    beats.start()
+    try:
+        with pytest.raises(FolderHeld, match=f'process {FAR.pid} on far since'), lease(tmp_path, deadline=6):
+            pass
+    finally:
+        stop.set()
+        beats.join()
 
 
 def test_a_broken_lease_is_named(tmp_path):

@@ -1,7 +1,7 @@
 """Slurm for real: Debian's packages, two slurmd on this host with made-up GPUs; submit, preempt, requeue, resume, die.
 
-`make slurm`. It needs root and Debian's slurmctld, slurmd, slurm-client and munge, which it installs. Where that can't be,
-it says so. Everything it starts it ends, by process id.
+`make slurm`. It needs root and Debian's slurmctld, slurmd, slurm-client and munge, which it installs. Where that can't
+be, it says so. Everything it starts it ends, by process id.
 """
 import json
 import os
@@ -45,7 +45,8 @@ AccountingStorageType=accounting_storage/none
 PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
 GresTypes=gpu
-NodeName=n[1-2] NodeHostname={host} NodeAddr=127.0.0.1 Port=[16821-16822] CPUs=1 RealMemory=2000 Gres=gpu:2 State=UNKNOWN
+NodeName=DEFAULT CPUs=1 RealMemory=2000 Gres=gpu:2 State=UNKNOWN
+NodeName=n[1-2] NodeHostname={host} NodeAddr=127.0.0.1 Port=[16821-16822]
 PartitionName=low Nodes=n[1-2] Default=YES PriorityTier=1 PreemptMode=REQUEUE State=UP
 PartitionName=high Nodes=n[1-2] PriorityTier=10 PreemptMode=OFF State=UP
 '''
@@ -113,7 +114,8 @@ class Cluster:
         for node in 'n1', 'n2':
             (self.place/f'spool-{node}').mkdir()
             self.start('slurmd', '-D', '-N', node, '-f', conf)
-        wait_for('two idle nodes', lambda: said('sinfo', '-h', '-N', '-p', 'low', '-t', 'idle', '-o', '%N').count('n') > 1, 60)
+        idle = 'sinfo', '-h', '-N', '-p', 'low', '-t', 'idle', '-o', '%N'
+        wait_for('two idle nodes', lambda: said(*idle).count('n') > 1, 60)
         return self
     def __exit__(self, *_):
         said('scancel', '-p', 'low')
