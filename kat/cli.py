@@ -168,14 +168,19 @@ def _launch(notebook: Path, pairs: list[str], sweeps: list[str], out: Path|None,
     out, how = out or ROOT/'data'/'runs'/notebook.stem, how or Launch()
     if out.suffix == '.ipynb': raise UserError(f'-o {out}: with --launcher or --sweep it is a folder')
     points = sweep_points(notebook, pairs, sweeps)
-    places = [(out/point.name if sweeps else out, point.values) for point in points]
-    if dry_run: return print(*(line for where, values in places for line in launch_plan(notebook, where, values, how)),
-                             *([f'write  {where/"point.json"}' for where, _ in places if sweeps],
-                             *([f'write  {out/"table.json"}'] if sweeps else []), sep='\n')
+    if dry_run:
+        for point in points:
+            where = out/point.name if sweeps else out
+            print(*launch_plan(notebook, where, point.values, how), sep='\n')
+            if sweeps:
+                print(f'write  {where/"point.json"}')
+        return print(f'write  {out/"table.json"}') if sweeps else None
+    def start(where, values):
+        return launch(notebook, where, values, how, _said)
     if not sweeps:
-        ends = launch(notebook, out, points[0].values, how, _said)
-        return print(f'{_near(out)}: {len(ends)} ranks, finished in {max(end["wall_s"] for end in ends):.1f} s')
-    rows = run_sweep(notebook, points, out, lambda where, values: launch(notebook, where, values, how, _said), _said)
+        ends = start(out, points[0].values)
+        return print(f'{_near(out)}: ranks {len(ends)}, finished in {max(end["wall_s"] for end in ends):.1f} s')
+    rows = run_sweep(notebook, points, out, start, _said)
     write_table(rows, out/'table.json')
     _columns(sweep_table(rows), len(rows[0]['swept']))
     if any(row['failed'] for row in rows): raise typer.Exit(1)

@@ -31,7 +31,8 @@ def test_values_are_parted_where_json_ends(values):
 
 
 @settings(max_examples=30, deadline=None)
-@given(st.lists(st.text(st.characters(codec='utf-8'), max_size=130), min_size=1, max_size=4, unique=True), st.integers(1, 3))
+@given(st.lists(st.text(st.characters(codec='utf-8'), max_size=130), min_size=1, max_size=4, unique=True),
+       st.integers(1, 3))
 def test_points_are_all_combinations_and_no_two_share_a_folder(tmp_path_factory, names, seeds):
     notebook = study(tmp_path_factory.mktemp('study'))
     names = [name for name in names if not set(name) & set(',\'"()[]{}')]
