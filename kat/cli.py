@@ -50,8 +50,8 @@ def _kat(version: Version = False):
     """
 
 # %% ../nbs/cli.ipynb #b908d179
-Launcher = Annotated[str, typer.Option(metavar='local|torchrun|slurm|ray', help='Start the notebook as ranks, each with '
-                                       'its own executed copy; -o is a folder then.',
+Launcher = Annotated[str, typer.Option(metavar='local|torchrun|slurm|ray', help='Start the notebook as ranks, each '
+                                       'with its own executed copy; -o is a folder then.',
                                        show_default='in this command, alone')]
 Nproc = Annotated[int, typer.Option(help='Ranks per node; for ray, the cores to ask for.')]
 Nodes = Annotated[int, typer.Option(help='Nodes, with slurm.')]
@@ -78,13 +78,8 @@ def pipeline(
     runs: Annotated[Path, typer.Option(help='Where runs are kept.', show_default="the clone's data/runs")] = None,
     seed: Annotated[int, typer.Option(help='Seed of every stage.', show_default="the preset's")] = None,
     model: Annotated[Path, typer.Option(help='Folder of the model to start from.', show_default="the preset's")] = None,
-    p: Pairs = [],
-    launcher: Launcher = '',
-    time: Minutes = None,
-    partition: Partition = '',
-    gres: Gres = '',
-    dry_run: DryRun = False,
-    debug: Debug = False,
+    p: Pairs = [], launcher: Launcher = '', time: Minutes = None,
+    partition: Partition = '', gres: Gres = '', dry_run: DryRun = False, debug: Debug = False,
 ):
     """Run the whole recipe, stage by stage; the same command resumes it.
 
@@ -125,14 +120,8 @@ def run(
                                       show_default='data/runs/NOTEBOOK.ipynb')] = None,
     sweep: Annotated[list[str], typer.Option(metavar='KEY=VALUE,VALUE,…', help='Run every combination of the values of '
                                              'these parameters; -o is a folder then.')] = [],
-    launcher: Launcher = '',
-    nproc: Nproc = 1,
-    nodes: Nodes = 1,
-    time: Minutes = None,
-    partition: Partition = '',
-    gres: Gres = '',
-    dry_run: DryRun = False,
-    debug: Debug = False,
+    launcher: Launcher = '', nproc: Nproc = 1, nodes: Nodes = 1, time: Minutes = None,
+    partition: Partition = '', gres: Gres = '', dry_run: DryRun = False, debug: Debug = False,
 ):
     """Run one notebook with typed parameters; unknown ones are refused.
 

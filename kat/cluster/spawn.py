@@ -79,7 +79,7 @@ def _failed_at(saved: Path) -> float:
     "Seconds since the epoch at which the failing cell of an executed copy ended."
     for cell in read_notebook(saved)['cells']:
         stamp = cell['metadata'].get('papermill', {})
-        if stamp.get('exception') and stamp.get('end_time'): return datetime.fromisoformat(stamp['end_time']).timestamp()
+        if stamp.get('exception') and (end := stamp.get('end_time')): return datetime.fromisoformat(end).timestamp()
     return time.time()
 
 # %% ../../nbs/cluster/08_spawn.ipynb #62a620b1
@@ -273,7 +273,8 @@ def run_ranks(
     finally:
         end_processes(processes, patience)
     codes = {rank: one.returncode for rank, one in enumerate(processes)} if launcher == 'local' else {}
-    if said := root_cause(job, ended if launcher == 'local' else set(), codes): raise_cause(job, said)
+    if said := root_cause(job, ended if launcher == 'local' else set(), codes):
+        raise_cause(job, said)
     return [said for _, said in sorted(read_ends(job).items())]
 
 # %% ../../nbs/cluster/08_spawn.ipynb #8dec602c

@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings, strategies as st
 
-from kat.cluster.lease import FolderHeld, Owner, _last, give, is_dead, lease, process_start, read_owner, take
+from kat.cluster.lease import FolderHeld, LeaseOwner, _last, give, is_dead, lease, process_start, read_owner, take_lease
 from kat.core.io import UserError
 
-ME = Owner.me()
+ME = LeaseOwner.me()
 GONE = replace(ME, start=ME.start + 1)                             # this number belongs to another process by now
 FAR = replace(ME, host='far', machine='other boot')
 CLONE = replace(ME, machine='other boot')                          # a host of the same name
@@ -34,10 +34,10 @@ def test_a_folder_is_taken_exactly_when_its_owner_is_provably_dead(acts):
                 dead = holder is None or (holder == GONE if near and holder.machine == ME.machine else
                                           process_start(holder.pid) != holder.start if near else silent)
                 if dead:
-                    path, holder, silent, taken = take(Path(there), who, 60), who, False, taken + 1
+                    path, holder, silent, taken = take_lease(Path(there), who, 60), who, False, taken + 1
                 else:
                     with pytest.raises(UserError, match=f'process {holder.pid} on {holder.host} since'):
-                        take(Path(there), who, 60)
+                        take_lease(Path(there), who, 60)
             elif holder is not None and act == 'give':
                 give(path, holder)
                 holder = None
@@ -51,12 +51,12 @@ def test_a_folder_is_taken_exactly_when_its_owner_is_provably_dead(acts):
 
 @pytest.mark.parametrize('round_', range(10))
 def test_of_many_that_take_over_from_a_dead_owner_one_wins(tmp_path, round_):
-    path, start, won, lost = take(tmp_path, FAR), threading.Barrier(12), [], []
+    path, start, won, lost = take_lease(tmp_path, FAR), threading.Barrier(12), [], []
     os.utime(path, (0, path.stat().st_mtime - 100))
     def race(number):
         start.wait()
         try:
-            won.append(take(tmp_path, replace(FAR, host=f'far {number}')))
+            won.append(take_lease(tmp_path, replace(FAR, host=f'far {number}')))
         except UserError as error:
             lost.append(str(error))
     threads = [threading.Thread(target=race, args=(number,)) for number in range(12)]
@@ -80,12 +80,12 @@ with lease(Path({str(tmp_path)!r})):
     try:
         assert other.stdout.readline() == 'held\n'
         with pytest.raises(UserError, match=f'is being written by process {other.pid} on'):
-            take(tmp_path, ME)
+            take_lease(tmp_path, ME)
     finally:
         other.kill()
         other.wait()
         other.stdout.close()
-    assert take(tmp_path, ME).name == '000002.json'
+    assert take_lease(tmp_path, ME).name == '000002.json'
 
 
 def test_an_owner_that_was_not_heard_of_notices_that_it_lost(tmp_path):
@@ -98,10 +98,10 @@ def test_an_owner_that_was_not_heard_of_notices_that_it_lost(tmp_path):
 
 def test_a_dead_owner_on_another_host_is_waited_for_and_a_living_one_is_not(tmp_path):
     "Its heartbeat tells, within the deadline"
-    take(tmp_path, FAR)
+    take_lease(tmp_path, FAR)
     with lease(tmp_path, deadline=.6) as path:                     # silent from the start
         assert path.name == '000002.json'
-    path, stop = take(tmp_path, FAR), threading.Event()
+    path, stop = take_lease(tmp_path, FAR), threading.Event()
     beats = threading.Thread(target=lambda: [os.utime(path) for _ in iter(lambda: stop.wait(.01), True)])
     beats.start()
     try:
@@ -116,7 +116,7 @@ def test_a_broken_lease_is_named(tmp_path):
     (tmp_path/'owners').mkdir()
     (tmp_path/'owners'/'000001.json').write_text('{"host": 1')
     with pytest.raises(UserError, match='000001.json names no owner.*delete that file'):
-        take(tmp_path, ME)
+        take_lease(tmp_path, ME)
 
 
 def test_death_needs_proof():

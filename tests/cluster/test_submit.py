@@ -8,7 +8,7 @@ import nbformat
 import pytest
 from nbformat.v4 import new_code_cell, new_notebook
 
-from kat.cluster.lease import Owner, take
+from kat.cluster.lease import LeaseOwner, take_lease
 from kat.cluster.spawn import RankFailed, RankJob, _tell_end
 from kat.cluster.submit import Launch, _fresh, check_launch, follow_slurm, launch
 from kat.core.io import UserError
@@ -71,7 +71,7 @@ def test_what_a_dry_run_names_is_what_a_sweep_writes(cli, notebook, tmp_path):
 
 
 def test_a_folder_that_another_host_writes_is_refused(notebook, tmp_path):
-    take(tmp_path/'run', Owner('far', 'other', 1, 1, 'noon'))
+    take_lease(tmp_path/'run', LeaseOwner('far', 'other', 1, 1, 'noon'))
     (held := tmp_path/'run'/'owners'/'000001.json').touch()
     stop = threading.Event()
     beats = threading.Thread(target=lambda: [os.utime(held) for _ in iter(lambda: stop.wait(.02), True)])

@@ -76,9 +76,11 @@ def skip(why):
 
 def tools():
     "Install what is missing"
-    if os.geteuid() != 0: skip('Slurm is set up as root')
+    if os.geteuid() != 0:
+        skip('Slurm is set up as root')
     if all(shutil.which(name) for name in ('slurmctld', 'slurmd', 'sbatch', 'munged')): return
-    if not shutil.which('apt-get'): skip('Slurm is missing, and no apt-get')
+    if not shutil.which('apt-get'):
+        skip('Slurm is missing, and no apt-get')
     env = os.environ | dict(DEBIAN_FRONTEND='noninteractive')
     if subprocess.run(['apt-get', 'install', '-y', '-q', '--no-install-recommends', *PACKAGES], env=env).returncode:
         skip('apt-get could not install Slurm')
