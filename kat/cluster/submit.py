@@ -149,7 +149,7 @@ def follow_slurm(
         time.sleep(every)
     _look_at(job, number, every)
 
-
+# %% ../../nbs/cluster/11_submit.ipynb #00fd85e8
 def _look_at(job: RankJob, number: str, every: float):
     "What a job that is gone has left; a shared folder may show it a little later."
     for _ in range(5):
