@@ -89,6 +89,10 @@ drill: install ## kill the data plane 200 times under load; kill the smoke pipel
 images: install ## podman with runc (root, apt): the boxes' suite in a container, two tasks graded in images (TASKS=folder of tasks)
 	PYTHONPATH=tests/helpers $(PY) tests/drills/images.py $(TASKS)
 
+slurm: install ## Slurm for real (root, apt): two slurmd on this host with made-up GPUs; submit, preempt, requeue, resume, die (2 minutes)
+	@$(PIP) submitit==1.5.4
+	$(PY) tests/drills/slurm.py
+
 clean: ## remove what can be made again, but neither .venv nor data/runs
 	rm -rf _proc _docs build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
 	find kat tests docs -name __pycache__ -prune -exec rm -rf {} +
@@ -106,4 +110,4 @@ $(READY): Makefile constraints.txt settings.ini setup.py pyproject.toml
 	@$(PIP) --no-build-isolation -e '.[$(EXTRAS)]'
 	@touch $@
 
-.PHONY: help install demo figures seeds rft templates modes test lab docs bench load litellm vllm-cpu clients swebench page pages drill images clean
+.PHONY: help install demo figures seeds rft templates modes test lab docs bench load litellm vllm-cpu clients swebench page pages drill images slurm clean

@@ -22,6 +22,7 @@ from typing import Callable
 
 from ..core.io import UserError, append_jsonl, atomic, dumps, loads, one_line, read_log
 from ..envs.base import make_world
+from ..cluster.lease import lease
 from ..cluster.launch import (check_parameters, full_disk, parse_value, read_notebook, read_parameters, run_notebook,
                                 split_pair, unknown)
 from .presets import PRESETS
@@ -190,17 +191,6 @@ def _watch(
         thread.join()
 
 # %% ../../nbs/recipe/06_pipeline.ipynb #61f1d476
-def _alive(pid: str) -> bool:
-    "Whether a process of that number exists."
-    try:
-        os.kill(int(pid), 0)
-    except (ValueError, ProcessLookupError):
-        return False
-    except PermissionError:
-        pass
-    return True
-
-
 def _holders(path: Path) -> str:
     "Process numbers that have `path` open, as far as /proc tells."
     found = {link.parts[2] for link in Path('/proc').glob('[0-9]*/fd/*') if _reads(link) == str(path.resolve())}
@@ -215,6 +205,15 @@ def _reads(link: Path) -> str:
         return ''
 
 # %% ../../nbs/recipe/06_pipeline.ipynb #94ad522a
+def _flocked(fd: int) -> bool:
+    "Whether the lock behind `fd` is ours now."
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX|fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
 @contextmanager
 def locked(
     run_dir: Path,         # an existing folder
@@ -224,21 +223,13 @@ def locked(
     path, deadline = run_dir/'lock', time.monotonic() + patience
     fd = os.open(path, os.O_RDWR|os.O_CREAT, 0o644)
     try:
-        while True:
-            try:
-                fcntl.flock(fd, fcntl.LOCK_EX|fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                owner = os.pread(fd, 20, 0).decode().strip()
-            if _alive(owner):
-                raise UserError(f'{run_dir} is being written by process {owner}: wait for it, or choose another --name')
-            if time.monotonic() > deadline:
-                raise UserError(f'{run_dir} is still held by a process left over from a dead command '
-                                f'(process {_holders(path)}): end it, then run this again')
-            time.sleep(0.05)
-        os.ftruncate(fd, 0)
-        os.pwrite(fd, f'{os.getpid()}\n'.encode(), 0)
-        yield fd
+        with lease(run_dir):
+            while not _flocked(fd):
+                if time.monotonic() > deadline:
+                    raise UserError(f'{run_dir} is still held by a process left over from a dead command '
+                                    f'(process {_holders(path)}): end it, then run this again')
+                time.sleep(0.05)
+            yield fd
     finally:
         os.close(fd)  # not LOCK_UN, which would take the lock from a living kernel too
 
