@@ -8,7 +8,7 @@ __all__ = ['app', 'Pairs', 'Debug', 'Version', 'tree', 'Log', 'Tokenizer', 'Stor
            'TurnLimit', 'WrittenTokens', 'AnswerTokens', 'Warmth', 'CheckFirst', 'Parallel', 'Price', 'KeyFile', 'Show',
            'tasks', 'Folder', 'FilterPairs', 'TaskSet', 'MutantBudget', 'Draw', 'Hands', 'TASK_SET', 'cluster',
            'pipeline', 'run', 'report', 'stats', 'draw', 'serve_', 'list_', 'show_', 'export_', 'evaluate_', 'compare',
-           'cheats', 'collect_', 'funnel_', 'mutants_', 'strengthen_', 'build_', 'fetch_', 'status_', 'main']
+           'cheats', 'collect_', 'funnel_', 'mutants_', 'strengthen_', 'build_', 'fetch_', 'status_', 'plan_', 'main']
 
 # %% ../nbs/cli.ipynb #bf1db84f
 import os
@@ -845,6 +845,26 @@ def status_(
     if as_json or metrics: return print(metrics_text(records) if metrics else json.dumps(records, indent=1))
     from rich.console import Console
     Console(width=None if sys.stdout.isatty() else 220).print(status_table(records))
+
+# %% ../nbs/cli.ipynb #1dc41bb6
+@cluster.command('plan')
+def plan_(
+    setup: Annotated[str, typer.Argument(metavar='SETUP', help='laptop, gpu, gpus8, slurm4 or ray.')],
+    context: Annotated[int, typer.Option(help='Tokens of a sequence.', show_default="the setup's")] = None,
+    slots: Annotated[int, typer.Option(help='Sequences of one engine.', show_default="the setup's")] = None,
+    ranks: Annotated[int, typer.Option(help='Of the trainer.', show_default="the setup's")] = None,
+    debug: Debug = False,
+):
+    """What a setup would start where, and what each device would hold; nothing is started.
+
+    Example: `kat cluster plan gpus8 --context 65536`
+    """
+    from dataclasses import replace
+    from kat.core.io import UserError
+    from kat.cluster.setups import SETUPS, plan_lines
+    if setup not in SETUPS: raise UserError(f'{setup}: one of {", ".join(SETUPS)} expected')
+    changes = {name: n for name, n in dict(context=context, slots=slots, ranks=ranks).items() if n is not None}
+    print('\n'.join(plan_lines(replace(SETUPS[setup], **changes))))
 
 # %% ../nbs/cli.ipynb #c7c50529
 def main(
