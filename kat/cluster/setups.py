@@ -9,7 +9,7 @@ __all__ = ['MODELS', 'SETUPS', 'model_size', 'Setup', 'needed', 'check_setup', '
 from dataclasses import dataclass
 
 from ..core.io import UserError
-from .memory import Size, engine_bytes, size_of, training_bytes
+from .memory import Size, engine_bytes, memory_size, training_bytes
 from .tags import Ask, Device, check_cluster, check_number, colocated, disaggregated, multiplexed
 
 # %% ../../nbs/cluster/18_setups.ipynb #4967cf89
@@ -25,7 +25,7 @@ def model_size(name: str) -> Size:
     from transformers import Qwen3Config
     if name not in MODELS: raise UserError(f'model={name}: one of {", ".join(MODELS)} expected')
     hidden, inner, layers, heads, shared, size, vocab, tied = MODELS[name]
-    return size_of(Qwen3Config(hidden_size=hidden, intermediate_size=inner, num_hidden_layers=layers, vocab_size=vocab,
+    return memory_size(Qwen3Config(hidden_size=hidden, intermediate_size=inner, num_hidden_layers=layers, vocab_size=vocab,
                                num_attention_heads=heads, num_key_value_heads=shared, head_dim=size,
                                tie_word_embeddings=tied))
 
@@ -34,7 +34,7 @@ def model_size(name: str) -> Size:
 class Setup:
     "Everything about where a run runs. UserError for what can't be."
     name: str
-    command: str             # that starts it
+    command: str             # that starts it; '': none does yet
     launcher: str            # 'local', 'torchrun', 'slurm' or 'ray'
     model: str               # of MODELS
     devices: tuple[Device, ...]
@@ -66,14 +66,14 @@ class Setup:
 SETUPS = {setup.name: setup for setup in (
     Setup('laptop', 'kat pipeline --preset tiny', 'local', 'tiny', tuple(colocated(1, memory_gb=4)), ranks=1,
           engine='embedded', split=1, context=4096, slots=128, batch_tokens=4096, recompute=False, itemsize=4),
-    Setup('gpu', 'kat pipeline --preset gpu --launcher local', 'local', 'qwen3-1.7b', tuple(colocated(1)), ranks=1,
+    Setup('gpu', '', 'local', 'qwen3-1.7b', tuple(colocated(1)), ranks=1,
           engine='vllm', split=1, context=16384, slots=12, batch_tokens=8192, recompute=True),
-    Setup('gpus8', 'kat pipeline --preset gpus8 --launcher torchrun', 'torchrun', 'qwen3-8b',
+    Setup('gpus8', '', 'torchrun', 'qwen3-8b',
           tuple(disaggregated(8, 4)), ranks=4, engine='vllm', split=1, context=32768, slots=8, batch_tokens=16384,
           recompute=True),
-    Setup('slurm4', 'kat pipeline --preset slurm4 --launcher slurm', 'slurm', 'qwen3-32b', tuple(disaggregated(32, 16)),
+    Setup('slurm4', '', 'slurm', 'qwen3-32b', tuple(disaggregated(32, 16)),
           ranks=16, engine='vllm', split=2, context=32768, slots=8, batch_tokens=16384, recompute=True, nodes=4),
-    Setup('ray', 'kat pipeline --preset ray --launcher ray', 'ray', 'qwen3-8b', tuple(multiplexed(16, 8)), ranks=8,
+    Setup('ray', '', 'ray', 'qwen3-8b', tuple(multiplexed(16, 8)), ranks=8,
           engine='vllm', split=1, context=32768, slots=4, batch_tokens=8192, recompute=True, nodes=2),
 )}
 
@@ -106,8 +106,9 @@ def plan_lines(setup: Setup) -> list[str]:
     check_setup(setup)
     per_node = -(-len(setup.devices)//setup.nodes)
     where = {device: f'node {i//per_node} {device.name}' for i, device in enumerate(setup.devices)}
-    lines = [f'{setup.name}: {setup.model}, {len(setup.devices)} devices on {setup.nodes} nodes, started by '
-             f'{setup.launcher}: {setup.command}']
+    start = setup.command or 'a plan, which no command starts yet'
+    lines = [f'{setup.name}: {setup.model}, devices {len(setup.devices)}, nodes {setup.nodes}, launcher '
+             f'{setup.launcher}: {start}']
     lines += [f'  trainer rank {i}: {where[device]}' for i, device in enumerate(setup.trainers)]
     lines += [f'  {setup.engine} engine {i}: {", ".join(where[device] for device in group)}; {setup.slots} sequences '
               f'of {setup.context} tokens' for i, group in enumerate(setup.engines)]

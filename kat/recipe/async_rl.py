@@ -25,7 +25,7 @@ from ..core.io import UserError, one_line, need
 from ..core.types import GENERATED, Group, Trajectory
 from ..infer.requests import Completion, Request
 from ..infer.serving import HFAsyncEngine
-from ..cluster.parts import Part, mark_ended, read_parts
+from ..cluster.parts import RunPart, mark_ended, read_parts
 from ..plane.gateway import Gateway
 from ..plane.loader import capacity, staleness
 from ..plane.manager import Manager, Session
@@ -313,7 +313,7 @@ def worker() -> None:
     "The rollout worker's process: `… FOLDER PARENT`, as `RolloutWorker` starts it."
     folder, parent = Path(sys.argv[1]), int(sys.argv[2])
     was = next((part for part in read_parts(folder) if part['part'] == 'rollout'), {})
-    with Part(folder, 'rollout', life=was.get('life', 0) + 1, waits_for='the model') as part:
+    with RunPart(folder, 'rollout', life=was.get('life', 0) + 1, waits_for='the model') as part:
         try:
             asyncio.run(_work(folder, part.record['life'], lambda facts: part.tell(**facts),
                               lambda: os.getppid() == parent))
@@ -351,7 +351,7 @@ class RolloutWorker:
     ):
         self.folder, self.hold, self.group_s, self.restarts = Path(folder), hold, group_s, restarts
         self.process, self.deaths, self.waiting_s, self.since = None, 0, 0., None
-        self.part = Part(self.folder, 'trainer')
+        self.part = RunPart(self.folder, 'trainer')
         self.folder.mkdir(parents=True, exist_ok=True)
         _settled(self.folder/'play.json', asdict(play))
 

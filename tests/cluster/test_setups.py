@@ -9,7 +9,7 @@ from typer.testing import CliRunner
 
 from kat.cli import app
 from kat.core.io import UserError
-from kat.cluster.memory import engine_bytes, size_of, training_bytes
+from kat.cluster.memory import engine_bytes, memory_size, training_bytes
 from kat.cluster.setups import SETUPS, check_setup, model_size, needed, plan_lines
 from kat.cluster.tags import disaggregated
 
@@ -24,7 +24,7 @@ def test_every_setup_fits_and_names_each_rank_and_engine_once(name):
 
 
 def test_tiny_is_the_shipped_base():
-    assert model_size('tiny') == size_of(AutoConfig.from_pretrained('data/base'))
+    assert model_size('tiny') == memory_size(AutoConfig.from_pretrained('data/base'))
 
 
 def test_published_counts():

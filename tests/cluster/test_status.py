@@ -12,13 +12,13 @@ from typer.testing import CliRunner
 
 from kat.cli import app
 from kat.core.io import UserError
-from kat.cluster.parts import Part, condition, mark_ended, read_parts
-from kat.cluster.status import METRICS, gateway_status, metrics_text, run_status, status_rows
+from kat.cluster.parts import RunPart, condition, mark_ended, read_parts
+from kat.cluster.status import CLUSTER_METRICS, gateway_status, metrics_text, run_status, status_rows
 
 CHILD = """
 import sys, threading
-from kat.cluster.parts import Part
-with Part(sys.argv[1], 'rollout', every=.05, waits_for='weights', version=3):
+from kat.cluster.parts import RunPart
+with RunPart(sys.argv[1], 'rollout', every=.05, waits_for='weights', version=3):
     print('up', flush=True)
     threading.Event().wait()
 """
@@ -66,12 +66,12 @@ def test_one_that_was_ended_on_purpose_is_not_dead(tmp_path, child):
 
 
 def test_a_part_ends_fails_or_is_closed(tmp_path):
-    with pytest.raises(ValueError), Part(tmp_path, 'a'):
+    with pytest.raises(ValueError), RunPart(tmp_path, 'a'):
         raise ValueError('two\nlines')
     record = only(tmp_path)
     assert record['condition'] == 'failed' and record['error'] == 'ValueError: two lines'
     def steps():
-        with Part(tmp_path, 'a') as part:
+        with RunPart(tmp_path, 'a') as part:
             yield part
     coming = steps()
     next(coming)
@@ -80,7 +80,7 @@ def test_a_part_ends_fails_or_is_closed(tmp_path):
 
 
 def test_a_wait_keeps_its_beginning_and_loses_its_deadline(tmp_path):
-    with Part(tmp_path, 'a') as part:
+    with RunPart(tmp_path, 'a') as part:
         part.tell(waits_for='x', deadline_s=5)
         since = part.record['since']
         part.tell(waits_for='x', deadline_s=5, version=2)
@@ -90,7 +90,7 @@ def test_a_wait_keeps_its_beginning_and_loses_its_deadline(tmp_path):
 
 
 def test_readers_never_see_half_a_record(tmp_path):
-    with Part(tmp_path, 'a', every=.001) as part:
+    with RunPart(tmp_path, 'a', every=.001) as part:
         def write():
             for number in range(100):
                 part.tell(version=number, error='x' * (number % 7) * 1000)
@@ -112,7 +112,7 @@ def test_of_another_host_only_the_heartbeat_tells(silent, expected):
 def test_the_command(tmp_path):
     (tmp_path/'40_rl').mkdir()
     ask = lambda *args: CliRunner().invoke(app, ['cluster', 'status', *args])
-    with Part(tmp_path/'40_rl', 'trainer', version=4, groups_taken=9):
+    with RunPart(tmp_path/'40_rl', 'trainer', version=4, groups_taken=9):
         shown = ask(str(tmp_path)).output
         assert '40_rl/trainer' in shown and 'v4' in shown and 'taken 9' in shown
         assert json.loads(ask(str(tmp_path), '--json').output)[0]['groups_taken'] == 9
@@ -132,7 +132,7 @@ def test_metrics_are_prometheus_text():
     assert 'kat_part_weight_version{stage="",part="a\\"b\\\\\\n",host="h"} 1234567' in lines
     assert [line.split()[2] for line in lines if line.startswith('# TYPE')] == [
         'kat_part_weight_version', 'kat_part_up', 'kat_part_waiting_seconds', 'kat_part_heartbeat_age_seconds']
-    assert all(name.endswith('_total') == (kind == 'counter') for name, (kind, *_) in METRICS.items())
+    assert all(name.endswith('_total') == (kind == 'counter') for name, (kind, *_) in CLUSTER_METRICS.items())
 
 
 class Metered(BaseHTTPRequestHandler):
