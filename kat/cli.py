@@ -7,9 +7,10 @@ __all__ = ['app', 'Pairs', 'Debug', 'Version', 'Launcher', 'Nproc', 'Nodes', 'Mi
            'Log', 'Tokenizer', 'templates', 'StorePath', 'Served', 'Keys', 'Computes', 'VllmAddress', 'sessions',
            'Owner', 'TaskOption', 'TaskPlace', 'ModelPlace', 'Staged', 'Agent', 'Positive', 'TurnLimit',
            'WrittenTokens', 'AnswerTokens', 'Warmth', 'CheckFirst', 'Parallel', 'Price', 'KeyFile', 'Show', 'tasks',
-           'Folder', 'FilterPairs', 'TaskSet', 'MutantBudget', 'Draw', 'Hands', 'TASK_SET', 'pipeline', 'run', 'report',
-           'stats', 'draw', 'check_', 'family_', 'serve_', 'list_', 'show_', 'export_', 'evaluate_', 'compare',
-           'cheats', 'collect_', 'funnel_', 'mutants_', 'strengthen_', 'build_', 'fetch_', 'main']
+           'Folder', 'FilterPairs', 'TaskSet', 'MutantBudget', 'Draw', 'Hands', 'TASK_SET', 'cluster', 'pipeline',
+           'run', 'report', 'stats', 'draw', 'check_', 'family_', 'serve_', 'list_', 'show_', 'export_', 'evaluate_',
+           'compare', 'cheats', 'collect_', 'funnel_', 'mutants_', 'strengthen_', 'build_', 'fetch_', 'status_',
+           'plan_', 'main']
 
 # %% ../nbs/cli.ipynb #bf1db84f
 import os
@@ -940,6 +941,59 @@ def fetch_(
     for name, why in failed.items():
         print(f'{name}: {why}')
     if failed: raise typer.Exit(1)
+
+# %% ../nbs/cli.ipynb #95d08e54
+cluster = typer.Typer(rich_markup_mode='markdown', help='Runs of several processes.')
+app.add_typer(cluster, name='cluster')
+
+@cluster.command('status')
+def status_(
+    run: Annotated[str, typer.Argument(metavar='RUN|URL', help='The folder of a run, or the address of a gateway.')],
+    as_json: Annotated[bool, typer.Option('--json', help='The records as JSON.')] = False,
+    metrics: Annotated[bool, typer.Option('--metrics', help="Prometheus' text format.")] = False,
+    debug: Debug = False,
+):
+    """What each part of a run does, what it waits for and since when, its weights, its last error.
+
+    Examples:
+
+    `kat cluster status data/runs/tiny`
+
+    `kat cluster status http://127.0.0.1:8000 --json`
+    """
+    import json
+    from kat.core.io import UserError
+    from kat.cluster.status import gateway_status, metrics_text, run_status, status_table
+    if as_json and metrics: raise UserError('--json and --metrics: choose one')
+    if '://' in run:
+        if metrics: raise UserError(f'--metrics: a gateway has them at {run.rstrip("/")}/metrics')
+        found = gateway_status(run)
+        print(json.dumps(found, indent=1) if as_json else '\n'.join(f'{key}  {n:g}' for key, n in found.items()))
+        return
+    records = run_status(run)
+    if as_json or metrics: return print(metrics_text(records) if metrics else json.dumps(records, indent=1))
+    from rich.console import Console
+    Console(width=None if sys.stdout.isatty() else 220).print(status_table(records))
+
+# %% ../nbs/cli.ipynb #1dc41bb6
+@cluster.command('plan')
+def plan_(
+    setup: Annotated[str, typer.Argument(metavar='SETUP', help='laptop, gpu, gpus8, slurm4 or ray.')],
+    context: Annotated[int, typer.Option(help='Tokens of a sequence.', show_default="the setup's")] = None,
+    slots: Annotated[int, typer.Option(help='Sequences of one engine.', show_default="the setup's")] = None,
+    ranks: Annotated[int, typer.Option(help='Of the trainer.', show_default="the setup's")] = None,
+    debug: Debug = False,
+):
+    """What a setup would start where, and what each device would hold; nothing is started.
+
+    Example: `kat cluster plan gpus8 --context 65536`
+    """
+    from dataclasses import replace
+    from kat.core.io import UserError
+    from kat.cluster.setups import SETUPS, plan_lines
+    if setup not in SETUPS: raise UserError(f'{setup}: one of {", ".join(SETUPS)} expected')
+    changes = {name: n for name, n in dict(context=context, slots=slots, ranks=ranks).items() if n is not None}
+    print('\n'.join(plan_lines(replace(SETUPS[setup], **changes))))
 
 # %% ../nbs/cli.ipynb #c7c50529
 def main(

@@ -25,6 +25,7 @@ from ..core.io import UserError, one_line, need
 from ..core.types import GENERATED, Group, Trajectory
 from ..infer.requests import Completion, Request
 from ..infer.serving import HFAsyncEngine
+from ..cluster.parts import RunPart, mark_ended, read_parts
 from ..plane.gateway import Gateway
 from ..plane.loader import capacity, staleness
 from ..plane.manager import Manager, Session
@@ -162,6 +163,7 @@ class Stock:
     "The finished groups of a store, as their maker counts them."
     def __init__(self, store: Store, consumer: str = 'trainer'):
         self.store, self.consumer, self.cursor, self.oldest, self.keys = store, consumer, 0, {}, set()
+        self.waiting = 0
 
     def look(self, version: int, max_staleness: int) -> tuple[int, int]:
         "Groups given to the trainer, and groups that wait for it and are not too old. StoreError."
@@ -170,7 +172,8 @@ class Stock:
                 self.oldest[self.cursor] = 10**9 - staleness(group, 10**9)
                 self.keys.add(group.info['key'])
         given, cursor = _last_given(self.store, self.consumer)
-        return given, sum(at > cursor and version - oldest <= max_staleness for at, oldest in self.oldest.items())
+        self.waiting = sum(at > cursor and version - oldest <= max_staleness for at, oldest in self.oldest.items())
+        return given, self.waiting
 
 def _last_given(store: Store, consumer: str) -> tuple[int, int]:
     "Number and cursor of the last group that a consumer was given."
@@ -302,27 +305,22 @@ def _condition(making: Making) -> dict:
     if not engine.why and making.running:
         waits = f'{making.in_flight} episodes of {len(making.running)} groups'
     return dict(version=engine.version, fences=engine.fences, running=sorted(making.running),
-                episodes_in_flight=making.in_flight, waits_for=waits, **making.facts)
+                episodes_in_flight=making.in_flight, groups_waiting=making.stock.waiting, waits_for=waits,
+                **making.facts)
 
 # %% ../../nbs/recipe/13_async_rl.ipynb #bfcb3311
 def worker() -> None:
     "The rollout worker's process: `… FOLDER PARENT`, as `RolloutWorker` starts it."
     folder, parent = Path(sys.argv[1]), int(sys.argv[2])
-    state, life = folder/'worker.json', (read_json(folder/'worker.json', 'delete it') or {}).get('life', 0) + 1
-    said = {}
-    def tell(facts):
-        if facts.get('waits_for') != said.get('waits_for'):
-            facts = facts | dict(since=round(time.time(), 3))
-        if said | facts != said:
-            said.update(facts)
-            write_json(state, said)
-    tell(dict(life=life, pid=os.getpid(), error=None, waits_for='the model'))
-    try:
-        asyncio.run(_work(folder, life, tell, lambda: os.getppid() == parent))
-    except BaseException as error:
-        traceback.print_exc()
-        tell(dict(error=one_line(error) or type(error).__name__, user=isinstance(error, UserError)))
-        raise SystemExit(1) from None
+    was = next((part for part in read_parts(folder) if part['part'] == 'rollout'), {})
+    with RunPart(folder, 'rollout', life=was.get('life', 0) + 1, waits_for='the model') as part:
+        try:
+            asyncio.run(_work(folder, part.record['life'], lambda facts: part.tell(**facts),
+                              lambda: os.getppid() == parent))
+        except BaseException as error:
+            traceback.print_exc()
+            part.tell(error=one_line(error) or type(error).__name__, user=isinstance(error, UserError))
+            raise SystemExit(1) from None
 
 async def _work(folder: Path, life: int, tell, on) -> None:
     torch.set_num_threads(max(1, int(os.environ.get('OMP_NUM_THREADS', '1'))))
@@ -352,25 +350,30 @@ class RolloutWorker:
         restarts: int = 3,         # of a worker that was killed, without a group in between
     ):
         self.folder, self.hold, self.group_s, self.restarts = Path(folder), hold, group_s, restarts
-        self.process, self.deaths, self.waiting_s = None, 0, 0.
+        self.process, self.deaths, self.waiting_s, self.since = None, 0, 0., None
+        self.part = RunPart(self.folder, 'trainer')
         self.folder.mkdir(parents=True, exist_ok=True)
         _settled(self.folder/'play.json', asdict(play))
 
     def __enter__(self):
-        self.heard()
+        self.part.__enter__()
         self.start()
         return self
-    def __exit__(self, *_):
+    def __exit__(self, *failed):
         _end(self.process)
+        mark_ended(self.folder, 'rollout', self.process.pid)
+        self.part.__exit__(*failed)
 
     def start(self) -> None:
         self.process = _started(self)
     def state(self) -> dict:
-        return read_json(self.folder/'worker.json', 'delete it') or {}
+        "What the worker last said."
+        return next((part for part in read_parts(self.folder) if part['part'] == 'rollout'), {})
 
-    def heard(self) -> None:
-        "A group has come."
+    def heard(self, **facts) -> None:
+        "A group has come; what the trainer says of itself."
         self.deaths, self.since = 0, None   # since: waiting for the next one, where the trainer does
+        self.part.tell(waits_for=None, waited_s=round(self.waiting_s, 1), **facts)
 
     def wait(self) -> bool:
         "For a `Loader` without a group: go on waiting? RuntimeError at the deadline says what for."
@@ -406,6 +409,7 @@ def _wait(worker: RolloutWorker) -> bool:
     "Look after the worker, and let a tenth of a second go by."
     _look_after(worker)
     worker.since = worker.since or time.monotonic()
+    worker.part.tell(waits_for='a finished group', deadline_s=worker.group_s)
     if time.monotonic() > worker.since + worker.group_s:
         state = worker.state()
         raise RuntimeError(f'no finished group for {worker.group_s:g} s; the rollout worker waits for '
@@ -436,7 +440,7 @@ def arriving(
 ) -> Iterator[tuple[int, Group]]:   # number, group
     "Finished groups as the trainer takes them."
     for group in loader:
-        worker.heard()
+        worker.heard(version=loader.version(), groups_taken=len(loader.ages), groups_dropped=loader.dropped)
         yield int(group.info['key'][1:]), as_played(group)
 
 # %% ../../nbs/recipe/13_async_rl.ipynb #132289e0

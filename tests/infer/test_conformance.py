@@ -20,7 +20,7 @@ from transformers import AutoTokenizer, Qwen3Config, Qwen3ForCausalLM
 
 from kat.compute.logprob import flat_logprobs
 from kat.infer.requests import Request
-from kat.infer.partial import sync_weights
+from kat.infer.partial import renew
 from kat.infer.serving import HFAsyncEngine
 from kat.infer.vllm import VLLMEngine, write_model
 
@@ -338,7 +338,7 @@ def test_new_weights_midway(door):
             rs = [Request(p, 200 + 9*i, seed=i, session=str(i)) for i, p in enumerate(prompts(10, 30, 20))]
             answers = await door.start(e, *rs, hold=12, hear=hear)
             await fifth.wait()
-            await sync_weights([e], new, version=1)
+            await renew(e, new, version=1)
             assert e.version == 1
             for r, c in zip(rs, await asyncio.gather(*answers)):
                 assert len(c.ids) == r.max_tokens and c.version == 1 and set(c.versions) == {0, 1}

@@ -13,7 +13,7 @@ from kat.compute.logprob import flat_logprobs
 from kat.infer import engines
 from kat.infer.engines import HFEngine
 from kat.infer.requests import Completion, Request, StopStrings
-from kat.infer.partial import PartialRollout, Publisher
+from kat.infer.partial import PartialRollout, renew
 from kat.infer.serving import EngineClosed, HFAsyncEngine
 
 V = 64
@@ -289,22 +289,22 @@ def test_event_loops_come_and_go(model):
 
 # ---------------------------------------------------------------- partial rollout
 
-def test_a_trainer_publishes_from_its_thread(model):
+def test_an_engine_never_goes_on_with_old_weights(model):
+    "what fails leaves it paused, also for those who come later; the next good weights let it go on"
     async def go():
-        es, new = [HFAsyncEngine(model, max_len=256, slots=2) for _ in range(2)], make(1)
-        publish = Publisher(es, asyncio.get_running_loop())
-        with pytest.raises(RuntimeError, match='event loop'):
-            publish(new, 1)
-        answers = [asyncio.create_task(e.generate(Request([1, 2, 3], 80, seed=0))) for e in es]
-        await asyncio.to_thread(publish, new, 1)
-        assert [e.version for e in es] == [1, 1] and not any(e.paused for e in es)
-        assert all(len(c.ids) == 80 for c in await asyncio.gather(*answers))
+        e, new = HFAsyncEngine(model, max_len=256, slots=2), make(1)
+        early = asyncio.create_task(e.generate(Request([1, 2, 3], 80, seed=0)))
         bad = {k: v for k, v in model.state_dict().items() if k != 'model.norm.weight'}
         with pytest.raises(ValueError, match='norm.weight'):
-            await asyncio.to_thread(publish, bad, 2)
-        assert not any(e.paused for e in es) and [e.version for e in es] == [1, 1]
-        for e in es:
-            await e.close()
+            await renew(e, bad, 1)
+        late = asyncio.create_task(e.generate(Request([1, 2, 3], 80, seed=1)))
+        for _ in range(20):
+            await asyncio.sleep(0)
+        assert e.paused and e.version == 0 and not early.done() and not late.done()
+        await renew(e, new, 2)
+        assert [len(c.ids) for c in await asyncio.gather(early, late)] == [80, 80]
+        assert set((await late).versions) == {2} and e.version == 2
+        await e.close()
     run(go())
 
 class Cuts:

@@ -1,15 +1,17 @@
 "Weights as folders: whole or not there, none kept too long; an engine has the newest or writes nothing"
 import asyncio
 import resource
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
+import torch
 from rl_world import tiny
 
 from kat.core.io import UserError
 from kat.infer.requests import Request
 from kat.infer.serving import HFAsyncEngine
-from kat.recipe.weights import PulledEngine, WeightsFolder
+from kat.recipe.weights import PulledEngine, PulledEngines, WeightsFolder
 
 
 def files(weights):
@@ -152,3 +154,67 @@ def test_weights_of_another_shape_fence(tmp_path):
         assert not await engine.pull() and 'do not fit' in engine.why
         await engine.close()
     asyncio.run(main())
+
+
+def test_two_engines_of_a_process_load_at_the_same_time(tmp_path):
+    weights, model = WeightsFolder(tmp_path), tiny(0)
+    weights.publish(model, 0)
+    with ThreadPoolExecutor(2) as pool:
+        for loaded in pool.map(weights.load, [0] * 12):
+            there = loaded.state_dict()
+            assert all(torch.equal(value, there[name]) for name, value in model.state_dict().items())
+
+
+def hung():
+    "an engine's update that never answers"
+    async def never(*_):
+        await asyncio.Event().wait()
+    return never
+
+
+@pytest.mark.parametrize('way', ['refuses', 'hangs'])
+def test_answers_of_a_fenced_engine_go_on_at_another(tmp_path, way):
+    async def go():
+        weights = WeightsFolder(tmp_path)
+        weights.publish(tiny(0), 0)
+        pool = PulledEngines({name: pulled(weights, update_s=5.) for name in 'ab'})
+        assert await pool.pull() and pool.version == 0
+        heard, enough = {seed: [] for seed in range(4)}, asyncio.Event()
+        def hear(seed):
+            def one(token, *rest):
+                heard[seed].append(token)
+                if sum(map(len, heard.values())) == 8:
+                    enough.set()
+            return one
+        asked = [asyncio.ensure_future(pool.generate(Request([1, 2], 60, seed=seed), hear(seed))) for seed in heard]
+        await enough.wait()
+        good = pool.engines['a'].engine.update_weights
+        async def refuse(model, version):
+            raise ConnectionError('gone')
+        pool.engines['a'].update_s = 1.
+        pool.engines['a'].engine.update_weights = refuse if way == 'refuses' else hung()
+        weights.publish(tiny(1), 1)
+        assert await pool.pull()   # one of them did
+        done = await asyncio.gather(*asked)
+        assert [len(one.ids) for one in done] == [60] * 4 and pool.moved == 2 and pool.fences == 1
+        assert [one.ids.tolist() for one in done] == [*heard.values()]
+        assert not pool.engines['a'].open.is_set() and pool.engines['a'].engine.paused
+        assert ('gone' if way == 'refuses' else 'no answer within 1 s') in pool.engines['a'].why
+        late = await pool.generate(Request([1, 2], 5, seed=9))
+        assert set(late.versions) == {1} and pool.version == 1 and pool.why is None
+        pool.engines['a'].update_s, pool.engines['a'].engine.update_weights = 5., good
+        assert await pool.pull() and pool.engines['a'].open.is_set() and pool.engines['a'].version == 1
+        await pool.close()
+    asyncio.run(go())
+
+
+def test_no_engine_left_is_said_at_the_deadline(tmp_path):
+    async def go():
+        pool = PulledEngines({name: pulled(WeightsFolder(tmp_path)) for name in 'ab'}, closed_s=.05)
+        assert not await pool.pull()
+        with pytest.raises(RuntimeError, match=r'waited 0.05 s for any of 2 engines.*a: no weights.*b: no weights'):
+            await pool.generate(Request([1], 4))
+        await pool.close()
+    asyncio.run(go())
+    with pytest.raises(ValueError, match='at least one'):
+        PulledEngines({})
