@@ -24,8 +24,24 @@ def began(pid: int) -> int | None:   # None: there is no such process, or only i
         return None
     return None if fields[0] in 'ZX' else int(fields[19])
 
+# %% ../../nbs/cluster/12_parts.ipynb #a6cf88e2
+class _Record:
+    "What a part says of itself, in a file."
+    def tell(self, **facts) -> None:
+        "Write down what has changed. `waits_for=None`: it is at work. OSError."
+        if all(self.record.get(key, self) == value for key, value in facts.items()): return
+        if facts.get('waits_for', self.record['waits_for']) != self.record['waits_for']:
+            facts = dict(deadline_s=None) | facts | dict(since=round(time.time(), 3))
+        with self.lock:
+            self.record |= facts
+        self.write()
+    def write(self) -> None:
+        with self.lock, atomic(self.path) as tmp:
+            tmp.write_text(json.dumps(self.record | dict(beat=round(time.time(), 3)), ensure_ascii=False))
+
+
 # %% ../../nbs/cluster/12_parts.ipynb #a6cf88e3
-class RunPart:
+class RunPart(_Record):
     "This process's record in `folder/parts`, for as long as the block runs. *Own design.*"
     def __init__(self,
         folder,               # of the run, or of a stage in it
@@ -35,7 +51,8 @@ class RunPart:
     ):
         self.path, self.every = Path(folder)/'parts'/f'{name}.json', every
         self.record = dict(part=name, host=socket.gethostname(), pid=os.getpid(), began=began(os.getpid()), every=every,
-                           state='runs', waits_for=None, since=round(time.time(), 3), deadline_s=None, error=None) | facts
+                           state='runs', waits_for=None, since=round(time.time(), 3), deadline_s=None,
+                           error=None) | facts
         self.lock, self.over = threading.Lock(), threading.Event()
         self.thread = threading.Thread(target=_beat, args=(self,), daemon=True)
 
@@ -50,19 +67,9 @@ class RunPart:
         said = self.record['error'] or (f'{kind.__name__}: {one_line(error)}' if failed else None)
         self.tell(state='failed' if said else 'ended', error=said, waits_for=None)
 
-    def tell(self, **facts) -> None:
-        "Write down what has changed. `waits_for=None`: it is at work. OSError."
-        if all(self.record.get(key, self) == value for key, value in facts.items()): return
-        if facts.get('waits_for', self.record['waits_for']) != self.record['waits_for']:
-            facts = dict(deadline_s=None) | facts | dict(since=round(time.time(), 3))
-        with self.lock:
-            self.record |= facts
-        self.write()
-    def write(self) -> None:
-        with self.lock, atomic(self.path) as tmp:
-            tmp.write_text(json.dumps(self.record | dict(beat=round(time.time(), 3)), ensure_ascii=False))
 
-def _beat(part: RunPart) -> None:
+# %% ../../nbs/cluster/12_parts.ipynb #a6cf88e4
+def _beat(part: _Record) -> None:
     "Until the block ends. A beat that can't be written is left out: readers see silence, and the run goes on."
     while not part.over.wait(part.every):
         try:

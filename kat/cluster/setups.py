@@ -25,9 +25,10 @@ def model_size(name: str) -> Size:
     from transformers import Qwen3Config
     if name not in MODELS: raise UserError(f'model={name}: one of {", ".join(MODELS)} expected')
     hidden, inner, layers, heads, shared, size, vocab, tied = MODELS[name]
-    return memory_size(Qwen3Config(hidden_size=hidden, intermediate_size=inner, num_hidden_layers=layers, vocab_size=vocab,
-                               num_attention_heads=heads, num_key_value_heads=shared, head_dim=size,
-                               tie_word_embeddings=tied))
+    shape = dict(hidden_size=hidden, intermediate_size=inner, num_hidden_layers=layers, vocab_size=vocab, head_dim=size,
+                 num_attention_heads=heads, num_key_value_heads=shared, tie_word_embeddings=tied)
+    return memory_size(Qwen3Config(**shape))
+
 
 # %% ../../nbs/cluster/15_setups.ipynb #d0845a4e
 @dataclass(frozen=True)

@@ -339,8 +339,24 @@ async def _work(folder: Path, life: int, tell, on) -> None:
         await engine.close()
         store.close()
 
+# %% ../../nbs/recipe/13_async_rl.ipynb #10a9eaa7
+class _Talk:
+    "What the trainer hears of its worker, and says of itself."
+    def state(self) -> dict:
+        "What the worker last said."
+        return next((part for part in read_parts(self.folder) if part['part'] == 'rollout'), {})
+
+    def heard(self, **facts) -> None:
+        "A group has come; what the trainer says of itself."
+        self.deaths, self.since = 0, None   # since: waiting for the next one, where the trainer does
+        self.part.tell(waits_for=None, waited_s=round(self.waiting_s, 1), **facts)
+
+    def wait(self) -> bool:
+        "For a `Loader` without a group: go on waiting? RuntimeError at the deadline says what for."
+        return _wait(self)
+
 # %% ../../nbs/recipe/13_async_rl.ipynb #10a9eaa8
-class RolloutWorker:
+class RolloutWorker(_Talk):
     "A worker process for as long as the block runs. UserError where the folder was made for something else."
     def __init__(self,
         folder,                    # shared with the worker; the caller holds its lock
@@ -366,18 +382,7 @@ class RolloutWorker:
 
     def start(self) -> None:
         self.process = _started(self)
-    def state(self) -> dict:
-        "What the worker last said."
-        return next((part for part in read_parts(self.folder) if part['part'] == 'rollout'), {})
 
-    def heard(self, **facts) -> None:
-        "A group has come; what the trainer says of itself."
-        self.deaths, self.since = 0, None   # since: waiting for the next one, where the trainer does
-        self.part.tell(waits_for=None, waited_s=round(self.waiting_s, 1), **facts)
-
-    def wait(self) -> bool:
-        "For a `Loader` without a group: go on waiting? RuntimeError at the deadline says what for."
-        return _wait(self)
 
 # %% ../../nbs/recipe/13_async_rl.ipynb #99a8efdd
 def _started(worker: RolloutWorker) -> subprocess.Popen:
