@@ -8,6 +8,7 @@ __all__ = ['Bad', 'detect', 'import_log']
 # %% ../../nbs/core/14_logs.ipynb #d9e5c19f
 import json
 import zipfile
+import zlib
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -306,6 +307,18 @@ def _whole(path, data: bytes) -> Iterator[tuple[str, dict]]:
         whole = dict(messages=whole)
     yield from ((f'{path}[{i}]', x) for i, x in enumerate(whole if isinstance(whole, list) else [whole]))
 
+_ZSTD = 93  # zip's number for it; Python's zipfile can't unpack it, Arrow can
+
+def _member(file: zipfile.ZipFile, name: str) -> bytes:
+    "A file of a zip, also one that is packed with zstd."
+    info = file.getinfo(name)
+    if info.compress_type != _ZSTD: return file.read(name)
+    import pyarrow
+    file.fp.seek(info.header_offset + 26)
+    skip = sum(int.from_bytes(file.fp.read(2), 'little') for _ in range(2))  # lengths of its name and its extra field
+    file.fp.seek(info.header_offset + 30 + skip)
+    return pyarrow.CompressedInputStream(pyarrow.BufferReader(file.fp.read(info.compress_size)), 'zstd').read()
+
 def _parquet(path) -> Iterator[tuple[str, dict]]:
     "The rows of a table."
     import pyarrow
@@ -323,11 +336,11 @@ def _zipped(path) -> Iterator[tuple[str, dict]]:
         with zipfile.ZipFile(path) as file:
             names = file.namelist()
             if 'header.json' not in names: raise ValueError(f'{path}: a zip without header.json; an .eval file has one')
-            header = loads(file.read('header.json'))
+            header = loads(_member(file, 'header.json'))
             members = [name for name in names if name.startswith('samples/') and name.endswith('.json')]
             for name in sorted(members):
-                yield f'{path}/{name}', dict(eval=header.get('eval'), samples=[loads(file.read(name))])
-    except (zipfile.BadZipFile, NotImplementedError, EOFError) as error:
+                yield f'{path}/{name}', dict(eval=header.get('eval'), samples=[loads(_member(file, name))])
+    except (zipfile.BadZipFile, zlib.error, NotImplementedError, EOFError, OSError) as error:
         raise ValueError(f'{path}: a zip that cannot be read ({error})') from None
 
 # %% ../../nbs/core/14_logs.ipynb #8957ee4c
