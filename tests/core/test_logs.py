@@ -12,7 +12,8 @@ from kat.core.logs import detect, import_log
 LOGS = Path(__file__).parents[2]/'data'/'trajectories'
 ASK, DONE = dict(role='user', content='list'), dict(role='assistant', content='One file.')
 CALL = dict(id='c', type='function', function=dict(name='sh', arguments=dict(cmd='ls')))
-TALK = [ASK, dict(role='assistant', content='', tool_calls=[CALL]), dict(role='tool', tool_call_id='c', content='a.py'), DONE]
+TALK = [ASK, dict(role='assistant', content='', tool_calls=[CALL]),
+        dict(role='tool', tool_call_id='c', content='a.py'), DONE]
 
 
 def text(kind, said): return [dict(type=kind, text=said)]
@@ -39,7 +40,7 @@ FORMATS = {
         dict(role='tool', id='u', content='x', requestor='user'),
         dict(role='assistant', content=None, tool_calls=[dict(id='c', name='sh', arguments=dict(cmd='ls'))]),
         dict(role='tool', id='c', content='a.py', requestor='assistant'), DONE])])],
-    'inspect': [dict(version=2, eval=dict(task='t'), samples=[dict(id=1, epoch=1, scores=dict(a=dict(value='C')), messages=[
+    'inspect': [dict(version=2, eval=dict(task='t'), samples=[dict(id=1, scores=dict(a=dict(value='C')), messages=[
         ASK, dict(role='assistant', content='', tool_calls=[dict(id='c', function='sh', arguments=dict(cmd='ls'))]),
         dict(role='tool', tool_call_id='c', function='sh', content='a.py'), DONE])])],
     'atif': [dict(schema_version='ATIF-v1.5', session_id='s', agent=dict(name='a'), steps=[
@@ -54,8 +55,8 @@ FORMATS = {
               codex(type='function_call_output', call_id='c', output='a.py'),
               codex(type='message', role='assistant', content=text('output_text', 'One file.'))],
     'openhands': [dict(kind='MessageEvent', source='user', llm_message=dict(role='user', content=text('text', 'list'))),
-                  dict(kind='ActionEvent', source='agent', thought=[], tool_name='sh', tool_call_id='c', llm_response_id='r',
-                       tool_call=dict(id='c', name='sh', arguments='{"cmd": "ls"}')),
+                  dict(kind='ActionEvent', source='agent', thought=[], tool_name='sh', tool_call_id='c',
+                       llm_response_id='r', tool_call=dict(id='c', name='sh', arguments='{"cmd": "ls"}')),
                   dict(kind='ObservationEvent', source='environment', tool_call_id='c',
                        observation=dict(content=text('text', 'a.py'))),
                   dict(kind='MessageEvent', source='agent',
@@ -103,9 +104,9 @@ def test_a_cut_file_is_read_or_refused_in_a_line(tmp_path, kind, cut):
             assert str(error).startswith(str(file)) and '\n' not in str(error)
 
 
+KEYS = st.sampled_from(['type', 'text', 'name', 'function', 'arguments', 'id'])
 JSON = st.recursive(st.none() | st.booleans() | st.integers() | st.text(max_size=5), lambda inner: st.lists(
-    inner, max_size=3) | st.dictionaries(st.sampled_from(['type', 'text', 'name', 'function', 'arguments', 'id']), inner,
-                                         max_size=3), max_leaves=6)
+    inner, max_size=3) | st.dictionaries(KEYS, inner, max_size=3), max_leaves=6)
 FIELDS = ['role', 'content', 'tool_calls', 'function_call', 'refusal', 'reasoning', 'tool_call_id', 'weight']
 ROWS = st.lists(JSON | st.dictionaries(st.sampled_from(FIELDS), JSON | st.sampled_from(
     ['user', 'assistant', 'tool', 'developer']), max_size=5), max_size=4)
