@@ -269,7 +269,7 @@ def import_(
     print(f'{_near(out)}: conversations {n}')
     _tell_left_out(bad, skipped)
 
-
+# %% ../nbs/cli.ipynb #10a50001
 @logs.command('export')
 def export_logs(
     files: LogFiles,

@@ -114,8 +114,8 @@ def _sdk_event(event: dict, turns: _Turns, seen: Counter, replies: set):
         turns.open = turns.open and response in replies
         replies.add(response)
         arguments = call.get('arguments') or (call.get('function') or {}).get('arguments')
-        turns.answer(_said(event.get('thought')), _call_of(event.get('tool_name'), arguments, event.get('tool_call_id')),
-                     event.get('reasoning_content') or '')
+        made = _call_of(event.get('tool_name'), arguments, event.get('tool_call_id'))
+        turns.answer(_said(event.get('thought')), made, event.get('reasoning_content') or '')
     elif kind in ('ObservationEvent', 'AgentErrorEvent', 'UserRejectObservation'):
         said = event.get('observation') or event.get('error') or event.get('rejection_reason')
         failed = dict(event='error') if kind == 'AgentErrorEvent' else {}

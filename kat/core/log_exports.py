@@ -33,7 +33,8 @@ def _open_message(message: dict, context: bool, lost: Counter) -> dict:
     out = {k: v for k, v in message.items() if k not in ('tool_calls', 'event')}
     if message.get('event'): lost['event of a message'] += 1
     if calls := message.get('tool_calls'):
-        text = lambda call: call['function'] | dict(arguments=json.dumps(call['function']['arguments'], ensure_ascii=False))
+        written = lambda call: json.dumps(call['function']['arguments'], ensure_ascii=False)
+        text = lambda call: call['function'] | dict(arguments=written(call))
         out['tool_calls'] = [call | dict(function=text(call)) for call in calls]
     return out | (dict(weight=0) if context else {})
 

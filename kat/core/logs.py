@@ -309,6 +309,7 @@ def _whole(path, data: bytes) -> Iterator[tuple[str, dict]]:
 
 _ZSTD = 93  # zip's number for it; Python's zipfile can't unpack it, Arrow can
 
+# %% ../../nbs/core/14_logs.ipynb #a10c0001
 def _member(file: zipfile.ZipFile, name: str) -> bytes:
     "A file of a zip, also one that is packed with zstd."
     info = file.getinfo(name)
@@ -330,6 +331,7 @@ def _parquet(path) -> Iterator[tuple[str, dict]]:
     except (pyarrow.ArrowException, OSError) as error:
         raise ValueError(f'{path}: not Parquet, or cut off ({" ".join(str(error).split())[:80]})') from None
 
+# %% ../../nbs/core/14_logs.ipynb #a10c0002
 def _zipped(path) -> Iterator[tuple[str, dict]]:
     "An Inspect log (.eval): its samples, each with the header's `eval`."
     try:
@@ -371,7 +373,8 @@ def _is_codex(record: dict) -> bool:
     return isinstance(record.get('type'), str) and isinstance(record.get('payload'), dict) or old
 
 _TELL = {'swe-agent': _is_list('trajectory'), 'tau-bench': _is_list('traj'), 'kat': _is_list('messages', 'calls'),
-         'mini-swe-agent': _is_mini, 'inspect': _is_inspect, 'openai': _is_list('messages'), 'tau2': _is_list('simulations'),
+         'mini-swe-agent': _is_mini, 'inspect': _is_inspect, 'openai': _is_list('messages'),
+         'tau2': _is_list('simulations'),
          'sharegpt': _is_list('conversations'), 'trl': _is_list('prompt', 'completion'),
          'atif': lambda record: _is_list('steps')(record) and isinstance(record.get('schema_version'), str),
          'codex': _is_codex, 'openhands': _is_event, 'stream-json': _is_stream, 'claude-code': _is_claude}
@@ -388,12 +391,13 @@ def detect(
     path,                     # a log: .traj, .json, .jsonl, .eval or .parquet
     bad: Bad | None = None,   # damaged lines before the first object are noted here; None: they raise
 ) -> str:                     # one of `import_log`'s formats
-    "Which agent wrote this log? Seen from its first object. ValueError when none of the known ones did, or several could."
+    "Which agent wrote this log? Seen from its first object. ValueError when no known one did, or several could."
     for where, record in _objects(path, bad):
         kinds = _kinds(record)
         if len(kinds) == 1: return kinds[0]
         fields = ', '.join(map(str, list(record)[:8]))
-        if kinds: raise ValueError(f'{where}: can be {" or ".join(kinds)}; say which with --format; its fields: {fields}')
+        if kinds:
+            raise ValueError(f'{where}: can be {" or ".join(kinds)}; say which with --format; its fields: {fields}')
         raise ValueError(f'{where}: not a log of SWE-agent, tau-bench, OpenAI messages or Claude Code, nor of '
                          f'{", ".join(kind for kind in _TELL if kind not in _FIRST)}; its fields: {fields}')
     raise ValueError(f'{path}: an empty list, or nothing in it that could be read')

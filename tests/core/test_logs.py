@@ -28,15 +28,18 @@ def use(block): return dict(type='assistant', session_id='s', message=dict(role=
 BLOCK = dict(type='tool_use', id='c', name='sh', input=dict(cmd='ls'))
 RESULT = dict(type='tool_result', tool_use_id='c', content='a.py')
 FORMATS = {
-    'openai': [dict(messages=[ASK, dict(role='assistant', content=[BLOCK]), dict(role='user', content=[RESULT]), DONE])],
+    'openai': [dict(messages=[ASK, dict(role='assistant', content=[BLOCK]),
+                              dict(role='user', content=[RESULT]), DONE])],
     'mini-swe-agent': [dict(trajectory_format='mini-swe-agent-1.1', info={}, messages=[
         *TALK, dict(role='exit', content='')])],
     'trl': [dict(prompt=TALK[:1], completion=TALK[1:])],
     'sharegpt': [dict(conversations=[
-        {'from': 'human', 'value': 'list'}, {'from': 'function_call', 'value': '{"name": "sh", "arguments": {"cmd": "ls"}}'},
+        {'from': 'human', 'value': 'list'},
+        {'from': 'function_call', 'value': '{"name": "sh", "arguments": {"cmd": "ls"}}'},
         {'from': 'observation', 'value': 'a.py'}, {'from': 'gpt', 'value': 'One file.'}])],
     'tau2': [dict(info={}, simulations=[dict(task_id='1', reward_info=dict(reward=1.0), messages=[
-        ASK, dict(role='user', content=None, tool_calls=[dict(id='u', name='look', arguments={}, requestor='user')]),
+        ASK,
+        dict(role='user', content=None, tool_calls=[dict(id='u', name='look', arguments={}, requestor='user')]),
         dict(role='tool', id='u', content='x', requestor='user'),
         dict(role='assistant', content=None, tool_calls=[dict(id='c', name='sh', arguments=dict(cmd='ls'))]),
         dict(role='tool', id='c', content='a.py', requestor='assistant'), DONE])])],

@@ -20,7 +20,8 @@ from minisweagent.models.test_models import (DeterministicModel, DeterministicTo
                                              make_toolcall_output)
 last = 'echo COMPLETE_TASK_AND_SUBMIT_FINAL_OUTPUT && echo ok'
 told = dict(system_template='You help.', instance_template='Task: {{task}}')
-call = lambda name, text: [dict(id=name, type='function', function=dict(name='bash', arguments='{"command": "%s"}' % text))]
+bash = lambda text: dict(name='bash', arguments='{"command": "%s"}' % text)
+call = lambda name, text: [dict(id=name, type='function', function=bash(text))]
 does = lambda name, text: [dict(command=text, tool_call_id=name)]
 plain = [make_output('I look', [dict(command='echo hi')]), make_output('done', [dict(command=last)])]
 tools = [make_toolcall_output('I look', call('c1', 'echo hi'), does('c1', 'echo hi')),
@@ -59,7 +60,8 @@ for form in ('eval', 'json'):
     said = [ModelOutput.for_tool_call('mockllm/model', 'add', dict(x=1, y=2)),
             ModelOutput.from_content('mockllm/model', 'It is 3')]
     task = Task(dataset=[Sample(input='1+2?', target='3')], solver=[use_tools(add()), generate()], scorer=includes())
-    eval(task, model=get_model('mockllm/model', custom_outputs=said), log_format=form, log_dir='inspect', display='none')
+    model = get_model('mockllm/model', custom_outputs=said)
+    eval(task, model=model, log_format=form, log_dir='inspect', display='none')
 '''
 
 
