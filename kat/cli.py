@@ -243,10 +243,12 @@ def _read_logs(files: list[Path], form: str|None, bad: list|None, skipped):
 
 def _tell_left_out(bad: list|None, skipped):
     "Print what was left out: by kind, and the first few bad records."
-    for kind, n in sorted(skipped.items()): print(f'  left out: {kind} {n}')
+    for kind, n in sorted(skipped.items()):
+        print(f'  left out: {kind} {n}')
     if not bad: return
     print(f'  bad records: {len(bad)}')
-    for where, why in bad[:3]: print(f'    {where}: {why}')
+    for where, why in bad[:3]:
+        print(f'    {where}: {why}')
 
 # %% ../nbs/cli.ipynb #10a50003
 @logs.command('import')
@@ -269,7 +271,7 @@ def import_(
     print(f'{_near(out)}: conversations {n}')
     _tell_left_out(bad, skipped)
 
-# %% ../nbs/cli.ipynb #10a50001
+# %% ../nbs/cli.ipynb #e195438a
 @logs.command('export')
 def export_logs(
     files: LogFiles,
@@ -289,7 +291,8 @@ def export_logs(
     with _mendable():
         n, lost = export_log(out, _read_logs(files, form, bad, skipped), to)
     print(f'{_near(out)}: records {n}')
-    for kind, count in sorted(lost.items()): print(f'  no place in {to}: {kind} {count}')
+    for kind, count in sorted(lost.items()):
+        print(f'  no place in {to}: {kind} {count}')
     _tell_left_out(bad, skipped)
 
 # %% ../nbs/cli.ipynb #2d0abcae

@@ -17,7 +17,8 @@ EventLines = list[tuple[str, dict]]
 # %% ../../nbs/core/13_log_events.ipynb #8d82a33d
 class _Turns:
     "Messages of a stream: pieces of one answer are joined until something else is said."
-    def __init__(self): self.rows, self.open = [], False
+    def __init__(self):
+        self.rows, self.open = [], False
 
     def answer(self, text='', call=None, thought=''):
         "A piece of the model's answer."
@@ -39,7 +40,8 @@ def _call_of(name, arguments, call_id) -> dict:
 
 def _said(content) -> str:
     "The text of content, whatever its form."
-    if isinstance(content, dict): content = content.get('content') or content.get('text') or ''
+    if isinstance(content, dict):
+        content = content.get('content') or content.get('text') or ''
     if content is None or isinstance(content, str): return content or ''
     return ''.join(block if isinstance(block, str) else block.get('text') or f'[{block.get("type")}]'
                    for block in content)
@@ -54,29 +56,37 @@ def read_codex(lines: EventLines) -> Iterator[Conversation]:
         if kind == 'session_meta':
             name = str(item.get('id') or name)
             base = item.get('base_instructions') or item.get('instructions')
-            if base: turns.other(dict(role='system', content=_said(base)))
+            if base:
+                turns.other(dict(role='system', content=_said(base)))
         elif kind == 'compacted':
             seen['compaction'] += 1
-            if turns.rows: yield list_conversation(f'{name}/{part}', turns.rows, 'codex', seen=seen)
+            if turns.rows:
+                yield list_conversation(f'{name}/{part}', turns.rows, 'codex', seen=seen)
             seen, turns, part = Counter(), _compacted(item), part + 1
-        elif kind == 'response_item': _codex_item(item, turns, seen, where)
-        else: seen[str(kind)] += 1
+        elif kind == 'response_item':
+            _codex_item(item, turns, seen, where)
+        else:
+            seen[str(kind)] += 1
     yield list_conversation(f'{name}/{part}' if part else name, turns.rows, 'codex', seen=seen)
 
 def _compacted(item: dict) -> _Turns:
     "What the history is after a compaction."
     turns = _Turns()
     for row in item.get('replacement_history') or [dict(role='user', content=item.get('message'))]:
-        if row.get('type', 'message') == 'message': turns.other(dict(role=row['role'], content=_said(row['content'])))
+        if row.get('type', 'message') == 'message':
+            turns.other(dict(role=row['role'], content=_said(row['content'])))
     return turns
 
 # %% ../../nbs/core/13_log_events.ipynb #7df1fc6e
 def _codex_item(item: dict, turns: _Turns, seen: Counter, where: str):
     "Add one item of the Responses API."
     kind = item.get('type')
-    if kind == 'message' and item.get('role') == 'assistant': turns.answer(_said(item.get('content')))
-    elif kind == 'message': turns.other(dict(role=item.get('role'), content=_said(item.get('content'))))
-    elif kind == 'function_call': turns.answer(call=_call_of(item['name'], item.get('arguments'), item.get('call_id')))
+    if kind == 'message' and item.get('role') == 'assistant':
+        turns.answer(_said(item.get('content')))
+    elif kind == 'message':
+        turns.other(dict(role=item.get('role'), content=_said(item.get('content'))))
+    elif kind == 'function_call':
+        turns.answer(call=_call_of(item['name'], item.get('arguments'), item.get('call_id')))
     elif kind == 'custom_tool_call':
         turns.answer(call=_call_of(item['name'], dict(input=item.get('input')), item.get('call_id')))
     elif kind == 'local_shell_call':
@@ -85,17 +95,22 @@ def _codex_item(item: dict, turns: _Turns, seen: Counter, where: str):
         turns.other(dict(role='tool', tool_call_id=item.get('call_id'), content=_said(item.get('output'))))
     elif kind == 'reasoning':
         thought = _said(item.get('content')) or _said(item.get('summary'))
-        if thought: turns.answer(thought=thought)
-        else: seen['encrypted reasoning'] += 1
-    else: seen[str(kind)] += 1
+        if thought:
+            turns.answer(thought=thought)
+        else:
+            seen['encrypted reasoning'] += 1
+    else:
+        seen[str(kind)] += 1
 
 # %% ../../nbs/core/13_log_events.ipynb #726153f1
 def read_openhands(lines: EventLines, name: str = 'openhands') -> Iterator[Conversation]:
     "The conversation of OpenHands' events, old or new."
     seen, turns, replies = Counter(), _Turns(), set()
     for _, event in lines:
-        if 'kind' in event: _sdk_event(event, turns, seen, replies)
-        else: _old_event(event, turns, seen, replies)
+        if 'kind' in event:
+            _sdk_event(event, turns, seen, replies)
+        else:
+            _old_event(event, turns, seen, replies)
     yield list_conversation(name, turns.rows, 'openhands', seen=seen)
 
 def _sdk_event(event: dict, turns: _Turns, seen: Counter, replies: set):
@@ -108,7 +123,8 @@ def _sdk_event(event: dict, turns: _Turns, seen: Counter, replies: set):
         if message.get('role') == 'assistant':
             turns.open = False
             turns.answer(_said(message.get('content')), thought=message.get('reasoning_content') or '')
-        else: turns.other(dict(role=message.get('role'), content=_said(message.get('content'))))
+        else:
+            turns.other(dict(role=message.get('role'), content=_said(message.get('content'))))
     elif kind == 'ActionEvent':
         response, call = event.get('llm_response_id'), event.get('tool_call') or {}
         turns.open = turns.open and response in replies
@@ -120,7 +136,8 @@ def _sdk_event(event: dict, turns: _Turns, seen: Counter, replies: set):
         said = event.get('observation') or event.get('error') or event.get('rejection_reason')
         failed = dict(event='error') if kind == 'AgentErrorEvent' else {}
         turns.other(dict(role='tool', tool_call_id=event.get('tool_call_id'), content=_said(said)) | failed)
-    else: seen[kind] += 1
+    else:
+        seen[kind] += 1
 
 # %% ../../nbs/core/13_log_events.ipynb #d80e9457
 def _old_event(event: dict, turns: _Turns, seen: Counter, replies: set):
@@ -138,7 +155,8 @@ def _old_event(event: dict, turns: _Turns, seen: Counter, replies: set):
     elif event.get('action') in ('message', 'system') and text is not None:
         role = 'system' if event['action'] == 'system' else 'user' if event.get('source') == 'user' else 'assistant'
         turns.other(dict(role=role, content=text))
-    else: seen[str(event.get('action') or event.get('observation'))] += 1
+    else:
+        seen[str(event.get('action') or event.get('observation'))] += 1
 
 # %% ../../nbs/core/13_log_events.ipynb #87b0e871
 def stream_as_session(lines: EventLines) -> EventLines:
@@ -147,7 +165,9 @@ def stream_as_session(lines: EventLines) -> EventLines:
     for i, (where, line) in enumerate(lines):
         agent = line.get('parent_tool_use_id')
         new = line | dict(uuid=f'line {i}', sessionId=line.get('session_id'), parentUuid=last.get(agent))
-        if agent: new |= dict(isSidechain=True, agentId=agent)
-        if line.get('type') in ('user', 'assistant'): last[agent] = new['uuid']
+        if agent:
+            new |= dict(isSidechain=True, agentId=agent)
+        if line.get('type') in ('user', 'assistant'):
+            last[agent] = new['uuid']
         out.append((where, new))
     return out

@@ -25,13 +25,15 @@ def histories(conv: Conversation) -> Iterator[tuple[list[dict], set[int]]]:
             answers = set()
         run = call
         answers = answers | {len(call) - 1}
-    if run: yield run, answers
+    if run:
+        yield run, answers
 
 # %% ../../nbs/core/15_log_exports.ipynb #beb61be7
 def _open_message(message: dict, context: bool, lost: Counter) -> dict:
     "A message as OpenAI writes it: arguments as JSON text."
     out = {k: v for k, v in message.items() if k not in ('tool_calls', 'event')}
-    if message.get('event'): lost['event of a message'] += 1
+    if message.get('event'):
+        lost['event of a message'] += 1
     if calls := message.get('tool_calls'):
         written = lambda call: json.dumps(call['function']['arguments'], ensure_ascii=False)
         text = lambda call: call['function'] | dict(arguments=written(call))
@@ -59,10 +61,12 @@ def to_trl(conv: Conversation, lost: Counter) -> Iterator[dict]:
 def to_atif(conv: Conversation, lost: Counter) -> Iterator[dict]:
     "An ATIF trajectory for each history; results go to the observation of the step that called."
     agent = dict(name=str(conv.info.get('source') or 'unknown'), version='unknown')
-    if conv.tools: agent['tool_definitions'] = conv.tools
+    if conv.tools:
+        agent['tool_definitions'] = conv.tools
     for n, (messages, answers) in enumerate(histories(conv)):
         steps = []
-        for i, message in enumerate(messages): _add_step(steps, message, i in answers, lost)
+        for i, message in enumerate(messages):
+            _add_step(steps, message, i in answers, lost)
         extra = dict(task=conv.task) | ({} if conv.reward is None else dict(reward=conv.reward))
         yield dict(schema_version='ATIF-v1.5', session_id=f'{conv.task}/{n}', agent=agent, extra=extra,
                    steps=[dict(step_id=i) | step for i, step in enumerate(steps, 1)])
@@ -70,7 +74,8 @@ def to_atif(conv: Conversation, lost: Counter) -> Iterator[dict]:
 def _add_step(steps: list[dict], message: dict, taught: bool, lost: Counter):
     "Add a message to the steps."
     role = message['role']
-    if 'name' in message: lost['name of a message'] += 1
+    if 'name' in message:
+        lost['name of a message'] += 1
     if role == 'tool':
         if not steps or steps[-1]['source'] != 'agent':
             raise ValueError('a result that follows no answer has no place in ATIF')
@@ -80,12 +85,14 @@ def _add_step(steps: list[dict], message: dict, taught: bool, lost: Counter):
         steps[-1].setdefault('observation', dict(results=[]))['results'].append(result)
         return
     step = dict(source='agent' if role == 'assistant' else role, message=message['content'])
-    if message.get('reasoning_content'): step['reasoning_content'] = message['reasoning_content']
+    if message.get('reasoning_content'):
+        step['reasoning_content'] = message['reasoning_content']
     if calls := message.get('tool_calls'):
         step['tool_calls'] = [dict(tool_call_id=call.get('id') or f'call_{len(steps)}_{i}', **_named(call))
                               for i, call in enumerate(calls)]
         lost['call without an id'] += sum('id' not in call for call in calls)
-    if role == 'assistant' and not taught: step['is_copied_context'] = True
+    if role == 'assistant' and not taught:
+        step['is_copied_context'] = True
     steps.append(step)
 
 def _named(call: dict) -> dict:
@@ -133,6 +140,7 @@ def export_log(
                 rows = list(EXPORTS[form](conv, lost))
             except ValueError as error:
                 raise ValueError(f'{conv.task}: {error}') from None
-            for row in rows: file.write(dumps(row) + '\n')
+            for row in rows:
+                file.write(dumps(row) + '\n')
             n += len(rows)
     return n, +lost

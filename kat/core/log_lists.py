@@ -23,21 +23,25 @@ def open_rows(
 def _open_row(row, seen: Counter) -> Iterator[dict]:
     "One message; the results in it first, each as a message."
     content = row.get('content') if isinstance(row, dict) else None
-    if isinstance(content, dict): content = [content]
+    if isinstance(content, dict):
+        content = [content]
     if not isinstance(content, (list, tuple)):
         yield row
         return
     kind = lambda block: block.get('type') if isinstance(block, dict) else None
     for block in content:
-        if kind(block) == 'tool_result': yield _result(block, seen)
+        if kind(block) == 'tool_result':
+            yield _result(block, seen)
     rest = [block for block in content if kind(block) not in ('tool_result', 'tool_use', 'thinking', 'reasoning')]
     calls = [_used(block) for block in content if kind(block) == 'tool_use']
     thought = [str(block.get('thinking') or block.get('reasoning') or block.get('text') or '') for block in content
                if kind(block) in ('thinking', 'reasoning')]
     if not rest and not calls and not thought and content: return
     out = row | dict(content=[_part(block, seen) for block in rest])
-    if calls: out['tool_calls'] = [*(row.get('tool_calls') or ()), *calls]
-    if any(thought): out['reasoning_content'] = '\n'.join(filter(None, thought))
+    if calls:
+        out['tool_calls'] = [*(row.get('tool_calls') or ()), *calls]
+    if any(thought):
+        out['reasoning_content'] = '\n'.join(filter(None, thought))
     yield out
 
 # %% ../../nbs/core/11_log_lists.ipynb #59228401
@@ -88,7 +92,8 @@ _FROM = dict(human='user', user='user', gpt='assistant', assistant='assistant', 
 def read_sharegpt(record: dict, where: str) -> Iterator[Conversation]:
     "A ShareGPT record."
     rows = [_share_row(row, f'conversations[{i}]') for i, row in enumerate(rows_of(record, 'conversations'))]
-    if record.get('system'): rows.insert(0, dict(role='system', content=record['system']))
+    if record.get('system'):
+        rows.insert(0, dict(role='system', content=record['system']))
     tools = tools_of(record) if record.get('tools') else None
     yield list_conversation(str(record.get('id') or where.rpartition('/')[2]), rows, 'sharegpt', tools=tools)
 
@@ -109,10 +114,12 @@ def read_mini(record: dict, where: str) -> Iterator[Conversation]:
     "A mini-swe-agent trajectory."
     seen, rows = Counter(), []
     for row in rows_of(record, 'messages'):
-        if isinstance(row, dict) and row.get('role') == 'exit': seen['exit message'] += 1
+        if isinstance(row, dict) and row.get('role') == 'exit':
+            seen['exit message'] += 1
         elif isinstance(row, dict) and 'role' not in row:
             raise ValueError('messages of the Responses API; run mini-swe-agent with its chat model to import it')
-        else: rows.append(row)
+        else:
+            rows.append(row)
     info = {k: v for k, v in (record.get('info') or {}).items() if k != 'config'}
     name = record.get('instance_id') or where.rpartition('/')[2].partition('.traj')[0]
     yield list_conversation(str(name), rows, 'mini-swe-agent', info=info, seen=seen)

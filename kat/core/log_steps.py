@@ -19,7 +19,8 @@ def read_atif(record: dict, where: str) -> Iterator[Conversation]:
     rows, copied, seen = [], set(), Counter()
     for i, step in enumerate(rows_of(record, 'steps')):
         new = open_rows(_step(step, f'steps[{i}]', seen), seen)
-        if step.get('is_copied_context'): copied.add(len(rows))
+        if step.get('is_copied_context'):
+            copied.add(len(rows))
         rows += new
     agent, extra = record.get('agent') or {}, record.get('extra') or {}
     info = dict(agent=agent.get('name'), version=record.get('schema_version'), model=agent.get('model_name'))
@@ -38,13 +39,15 @@ def _step(step: dict, where: str, seen: Counter) -> list[dict]:
                   function=dict(name=call['function_name'], arguments=call.get('arguments') or {}))
              for call in step.get('tool_calls') or ()]
     more = dict(tool_calls=calls) if calls else {}
-    if step.get('reasoning_content'): more['reasoning_content'] = step['reasoning_content']
+    if step.get('reasoning_content'):
+        more['reasoning_content'] = step['reasoning_content']
     results = [_observed(result, bool(calls), seen) for result in (step.get('observation') or {}).get('results') or ()]
     return [dict(role=_SOURCES[source], content=step.get('message')) | more, *results]
 
 def _observed(result: dict, called: bool, seen: Counter) -> dict:
     "A result; one of no call is what the user's side said, as the agent read it."
-    if result.get('subagent_trajectory_ref'): seen['reference to a sub-agent'] += 1
+    if result.get('subagent_trajectory_ref'):
+        seen['reference to a sub-agent'] += 1
     name, said = result.get('source_call_id'), result.get('content')
     failed = dict(event='error') if (result.get('extra') or {}).get('event') == 'error' else {}
     if name is None and not called: return dict(role='user', content=said)

@@ -251,13 +251,19 @@ def _objects(path, bad: Bad | None = None) -> Iterator[tuple[str, dict]]:
     "The objects of a file, each with where it stands."
     data = Path(path).read_bytes().removeprefix(b'\xef\xbb\xbf')
     if not data.strip(): raise ValueError(f'{path}: empty')
-    if data[:4] == b'PAR1': found = _parquet(path)
-    elif data[:4] == b'PK\x03\x04': found = _zipped(path)
-    elif _is_lines(data): found = _lines(path, data, bad)
-    else: found = _whole(path, data)
+    if data[:4] == b'PAR1':
+        found = _parquet(path)
+    elif data[:4] == b'PK\x03\x04':
+        found = _zipped(path)
+    elif _is_lines(data):
+        found = _lines(path, data, bad)
+    else:
+        found = _whole(path, data)
     for where, record in found:
-        if isinstance(record, dict): yield where, whole_text(record)
-        else: _refuse(bad, where, f'an object expected, got {type(record).__name__}')
+        if isinstance(record, dict):
+            yield where, whole_text(record)
+        else:
+            _refuse(bad, where, f'an object expected, got {type(record).__name__}')
 
 def _refuse(bad: Bad | None, where: str, why: str):
     "Note a bad record, or raise."
@@ -309,7 +315,7 @@ def _whole(path, data: bytes) -> Iterator[tuple[str, dict]]:
 
 _ZSTD = 93  # zip's number for it; Python's zipfile can't unpack it, Arrow can
 
-# %% ../../nbs/core/14_logs.ipynb #a10c0001
+# %% ../../nbs/core/14_logs.ipynb #9daad2c1
 def _member(file: zipfile.ZipFile, name: str) -> bytes:
     "A file of a zip, also one that is packed with zstd."
     info = file.getinfo(name)
@@ -426,7 +432,7 @@ def import_log(
     for where, record in _objects(path, bad):
         yield from _checked(_READERS[kind](read_lists(record), where), where, bad)
 
-# %% ../../nbs/core/14_logs.ipynb #a10c0002
+# %% ../../nbs/core/14_logs.ipynb #3fc2aa70
 def _streams(path, kind: str, bad: Bad | None) -> Iterator[tuple]:
     "The streams in a file of events, each with its reader: the file is one, or each record's `history`."
     lines = list(_objects(path, bad))
@@ -435,14 +441,17 @@ def _streams(path, kind: str, bad: Bad | None) -> Iterator[tuple]:
             name = str(record.get('instance_id') or where)
             rows = [x for pair in record.get('history') or () for x in (pair if isinstance(pair, list) else [pair])]
             yield where, [(where, x) for x in rows], lambda found, name=name: read_openhands(found, name)
-    else: yield str(path), lines, _STREAMS[kind]
+    else:
+        yield str(path), lines, _STREAMS[kind]
 
 def _checked(found: Iterator[Conversation], where: str, bad: Bad | None) -> Iterator[Conversation]:
     "The conversations; what is wrong with one, or that one holds no answer, is said with its place."
     try:
         for conv in found:
-            if conv.calls: yield conv
-            else: _refuse(bad, where, _nothing(conv))
+            if conv.calls:
+                yield conv
+            else:
+                _refuse(bad, where, _nothing(conv))
     except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError) as error:
         said = f'field {error} is missing' if isinstance(error, KeyError) else ' '.join(str(error).split())
         _refuse(bad, where, said.removeprefix(f'{where}: '))

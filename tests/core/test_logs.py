@@ -16,13 +16,16 @@ TALK = [ASK, dict(role='assistant', content='', tool_calls=[CALL]),
         dict(role='tool', tool_call_id='c', content='a.py'), DONE]
 
 
-def text(kind, said): return [dict(type=kind, text=said)]
+def text(kind, said):
+    return [dict(type=kind, text=said)]
 
 
-def codex(**payload): return dict(timestamp='t', type='response_item', payload=payload)
+def codex(**payload):
+    return dict(timestamp='t', type='response_item', payload=payload)
 
 
-def use(block): return dict(type='assistant', session_id='s', message=dict(role='assistant', **block))
+def use(block):
+    return dict(type='assistant', session_id='s', message=dict(role='assistant', **block))
 
 
 BLOCK = dict(type='tool_use', id='c', name='sh', input=dict(cmd='ls'))
@@ -123,12 +126,14 @@ def test_any_messages_are_read_or_refused_with_their_line(tmp_path, rows, tools)
     found = list(import_log(file, bad=bad))
     assert len(found) + len(bad) == 3 and all(where == f'{file}:2' and '\n' not in why for where, why in bad)
     if bad:
-        with pytest.raises(ValueError, match='x.jsonl:2: '): list(import_log(file))
+        with pytest.raises(ValueError, match='x.jsonl:2: '):
+            list(import_log(file))
 
 
 def test_what_could_be_two_formats_is_asked_about(tmp_path):
     file = write(tmp_path/'x', [dict(messages=TALK, conversations=[])])
-    with pytest.raises(ValueError, match='can be openai or sharegpt; say which with --format'): detect(file)
+    with pytest.raises(ValueError, match='can be openai or sharegpt; say which with --format'):
+        detect(file)
     assert len(list(import_log(file, 'openai'))) == 1
 
 

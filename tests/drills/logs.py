@@ -73,13 +73,16 @@ def main():
         subprocess.run([python, '-m', 'pip', 'install', '-q', *PACKAGES], check=True, timeout=900)
         clean = {name: value for name, value in os.environ.items() if name != 'PYTHONPATH'}
         env = clean | dict(MSWEA_SILENT_STARTUP='1', MSWEA_GLOBAL_CONFIG_DIR=folder)
-        for code in (MINI, INSPECT): subprocess.run([python, '-c', code], cwd=folder, env=env, check=True, timeout=300)
+        for code in (MINI, INSPECT):
+            subprocess.run([python, '-c', code], cwd=folder, env=env, check=True, timeout=300)
         files = sorted([*Path(folder).glob('*.traj.json'), *(Path(folder)/'inspect').iterdir()])
         for file in files:
             (conv,) = import_log(file)
             print(detect(file), file.suffix, conv, conv.info.get('skipped') or '')
             assert len(conv.calls) == 2 and conv.append_only
-        if len(files) != 4: sys.exit(f'4 logs expected, found {len(files)}')
+        if len(files) != 4:
+            sys.exit(f'4 logs expected, found {len(files)}')
 
 
-if __name__ == '__main__': main()
+if __name__ == '__main__':
+    main()
