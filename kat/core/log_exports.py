@@ -71,6 +71,7 @@ def to_atif(conv: Conversation, lost: Counter) -> Iterator[dict]:
         yield dict(schema_version='ATIF-v1.5', session_id=f'{conv.task}/{n}', agent=agent, extra=extra,
                    steps=[dict(step_id=i) | step for i, step in enumerate(steps, 1)])
 
+# %% ../../nbs/core/15_log_exports.ipynb #b32b90ff
 def _add_step(steps: list[dict], message: dict, taught: bool, lost: Counter):
     "Add a message to the steps."
     role = message['role']

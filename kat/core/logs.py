@@ -270,6 +270,7 @@ def _refuse(bad: Bad | None, where: str, why: str):
     if bad is None: raise ValueError(f'{where}: {why}')
     bad.append((where, why))
 
+# %% ../../nbs/core/14_logs.ipynb #5d19afff
 def _is_lines(data: bytes) -> bool:
     "Is there an object a line? Where the first line is none and the whole is no JSON either, any line tells."
     rows = [line for line in data.splitlines() if line.strip()]
