@@ -4,13 +4,13 @@
 
 # %% auto #0
 __all__ = ['app', 'Pairs', 'Debug', 'Version', 'Launcher', 'Nproc', 'Nodes', 'Minutes', 'Partition', 'Gres', 'DryRun', 'tree',
-           'Log', 'Tokenizer', 'templates', 'StorePath', 'Served', 'Keys', 'Computes', 'VllmAddress', 'sessions',
-           'Owner', 'TaskOption', 'TaskPlace', 'ModelPlace', 'Staged', 'Agent', 'Positive', 'TurnLimit',
-           'WrittenTokens', 'AnswerTokens', 'Warmth', 'CheckFirst', 'Parallel', 'Price', 'KeyFile', 'Show', 'tasks',
-           'Folder', 'FilterPairs', 'TaskSet', 'MutantBudget', 'Draw', 'Hands', 'TASK_SET', 'cluster', 'pipeline',
-           'run', 'report', 'stats', 'draw', 'check_', 'family_', 'serve_', 'list_', 'show_', 'export_', 'evaluate_',
-           'compare', 'cheats', 'collect_', 'funnel_', 'mutants_', 'strengthen_', 'build_', 'fetch_', 'status_',
-           'plan_', 'main']
+           'Log', 'Tokenizer', 'logs', 'LogFiles', 'OutFile', 'LogFormat', 'SkipBad', 'templates', 'StorePath',
+           'Served', 'Keys', 'Computes', 'VllmAddress', 'sessions', 'Owner', 'TaskOption', 'TaskPlace', 'ModelPlace',
+           'Staged', 'Agent', 'Positive', 'TurnLimit', 'WrittenTokens', 'AnswerTokens', 'Warmth', 'CheckFirst',
+           'Parallel', 'Price', 'KeyFile', 'Show', 'tasks', 'Folder', 'FilterPairs', 'TaskSet', 'MutantBudget', 'Draw',
+           'Hands', 'TASK_SET', 'cluster', 'pipeline', 'run', 'report', 'stats', 'draw', 'import_', 'export_logs',
+           'check_', 'family_', 'serve_', 'list_', 'show_', 'export_', 'evaluate_', 'compare', 'cheats', 'collect_',
+           'funnel_', 'mutants_', 'strengthen_', 'build_', 'fetch_', 'status_', 'plan_', 'main']
 
 # %% ../nbs/cli.ipynb #bf1db84f
 import os
@@ -298,6 +298,81 @@ def draw(
         from kat.core.figures import save_picture
         from kat.tree.draw import draw_calls
         print(_near(save_picture(draw_calls(calls, file.name), out)))
+
+# %% ../nbs/cli.ipynb #10a50002
+logs = typer.Typer(rich_markup_mode='markdown', help="Other agents' logs: read them, write them for other tools.")
+app.add_typer(logs, name='logs')
+
+LogFiles = Annotated[list[Path], typer.Argument(metavar='FILE…', help='Logs, of any of the formats.')]
+OutFile = Annotated[Path, typer.Option('--out', metavar='OUT', help='The file to write.')]
+LogFormat = Annotated[str, typer.Option('--format', help='Who wrote them.', show_default='seen from the first record')]
+SkipBad = Annotated[bool, typer.Option('--skip-bad', help='Leave out records that cannot be read, and say which.')]
+
+
+def _read_logs(files: list[Path], form: str|None, bad: list|None, skipped):
+    "The conversations of some logs; `skipped` counts, by kind, what was left out of them."
+    from kat.core.io import UserError
+    from kat.core.logs import import_log
+    for file in files:
+        if not file.is_file(): raise UserError(f'no file {file}')
+        for conv in import_log(file, form, bad):
+            skipped.update(conv.info.get('skipped') or {})
+            yield conv
+
+
+def _tell_left_out(bad: list|None, skipped):
+    "Print what was left out: by kind, and the first few bad records."
+    for kind, n in sorted(skipped.items()):
+        print(f'  left out: {kind} {n}')
+    if not bad: return
+    print(f'  bad records: {len(bad)}')
+    for where, why in bad[:3]:
+        print(f'    {where}: {why}')
+
+# %% ../nbs/cli.ipynb #10a50003
+@logs.command('import')
+def import_(
+    files: LogFiles,
+    out: OutFile,
+    form: LogFormat = None,
+    skip_bad: SkipBad = False,
+    debug: Debug = False,
+):
+    """Conversations of logs as one table, a row each.
+
+    Example: `kat logs import runs/*.traj --out logs.parquet --skip-bad`
+    """
+    from collections import Counter
+    from kat.core.log_exports import write_conversations
+    bad, skipped = ([] if skip_bad else None), Counter()
+    with _mendable():
+        n = write_conversations(out, _read_logs(files, form, bad, skipped))
+    print(f'{_near(out)}: conversations {n}')
+    _tell_left_out(bad, skipped)
+
+# %% ../nbs/cli.ipynb #e195438a
+@logs.command('export')
+def export_logs(
+    files: LogFiles,
+    out: OutFile,
+    to: Annotated[str, typer.Option('--to', help='openai, trl or atif.')],
+    form: LogFormat = None,
+    skip_bad: SkipBad = False,
+    debug: Debug = False,
+):
+    """Logs, or the table of `kat logs import`, in another tool's format, an object a line.
+
+    Example: `kat logs export logs.parquet --to trl --out logs.jsonl`
+    """
+    from collections import Counter
+    from kat.core.log_exports import export_log
+    bad, skipped = ([] if skip_bad else None), Counter()
+    with _mendable():
+        n, lost = export_log(out, _read_logs(files, form, bad, skipped), to)
+    print(f'{_near(out)}: records {n}')
+    for kind, count in sorted(lost.items()):
+        print(f'  no place in {to}: {kind} {count}')
+    _tell_left_out(bad, skipped)
 
 # %% ../nbs/cli.ipynb #7e3b1a02
 templates = typer.Typer(rich_markup_mode='markdown', help='Chat templates: what they keep, and those to train with.')

@@ -18,7 +18,8 @@ from rich.table import Table
 
 from ..core.chat import render
 from ..core.template import KAT_TEMPLATE
-from ..core.logs import Conversation, import_log
+from ..core.conversation import Conversation
+from ..core.logs import import_log
 from ..core.io import read_records
 from ..core.types import GENERATED, Group, Segment, Trajectory
 from .trie import TokenTree

@@ -14,7 +14,8 @@ from transformers import AutoTokenizer
 from kat.core.chat import encode_prompt, error_mask, generation_segments, ids_of, render, to_trajectories
 from kat.core.extension import extend, extend_segments, tool_ids
 from kat.core.template import KAT_TEMPLATE, SPECIAL, call_text, parse_calls, train_tokenizer
-from kat.core.logs import Conversation, import_log
+from kat.core.conversation import Conversation
+from kat.core.logs import import_log
 from kat.core.messages import normalise
 from kat.core.types import Segment, Trajectory
 

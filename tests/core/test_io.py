@@ -422,12 +422,12 @@ def test_openai_messages(tmp_path):
     p = tmp_path / 'o.jsonl'
     p.write_text(
         ''.join(
-            dumps(d) + '\n' for d in (dict(messages=ms, tools=[{}], id=7, reward=1, split='a'), dict(messages=ms[:2]))
+            dumps(d) + '\n' for d in (dict(messages=ms, tools=[{}], id=7, reward=1, split='a'), dict(messages=ms[2:]))
         )
     )
     a, b = import_log(p)
     assert (a.task, a.reward, len(a.calls), a.tools, a.info['split']) == ('7', 1.0, 1, [{}], 'a')
-    assert (b.task, b.reward, len(b.calls), b.tools) == ('o.jsonl:2', None, 0, None)
+    assert (b.task, b.reward, len(b.calls), b.tools) == ('o.jsonl:2', None, 1, None)
     p.write_text(json.dumps([dict(messages=ms)], indent=2))  # one JSON document
     assert len(list(import_log(p))) == 1
 
@@ -530,7 +530,7 @@ def test_claude_code_compaction_starts_a_new_branch_and_a_lost_parent_is_counted
         ('[1]', r'x\.json\[0\]: an object expected'),
         ('{"messages": [{"role": "bot"}]}', r"x\.json:1: messages\[0\]: role 'bot'"),
         ('{"traj": [{"role": "user", "content": "x"}]}', "field 'task_id' is missing"),
-        ('{"messages": []}\n{"messages": 3', r'x\.json:2: not JSON'),
+        ('{"messages": [{"role": "assistant", "content": "a"}]}\n{"messages": 3', r'x\.json:2: not JSON'),
         ('{"messages": [], "reward": "x"}', 'reward'),
         (
             '{"type": "user", "sessionId": "s", "message": {"role": "user", "content": "x"}}',
@@ -608,8 +608,8 @@ def test_an_empty_answer_is_no_call(tmp_path, answer):
     (c,) = imported(tmp_path, dict(messages=[ASK, empty, ASK, dict(role='assistant', content='a'), ASK, empty]))
     assert [call[-1]['content'] for call in c.calls] == ['a'] and len(c.messages) == 6
     assert c.info['skipped'] == {'empty answer': 2}
-    (c,) = imported(tmp_path, dict(task_id=1, traj=[ASK, empty]), kind='tau-bench')
-    assert c.calls == [] and c.info['skipped'] == {'empty answer': 1}
+    with pytest.raises(ValueError, match="tau-bench/1: no answer of the model in it; left out: {'empty answer': 1}"):
+        imported(tmp_path, dict(task_id=1, traj=[ASK, empty]), kind='tau-bench')
 
 
 def test_an_empty_answer_of_the_others_is_no_call(tmp_path):
@@ -617,8 +617,8 @@ def test_an_empty_answer_of_the_others_is_no_call(tmp_path):
     (c,) = imported(tmp_path, dict(trajectory=[step, step | dict(response='a')], history=[]))
     assert [call[-1]['content'] for call in c.calls] == ['a'] and c.info['skipped'] == {'empty answer': 1}
     thinks = dict(type='thinking', thinking='hm')
-    (c,) = claude(tmp_path, [('1', None, 'user', 'go'), ('2', '1', 'assistant', [thinks])])
-    assert c.calls == [] and c.info['skipped'] == {'thinking': 1, 'empty answer': 1}
+    with pytest.raises(ValueError, match="no answer .* left out: {'thinking': 1, 'empty answer': 1}"):
+        claude(tmp_path, [('1', None, 'user', 'go'), ('2', '1', 'assistant', [thinks])])
 
 
 def test_lists_as_json_text_and_older_names(tmp_path):
@@ -648,7 +648,6 @@ def test_lists_as_json_text_and_older_names(tmp_path):
         (dict(messages='[oops'), 'its fields: messages'),
         (dict(trajectory=[dict(role='user', text='a'), dict(role='ai', text='b')]), 'of the first are role, text'),
         (dict(trajectory=[dict(role='user', content='a'), dict(role='assistant', content='b')]), 'role, content'),
-        (dict(messages=[dict(role='user', content=[dict(type='image_url', image_url='x')])]), "type 'image_url'"),
         (dict(messages=[dict(role='user', content=3)]), 'content must be text'),
         (dict(messages=[dict(role='assistant', tool_calls=dict(a=1))]), 'tool_calls: a list expected, got dict'),
         (dict(messages=[dict(role='assistant', tool_calls='[{')]), 'tool_calls are not JSON'),

@@ -17,7 +17,7 @@ from kat.core.chat import encode_prompt, ids_of, render, to_trajectories
 from kat.core.endings import end_tokens
 from kat.core.extension import extend, tool_ids
 from kat.core.template import KAT_TEMPLATE, train_tokenizer
-from kat.core.logs import Conversation
+from kat.core.conversation import Conversation
 
 TRL = trl_templates()
 real = pytest.mark.skipif(not TRL, reason='trl, whose templates these are, is not installed')
