@@ -10,7 +10,7 @@ import json
 from collections import Counter
 from collections.abc import Iterator
 
-from .conversation import Conversation, answer_calls, conversation, normal_rows, number_of, rows_of, tools_of
+from .conversation import Conversation, answer_calls, conversation, normal_rows, number_of, rows_of, record_tools
 
 # %% ../../nbs/core/15_log_lists.ipynb #59228407
 def open_rows(
@@ -94,7 +94,7 @@ def read_sharegpt(record: dict, where: str) -> Iterator[Conversation]:
     rows = [_share_row(row, f'conversations[{i}]') for i, row in enumerate(rows_of(record, 'conversations'))]
     if record.get('system'):
         rows.insert(0, dict(role='system', content=record['system']))
-    tools = tools_of(record) if record.get('tools') else None
+    tools = record_tools(record) if record.get('tools') else None
     yield list_conversation(str(record.get('id') or where.rpartition('/')[2]), rows, 'sharegpt', tools=tools)
 
 def _share_row(row, where: str) -> dict:

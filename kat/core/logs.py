@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from .conversation import (Conversation, answer_calls, conversation, normal_rows, number_of, read_lists, rows_of,
-                                   tools_of, with_skipped)
+                                   record_tools, with_skipped)
 from .io import loads
 from .log_events import read_codex, read_openhands, stream_as_session
 from .log_lists import open_rows, read_inspect, read_mini, read_sharegpt, read_tau2
@@ -89,7 +89,7 @@ def _openai(record: dict, where: str) -> Iterator[Conversation]:
     names = [str(record[k]) for k in ('task', 'task_id', 'instance_id', 'id') if record.get(k) is not None]
     task = names[0] if names else where.rpartition('/')[2]
     reward = next((number_of(record[k]) for k in ('reward', 'score') if record.get(k) is not None), None)
-    seen, tools = Counter(), tools_of(record)
+    seen, tools = Counter(), record_tools(record)
     rows = open_rows(rows_of(record, 'messages'), seen)
     rest = {k: v for k, v in record.items() if k not in ('messages', 'tools', 'functions')}
     messages, info = normal_rows(rows, tools, with_skipped(rest | dict(source='openai'), seen))
@@ -110,7 +110,7 @@ def _table(record: dict, where: str) -> Iterator[Conversation]:
     for shared, rest in rows_of(record, 'calls'):
         calls.append([*(calls[-1][:shared] if calls else []), *normalise(rest)])
     info = loads(record['info']) if isinstance(record.get('info'), str) else record.get('info')
-    tools = tools_of(record) if record.get('tools') else None
+    tools = record_tools(record) if record.get('tools') else None
     yield conversation(record['task'], normalise(rows_of(record, 'messages')), calls, number_of(record.get('reward')),
                        info, tools)
 
