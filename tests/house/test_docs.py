@@ -135,3 +135,13 @@ def test_what_a_reader_would_stumble_over_fails_the_build(tmp_path):
     assert bridge.papers('(arXiv:2511.00413), [arXiv:2511.00413](u)\n```\narXiv:2511.00413\n```') == (
         '([arXiv:2511.00413](https://arxiv.org/abs/2511.00413)), [arXiv:2511.00413](u)\n```\narXiv:2511.00413\n```')
     assert bridge.words('# Title\n\nWhat `it` shows, see\n[there](x.ipynb):') == 'What it shows, see there'
+
+
+def test_a_term_is_linked_where_a_page_first_uses_it(tmp_path):
+    cells = [dict(source='### Loss mask\n\nx'), dict(source='### Turn')]
+    (tmp_path/'glossary.ipynb').write_text(json.dumps(dict(cells=cells)))
+    terms, seen = bridge.Terms(tmp_path/'glossary.ipynb'), set()
+    before, after = '# A loss mask\n`loss mask` [loss mask](x) ', ' and a loss mask in a turn'
+    said = terms.link(f'{before}Loss masks{after}', 'core/01_types.ipynb', seen)
+    assert said == f'{before}[Loss masks](../glossary.ipynb#loss-mask){after}'
+    assert terms.link('a loss mask', 'core/01_types.ipynb', seen) == 'a loss mask'
