@@ -22,13 +22,12 @@ def draw(rows):
     for y, name in enumerate(names):
         before, after = (counted[name][k]['score'] for k in ('before', 'after'))
         ax.plot([before, after], [y, y], color='0.75', lw=2, zorder=1)
-        ax.scatter([before], [y], s=26, facecolor='white', edgecolor='C0', zorder=2, label='before' if not y else None)
-        ax.scatter([after], [y], s=26, color='C1', zorder=3, label='after' if not y else None)
+        ax.scatter([before], [y], s=44, facecolor='white', edgecolor='C0', zorder=2, label='before' if not y else None)
+        ax.scatter([after], [y], s=26, marker='D', color='C1', zorder=3, label='after' if not y else None)
     ax.set(yticks=range(len(names)), yticklabels=names, xlim=(-.02, 1.02), ylim=(-.7, len(names) - .3),
            xlabel='killed of covered mutants')
-    ax.legend(loc='lower left', fontsize=8)
-    ax.set_title('How well tests know the fix, before and after new tests')
-    fig.tight_layout()
+    ax.legend(loc='upper left', fontsize=8)
+    ax.set_title('How well tests know a fix', loc='left')
     return fig
 
 
