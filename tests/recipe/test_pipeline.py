@@ -125,7 +125,7 @@ def test_killed_interrupted_and_resumed_is_the_same(repo):
     done = json.loads((run/'00_count.done.json').read_text())
     assert done['resumed'] and done['wall_s'] > 0 and done['peak_rss_mb'] > 10
 
-    before = snapshot(run, but=('lock', 'owners'))                             # other settings are refused and touch nothing
+    before = snapshot(run, but=('lock', 'owners'))   # other settings are refused and touch nothing
     code, out, err = finish(start(repo, '--seed', '2', '-p', '00_count.steps=9'))
     assert code == 2 and '00_count.steps: 5 there, 9 now' in err and '--name' in err and err.count('\n') == 1
     assert snapshot(run, but=('lock', 'owners')) == before
