@@ -27,7 +27,11 @@ def printed(cell):
         data = output.get('data', {})
         kind = 'markdown' if 'text/markdown' in data else 'plain'
         text = output.get('text', '') if output.get('name') == 'stdout' else data.get(f'text/{kind}', '')
-        if text := _NOISE.sub('', ''.join(text)).strip('\n'):
+        text = _NOISE.sub('', ''.join(text)).strip('\n')
+        if not text or text.startswith('PosixPath('): continue
+        if found and found[-1][0] == kind == 'plain':
+            found[-1][1] += f'\n{text}'
+        else:
             found.append([kind, text])
     return found
 
