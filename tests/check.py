@@ -59,7 +59,8 @@ def ruff(tmp):
 @step
 def export(tmp):
     "kat/ is what the notebooks export: no drift, no module without a notebook"
-    copy(tmp, 'nbs', 'settings.ini', 'pyproject.toml', 'kat/__init__.py', 'kat/plane/live.html')
+    others = [path for path in (ROOT/'kat').rglob('*') if path.is_file() and path.suffix not in ('.py', '.pyc')]
+    copy(tmp, 'nbs', 'settings.ini', 'pyproject.toml', 'kat/__init__.py', *(p.relative_to(ROOT) for p in others))
     run(BIN/'nbdev-export', cwd=tmp)
     same(tmp/'kat', ROOT/'kat', '- is only in kat/, + only in the notebooks: edit notebooks, then nbdev-export')
 

@@ -10,7 +10,8 @@ import json
 from collections import Counter
 from collections.abc import Iterator
 
-from .conversation import Conversation, answer_calls, conversation, normal_rows, number_of, rows_of, record_tools
+from .conversation import (Conversation, answer_calls, conversation, normal_rows, number_of, record_tools,
+                                   rows_of)
 
 # %% ../../nbs/core/15_log_lists.ipynb #59228407
 def open_rows(

@@ -13,8 +13,8 @@ from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
-from .conversation import (Conversation, answer_calls, conversation, normal_rows, number_of, read_lists, rows_of,
-                                   record_tools, with_skipped)
+from .conversation import (Conversation, answer_calls, conversation, normal_rows, number_of, read_lists,
+                                   record_tools, rows_of, with_skipped)
 from .io import loads
 from .log_events import read_codex, read_openhands, stream_as_session
 from .log_lists import open_rows, read_inspect, read_mini, read_sharegpt, read_tau2
