@@ -2117,7 +2117,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                     'kat.learn.training._one_model': ('learn/training.html#_one_model', 'kat/learn/training.py'),
                                     'kat.learn.training._same_logits': ('learn/training.html#_same_logits', 'kat/learn/training.py'),
                                     'kat.learn.training._without': ('learn/training.html#_without', 'kat/learn/training.py'),
-                                    'kat.learn.training._without_bars': ('learn/training.html#_without_bars', 'kat/learn/training.py'),
                                     'kat.learn.training.adapter_settings': ( 'learn/training.html#adapter_settings',
                                                                              'kat/learn/training.py'),
                                     'kat.learn.training.check_adapter': ('learn/training.html#check_adapter', 'kat/learn/training.py'),

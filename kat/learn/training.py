@@ -495,18 +495,6 @@ def load_model(
     path: str | Path,   # a model's folder
 ):                      # -> (model, tokenizer)
     "A causal model (float32) and its tokenizer from a folder. UserError names a folder that is missing or damaged."
-    with _checkpoint(path), _without_bars():
+    with _checkpoint(path), no_bars():
         model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, local_files_only=True)
         return model, AutoTokenizer.from_pretrained(path, local_files_only=True)
-
-@contextmanager
-def _without_bars():
-    "Without transformers' progress bars: a small model is there before one is drawn, and a log keeps them for good."
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            logging.enable_progress_bar()
-
