@@ -155,7 +155,11 @@ def _look_at(job: RankJob, number: str, every: float):
     for _ in range(5):
         if len(read_ends(job)) == job.ranks: break
         time.sleep(every)
-    if (said := root_cause(job)) is None: return
+    if (said := root_cause(job)) is None:
+        if outside := [rank for rank, end in read_ends(job).items() if end.get('ended')]:
+            raise UserError(f'Slurm job {number} was ended from outside (scancel, a time limit) before rank '
+                            f'{outside[0]} was done; the same command submits it again')
+        return
     if said['at'] == 0:
         said = dict(said, host='Slurm', evalue=f'job {number} died without a word: {_last_words(number)}')
     raise_cause(job, said)

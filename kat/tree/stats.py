@@ -212,8 +212,13 @@ def conversation_calls(
 def holds_records(
     path,     # a file
 ) -> bool:
-    "Are these our own records, which hold ids? (Another agent's log needs a tokenizer.) Looks at name and first line."
-    if Path(path).suffix == ".parquet": return True
+    "Are these our own records, which hold ids? (Another agent's log needs a tokenizer.) ValueError for a cut file."
+    if Path(path).suffix == ".parquet":
+        import pyarrow as pa, pyarrow.parquet as pq
+        try:
+            return "messages" not in pq.read_schema(path).names
+        except pa.ArrowInvalid as error:
+            raise ValueError(f"{path}: {error}") from None
     with open(path, "rb") as file:
         line = file.readline()
     try:

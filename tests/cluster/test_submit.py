@@ -108,3 +108,15 @@ def test_a_slurm_job_that_is_gone_is_judged_by_what_its_ranks_said(tmp_path):
 
 def test_every_submission_has_a_folder_of_its_own(tmp_path):
     assert [_fresh(tmp_path).name for _ in range(3)] == ['0001', '0002', '0003']
+
+
+def test_a_job_that_was_cancelled_is_no_success(tmp_path):
+    from kat.cluster.spawn import RankJob, _tell_end
+    from kat.cluster.submit import _look_at
+    job = RankJob('n.ipynb', str(tmp_path), {}, ranks=2)
+    for rank in range(2):
+        _tell_end(job, rank, dict(code=0, died=False, at=1.))
+    assert _look_at(job, '7', 0.) is None
+    _tell_end(job, 1, dict(code=143, ended=True, at=2.))
+    with pytest.raises(UserError, match='Slurm job 7 was ended from outside .* before rank 1 was done'):
+        _look_at(job, '7', 0.)

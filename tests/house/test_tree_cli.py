@@ -35,6 +35,18 @@ def test_stats_of_a_log(cli):
     assert 'tree, one per task linearly merged 0.000 1.00× 1.00× 1.00×' in rows
 
 
+def test_a_table_of_conversations_is_a_log_and_no_table_of_ids(cli):
+    from kat.core.log_exports import write_conversations
+    from kat.core.logs import import_log
+    write_conversations(Path('table.parquet'), import_log(LOG))
+    same = lambda out: [line for line in out.splitlines() if '×' in line]
+    code, out, err = cli('stats', 'table.parquet')
+    assert (code, err) == (0, '') and same(out) == same(cli('stats', LOG)[1])
+    Path('cut.parquet').write_bytes(Path('table.parquet').read_bytes()[:-9])
+    code, out, err = cli('stats', 'cut.parquet')
+    assert code == 2 and out == '' and err.count('\n') == 1 and 'cut.parquet' in err
+
+
 def test_stats_of_openai_messages(cli, tmp_path):
     turn = lambda n: [{'role': 'user', 'content': f'question {n}'}, {'role': 'assistant', 'content': f'answer {n}'}]
     first = {'messages': [{'role': 'system', 'content': 'You help.'}, *turn(1), *turn(2)]}
