@@ -954,6 +954,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                              'kat.core.io.append_jsonl': ('core/io.html#append_jsonl', 'kat/core/io.py'),
                              'kat.core.io.atomic': ('core/io.html#atomic', 'kat/core/io.py'),
                              'kat.core.io.dumps': ('core/io.html#dumps', 'kat/core/io.py'),
+                             'kat.core.io.extra_command': ('core/io.html#extra_command', 'kat/core/io.py'),
                              'kat.core.io.json_lines': ('core/io.html#json_lines', 'kat/core/io.py'),
                              'kat.core.io.loads': ('core/io.html#loads', 'kat/core/io.py'),
                              'kat.core.io.need': ('core/io.html#need', 'kat/core/io.py'),

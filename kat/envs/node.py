@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path, PurePosixPath
 
+from ..core.io import extra_command
 from .base import InfraError
 from .sandbox import Limits
 
@@ -45,7 +46,7 @@ def find_node() -> str:
         if version >= OLDEST_NODE: return path
         why = f'{path} is {said or "no node"}'
     oldest = '.'.join(map(str, OLDEST_NODE))
-    raise InfraError(f"node: {why}; tests in JavaScript need node {oldest} or newer: pip install 'kat-rl[node]'")
+    raise InfraError(f'node: {why}; tests in JavaScript need node {oldest} or newer: {extra_command("node")}')
 
 # %% ../../nbs/envs/12_node.ipynb #7f3f89af
 def has_node() -> bool:

@@ -341,7 +341,7 @@ def test_json_with_non_finite_numbers_comes_back(x):
 
 def test_a_missing_extra_is_one_line_with_the_command(tmp_path, monkeypatch):
     assert need('json', extra='train') is json
-    with pytest.raises(MissingExtra, match=r"^no_such is not installed: pip install 'kat-rl\[train\]'$"):
+    with pytest.raises(MissingExtra, match=r"^no_such is not installed: pip install -e '.*\[train\]'$"):
         need('no_such.sub', 'train')
     (tmp_path / 'halfway.py').write_text('import no_such_dependency')
     monkeypatch.syspath_prepend(tmp_path)

@@ -1,6 +1,8 @@
 "The command: quick help, one clear line and the right exit code for a mistake"
 import subprocess
 import sys
+from os.path import relpath
+from pathlib import Path
 
 import nbformat
 import pytest
@@ -80,4 +82,5 @@ main(['run', 'src/small.ipynb', '-o', 'out.ipynb'])
 '''
     command = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, cwd=tmp_path)
     assert command.returncode == 2 and command.stderr.count('\n') == 1
-    assert "pip install 'kat-rl[notebooks]'" in command.stderr
+    where = relpath(Path(__file__).resolve().parents[2], tmp_path)    # a command that works: no index has kat
+    assert f"pip install -e '{where}[notebooks]'" in command.stderr

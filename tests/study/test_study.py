@@ -257,5 +257,5 @@ def test_figures_name_what_is_missing(monkeypatch):
     with pytest.raises(ValueError, match='families'):
         plot_families([synthetic_eval('sft') | dict(families={})])
     monkeypatch.setitem(sys.modules, 'seaborn', None)
-    with pytest.raises(MissingExtra, match=r"pip install 'kat-rl\[notebooks\]'"):
+    with pytest.raises(MissingExtra, match=r"pip install -e '.*\[notebooks\]'"):
         plot_stages([synthetic_eval('sft')])
