@@ -338,7 +338,7 @@ def test_triton_missing_or_not_interpreted(monkeypatch):
     with pytest.raises(ValueError, match="TRITON_INTERPRET=1"):
         tree_attention(q, k, v, layout, 0.4, backend="triton")
     monkeypatch.setitem(sys.modules, "triton", None)
-    with pytest.raises(MissingExtra, match=r"kat-rl\[triton\]"):
+    with pytest.raises(MissingExtra, match=r"pip install -e '.*\[triton\]'"):
         tree_attention(q, k, v, layout, 0.4, backend="triton")
 
 
